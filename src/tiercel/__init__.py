@@ -1,3 +1,71 @@
-"""Tiercel: hybrid language models, run, served, shrunk, taught and judged."""
+"""Tiercel: hybrid language models, run, served, shrunk, taught and judged.
+
+    model = tiercel.load("smollm2")
+    print(model.generate("Why is the sky blue?"))
+
+Names are fetched when they are first used: `import tiercel` alone does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "load": "llm",
+    "Model": "llm",
+    "LLM": "llm",
+    "SamplingParams": "sampling",
+    "pattern": "families.pattern",
+    "TiercelError": "errors",
+    "FormatError": "errors",
+    "UnsupportedError": "errors",
+    "RequestError": "errors",
+    "ContextOverflow": "errors",
+    "ModelNotFound": "errors",
+    "DoesNotFit": "errors",
+    "Offline": "errors",
+}
+
+__all__ = [
+    "LLM",
+    "ContextOverflow",
+    "DoesNotFit",
+    "FormatError",
+    "Model",
+    "ModelNotFound",
+    "Offline",
+    "RequestError",
+    "SamplingParams",
+    "TiercelError",
+    "UnsupportedError",
+    "load",
+    "pattern",
+]
+
+if TYPE_CHECKING:
+    from tiercel.errors import (
+        ContextOverflow,
+        DoesNotFit,
+        FormatError,
+        ModelNotFound,
+        Offline,
+        RequestError,
+        TiercelError,
+        UnsupportedError,
+    )
+    from tiercel.families.pattern import pattern
+    from tiercel.llm import LLM, Model, load
+    from tiercel.sampling import SamplingParams
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'tiercel' has no attribute {name!r}")
+    return getattr(import_module(f"tiercel.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -18,7 +18,11 @@ from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, M
 
 def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
     f = Fields(dict(hf_config))
-    width, heads, depth = f.size("hidden_size"), f.size("num_attention_heads"), f.size("num_hidden_layers", largest=100_000)
+    width, heads, depth = (
+        f.size("hidden_size"),
+        f.size("num_attention_heads"),
+        f.size("num_hidden_layers", largest=100_000),
+    )
     context = f.size("max_position_embeddings", 262144)
     rope = replace(read_rope(f, theta=1e4, max_length=context), fraction=0.5)  # transformers hard-codes it
     bias = f.flag("attention_bias", False)

@@ -16,7 +16,6 @@ not ssm_in.  llama.cpp folds the same way.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from tiercel.errors import FormatError
@@ -35,7 +34,15 @@ from tiercel.families.fields import Fields
 from tiercel.families.rope import fixed_length, gguf_rope_limits, read_gguf_rope, read_rope, write_gguf_rope, write_rope
 from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, Mamba2Config, ModelConfig
 
-ONES = {"embedding": 1.0, "lm_head": 1.0, "key": 1.0, "attention_in": 1.0, "attention_out": 1.0, "ssm_in": 1.0, "ssm_out": 1.0}
+ONES = {
+    "embedding": 1.0,
+    "lm_head": 1.0,
+    "key": 1.0,
+    "attention_in": 1.0,
+    "attention_out": 1.0,
+    "ssm_in": 1.0,
+    "ssm_out": 1.0,
+}
 
 
 def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
@@ -77,9 +84,8 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
 
 def read_mamba2(f: Fields, width: int) -> Mamba2Config:
     """The `mamba_*` fields, as Falcon-H1 and Bamba spell them."""
-    inner = f.size("mamba_d_ssm", None if "mamba_d_ssm" in f.data else 1024)
     expand = f.number("mamba_expand", 2.0, positive=True)
-    inner = inner or int(expand * width)
+    inner = f.size_or_none("mamba_d_ssm", 1024) or int(expand * width)
     heads = f.size("mamba_n_heads", 128)
     if inner % heads:
         raise FormatError(f"{f.where}: mamba_n_heads = {heads} must divide the inner width {inner}")
@@ -104,7 +110,10 @@ def read_mamba2(f: Fields, width: int) -> Mamba2Config:
 
 
 def rows(
-    config: ModelConfig, m: Mapping[str, float] = ONES, ssm: Iterable[float] = (1.0,) * 5, mlp: Iterable[float] = (1.0, 1.0)
+    config: ModelConfig,
+    m: Mapping[str, float] = ONES,
+    ssm: Iterable[float] = (1.0,) * 5,
+    mlp: Iterable[float] = (1.0, 1.0),
 ) -> Iterator[Row]:
     gate, down = mlp
     ssm = tuple(ssm)
@@ -246,11 +255,6 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "mamba_norm_before_gate": c.gated_norm == "norm_first",
         "lm_head_multiplier": config.logit_scale,
     } | write_rope(attention.rope)  # fmt: skip
-
-
-def untie(config: ModelConfig) -> ModelConfig:
-    """GGUF has no place for a logit scale: a tied model that needs one is written with an output of its own."""
-    return replace(config, tied=False, logit_scale=1.0)
 
 
 FALCON_H1 = Family(

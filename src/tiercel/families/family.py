@@ -106,9 +106,19 @@ def attention_rows(
 ) -> Iterator[Row]:
     """q, k, v, o under `hf`.  into, key, out: Falcon-H1's multipliers; pairs: GGUF keeps q and k interleaved."""
     ours = f"layers.{i}.mixers.attention"
-    for name, gguf, heads, scale in (("q", "attn_q", c.heads, 1.0), ("k", "attn_k", c.kv_heads, key), ("v", "attn_v", 0, 1.0)):
+    for name, gguf, heads, scale in (
+        ("q", "attn_q", c.heads, 1.0),
+        ("k", "attn_k", c.kv_heads, key),
+        ("v", "attn_v", 0, 1.0),
+    ):
         forms = (Form("interleave", heads),) if pairs and heads else ()
-        yield Row(f"{ours}.{name}.weight", f"{hf}.{name}_proj.weight", f"blk.{i}.{gguf}.weight", into * scale, gguf_forms=forms)
+        yield Row(
+            f"{ours}.{name}.weight",
+            f"{hf}.{name}_proj.weight",
+            f"blk.{i}.{gguf}.weight",
+            into * scale,
+            gguf_forms=forms,
+        )
         if c.qkv_bias:
             yield Row(f"{ours}.{name}.bias", f"{hf}.{name}_proj.bias", f"blk.{i}.{gguf}.bias", scale, gguf_forms=forms)
     yield Row(f"{ours}.o.weight", f"{hf}.o_proj.weight", f"blk.{i}.attn_output.weight", out)
@@ -130,7 +140,12 @@ def mamba1_rows(i: int, c: Mamba1Config, hf: str) -> Iterator[Row]:
     if c.inner_norms:
         for name in ("dt", "B", "C"):
             theirs = name.lower()
-            yield Row(f"{ours}.{name}_norm.weight", f"{hf}.{theirs}_layernorm.weight", f"{gguf}.ssm_{theirs}_norm.weight", precise=True)
+            yield Row(
+                f"{ours}.{name}_norm.weight",
+                f"{hf}.{theirs}_layernorm.weight",
+                f"{gguf}.ssm_{theirs}_norm.weight",
+                precise=True,
+            )
     yield Row(f"{ours}.out_proj.weight", f"{hf}.out_proj.weight", f"{gguf}.ssm_out.weight")
     if c.proj_bias:
         yield Row(f"{ours}.in_proj.bias", f"{hf}.in_proj.bias", None)
@@ -180,8 +195,14 @@ def moe_rows(i: int, c: MoEConfig, hf: str, *, router: str, names: tuple[str, st
     """names: what an expert calls gate, up and down; fused: where transformers 5.x keeps them all."""
     ours, gguf = f"layers.{i}.feed_forward", f"blk.{i}"
     other = f"{fused.removesuffix('.experts')}.{router.rpartition('.')[2]}.weight"
-    yield Row(f"{ours}.router.weight", f"{router}.weight", f"{gguf}.ffn_gate_inp.weight", precise=True, aliases=(other,))
-    places = {"gate": (f"{fused}.gate_up_proj", 0, 2), "up": (f"{fused}.gate_up_proj", 1, 2), "down": (f"{fused}.down_proj", 0, 1)}
+    yield Row(
+        f"{ours}.router.weight", f"{router}.weight", f"{gguf}.ffn_gate_inp.weight", precise=True, aliases=(other,)
+    )
+    places = {
+        "gate": (f"{fused}.gate_up_proj", 0, 2),
+        "up": (f"{fused}.gate_up_proj", 1, 2),
+        "down": (f"{fused}.down_proj", 0, 1),
+    }
     for name, theirs in zip(("gate", "up", "down"), names, strict=True):
         experts = tuple(f"{hf}.{e}.{theirs}.weight" for e in range(c.experts))
         yield Row(f"{ours}.{name}", experts, f"{gguf}.ffn_{name}_exps.weight", fused=places[name])

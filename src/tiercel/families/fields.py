@@ -17,18 +17,19 @@ REQUIRED: Any = object()
 
 # Fields of every config.json that do not touch the forward pass: bookkeeping, training, generation defaults.
 HARMLESS = frozenset(
-    """_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash add_cross_attention architectures
-    attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    embedding_dropout encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id hidden_dropout id2label initializer_range is_decoder is_encoder_decoder
-    label2id layer_norm_eps length_penalty max_length min_length model_type name no_repeat_ngram_size num_beam_groups
-    num_beams num_labels num_logits_to_keep num_return_sequences output_attentions output_hidden_states output_scores
-    pad_token_id prefix pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty
-    rescale_prenorm_residual resid_dropout return_dict return_dict_in_generate sep_token_id suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
-    torchscript transformers_version typical_p unk_token_id use_bfloat16 use_cache use_mambapy use_mamba_kernels
-    use_associative_scan vocab_file""".split()
+    """_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash add_cross_attention
+    architectures attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens
+    bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample dtype early_stopping embedding_dropout encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout
+    id2label initializer_range is_decoder is_encoder_decoder label2id layer_norm_eps length_penalty max_length
+    min_length model_type name no_repeat_ngram_size num_beam_groups num_beams num_labels num_logits_to_keep
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+    problem_type pruned_heads remove_invalid_values repetition_penalty rescale_prenorm_residual resid_dropout
+    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    typical_p unk_token_id use_bfloat16 use_cache use_mambapy use_mamba_kernels use_associative_scan 
+    vocab_file""".split()
 )
 
 
@@ -53,13 +54,15 @@ class Fields:
     def size(self, name: str, default: Any = REQUIRED, *, largest: int = LARGEST - 1) -> int:
         """A whole number from 1 to `largest`."""
         value = self._get(name, default)
-        if value is None:
-            return value
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if type(value) is not int or not 0 < value <= largest:
             raise FormatError(f"{self.where}: {name} must be a whole number from 1 to {largest}, not {_short(value)}")
         return value
+
+    def size_or_none(self, name: str, default: int | None = None) -> int | None:
+        """A whole number from 1, or nothing: null, or absent without a default."""
+        return None if self.data.get(name, default) is None else self.size(name, default)
 
     def count(self, name: str, default: Any = REQUIRED) -> int:
         """A whole number from 0: an index, an offset."""

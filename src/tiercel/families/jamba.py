@@ -32,7 +32,11 @@ from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, M
 
 def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
     f = Fields(dict(hf_config))
-    width, heads, depth = f.size("hidden_size"), f.size("num_attention_heads"), f.size("num_hidden_layers", largest=100_000)
+    width, heads, depth = (
+        f.size("hidden_size"),
+        f.size("num_attention_heads"),
+        f.size("num_hidden_layers", largest=100_000),
+    )
     attention = AttentionConfig(
         heads=heads, kv_heads=f.size("num_key_value_heads", 8), head_dim=f.size("head_dim", max(width // heads, 1))
     )
@@ -67,7 +71,13 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
         tied=f.flag("tie_word_embeddings", False),
         max_length=f.size("max_position_embeddings", 262144),
     )
-    f.ignore("mamba_dt_rank", "num_local_experts", "output_router_logits", "router_aux_loss_coef", "calc_logits_for_entire_prompt")
+    f.ignore(
+        "mamba_dt_rank",
+        "num_local_experts",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "calc_logits_for_entire_prompt",
+    )
     f.ignore("n_ctx", "layers_block_type", "layer_types", "layers_num_experts")
     f.only("sliding_window", None)
     f.done()

@@ -34,7 +34,11 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_ta
 def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
     f = Fields(dict(hf_config))
     kind = f.data.get("model_type")
-    width, heads, depth = f.size("hidden_size"), f.size("num_attention_heads"), f.size("num_hidden_layers", largest=100_000)
+    width, heads, depth = (
+        f.size("hidden_size"),
+        f.size("num_attention_heads"),
+        f.size("num_hidden_layers", largest=100_000),
+    )
     context = f.size("max_position_embeddings", {"llama": 2048, "qwen2": 32768}.get(str(kind), 131072))
     rope = read_rope(f, theta=1e6 if kind == "mixtral" else 1e4, max_length=context)
     bias = f.flag("attention_bias", False) if kind == "llama" else False
@@ -76,7 +80,7 @@ def _windows(f: Fields, kind: Any, depth: int) -> list[int | None]:
     """The sliding window of every layer."""
     if kind == "llama":
         return [None] * depth
-    window = f.size("sliding_window", 4096 if kind == "mistral" and "sliding_window" not in f.data else None)
+    window = f.size_or_none("sliding_window", 4096 if kind == "mistral" else None)
     if kind != "qwen2":
         return [window] * depth
     first = f.count("max_window_layers", 28)
@@ -217,7 +221,11 @@ def write(config: ModelConfig, kind: str = "") -> dict[str, Any]:
         "tie_word_embeddings": config.tied,
     } | write_rope(attention.rope)
     if isinstance(feed_forward, MoEConfig):
-        out |= {"num_local_experts": feed_forward.experts, "num_experts_per_tok": feed_forward.active, "sliding_window": None}
+        out |= {
+            "num_local_experts": feed_forward.experts,
+            "num_experts_per_tok": feed_forward.active,
+            "sliding_window": None,
+        }
     elif kind == "llama":
         out |= {"mlp_bias": feed_forward.bias, "attention_bias": attention.out_bias}
         if attention.qkv_bias != attention.out_bias:

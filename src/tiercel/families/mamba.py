@@ -100,7 +100,9 @@ def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[
     return config, rows(config)
 
 
-def read_gguf_mamba1(m: Metadata, tensors: Mapping[str, Any], *, inner_norms: bool = False, layer: int = 0) -> Mamba1Config:
+def read_gguf_mamba1(
+    m: Metadata, tensors: Mapping[str, Any], *, inner_norms: bool = False, layer: int = 0
+) -> Mamba1Config:
     if m.metadata.get(f"{m.arch}.ssm.dt_b_c_rms"):
         raise FormatError("GGUF metadata: ssm.dt_b_c_rms (Falcon-Mamba's norms without weights) is not supported")
     return Mamba1Config(

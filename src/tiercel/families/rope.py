@@ -16,8 +16,8 @@ from tiercel.families.family import Metadata
 from tiercel.families.fields import Fields
 from tiercel.model.config import RopeConfig
 
-TYPES = {"default": "none", "none": "none", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3", "yarn": "yarn",
-         "longrope": "longrope", "su": "longrope"}  # fmt: skip
+TYPES = {name: name for name in ("none", "linear", "dynamic", "llama3", "yarn", "longrope")}
+TYPES |= {"default": "none", "su": "longrope"}
 
 
 def read_rope(f: Fields, *, theta: float, max_length: int, fraction: float = 1.0) -> RopeConfig:
@@ -130,8 +130,8 @@ def write_gguf_rope(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
     if rope.scaling in ("linear", "yarn"):
         out |= {"rope.scaling.type": rope.scaling, "rope.scaling.factor": rope.factor}
     if rope.scaling == "yarn":
-        out |= {"rope.scaling.original_context_length": rope.original_length,
-                "rope.scaling.yarn_beta_fast": rope.beta_fast, "rope.scaling.yarn_beta_slow": rope.beta_slow}  # fmt: skip
+        out["rope.scaling.original_context_length"] = rope.original_length
+        out |= {"rope.scaling.yarn_beta_fast": rope.beta_fast, "rope.scaling.yarn_beta_slow": rope.beta_slow}
     return out
 
 

@@ -298,8 +298,10 @@ def _build(cls: Any, data: dict[str, Any]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = set(data) - set(fields)
     check(not unknown, f"{cls.__name__} has no field {sorted(map(str, unknown))[:1]}")
-    data = {k: tuple(math.inf if v == "inf" else v for v in value) if isinstance(value, list) else value
-            for k, value in data.items()}
+    data = {
+        k: tuple(math.inf if v == "inf" else v for v in value) if isinstance(value, list) else value
+        for k, value in data.items()
+    }
     for name, value in data.items():
         check(_fits(value, str(fields[name].type)), f"{cls.__name__}.{name} cannot be {value!r}")
     missing = [n for n, f in fields.items() if n not in data and f.default is dataclasses.MISSING]

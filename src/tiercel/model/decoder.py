@@ -128,7 +128,7 @@ class Decoder(nn.Module):
         if not hasattr(self, "_fingerprint"):
             h = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode() + str(self.dtype).encode())
             sample = [self.embed.weight[0], self.embed.weight[-1], self.norm.weight]
-            sample += [block.mixer_norm.weight for block in self.layers]  # type: ignore[misc]
+            sample += [p for name, p in self.named_parameters() if name.endswith("mixer_norm.weight")]
             for tensor in sample:
                 h.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
             self._fingerprint = h.hexdigest()

@@ -71,7 +71,7 @@ class Mamba2(nn.Module):
             S_HPN = torch.zeros(c.heads, c.head_dim, c.state, device=x_LHP.device)
             y_LHP, _ = ssd(C_LGN, x_LHP, dt_LH, A_H, B_LGN, S_HPN, chunk=c.chunk)
         else:
-            *open_inputs, B_open, S_HPN, commit = memory.extend(x_LHP, dt_LH, B_LGN)
-            y_LHP, S_HPN = ssd(C_LGN, *open_inputs, A_H, B_open, S_HPN, chunk=c.chunk, commit=commit)
+            x_open, dt_open, B_open, S_HPN, commit = memory.extend(x_LHP, dt_LH, B_LGN)
+            y_LHP, S_HPN = ssd(C_LGN, x_open, dt_open, A_H, B_open, S_HPN, chunk=c.chunk, commit=commit)
             memory.commit(S_HPN, L, commit)
         return (y_LHP + self.D.float().unsqueeze(-1) * x_LHP).flatten(1)

@@ -14,7 +14,7 @@ cutting back replays the open inputs (no matrix product is repeated).
 
 Everybody else only asks:
 
-    length · oldest · trim(n) → bool · snapshot() / restore(s) · fork() · nbytes · save(path)
+    length · oldest · trim(n) → bool · snapshot() / bookmark() / restore(s) · fork() · nbytes · save(path)
 
 Boundaries are absolute multiples of the chunk, so prefill, chunked prefill and decode meet the same grid.
 Letters: K conv kernel, C conv channels, H heads, P head dim, N state, G groups, I inner width, L new tokens.
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import FormatError, RequestError
-from tiercel.model.config import AttentionConfig, LARGEST, Mamba1Config, Mamba2Config, Mixer
+from tiercel.model.config import LARGEST, AttentionConfig, Mamba1Config, Mamba2Config, Mixer
 from tiercel.ops.scan import selective_scan
 
 
@@ -41,6 +41,7 @@ class LayerState(ABC):
 
     length: int = 0
     base: int = 0  # nothing before this token can be cut
+    copied: bool = True  # whether going back needs a copy made in time (not so where every cut is possible)
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -73,6 +74,8 @@ def _grown(buffer: Tensor, used: int, needed: int, dim: int) -> Tensor:
 
 class AttentionState(LayerState):
     """Keys and values of every token, (K, T, D); trims by length."""
+
+    copied = False
 
     def __init__(self, config: AttentionConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.k = torch.empty(config.kv_heads, 0, config.head_dim, dtype=dtype, device=device)
@@ -265,11 +268,11 @@ class Snapshot:
     """A copy of what was remembered at `length`; immutable, can be restored any number of times."""
 
     length: int
-    layers: tuple[tuple[dict[str, Tensor], int], ...]  # tensors and base of every layer state
+    layers: tuple[tuple[dict[str, Tensor] | None, int], ...]  # tensors and base of every layer state
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for tensors, _ in self.layers for t in tensors.values())
+        return sum(t.nbytes for tensors, _ in self.layers for t in (tensors or {}).values())
 
 
 class State:
@@ -315,11 +318,28 @@ class State:
         layers = [({k: t.clone() for k, t in part.tensors().items()}, part.base) for part in self._parts]
         return Snapshot(self.length, tuple(layers))
 
+    def bookmark(self) -> Snapshot:
+        """A snapshot without the copy of what can be cut anyway (keys and values).
+
+        For this state only, and while it has not been trimmed to less: the tokens up to here must still be its own.
+        """
+        layers = [
+            ({k: t.clone() for k, t in part.tensors().items()} if part.copied else None, part.base)
+            for part in self._parts
+        ]
+        return Snapshot(self.length, tuple(layers))
+
     def restore(self, snapshot: Snapshot) -> None:
-        """Be as when the snapshot was taken."""
+        """Be as when the snapshot (or bookmark) was taken."""
+        for part, (tensors, _) in zip(self._parts, snapshot.layers, strict=True):
+            if tensors is None and part.length < snapshot.length:
+                raise RequestError("this bookmark lies beyond what the state still holds")
         self.length = snapshot.length
         for part, (tensors, base) in zip(self._parts, snapshot.layers, strict=True):
-            part.adopt(tensors, snapshot.length, base)
+            if tensors is None:
+                part.length = snapshot.length
+            else:
+                part.adopt(tensors, snapshot.length, base)
 
     def fork(self) -> State:
         """A second state that continues from here on its own."""
@@ -336,7 +356,7 @@ class State:
 
         from tiercel.weights.atomic import atomic_write
 
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for i, part in enumerate(self._parts):
             tensors |= {f"{i}.{k}": t.contiguous() for k, t in part.tensors().items()}
         bases = ",".join(str(part.base) for part in self._parts)

@@ -1,7 +1,7 @@
 """Root-mean-square norms (Zhang & Sennrich 2019), statistics and products in float32.
 
-    rms_norm        y = w · x / √(mean(x²) + eps)
-    gated_rms_norm  the Mamba-2 output norm, over groups of channels, with the gate silu(z) before or after
+rms_norm        y = w · x / √(mean(x²) + eps)
+gated_rms_norm  the Mamba-2 output norm, over groups of channels, with the gate silu(z) before or after
 """
 
 from __future__ import annotations

@@ -1,0 +1,349 @@
+"""The front door: `load` gives a Model; `LLM` is the same with vLLM's names.
+
+model = tiercel.load("smollm2")
+print(model.generate("Why is the sky blue?"))
+for text in model.stream("And why is it red at night?"): ...
+model.logits([1, 2, 3])                                              # (L, V) float32
+
+llm = LLM(model="smollm2", max_model_len=2048)
+llm.generate(["Once upon a time"], SamplingParams(temperature=0.7))[0].outputs[0].text
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiercel.errors import RequestError
+from tiercel.families.family import Layout
+from tiercel.generate import Generation, Session, Times, prefill
+from tiercel.model.config import ModelConfig
+from tiercel.model.decoder import Decoder
+from tiercel.sampling import Logprob, SamplingParams
+from tiercel.stream import Piece
+from tiercel.text import Text
+from tiercel.weights import hub
+from tiercel.weights import load as weights
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or messages
+
+
+class Answer(str):
+    """The answer's text, with what is known of it.
+
+    thinking: the thoughts before it · token_ids · finish_reason: "stop" or "length" · logprobs (when asked for) ·
+    prompt_tokens, cached_tokens: how many the prompt had, and how many of them were not read again · times (seconds)
+    """
+
+    thinking: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: str | int | None
+    logprobs: list[dict[int, Logprob]] | None
+    prompt_tokens: int
+    cached_tokens: int
+    times: Times
+
+    @classmethod
+    def of(cls, run: Generation) -> Answer:
+        answer = cls(run.text)
+        answer.thinking, answer.token_ids, answer.logprobs = run.thoughts, run.token_ids, run.logprobs
+        answer.finish_reason, answer.stop_reason = run.finish_reason, run.stop_reason
+        answer.prompt_tokens, answer.cached_tokens = len(run.prompt_ids), run.cached_tokens
+        answer.times = run.times
+        return answer
+
+
+class Model:
+    """A network with its words: made by `load`.
+
+    network: the Decoder, a torch module · text: tokenizer and chat template, or None · config: what it is, as data
+    max_length: the context in tokens
+    """
+
+    def __init__(
+        self,
+        network: Decoder,
+        text: Text | None,
+        layout: Layout,
+        *,
+        name: str,
+        max_length: int | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.network, self.text, self.layout, self.name = network, text, layout, name
+        self.defaults = dict(defaults or {})
+        self.max_length = self.config.max_length if max_length is None else max_length
+        if not 0 < self.max_length <= self.config.max_length:
+            raise RequestError(
+                f"a context of {self.max_length} is asked for; {name} was made for 1 to {self.config.max_length}"
+            )
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config
+
+    def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Token ids (L,) → logits of every next token (L, V), float32, no gradients."""
+        with torch.no_grad():
+            return self.network(torch.as_tensor(ids, dtype=torch.long, device=self.network.embed.weight.device))
+
+    def session(self) -> Session:
+        """A conversation's memory; see `generate.Session`."""
+        return Session(self.network, self.text, self.max_length)
+
+    def encode(self, prompt: Prompt, *, raw: bool = False, **template: Any) -> list[int]:
+        """Token ids of a prompt: messages, or text put as a user's message where the model has a chat template.
+
+        raw: text as it is.  Token ids stay what they are.  Further arguments go to the template.
+        """
+        if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
+            return list(prompt)  # type: ignore[arg-type]
+        if self.text is None:
+            raise RequestError(f"{self.name} has no tokenizer: give it token ids")
+        if isinstance(prompt, str) and (raw or not self.text.has_template):
+            return self.text.encode(prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]  # type: ignore[call-overload]
+        return self.text.chat(messages, **template)
+
+    def default_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends, else temperature 0.8, top_p 0.9, top_k 40."""
+        return SamplingParams(max_tokens=None, **(self.defaults or {"temperature": 0.8, "top_p": 0.9, "top_k": 40}))
+
+    def pieces(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        session: Session | None = None,
+        **more: Any,
+    ) -> tuple[Iterator[Piece], Session]:
+        """The answer as it comes, thoughts apart, and the session whose `last` tells about it."""
+        ids = self.encode(prompt, raw=raw)
+        chat = not raw and self.text is not None and self.text.has_template and not _is_ids(prompt)
+        session = session or self.session()
+        starts = chat and self.text is not None and self.text.opens_thinking(ids)
+        thinking = "auto" if chat else "off"
+        return session.generate(
+            ids, params or self.default_params(), thinking=thinking, starts_in_thinking=starts, **more
+        ), session
+
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Answer:
+        """The whole answer, a string that also knows its thoughts, tokens, times and why it ended."""
+        pieces, session = self.pieces(prompt, params, raw=raw)
+        for _ in pieces:
+            pass
+        assert session.last is not None
+        return Answer.of(session.last)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Iterator[str]:
+        """The answer's text as it comes (without the thoughts: `pieces` has both)."""
+        pieces, _ = self.pieces(prompt, params, raw=raw)
+        return (piece.text for piece in pieces if piece.kind == "text")
+
+    def export(self, out: str | Path, *, dtype: str | None = None) -> Path:
+        """Write the network as it is now: a .gguf file or a Hugging Face folder."""
+        return weights.export(
+            weights.NetworkSource(self.network, self.layout, self.text), out, dtype=dtype, name=self.name
+        )
+
+
+def _is_ids(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt)
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    max_length: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """A model by path, short name or hub name.
+
+    name: a folder with config.json and safetensors, a .gguf file, a pattern file (.json, .toml: fresh weights), a
+    short name such as "smollm2" (pulled when missing) or "org/repo".
+    dtype: "auto" as stored, or float32, bfloat16, float16.  max_length: a smaller context than the model's.
+    Raises ModelNotFound, FormatError, UnsupportedError, DoesNotFit, Offline.
+    """
+    path = hub.resolve(str(name), pull=True)
+    network, text, layout = weights.load(path, dtype=dtype, progress=progress)
+    defaults = weights.generation_defaults(path)
+    return Model(network, text, layout, name=str(name), max_length=max_length, defaults=defaults)
+
+
+# ── vLLM's names ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class CompletionOutput:
+    """One of the `n` answers to a prompt."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its answers."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = True
+    num_cached_tokens: int = 0
+
+
+# Arguments of vllm.LLM that mean something only to its engine: what each does not do here.
+ELSEWHERE = {
+    "trust_remote_code": "no code from a model folder is ever run",
+    "gpu_memory_utilization": "memory is taken as it is needed",
+    "tensor_parallel_size": "one device is used",
+    "swap_space": "nothing is swapped out",
+    "cpu_offload_gb": "weights stay on one device",
+    "enforce_eager": "nothing is captured or compiled",
+    "tokenizer_mode": "the model's own tokenizer is used",
+    "enable_prefix_caching": "each prompt is read on its own",
+    "disable_log_stats": "there are no log statistics",
+}
+HARMLESS_VALUES = {
+    "trust_remote_code": False,
+    "tensor_parallel_size": 1,
+    "tokenizer_mode": "auto",
+    "enforce_eager": False,
+}
+
+
+class LLM:
+    """vLLM's offline interface: `LLM(model=…).generate(prompts, params)`, answers in the order of the prompts.
+
+    Arguments that have no meaning here are named in one warning; unknown ones are refused.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: str | None = None,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        seed: int | None = None,
+        **others: Any,
+    ) -> None:
+        unknown = [name for name in others if name not in ELSEWHERE]
+        if unknown:
+            raise RequestError(f"LLM has no argument {unknown[0]!r}; it takes model, dtype, max_model_len, seed")
+        idle = [name for name, value in others.items() if HARMLESS_VALUES.get(name, object()) != value]
+        if idle:
+            warnings.warn("; ".join(f"{name}: {ELSEWHERE[name]}" for name in idle), stacklevel=2)
+        self.model = load(model, dtype=dtype, max_length=max_model_len)
+        if tokenizer is not None and str(tokenizer) != str(model):
+            self.model.text = Text.from_folder(hub.resolve(tokenizer, pull=True))
+        self.seed, self._count = seed, 0
+
+    def get_tokenizer(self) -> Text | None:
+        return self.model.text
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        return self.model.default_params()
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """prompts: one or a list of: text (as it is, no template), {"prompt": …}, {"prompt_token_ids": […]}."""
+        if isinstance(prompts, (str, dict)):
+            prompts = [prompts]
+        return self._all([self._read(prompt) for prompt in prompts], sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """messages: one conversation or a list of them; rendered with the model's chat template."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        text = self.model.text
+        if text is None:
+            raise RequestError(f"{self.model.name} has no tokenizer: use generate with prompt_token_ids")
+        read = [(text.render(list(talk), **template), text.chat(list(talk), **template)) for talk in conversations]
+        return self._all(read, sampling_params, use_tqdm)
+
+    def _read(self, prompt: Any) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            prompt = prompt.get("prompt")
+        if not isinstance(prompt, str):
+            raise RequestError('a prompt is text, {"prompt": text} or {"prompt_token_ids": [ids]}')
+        return prompt, self.model.encode(prompt, raw=True)
+
+    def _all(
+        self,
+        prompts: Sequence[tuple[str | None, list[int]]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        bar: bool,
+    ) -> list[RequestOutput]:
+        wanted = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        if len(wanted) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts need as many sampling params, not {len(wanted)}")
+        from rich.console import Console
+        from rich.progress import track
+
+        out = []
+        steps = zip(prompts, wanted, strict=True)
+        console = Console(stderr=True)
+        shown = bar and console.is_terminal and len(prompts) > 1
+        for (prompt, ids), p in track(list(steps), "generating", console=console, transient=True, disable=not shown):
+            out.append(self._one(prompt, ids, p))
+        return out
+
+    def _one(self, prompt: str | None, ids: list[int], params: SamplingParams) -> RequestOutput:
+        """One prompt: read once, forked for each of its `n` answers."""
+        model = self.model
+        if params.seed is None and self.seed is not None:
+            params = replace(params, seed=self.seed)
+        state, logits = model.network.new_state(), None
+        self._count += 1
+        request = RequestOutput(str(self._count - 1), prompt, ids)
+        for index in range(params.n):
+            if index == 0 and params.n > 1 and 0 < len(ids) < model.max_length:
+                logits = prefill(model.network, torch.tensor(ids), state)
+            own = state.fork() if index < params.n - 1 else state
+            run = Generation(
+                model.network, model.text, ids, params, model.max_length, own, first_logits=logits, choice=index
+            )
+            run.finish()
+            request.outputs.append(
+                CompletionOutput(
+                    index,
+                    run.text,
+                    run.token_ids,
+                    run.cumulative_logprob,
+                    run.logprobs,
+                    run.finish_reason,
+                    run.stop_reason,
+                )
+            )
+        return request

@@ -1,0 +1,60 @@
+"""What a tensor of ours looks like in a foreign file, and back: the forms of `families.family`, on tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tiercel.families.family import Form, Runs
+
+
+def foreign_shape(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in the file of a tensor that has `shape` here."""
+    if form.name == "conv":
+        return (shape[0], 1, *shape[1:])
+    if form.name == "column":
+        return (*shape, 1)
+    if form.name == "groups":
+        return (form.n, shape[0] // form.n)
+    return shape
+
+
+def to_ours(form: Form, x: Tensor) -> Tensor:
+    """From the file's form to ours; neg_exp answers in float64."""
+    if form.name == "conv":
+        return x.squeeze(1)
+    if form.name == "column":
+        return x.squeeze(-1)
+    if form.name == "groups":
+        return x.flatten()
+    if form.name == "neg_exp":
+        return (-x.double()).log()
+    assert form.name == "interleave"
+    return x.unflatten(0, (form.n, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_foreign(form: Form, x: Tensor) -> Tensor:
+    """From our form to the file's; neg_exp answers in float64."""
+    if form.name == "conv":
+        return x.unsqueeze(1)
+    if form.name == "column":
+        return x.unsqueeze(-1)
+    if form.name == "groups":
+        return x.unflatten(0, (form.n, -1))
+    if form.name == "neg_exp":
+        return -x.double().exp()
+    assert form.name == "interleave"
+    return x.unflatten(0, (form.n, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def scaled(x: Tensor, scale: float | Runs, start: int, *, inverse: bool = False) -> Tensor:
+    """Rows start … of a tensor times their multiplier (or divided by it), wide enough to round only once later."""
+    if scale == 1.0:
+        return x
+    x = x.double() if x.dtype in (torch.float32, torch.float64) else x.float()
+    if isinstance(scale, tuple):
+        per_row = torch.cat([torch.full((count,), value, dtype=x.dtype) for count, value in scale])
+        factor = per_row[start : start + len(x)].view(-1, *[1] * (x.dim() - 1))
+    else:
+        factor = torch.tensor(scale, dtype=x.dtype)
+    return x / factor if inverse else x * factor

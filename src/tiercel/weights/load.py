@@ -1,0 +1,484 @@
+"""A path becomes a network: where config, family, file and memory meet.  And back: a network becomes a file.
+
+    folder with config.json and safetensors  ┐                         ┌ a Hugging Face folder
+    one .gguf file                           ├→ Checkpoint → Decoder → ┤
+    a pattern (.json, .toml): fresh weights  ┘                         └ a GGUF file
+
+Tensors travel in row blocks, straight into the memory they stay in, so loading takes little more than the model.
+Shapes are compared with the files before that memory is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from tiercel.errors import DoesNotFit, FormatError, ModelNotFound, RequestError, UnsupportedError
+from tiercel.families import from_gguf, from_hf
+from tiercel.families.family import Form, Layout, Row, refuse
+from tiercel.families.pattern import PATTERN, read_file
+from tiercel.families.pattern import rows as pattern_rows
+from tiercel.model.config import ModelConfig
+from tiercel.model.decoder import Decoder
+from tiercel.model.layers import initialize
+from tiercel.text import Text
+from tiercel.weights.forms import foreign_shape, scaled, to_foreign, to_ours
+from tiercel.weights.gguf import GGUFFile, write_gguf
+from tiercel.weights.safetensors import open_safetensors, write_safetensors
+from tiercel.weights.stored import OutTensor, StoredTensor
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+BLOCK_BYTES = 8 << 20  # rows on their way from a file
+DTYPES = {
+    "float32": torch.float32, "f32": torch.float32, "float": torch.float32,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "f16": torch.float16, "half": torch.float16,
+}  # fmt: skip
+STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+WHOLE = ("interleave", "groups", "column", "neg_exp")  # forms that cannot be cut into row blocks
+# Buffers some checkpoints carry along; they follow from the config.
+DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".mup_vector")
+
+
+class Source(Protocol):
+    """Where the tensors of a layout come from, in our names and forms."""
+
+    layout: Layout
+
+    def read(self, row: Row, start: int, stop: int) -> Tensor:
+        """Rows start … stop as ours, at least as wide as stored."""
+
+    def stored(self, row: Row) -> str:
+        """The type it is stored in: "F32", "BF16", "Q4_K" …"""
+
+    def text(self) -> Text | None: ...
+
+
+@dataclass
+class Checkpoint:
+    """An opened Hugging Face folder or GGUF file, its layout understood and every tensor accounted for."""
+
+    path: Path
+    layout: Layout
+    tensors: Mapping[str, StoredTensor]
+    gguf: Mapping[str, Any] | None = None  # its metadata, for a GGUF file
+
+    def __post_init__(self) -> None:
+        if len(self.layout.config.layers) > len(self.tensors):
+            raise FormatError(
+                f"{self.path}: {len(self.tensors)} tensors cannot make {len(self.layout.config.layers)} layers"
+            )
+        self._check()
+
+    # ── which stored tensor is which ──
+
+    def _stored(self, row: Row) -> list[StoredTensor]:
+        """The tensor of a row; for experts one each, or the one that holds them all."""
+        if self.gguf is not None:
+            names = [row.gguf or ""]
+        else:
+            names = list(row.hf) if isinstance(row.hf, tuple) else [row.hf]
+            if row.fused and names[0] not in self.tensors and row.fused[0] in self.tensors:
+                return [self.tensors[row.fused[0]]]
+            if names[0] not in self.tensors:
+                names = next(([alias] for alias in row.aliases if alias in self.tensors), names)
+        missing = [name for name in names if name not in self.tensors]
+        if missing:
+            raise FormatError(f"{self.path}: the tensor {missing[0]!r} is missing ({self.layout.family.name})")
+        return [self.tensors[name] for name in names]
+
+    def _forms(self, row: Row) -> tuple[Form, ...]:
+        if self.gguf is not None:
+            return row.gguf_forms
+        return (row.hf_form,) if row.hf_form else ()
+
+    def _check(self) -> None:
+        """Every tensor of ours is there in the right shape, and none is left over."""
+        shapes = parameter_shapes(self.layout)
+        used: set[str] = set()
+        for row in self.layout.rows:
+            stored = self._stored(row)
+            used.update(tensor.name for tensor in stored)
+            expected = shapes[row.ours]
+            for form in self._forms(row):
+                expected = foreign_shape(form, expected)
+            if self.gguf is None and row.fused and stored[0].name == row.fused[0]:
+                expected = (expected[0], expected[1] * row.fused[2], *expected[2:])
+            elif isinstance(row.hf, tuple) and self.gguf is None:
+                expected = expected[1:]
+            for tensor in stored:
+                if tensor.shape != expected:
+                    raise FormatError(
+                        f"{self.path}: {tensor.name} is {_by(tensor.shape)}, the config says {_by(expected)}"
+                    )
+        extra = [name for name in self.tensors if name not in used and not self._derived(name)]
+        if extra:
+            known = self.layout.family.name
+            raise FormatError(f"{self.path}: {known} has no tensor {extra[0]!r} ({len(extra)} unknown in all)")
+
+    def _derived(self, name: str) -> bool:
+        tied = self.layout.config.tied and name in ("lm_head.weight", "output.weight")
+        return tied or name == "rope_freqs.weight" or name.endswith(DERIVED)
+
+    # ── Source ──
+
+    def read(self, row: Row, start: int, stop: int) -> Tensor:
+        stored, forms = self._stored(row), self._forms(row)
+        if self.gguf is None and row.fused and stored[0].name == row.fused[0]:
+            _, part, parts = row.fused
+            return stored[0].rows(start, stop).chunk(parts, 1)[part]
+        if self.gguf is None and isinstance(row.hf, tuple):
+            return torch.stack([tensor.rows() for tensor in stored[start:stop]])
+        if any(form.name in WHOLE for form in forms):
+            x = stored[0].rows()
+            for form in reversed(forms):
+                x = to_ours(form, x)
+            return x[start:stop]
+        x = stored[0].rows(start, stop)
+        for form in forms:
+            x = to_ours(form, x)
+        return x if self.gguf is not None else scaled(x, row.scale, start)
+
+    def stored(self, row: Row) -> str:
+        return self._stored(row)[0].type
+
+    def text(self) -> Text | None:
+        if self.gguf is not None:
+            return Text.from_gguf(self.gguf)
+        return Text.from_folder(self.path if self.path.is_dir() else self.path.parent)
+
+
+@dataclass
+class NetworkSource:
+    """A network in memory as a source: what was trained or changed here can be exported like any checkpoint."""
+
+    network: Decoder
+    layout: Layout
+    words: Text | None = None
+
+    def __post_init__(self) -> None:
+        self._state = dict(self.network.named_parameters())
+
+    def read(self, row: Row, start: int, stop: int) -> Tensor:
+        return self._state[row.ours].detach()[start:stop]
+
+    def stored(self, row: Row) -> str:
+        return STORED[self._state[row.ours].dtype]
+
+    def text(self) -> Text | None:
+        return self.words
+
+
+def parameter_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """The shapes of all our tensors; takes no memory.  Raises when table and network disagree."""
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Decoder(layout.config).named_parameters()}
+    ours = {row.ours for row in layout.rows}
+    assert ours == set(shapes), f"{layout.family.name}: table and network differ in {sorted(ours ^ set(shapes))[:3]}"
+    return shapes
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape)) or "a scalar"
+
+
+# ── in ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def generation_defaults(path: Path) -> dict[str, Any]:
+    """The sampling settings a folder's generation_config.json recommends; {} without one."""
+    file = path / "generation_config.json"
+    found = read_json(file) if path.is_dir() and file.is_file() else {}
+    return {k: found[k] for k in GENERATION if found.get(k) is not None} if isinstance(found, dict) else {}
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A folder with config.json, or a .gguf file.  FormatError names what is wrong with it."""
+    path = Path(path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        if not ggufs:
+            raise FormatError(f"{path} holds neither config.json nor a .gguf file")
+        if len(ggufs) > 1 and "-00001-of-" not in ggufs[0].name:
+            raise FormatError(f"{path} holds {len(ggufs)} .gguf files: name the one you mean, such as {ggufs[0]}")
+        path = ggufs[0]
+    if path.is_dir():
+        layout = from_hf(read_json(path / "config.json"))
+        return Checkpoint(path, layout, open_safetensors(path).tensors)
+    if not path.exists():
+        raise ModelNotFound(f"there is no {path}")
+    if path.suffix == ".safetensors":
+        layout = from_hf(read_json(path.parent / "config.json"))
+        return Checkpoint(path, layout, open_safetensors(path).tensors)
+    file = GGUFFile(path)
+    return Checkpoint(path, from_gguf(file.metadata, file.tensors), file.tensors, file.metadata)
+
+
+def read_json(path: Path) -> Any:
+    """A config file of at most 16 MiB."""
+    try:
+        if path.stat().st_size > 16 << 20:
+            raise FormatError(f"{path} is too large for a config file")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not JSON: {error}") from error
+
+
+def load(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", progress: Progress | None = None
+) -> tuple[Decoder, Text | None, Layout]:
+    """The network (in eval mode), its text side if it has one, and the layout it came in.
+
+    dtype: "auto" (as stored; packed types and float16 become what this CPU multiplies well), or a float type.
+    Raises FormatError, UnsupportedError, ModelNotFound, DoesNotFit.
+    """
+    path = Path(path)
+    if path.suffix in (".json", ".toml") and path.is_file():
+        return _fresh(read_file(path), dtype)
+    checkpoint = open_checkpoint(path)
+    wanted = pick_dtype(dtype, checkpoint)
+    network = build(checkpoint.layout, wanted, checkpoint)
+    fill(network, checkpoint, progress)
+    return network.eval(), checkpoint.text(), checkpoint.layout
+
+
+def _fresh(config: ModelConfig, dtype: str | torch.dtype, seed: int = 0) -> tuple[Decoder, Text | None, Layout]:
+    layout = Layout(PATTERN, config, tuple(pattern_rows(config)))
+    network = build(layout, torch.float32 if dtype == "auto" else as_dtype(dtype))
+    initialize(network, seed)
+    return network.eval(), None, layout
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in STORED:
+        raise RequestError(f"dtype {dtype!r} is not known; choose auto, float32, bfloat16 or float16")
+    return found
+
+
+def pick_dtype(dtype: str | torch.dtype, source: Checkpoint) -> torch.dtype:
+    """What the matrices will be held in."""
+    if dtype != "auto":
+        return as_dtype(dtype)
+    largest = max(source.layout.rows, key=lambda row: sum(t.nbytes for t in source._stored(row)))
+    stored = source.stored(largest)
+    if stored in ("F32", "F64"):
+        return torch.float32
+    return torch.bfloat16 if stored == "BF16" or fast_bf16() else torch.float32
+
+
+def fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 at full speed; otherwise float32 is the faster home of packed weights."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def build(layout: Layout, dtype: torch.dtype, source: Source | None = None) -> Decoder:
+    """A network of that layout with its memory allocated and not yet filled."""
+    with torch.device("meta"):
+        network = Decoder(layout.config)
+    meta = dict(network.named_parameters())
+    kept = {row.ours: _kept_dtype(row, dtype, source) for row in layout.rows}
+    needed = sum(p.numel() * kept[name].itemsize for name, p in meta.items())
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise DoesNotFit(
+            f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} "
+            f"and {available / 1e9:.1f} GB of memory are free; choose a smaller model or another dtype"
+        )
+    for name, p in meta.items():
+        owner, _, leaf = name.rpartition(".")
+        empty = nn.Parameter(torch.empty(p.shape, dtype=kept[name]), requires_grad=False)
+        setattr(network.get_submodule(owner), leaf, empty)
+    if layout.config.tied:
+        network.head.weight = network.embed.weight
+    return network
+
+
+def _kept_dtype(row: Row, dtype: torch.dtype, source: Source | None) -> torch.dtype:
+    """Matrices in the dtype asked for; norms, convolutions and decays never narrower than they are stored."""
+    if not row.precise or source is None or dtype == torch.float32:
+        return dtype
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(source.stored(row), torch.float32)
+
+
+@torch.no_grad()
+def fill(network: Decoder, source: Source, progress: Progress | None = None) -> None:
+    """Copy every tensor into place, a few rows at a time."""
+    parameters = dict(network.named_parameters())
+    total, done = sum(p.nbytes for p in parameters.values()), 0
+    for row in source.layout.rows:
+        target = parameters[row.ours]
+        for start, stop in _blocks(target, row):
+            target[start:stop] = source.read(row, start, stop)
+            done += target[start:stop].nbytes
+            if progress is not None:
+                progress(done, total)
+
+
+def _blocks(target: Tensor, row: Row) -> Iterator[tuple[int, int]]:
+    """Row ranges of about BLOCK_BYTES; a tensor in a form that cannot be cut is one range."""
+    count = target.shape[0]
+    step = max(1, BLOCK_BYTES * count // max(target.numel() * 4, 1))
+    if any(form.name in WHOLE for form in row.gguf_forms):
+        step = count
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
+
+
+# ── out ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def export(
+    source: Source | str | Path, out: str | Path, *, dtype: str | torch.dtype | None = None, name: str | None = None
+) -> Path:
+    """Write a checkpoint in the other form, or the same: a .gguf file that llama.cpp reads, or a Hugging Face folder.
+
+    dtype None keeps the stored precision (packed types become bfloat16).  Norms, convolutions and decays are
+    float32 in GGUF.  Nothing is written when the target cannot say what the model needs (UnsupportedError).
+    """
+    if isinstance(source, (str, Path)):
+        source = open_checkpoint(source)
+    out = Path(out)
+    wanted = None if dtype is None else STORED[as_dtype(dtype)]
+    if out.suffix == ".gguf":
+        _export_gguf(source, out, wanted, name)
+    else:
+        _export_hf(source, out, wanted)
+    return out
+
+
+def _type(source: Source, row: Row, wanted: str | None) -> str:
+    stored = source.stored(row)
+    return wanted or (stored if stored in STORED.values() else "F32" if stored == "F64" or row.precise else "BF16")
+
+
+def _reader(
+    source: Source, row: Row, shape: Sequence[int], forms: Sequence[Form], scale: bool
+) -> Callable[[int, int], Tensor]:
+    """Rows of the foreign tensor, made from rows of ours."""
+    whole = any(form.name in WHOLE for form in (*forms, *row.gguf_forms))
+
+    def rows(start: int, stop: int) -> Tensor:
+        x = source.read(row, 0, shape[0]) if whole else source.read(row, start, stop)
+        if scale:
+            x = scaled(x, row.scale, 0 if whole else start, inverse=True)
+        for form in forms:
+            x = to_foreign(form, x)
+        return x[start:stop] if whole else x
+
+    return rows
+
+
+def _export_hf(source: Source, folder: Path, wanted: str | None) -> None:
+    layout = source.layout
+    config = dict(layout.hf_config) if layout.hf_config is not None else None
+    if config is None:
+        if layout.family.write is None:
+            raise UnsupportedError(f"{layout.family.name} cannot be written as a Hugging Face folder")
+        config = layout.family.write(layout.config)
+    shapes, tensors = parameter_shapes(layout), []
+    for row in layout.rows:
+        shape = shapes[row.ours]
+        kind = _type(source, row, wanted)
+        if isinstance(row.hf, tuple):
+            tensors += [OutTensor(n, shape[1:], kind, _expert(source, row, e)) for e, n in enumerate(row.hf)]
+            continue
+        forms = (row.hf_form,) if row.hf_form else ()
+        foreign = shape
+        for form in forms:
+            foreign = foreign_shape(form, foreign)
+        tensors.append(
+            OutTensor(row.hf, foreign, kind, _reader(source, row, shape, forms, layout.hf_config is not None))
+        )
+    for key in ("torch_dtype", "dtype"):
+        if key in config and wanted is not None:
+            config[key] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[wanted]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder, tensors, metadata={"format": "pt"})
+    _write_text(source, folder)
+    from tiercel.weights.atomic import atomic_write
+
+    with atomic_write(folder / "config.json") as file:
+        file.write((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _expert(source: Source, row: Row, e: int) -> Callable[[int, int], Tensor]:
+    return lambda start, stop: source.read(row, e, e + 1)[0][start:stop]
+
+
+def _write_text(source: Source, folder: Path) -> None:
+    """The tokenizer: its own files where there are some, else made from what the GGUF file says."""
+    if isinstance(source, Checkpoint) and source.gguf is None:
+        origin = source.path if source.path.is_dir() else source.path.parent
+        names = (
+            "tokenizer*",
+            "special_tokens_map.json",
+            "chat_template*",
+            "generation_config.json",
+            "vocab.json",
+            "merges.txt",
+        )
+        for found in sorted(path for name in names for path in origin.glob(name) if path.is_file()):
+            if found.resolve() != (folder / found.name).resolve():
+                shutil.copyfile(found, folder / found.name)
+    elif (text := source.text()) is not None:
+        text.save(folder)
+
+
+def _export_gguf(source: Source, path: Path, wanted: str | None, name: str | None) -> None:
+    layout, family = source.layout, source.layout.family
+    if family.gguf is None or family.write_gguf is None:
+        raise UnsupportedError(f"{family.name} has no GGUF form that llama.cpp reads; export to a folder instead")
+    refuse(family.limits(layout.config), f"{family.name} cannot be written as GGUF")
+    shapes, tensors = parameter_shapes(layout), []
+    for row in layout.rows:
+        assert row.gguf is not None, row.ours
+        shape = foreign = shapes[row.ours]
+        for form in row.gguf_forms:
+            foreign = foreign_shape(form, foreign)
+        kind = "F32" if row.precise or len(shape) < 2 else _type(source, row, wanted)
+        tensors.append(OutTensor(row.gguf, foreign, kind, _reader(source, row, shape, row.gguf_forms, False)))
+    tensors += _extra_gguf(source, tensors)
+    kinds = [tensor.type for tensor in tensors if len(tensor.shape) > 1 and tensor.type != "F32"]
+    metadata: dict[str, Any] = {
+        "general.architecture": family.gguf,
+        "general.name": name or path.stem,
+        "general.file_type": {"F16": 1, "BF16": 32}.get(kinds[0], 0) if kinds else 0,
+        "general.quantization_version": 2,
+    }
+    metadata |= {f"{family.gguf}.{key}": value for key, value in family.write_gguf(layout.config).items()}
+    metadata[f"{family.gguf}.vocab_size"] = layout.config.vocab_size
+    text = source.text()
+    metadata |= text.to_gguf(layout.config.vocab_size) if text is not None else {"tokenizer.ggml.model": "no_vocab"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_gguf(path, metadata, tensors)
+
+
+def _extra_gguf(source: Source, tensors: Iterable[OutTensor]) -> Iterator[OutTensor]:
+    """What GGUF keeps as tensors and we as settings: the logit scale of a tied model, llama3's rotary divisors."""
+    config = source.layout.config
+    if config.tied and config.logit_scale != 1.0:
+        embed = next(t for t in tensors if t.name == "token_embd.weight")
+        yield replace(embed, name="output.weight", rows=lambda a, b: scaled(embed.rows(a, b), config.logit_scale, 0))
+    rope = getattr(config.layers[0].mixers[0], "rope", None)
+    if rope is not None and (rope.factors is not None or rope.scaling == "llama3"):
+        from tiercel.ops.rotary import frequencies
+
+        head_dim = config.layers[0].mixers[0].head_dim  # type: ignore[union-attr]
+        plain, _ = frequencies(replace(rope, scaling="none", factors=None), head_dim)
+        divisors = plain / frequencies(rope, head_dim)[0]
+        yield OutTensor("rope_freqs.weight", tuple(divisors.shape), "F32", lambda a, b: divisors[a:b])

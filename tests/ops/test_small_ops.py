@@ -1,0 +1,79 @@
+"""Convolution, norms, experts and rotary positions against their slow twins and by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tiercel.model.config import RopeConfig
+from tiercel.ops.conv1d import conv1d, conv1d_reference
+from tiercel.ops.moe import moe, moe_reference, route
+from tiercel.ops.norm import gated_rms_norm, rms_norm
+from tiercel.ops.rotary import frequencies, rotate
+
+
+@pytest.mark.parametrize("L, C, K", [(1, 3, 4), (9, 5, 4), (2, 1, 1), (7, 6, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolution(L, C, K, bias):
+    x, w = torch.randn(K - 1 + L, C), torch.randn(C, K)
+    b = torch.randn(C) if bias else None
+    torch.testing.assert_close(conv1d(x, w, b).double(), conv1d_reference(x, w, b), atol=1e-6, rtol=1e-6)
+
+
+def test_convolution_is_bit_equal_however_it_is_cut():
+    x, w, b = torch.randn(3 + 20, 6), torch.randn(6, 4), torch.randn(6)
+    parts = [conv1d(x[i : i + 3 + 5], w, b) for i in range(0, 20, 5)]
+    assert torch.equal(torch.cat(parts), conv1d(x, w, b))
+
+
+def test_rms_norm_by_hand():
+    x, w = torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0])
+    rms = math.sqrt((9 + 16) / 2 + 0.5)
+    torch.testing.assert_close(rms_norm(x, w, 0.5), torch.tensor([[3 / rms, 8 / rms]]))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_gated_norm_takes_each_group_by_itself(groups, gate_first):
+    y, z, w = torch.randn(4, 12), torch.randn(4, 12), torch.randn(12)
+    got = gated_rms_norm(y, z, w, 1e-5, groups, gate_first)
+    h = y * F.silu(z) if gate_first else y
+    parts = [rms_norm(p, q, 1e-5) for p, q in zip(h.chunk(groups, 1), w.chunk(groups), strict=True)]
+    expected = torch.cat(parts, 1)
+    torch.testing.assert_close(got, expected if gate_first else expected * F.silu(z))
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("active", [1, 2, 5])
+def test_experts(active, renormalize):
+    E, width, D, L = 5, 7, 6, 9
+    x, gate, up, down = torch.randn(L, D), torch.randn(E, width, D), torch.randn(E, width, D), torch.randn(E, D, width)
+    weights, chosen = route(torch.randn(L, E), active, renormalize)
+    if renormalize:
+        torch.testing.assert_close(weights.sum(1), torch.ones(L))
+    got = moe(x, weights, chosen, gate, up, down, F.silu)
+    expected = moe_reference(x, weights, chosen, gate, up, down, F.silu)
+    torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rotation_keeps_lengths_and_sees_only_distance():
+    f, scale = frequencies(RopeConfig(theta=100.0), 8)
+    assert scale == 1.0
+
+    def at(x, position):
+        angle = torch.outer(torch.tensor([float(position)]), f)
+        return rotate(x, angle.cos(), angle.sin())
+
+    q, k = torch.randn(1, 1, 8), torch.randn(1, 1, 8)
+    torch.testing.assert_close(at(q, 5).norm(), q.norm())
+    torch.testing.assert_close((at(q, 9) * at(k, 4)).sum(), (at(q, 105) * at(k, 100)).sum(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_fraction_of_the_head_is_rotated_from_the_front():
+    f, _ = frequencies(RopeConfig(fraction=0.5), 8)
+    assert len(f) == 2
+    angle = torch.outer(torch.tensor([3.0]), f)
+    x = torch.randn(2, 1, 8)
+    turned = rotate(x, angle.cos(), angle.sin())
+    assert torch.equal(turned[..., 4:], x[..., 4:]) and not torch.equal(turned[..., :4], x[..., :4])
