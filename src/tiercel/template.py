@@ -1,0 +1,188 @@
+"""Chat templates: messages → the text of a prompt, by a program that came inside the model file.
+
+The program is Jinja, run in its immutable sandbox *and* in a process of its own (`template_worker.py`) that has
+no files, no network, no environment, 256 MiB of memory and 1 s of processor time; a template that wants more is
+ended, and the caller gets an error.  The process starts with the first template (about 0.1 s) and is used again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib.util
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+from tiercel.errors import FormatError, RequestError, TiercelError
+
+SECONDS = 1.0  # of processor time, counted in the worker
+PATIENCE = 5.0  # of wall clock: a busy machine, or a system that cannot count processor time
+PATIENCE_WITHOUT_CLOCK = 1.2
+START = 30.0
+CHARACTERS = 16 << 20  # of the rendered prompt
+MOST_ANSWER_BYTES = 12 * CHARACTERS  # JSON spends up to 12 bytes on a character
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under which clients send earlier thoughts
+
+
+def render(template: str, variables: dict[str, Any]) -> str:
+    """The prompt's text.
+
+    Raises RequestError with the template's own words when it refuses the messages (`raise_exception`) or cannot
+    handle them, FormatError when it is no template, or wants more time, memory or text than a prompt may take.
+    """
+    try:
+        job = json.dumps(
+            {"template": template, "variables": variables, "seconds": SECONDS, "characters": CHARACTERS}
+        ).encode("ascii")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"messages and tools must be plain JSON values: {error}") from None
+    answer = _worker.ask(job)
+    text, by, message = answer.get("text"), answer.get("by"), str(answer.get("error"))[:1000]
+    if isinstance(text, str):
+        return text
+    if by == "template":
+        raise RequestError(f"the model's chat template refuses these messages: {message}")
+    if by == "jinja":
+        raise RequestError(f"the model's chat template fails on these messages: {message}")
+    if by == "size":
+        raise FormatError(f"the model's chat template was ended, its text or memory grew too large ({message})")
+    raise FormatError(f"the model's chat template is not valid: {message}")
+
+
+class _Worker:
+    """One child process and the pipes to it; started when needed, again after it was ended or after a fork."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.owner = 0
+
+    def ask(self, job: bytes) -> dict[str, Any]:
+        with self.lock:
+            process = self.start()
+            patience = PATIENCE if hasattr(os, "fork") else PATIENCE_WITHOUT_CLOCK
+            answer = _exchange(process, job, patience)
+            if answer is None:
+                self.stop()
+                raise FormatError(
+                    f"the model's chat template was ended after {SECONDS:g} s without a text; "
+                    "give the prompt as plain text instead"
+                )
+            return answer
+
+    def start(self) -> subprocess.Popen[bytes]:
+        if self.process is not None and self.owner == os.getpid() and self.process.poll() is None:
+            return self.process
+        if self.owner == os.getpid():
+            self.stop()
+        self.process, self.owner = _spawn(), os.getpid()
+        if _exchange(self.process, b"", START) is None:
+            self.stop()
+            raise TiercelError(f"the process that renders chat templates did not start ({sys.executable})")
+        return self.process
+
+    def stop(self) -> None:
+        """Ends the child; a child of another process (after a fork) is not ours to end."""
+        process, self.process = self.process, None
+        if process is None or self.owner != os.getpid():
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):  # unsent bytes of a job meet a closed pipe
+                if pipe is not None:
+                    pipe.close()
+
+
+_worker = _Worker()
+atexit.register(_worker.stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: setattr(_worker, "lock", threading.Lock()))
+
+
+def _spawn() -> subprocess.Popen[bytes]:
+    """`-I -S`: no user site, no PYTHON* variables, no .pth files; only the two packages it needs are on its path."""
+    specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    folders = {str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin}
+    keep = {name: os.environ[name] for name in ("TZ", "SYSTEMROOT") if name in os.environ}
+    worker = str(Path(__file__).with_name("template_worker.py"))
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", worker, *sorted(folders)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=Path(sys.executable).anchor or None,
+        env=keep,
+    )
+
+
+def _exchange(process: subprocess.Popen[bytes], job: bytes, patience: float) -> dict[str, Any] | None:
+    """Sends a job (b"": none, the first word is awaited), reads one answer; None when the child died or was ended."""
+    assert process.stdin is not None and process.stdout is not None
+    clock = threading.Timer(patience, process.kill)
+    clock.daemon = True
+    clock.start()
+    try:
+        if job:
+            process.stdin.write(struct.pack("<Q", len(job)) + job)
+            process.stdin.flush()
+        return _read_answer(process.stdout)
+    except OSError:  # the pipe closed: the child is gone
+        return None
+    finally:
+        clock.cancel()
+
+
+def _read_answer(pipe: IO[bytes]) -> dict[str, Any] | None:
+    header = pipe.read(8)
+    if len(header) < 8:
+        return None
+    (length,) = struct.unpack("<Q", header)
+    data = pipe.read(length) if length <= MOST_ANSWER_BYTES else b""
+    if not data or len(data) < length:
+        return None
+    try:
+        answer = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return answer if isinstance(answer, dict) else None
+
+
+def check_messages(messages: Any) -> list[dict[str, Any]]:
+    """A copy of the messages with earlier thoughts under the names that templates read.
+
+    Raises RequestError unless messages is a list of tables, each with a role that is one plain word.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise RequestError("messages must be a list of at least one message")
+    checked = []
+    for number, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or not role.replace("_", "").replace("-", "").isalnum() or len(role) > 64:
+            raise RequestError(f"message {number} needs a role such as 'user' or 'assistant', not {role!r}")
+        thoughts = next((message[key] for key in REASONING if message.get(key) is not None), None)
+        if thoughts is not None:
+            message = {"thinking": thoughts, **message, "reasoning_content": thoughts}
+        checked.append(dict(message))
+    return checked
+
+
+def with_mark(message: dict[str, Any], mark: str) -> dict[str, Any]:
+    """The message with `mark` at the end of its last text.  Raises RequestError when it has no text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": content + mark}
+    if isinstance(content, list):
+        for number in range(len(content) - 1, -1, -1):
+            part = content[number]
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                marked = {**part, "text": part["text"] + mark}
+                return {**message, "content": [*content[:number], marked, *content[number + 1 :]]}
+    raise RequestError("the last message has no text to continue")
