@@ -109,7 +109,7 @@ class Model:
             raise RequestError(f"{self.name} has no tokenizer: give it token ids")
         if isinstance(prompt, str) and (raw or not self.text.has_template):
             return self.text.encode(prompt)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]  # type: ignore[call-overload]
+        messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return self.text.chat(messages, **template)
 
     def default_params(self) -> SamplingParams:
@@ -173,7 +173,7 @@ def load(
     dtype: "auto" as stored, or float32, bfloat16, float16.  max_length: a smaller context than the model's.
     Raises ModelNotFound, FormatError, UnsupportedError, DoesNotFit, Offline.
     """
-    path = hub.resolve(str(name), pull=True)
+    path = hub.resolve(name, pull=True)
     network, text, layout = weights.load(path, dtype=dtype, progress=progress)
     defaults = weights.generation_defaults(path)
     return Model(network, text, layout, name=str(name), max_length=max_length, defaults=defaults)

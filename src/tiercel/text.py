@@ -160,18 +160,24 @@ class Text:
         return token.encode("utf-8", errors="replace")
 
     def stream(
-        self, *, thinking: str = "auto", starts_in_thinking: bool = False, continues: bool = False
+        self,
+        *,
+        thinking: str = "auto",
+        starts_in_thinking: bool = False,
+        continues: bool = False,
+        special: bool = False,
     ) -> TextStream:
         """A decoder to push ids into, one by one; see `stream.py`.
 
         thinking: "auto" tells thoughts from answer, "off" does not.  starts_in_thinking: the prompt opened the block
         (`opens_thinking`).  continues: the ids go on with a text, whose first space is then its own.
+        special: control tokens appear as their text.
         """
         opening, closing = (self._ids.get(tag) for tag in THINK_TAGS)
         return TextStream(
             None if self._kind == "words" else self.piece,
-            lambda ids: self.decode(ids),
-            skipped=self._special,
+            lambda ids: self.decode(ids, special=special),
+            skipped=frozenset() if special else self._special,
             drop_space=self._drop_space and not continues,
             tags=THINK_TAGS,
             tag_ids=(opening, closing),

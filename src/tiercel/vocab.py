@@ -17,7 +17,7 @@ from tiercel.errors import UnsupportedError
 # Token texts that end a turn or a document wherever they are control tokens (llama.cpp keeps the same list).
 ENDS = frozenset(
     """<|im_end|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <end_of_turn> <|end_of_turn|> <|endofturn|>
-    <|endoftext|> <|end_of_text|> </s> <EOT> <end_of_utterance> <｜end▁of▁sentence｜>""".split()  # noqa: SIM905
+    <|endoftext|> <|end_of_text|> </s> <EOT> <end_of_utterance> <｜end▁of▁sentence｜>""".split()
 )
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

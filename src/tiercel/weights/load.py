@@ -30,8 +30,9 @@ from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
 from tiercel.text import Text
+from tiercel.vocab_gguf import GGUF_TYPES
 from tiercel.weights.forms import foreign_shape, scaled, to_foreign, to_ours
-from tiercel.weights.gguf import GGUFFile, write_gguf
+from tiercel.weights.gguf import GGUFFile, Typed, write_gguf
 from tiercel.weights.safetensors import open_safetensors, write_safetensors
 from tiercel.weights.stored import OutTensor, StoredTensor
 
@@ -153,7 +154,7 @@ class Checkpoint:
 
     def text(self) -> Text | None:
         if self.gguf is not None:
-            return Text.from_gguf(self.gguf)
+            return Text.from_gguf(dict(self.gguf))
         return Text.from_folder(self.path if self.path.is_dir() else self.path.parent)
 
 
@@ -463,7 +464,8 @@ def _export_gguf(source: Source, path: Path, wanted: str | None, name: str | Non
     metadata |= {f"{family.gguf}.{key}": value for key, value in family.write_gguf(layout.config).items()}
     metadata[f"{family.gguf}.vocab_size"] = layout.config.vocab_size
     text = source.text()
-    metadata |= text.to_gguf(layout.config.vocab_size) if text is not None else {"tokenizer.ggml.model": "no_vocab"}
+    words = {"tokenizer.ggml.model": "no_vocab"} if text is None else text.to_gguf(layout.config.vocab_size)
+    metadata |= {key: Typed(GGUF_TYPES[key], value) if key in GGUF_TYPES else value for key, value in words.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_gguf(path, metadata, tensors)
 
