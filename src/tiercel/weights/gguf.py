@@ -84,6 +84,9 @@ class GGUFFile:
             header = self._open(Path(path))
             self.metadata, self.types, self.tensors = header.metadata, header.types, header.tensors
             self._join_parts(header)
+        except OSError as error:
+            self.close()
+            raise FormatError(f"cannot open {path}: {error.strerror or error}") from error
         except BaseException:
             self.close()
             raise
