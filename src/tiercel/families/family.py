@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
@@ -55,8 +56,12 @@ class Layout:
 
     family: Family
     config: ModelConfig
-    rows: tuple[Row, ...]
+    table: Iterable[Row]  # made row by row: a config may promise more layers than its file has
     hf_config: Mapping[str, Any] | None = None
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(self.table)
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,12 @@ class Family:
 
     def layout(self, hf_config: Mapping[str, Any]) -> Layout:
         config, rows = self.read(hf_config)
-        return Layout(self, config, tuple(rows), hf_config)
+        return Layout(self, config, rows, hf_config)
 
     def gguf_layout(self, metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> Layout:
         assert self.read_gguf is not None
         config, rows = self.read_gguf(metadata, tensors)
-        return Layout(self, config, tuple(rows))
+        return Layout(self, config, rows)
 
 
 # ── rows that several families share ─────────────────────────────────────────────────────────────────────

@@ -29,6 +29,7 @@ from tiercel.families.pattern import rows as pattern_rows
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
+from tiercel.plan import parameter_count
 from tiercel.text import Text
 from tiercel.vocab_gguf import GGUF_TYPES
 from tiercel.weights.forms import foreign_shape, scaled, to_foreign, to_ours
@@ -39,6 +40,7 @@ from tiercel.weights.stored import OutTensor, StoredTensor
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 BLOCK_BYTES = 8 << 20  # rows on their way from a file
+MOST_PARAMETERS = 1 << 45
 DTYPES = {
     "float32": torch.float32, "f32": torch.float32, "float": torch.float32,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
@@ -180,7 +182,9 @@ class NetworkSource:
 
 
 def parameter_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
-    """The shapes of all our tensors; takes no memory.  Raises when table and network disagree."""
+    """The shapes of all our tensors; takes no memory.  FormatError for sizes no memory could hold."""
+    if (count := parameter_count(layout.config)) > MOST_PARAMETERS:
+        raise FormatError(f"the config describes {count:.1e} parameters: no such model exists")
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Decoder(layout.config).named_parameters()}
     ours = {row.ours for row in layout.rows}
@@ -258,7 +262,7 @@ def load(
 
 
 def _fresh(config: ModelConfig, dtype: str | torch.dtype, seed: int = 0) -> tuple[Decoder, Text | None, Layout]:
-    layout = Layout(PATTERN, config, tuple(pattern_rows(config)))
+    layout = Layout(PATTERN, config, pattern_rows(config))
     network = build(layout, torch.float32 if dtype == "auto" else as_dtype(dtype))
     initialize(network, seed)
     return network.eval(), None, layout
@@ -289,6 +293,7 @@ def fast_bf16() -> bool:
 
 def build(layout: Layout, dtype: torch.dtype, source: Source | None = None) -> Decoder:
     """A network of that layout with its memory allocated and not yet filled."""
+    parameter_shapes(layout)
     with torch.device("meta"):
         network = Decoder(layout.config)
     meta = dict(network.named_parameters())
