@@ -139,7 +139,7 @@ def mamba1_rows(i: int, c: Mamba1Config, hf: str) -> Iterator[Row]:
         yield Row(f"{ours}.conv_bias", f"{hf}.conv1d.bias", f"{gguf}.ssm_conv1d.bias", precise=True)
     yield Row(f"{ours}.x_proj.weight", f"{hf}.x_proj.weight", f"{gguf}.ssm_x.weight")
     yield Row(f"{ours}.dt.weight", f"{hf}.dt_proj.weight", f"{gguf}.ssm_dt.weight")
-    yield Row(f"{ours}.dt.bias", f"{hf}.dt_proj.bias", f"{gguf}.ssm_dt.bias", precise=True)
+    yield Row(f"{ours}.dt_bias", f"{hf}.dt_proj.bias", f"{gguf}.ssm_dt.bias", precise=True)
     yield Row(f"{ours}.A_log", f"{hf}.A_log", f"{gguf}.ssm_a", gguf_forms=(Form("neg_exp"),), precise=True)
     yield Row(f"{ours}.D", f"{hf}.D", f"{gguf}.ssm_d", precise=True)
     if c.inner_norms:

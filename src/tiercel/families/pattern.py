@@ -189,7 +189,7 @@ def _mixer_names(mixer: Mixer) -> Iterator[tuple[str, bool]]:
         yield from _linears("", ("out_proj",), mixer.out_bias)
     else:
         yield from _linears("", ("in_proj", "out_proj"), mixer.proj_bias)
-        yield from (("x_proj.weight", False), ("dt.weight", False), ("dt.bias", True))
+        yield from (("x_proj.weight", False), ("dt.weight", False), ("dt_bias", True))
         if mixer.inner_norms:
             yield from ((f"{name}_norm.weight", True) for name in ("dt", "B", "C"))
 

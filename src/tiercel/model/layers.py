@@ -74,7 +74,7 @@ def initialize(network: nn.Module, seed: int = 0) -> None:
     for name, p in network.named_parameters():
         owner, _, leaf = name.rpartition(".")
         part = owner.rpartition(".")[2]
-        if leaf == "dt_bias" or (part == "dt" and leaf == "bias"):
+        if leaf == "dt_bias":
             dt = torch.exp(torch.rand(p.shape, generator=g) * math.log(100.0) + math.log(0.001))
             p.copy_(dt + torch.log(-torch.expm1(-dt)))
         elif leaf == "A_log" and p.dim() == 1:

@@ -3,7 +3,7 @@
     [x | z]      = in_proj u                         widths I | I
     x            = silu(conv(x))                 causal, depthwise, K taps
     [δ | B | C]  = x_proj x                      widths R | N | N;  Jamba: an RMS norm on each
-    dt           = softplus(dt δ + bias)         (I)
+    dt           = softplus(dt δ + dt_bias)         (I)
     y            = scan(x, dt, A, B, C) + D x    A = −exp(A_log), (I, N)
     out_proj( y · silu(z) )
 
@@ -35,7 +35,8 @@ class Mamba1(nn.Module):
         self.conv = nn.Parameter(torch.empty(I, config.conv))
         self.conv_bias = nn.Parameter(torch.empty(I)) if config.conv_bias else None
         self.x_proj = Linear(I, R + 2 * N, bias=False)
-        self.dt = Linear(R, I, bias=True)
+        self.dt = Linear(R, I, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(I))
         self.A_log = nn.Parameter(torch.empty(I, N))
         self.D = nn.Parameter(torch.empty(I))
         if config.inner_norms:
@@ -68,4 +69,4 @@ class Mamba1(nn.Module):
         dt_TR, B_TN, C_TN = self.x_proj(x_TI).split((c.dt_rank, c.state, c.state), -1)
         if c.inner_norms:
             dt_TR, B_TN, C_TN = self.dt_norm(dt_TR), self.B_norm(B_TN), self.C_norm(C_TN)
-        return F.softplus(self.dt(dt_TR).float()), B_TN, C_TN
+        return F.softplus(self.dt(dt_TR).float() + self.dt_bias.float()), B_TN, C_TN

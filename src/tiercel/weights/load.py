@@ -359,6 +359,8 @@ def export(
     if isinstance(source, (str, Path)):
         source = open_checkpoint(source)
     out = Path(out)
+    if isinstance(source, Checkpoint) and out.resolve() in (source.path.resolve(), source.path.resolve().parent):
+        raise RequestError(f"{out} is what is being read: choose another place to export to")
     wanted = None if dtype is None else STORED[as_dtype(dtype)]
     if out.suffix == ".gguf":
         _export_gguf(source, out, wanted, name)

@@ -1,0 +1,167 @@
+"""The front door as a user opens it: text in, text out, with a real tokenizer on a tiny network."""
+
+import warnings
+
+import pytest
+import tiny
+import torch
+
+import tiercel
+from tiercel import LLM, RequestError, SamplingParams
+from tiercel.generate import generate_reference
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("model"), template=tiny.TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return tiercel.load(folder)
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+
+
+def test_generate_answers_with_a_string_that_knows_more(model):
+    out = model.generate("Hello", GREEDY)
+    assert isinstance(out, str) and len(out.token_ids) == 20
+    assert out.finish_reason == "length" and out.prompt_tokens == len("Hello") + 2 and out.thinking == ""
+    assert out.times.total > 0
+
+
+def test_text_is_a_users_message_where_there_is_a_template_and_raw_is_raw(model):
+    bot, user = model.text.encode("<|bot|>", special=True), model.text.encode("<|user|>", special=True)
+    assert (
+        model.encode("Hi")
+        == [*user, *model.text.encode("Hi"), *bot]
+        == model.encode([{"role": "user", "content": "Hi"}])
+    )
+    assert model.encode("Hi", raw=True) == model.text.encode("Hi")
+    assert model.encode([5, 6]) == [5, 6]
+
+
+def test_a_stream_adds_up_to_the_answer(model):
+    assert "".join(model.stream("Hello", GREEDY)) == model.generate("Hello", GREEDY)
+
+
+def test_logits_are_what_scorers_need(model):
+    logits = model.logits([1, 2, 3])
+    assert logits.shape == (3, 300) and logits.dtype == torch.float32 and not logits.requires_grad
+
+
+def test_the_tokens_are_the_networks_own(model):
+    out = model.generate("abc", GREEDY, raw=True)
+    assert out.token_ids == generate_reference(model.network, model.text.encode("abc"), 20)
+    assert out == model.text.decode(out.token_ids)
+
+
+def test_a_stop_string_is_found_across_tokens_and_cut_off(model):
+    free = model.generate("abc", GREEDY, raw=True)
+    at = 8
+    stop = free[at : at + 3]
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=[stop, "never said"])
+    out = model.generate("abc", params, raw=True)
+    assert out == free[: free.index(stop)] and (out.finish_reason, out.stop_reason) == ("stop", stop)
+    assert "".join(model.stream("abc", params, raw=True)) == out
+    params.include_stop_str_in_output = True
+    assert model.generate("abc", params, raw=True) == free[: free.index(stop) + 3]
+
+
+def test_half_a_stop_string_at_the_end_is_text(model):
+    free = model.generate("abc", GREEDY, raw=True)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=free[-1] + "never said")
+    assert model.generate("abc", params, raw=True) == free
+
+
+def test_thoughts_are_kept_apart_in_a_chat(tmp_path):
+    model = tiercel.load(tiny.checkpoint(tmp_path, template=tiny.TEMPLATE))
+    said = iter([*model.text.encode("<think>why</think>Because"), *model.text.encode("<|end|>", special=True)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tiercel.sampling.Sampler.sample", lambda self, logits: next(said))
+        out = model.generate("Hi", SamplingParams(max_tokens=99))
+    assert (out, out.thinking, out.finish_reason) == ("Because", "why", "stop")
+
+
+def test_the_context_can_be_smaller_and_not_larger_than_the_models(folder):
+    assert tiercel.load(folder, max_length=64).max_length == 64
+    with pytest.raises(RequestError, match="1 to 512"):
+        tiercel.load(folder, max_length=4096)
+
+
+def test_a_checkpoint_without_a_tokenizer_scores_and_generates_ids(tmp_path):
+    folder = tiny.checkpoint(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    model = tiercel.load(folder)
+    assert model.text is None and model.logits([1, 2]).shape == (2, 300)
+    out = model.generate([1, 2, 3], GREEDY)
+    assert out == "" and out.token_ids == generate_reference(model.network, [1, 2, 3], 20)
+    with pytest.raises(RequestError, match="no tokenizer"):
+        model.generate("words")
+    with pytest.raises(RequestError, match="stop_token_ids"):
+        model.generate([1], SamplingParams(stop="x"))
+
+
+def test_recommended_sampling_settings_are_used(tmp_path):
+    folder = tiny.checkpoint(tmp_path)
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.95, "do_sample": true}')
+    params = tiercel.load(folder).default_params()
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.6, 0.95, None)
+
+
+# ── vLLM's names ──
+
+
+def test_the_popular_vllm_example_runs_with_only_its_import_changed(folder):
+    with pytest.warns(UserWarning, match="trust_remote_code: no code from a model folder is ever run"):
+        llm = LLM(
+            model=str(folder), trust_remote_code=True, dtype="half", max_model_len=512, gpu_memory_utilization=0.85
+        )
+    params = SamplingParams(temperature=0.7, top_p=0.9, max_tokens=8)
+    outputs = llm.generate(["The capital of France is", "2 + 2 ="], params)
+    for output, prompt in zip(outputs, ["The capital of France is", "2 + 2 ="], strict=True):
+        assert output.prompt == prompt and isinstance(output.outputs[0].text, str)
+        assert output.prompt_token_ids == llm.get_tokenizer().encode(prompt)
+        assert 0 < len(output.outputs[0].token_ids) <= 8 and output.outputs[0].finish_reason in ("stop", "length")
+
+
+def test_arguments_that_ask_for_nothing_are_silent_and_unknown_ones_refused(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LLM(model=folder, tensor_parallel_size=1, trust_remote_code=False)
+    with pytest.raises(RequestError, match="no argument 'tensor_paralel_size'"):
+        LLM(model=folder, tensor_paralel_size=2)
+
+
+def test_n_answers_fork_one_reading_of_the_prompt(folder):
+    llm = LLM(model=folder, seed=7)
+    params = SamplingParams(temperature=1.0, n=3, max_tokens=10, ignore_eos=True)
+    (three,) = llm.generate("Once upon a time", params)
+    assert [o.index for o in three.outputs] == [0, 1, 2]
+    assert len({tuple(o.token_ids) for o in three.outputs}) == 3
+    (one,) = llm.generate("Once upon a time", SamplingParams(temperature=1.0, max_tokens=10, ignore_eos=True))
+    assert one.outputs[0].token_ids == three.outputs[0].token_ids
+
+
+def test_prompts_as_text_dicts_or_ids_each_with_own_params(folder):
+    llm = LLM(model=folder)
+    ids = llm.get_tokenizer().encode("abc")
+    many = llm.generate(
+        [{"prompt": "abc"}, {"prompt_token_ids": ids}, "abc"],
+        [GREEDY, GREEDY, SamplingParams(temperature=0, max_tokens=2)],
+    )
+    assert many[0].outputs[0].token_ids == many[1].outputs[0].token_ids and many[1].prompt is None
+    assert len(many[2].outputs[0].token_ids) == 2
+    with pytest.raises(RequestError, match="as many sampling params"):
+        llm.generate(["a", "b"], [GREEDY])
+    with pytest.raises(RequestError, match="prompt_token_ids"):
+        llm.generate([3.5], GREEDY)
+
+
+def test_chat_renders_the_template(folder):
+    llm = LLM(model=folder)
+    (out,) = llm.chat([{"role": "user", "content": "Hi"}], GREEDY)
+    assert out.prompt == "<|user|>Hi<|bot|>" and out.outputs[0].token_ids
+    assert len(llm.chat([[{"role": "user", "content": "Hi"}]] * 2, GREEDY)) == 2
