@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import nasty
 
 import tiercel
+from families import nasty
 
 SEEN = 1e-3  # ten times the tolerance of test_parity
 H1 = [name for name in nasty.NASTY if name.startswith("h1-")]

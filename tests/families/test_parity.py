@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import nasty
 
 import tiercel
+from families import nasty
 
 PARITY = 1e-4  # against transformers
 ALONE = 1e-5  # against ourselves: batch or alone
