@@ -1,14 +1,20 @@
 """Asks llama.cpp for its numbers and writes them beside this file.  Run by hand, once per peer version.
 
-    python make_llamacpp.py nano GGUF_FOLDER      logits of the nano models (nano.py), F32 files written by us:
-                                                  python -c "…export…" is what --write does, see below
-    python make_llamacpp.py smollm2 FILE.gguf     greedy text of SmolLM2-135M-Instruct on 20 prompts
+    python make_llamacpp.py nano FOLDER                   FOLDER/<name>.gguf: the models of nano.py, F32
+    python make_llamacpp.py smollm2 PACKED.gguf F32.gguf  SmolLM2-135M-Instruct as it comes, and unpacked
 
-The first writes <name>.npz: `logits` (positions × V float32) at `positions` of nano.TOKENS, whole context in one
-batch on the CPU, KV cache in F32, no flash attention.  The second writes smollm2.json: for each prompt its
-token ids, the 64 ids that follow, and at each step the gap between llama.cpp's two highest logits.
+`nano` writes <name>.npz: `logits` (positions × V float32) at `positions` of nano.TOKENS, the whole context in
+one batch on the CPU, KV cache in F32, no flash attention.
 
-Needs the peer's own Python with llama-cpp-python 0.3.36 (llama.cpp 0c1e570).
+`smollm2` writes smollm2.json: for each of 20 prompts its token ids, and for both files the 64 ids that llama.cpp
+finds most likely and, at each step, the gap between its two highest logits.  llama.cpp multiplies packed weights
+with activations rounded to 8 bits; on the unpacked file, the same weights, it does not.  `noise` says how much
+that rounding alone moves the gap (root mean square and 99th percentile over all steps, same tokens fed to both).
+
+The peer is llama-cpp-python 0.3.36 (llama.cpp 0c1e570) in its own Python.  The GGUF files are written by us:
+
+    from tiercel.weights.load import export; import nano
+    export(nano.build("falcon-h1", folder), "falcon-h1.gguf", dtype="float32")
 """
 
 from __future__ import annotations
@@ -85,15 +91,35 @@ def make_nano(folder: Path, out: Path) -> None:
         print(f"{name}: spread {logits.std():.3f}, {logits.shape}")
 
 
-def make_smollm2(path: Path, out: Path) -> None:
-    runs = []
+def make_smollm2(packed: Path, unpacked: Path, out: Path) -> None:
+    runs, moved = [], []
     for prompt in PROMPTS:
-        with context(path, 512) as (vocab, ctx):
+        with context(packed, 512) as (vocab, ctx):
             ids = tokenize(vocab, prompt)
-            runs.append({"prompt": prompt, "prompt_ids": ids, **greedy(ctx, vocab, ids)})
-            print(repr(prompt), len(runs[-1]["ids"]), f"smallest gap {min(runs[-1]['gaps']):.4f}")
-    about = {"peer": f"llama-cpp-python {llama_cpp.__version__}", "model": path.name, "kv": "F32"}
+            found = greedy(ctx, vocab, ids)
+        with context(unpacked, 512) as (vocab, ctx):
+            exact = greedy(ctx, vocab, ids)
+        moved.append(gaps(packed, ids + found["ids"][:-1]) - gaps(unpacked, ids + found["ids"][:-1], like=packed))
+        runs.append({"prompt": prompt, "prompt_ids": ids, "packed": found, "unpacked": exact})
+        print(repr(prompt), "smallest gaps", min(found["gaps"]), min(exact["gaps"]))
+    moves = np.abs(np.concatenate(moved))
+    noise = {"rms": round(float((moves**2).mean() ** 0.5), 4), "p99": round(float(np.quantile(moves, 0.99)), 4)}
+    about = {"peer": f"llama-cpp-python {llama_cpp.__version__}", "model": packed.name, "kv": "F32", "noise": noise}
     (out / "smollm2.json").write_text(json.dumps({"about": about, "runs": runs}, ensure_ascii=False))
+    print(noise)
+
+
+def gaps(path: Path, tokens: list[int], like: Path | None = None) -> np.ndarray:
+    """(L,) highest logit minus second; with `like`, of the two tokens that that file finds highest."""
+    with context(path, 512) as (vocab, ctx):
+        logits = run(ctx, vocab, tokens, 0, every=True)
+    leader = logits
+    if like is not None:
+        with context(like, 512) as (vocab, ctx):
+            leader = run(ctx, vocab, tokens, 0, every=True)
+    second, first = np.argsort(leader, -1)[:, -2:].T
+    step = np.arange(len(tokens))
+    return logits[step, first] - logits[step, second]
 
 
 def tokenize(vocab: Any, text: str) -> list[int]:
@@ -120,10 +146,10 @@ def greedy(ctx: Any, vocab: Any, ids: list[int]) -> dict[str, list[Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["nano", "smollm2"])
-    parser.add_argument("path", type=Path)
+    parser.add_argument("paths", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=HERE)
     given = parser.parse_args()
-    (make_nano if given.what == "nano" else make_smollm2)(given.path, given.out)
+    (make_nano if given.what == "nano" else make_smollm2)(*given.paths, given.out)
 
 
 if __name__ == "__main__":
