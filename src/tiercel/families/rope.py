@@ -1,0 +1,149 @@
+"""Rotary settings in the spellings of configs and of GGUF metadata.
+
+Hugging Face 5.x: `rope_parameters` {rope_type, rope_theta, factor, …}.  4.x: `rope_theta` beside `rope_scaling`
+{type or rope_type, factor, …}.  GGUF: `rope.freq_base`, `rope.scaling.*`, and the tensor `rope_freqs.weight` with
+the divisors that llama3 scaling amounts to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from tiercel.errors import FormatError, UnsupportedError
+from tiercel.families.family import Metadata
+from tiercel.families.fields import Fields
+from tiercel.model.config import RopeConfig
+
+TYPES = {"default": "none", "none": "none", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3", "yarn": "yarn",
+         "longrope": "longrope", "su": "longrope"}  # fmt: skip
+
+
+def read_rope(f: Fields, *, theta: float, max_length: int, fraction: float = 1.0) -> RopeConfig:
+    """theta and fraction: what this family uses where the file is silent."""
+    base = f.number("rope_theta", theta, positive=True)
+    fraction = f.number("partial_rotary_factor", fraction, positive=True)
+    original = f.size("original_max_position_embeddings", max_length)
+    new, old = f.table("rope_parameters"), f.table("rope_scaling")
+    r = new or old
+    if r is None:
+        return RopeConfig(theta=base, fraction=fraction)
+    r.seen.update(("type", "rope_type"))
+    name = r.data.get("rope_type", r.data.get("type", "default"))
+    if not isinstance(name, str) or name not in TYPES:
+        raise UnsupportedError(f"{r.where}: rope type {name!r:.60} is not supported; known: {', '.join(TYPES)}")
+    kind = TYPES[name]
+    base = r.number("rope_theta", base, positive=True)
+    fraction = r.number("partial_rotary_factor", fraction, positive=True)
+    original = r.size("original_max_position_embeddings", original)
+    scaling: dict[str, Any] = {}
+    if kind != "none":
+        scaling = {"scaling": kind, "original_length": original}
+    if kind in ("linear", "dynamic", "llama3", "yarn"):
+        scaling["factor"] = r.number("factor", positive=True)
+    if kind == "llama3":
+        scaling["low_freq_factor"] = r.number("low_freq_factor", positive=True)
+        scaling["high_freq_factor"] = r.number("high_freq_factor", positive=True)
+        if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+            raise FormatError(f"{r.where}: high_freq_factor must be above low_freq_factor")
+    elif kind == "yarn":
+        scaling["beta_fast"] = r.number("beta_fast", 32.0, positive=True)
+        scaling["beta_slow"] = r.number("beta_slow", 1.0, positive=True)
+        scaling["truncate"] = r.flag("truncate", True)
+        for key in ("attention_factor", "mscale", "mscale_all_dim"):
+            if r.data.get(key) is not None:
+                scaling[key] = r.number(key)
+        r.ignore("finetuned", *("attention_factor", "mscale", "mscale_all_dim"))
+    elif kind == "longrope":
+        scaling |= _longrope(r, original, max_length)
+    r.ignore("factor", "finetuned") if kind in ("none", "longrope") else None
+    r.done()
+    return RopeConfig(theta=base, fraction=fraction, **scaling)
+
+
+def _longrope(r: Fields, original: int, max_length: int) -> dict[str, Any]:
+    """The factors for texts up to the original length; see ops.rotary."""
+    short = r.numbers("short_factor")
+    r.numbers("long_factor", ())
+    if not short or not all(value > 0 for value in short):
+        raise FormatError(f"{r.where}: short_factor must be positive numbers")
+    factor = r.number("factor", max_length / original, positive=True)
+    grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    return {"factors": short, "attention_factor": r.number("attention_factor", grown, positive=True)}
+
+
+def fixed_length(rope: RopeConfig | None, max_length: int) -> int:
+    """How long a text may be before this scaling would rewrite its past."""
+    if rope is not None and rope.scaling in ("dynamic", "longrope") and rope.original_length is not None:
+        return min(max_length, rope.original_length)
+    return max_length
+
+
+def write_rope(rope: RopeConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, which both generations of transformers read."""
+    if rope.factors is not None:
+        raise UnsupportedError("rotary divisors from a GGUF file have no place in a Hugging Face config")
+    out: dict[str, Any] = {"rope_theta": rope.theta}
+    if rope.fraction != 1.0:
+        out["partial_rotary_factor"] = rope.fraction
+    if rope.scaling != "none":
+        scaling: dict[str, Any] = {"rope_type": rope.scaling, "factor": rope.factor}
+        if rope.original_length is not None and rope.scaling != "linear":
+            scaling["original_max_position_embeddings"] = rope.original_length
+        if rope.scaling == "llama3":
+            scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+        if rope.scaling == "yarn":
+            scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+            if rope.attention_factor is not None:
+                scaling["attention_factor"] = rope.attention_factor
+        out["rope_scaling"] = scaling
+    return out
+
+
+def read_gguf_rope(m: Metadata, tensors: Mapping[str, Any], head_dim: int, *, theta: float = 10_000.0) -> RopeConfig:
+    rotated = m.size("rope.dimension_count", head_dim)
+    if rotated > head_dim:
+        raise FormatError(f"GGUF metadata: {rotated} rotated dims of a head of {head_dim}")
+    scaling: dict[str, Any] = {}
+    kind = m.metadata.get(f"{m.arch}.rope.scaling.type", "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise UnsupportedError(f"GGUF metadata: rope scaling {kind!r:.60} is not supported; known: none, linear, yarn")
+    if kind != "none":
+        scaling = {"scaling": kind, "factor": m.number("rope.scaling.factor")}
+    if kind == "yarn":
+        scaling["original_length"] = m.size("rope.scaling.original_context_length")
+        scaling["beta_fast"] = m.number("rope.scaling.yarn_beta_fast", 32.0)
+        scaling["beta_slow"] = m.number("rope.scaling.yarn_beta_slow", 1.0)
+    if (freqs := tensors.get("rope_freqs.weight")) is not None:
+        if tuple(freqs.shape) != (rotated // 2,):
+            raise FormatError(f"rope_freqs.weight must hold {rotated // 2} divisors")
+        factors = tuple(freqs.rows().tolist())
+        if not all(math.isfinite(value) and value > 0 for value in factors):
+            raise FormatError("rope_freqs.weight must hold positive divisors")
+        scaling["factors"] = factors
+    return RopeConfig(theta=m.number("rope.freq_base", theta), fraction=rotated / head_dim, **scaling)
+
+
+def write_gguf_rope(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
+    out: dict[str, Any] = {"rope.freq_base": rope.theta, "rope.dimension_count": int(head_dim * rope.fraction)}
+    if rope.scaling in ("linear", "yarn"):
+        out |= {"rope.scaling.type": rope.scaling, "rope.scaling.factor": rope.factor}
+    if rope.scaling == "yarn":
+        out |= {"rope.scaling.original_context_length": rope.original_length,
+                "rope.scaling.yarn_beta_fast": rope.beta_fast, "rope.scaling.yarn_beta_slow": rope.beta_slow}  # fmt: skip
+    return out
+
+
+def gguf_rope_limits(rope: RopeConfig | None) -> list[str]:
+    """Why these settings cannot be said in GGUF metadata."""
+    if rope is None:
+        return []
+    reasons = []
+    if rope.fraction != 1.0:
+        reasons.append("llama.cpp rotates whole heads in this architecture")
+    if rope.scaling in ("dynamic", "longrope"):
+        reasons.append(f"{rope.scaling} rotary scaling has no equal in llama.cpp")
+    if rope.attention_factor is not None or rope.mscale is not None or not rope.truncate:
+        reasons.append("this yarn setting (attention_factor, mscale or truncate) has no equal in llama.cpp")
+    return reasons

@@ -1,0 +1,50 @@
+"""Grouped-query attention with rotary positions: the mixer that recalls exactly.
+
+    o( softmax(scale · rot(q) · rot(k)ᵀ) v )        q: H heads, k and v: K heads, K divides H
+
+Letters: T tokens of the whole batch, D width, H heads, K key/value heads, P head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tiercel.model.batch import Batch
+from tiercel.model.config import AttentionConfig
+from tiercel.model.layers import Linear
+from tiercel.model.state import AttentionState
+from tiercel.ops.attention import attention
+from tiercel.ops.rotary import rotate
+
+
+class Attention(nn.Module):
+    def __init__(self, config: AttentionConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        P = config.head_dim
+        self.scale = P**-0.5 if config.scale is None else config.scale
+        self.q = Linear(width, config.heads * P, config.qkv_bias)
+        self.k = Linear(width, config.kv_heads * P, config.qkv_bias)
+        self.v = Linear(width, config.kv_heads * P, config.qkv_bias)
+        self.o = Linear(config.heads * P, width, config.out_bias)
+
+    def forward(self, h_TD: Tensor, batch: Batch, memories: Sequence[AttentionState | None]) -> Tensor:
+        """h: (T, D) → (T, D); every row attends to its own past."""
+        P = self.config.head_dim
+        q_HTP = self.q(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
+        k_KTP = self.k(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
+        v_KTP = self.v(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
+        if self.config.rope is not None:
+            cos_TR, sin_TR = batch.rotary(self.config.rope, P)
+            q_HTP, k_KTP = rotate(q_HTP, cos_TR, sin_TR), rotate(k_KTP, cos_TR, sin_TR)
+        rows = []
+        for span, memory in zip(batch.spans, memories, strict=True):
+            k, v = k_KTP[:, span], v_KTP[:, span]
+            if memory is not None:
+                k, v = memory.extend(k, v)
+            rows.append(attention(q_HTP[:, span], k, v, scale=self.scale, window=self.config.window))
+        y_HTP = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+        return self.o(y_HTP.transpose(0, 1).flatten(1))

@@ -1,0 +1,46 @@
+"""One layer: norm → mixers, summed → residual → norm → feed-forward → residual.
+
+The hybrid idea is the line with `sum`: mixers of different kinds read one normalised input side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tiercel.model.attention import Attention
+from tiercel.model.batch import Batch
+from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, Mamba2Config, Mixer
+from tiercel.model.feed_forward import GatedMLP
+from tiercel.model.layers import RMSNorm
+from tiercel.model.mamba1 import Mamba1
+from tiercel.model.mamba2 import Mamba2
+from tiercel.model.moe import MoE
+
+
+def build_mixer(config: Mixer, width: int, eps: float) -> nn.Module:
+    if isinstance(config, AttentionConfig):
+        return Attention(config, width)
+    return Mamba2(config, width, eps) if isinstance(config, Mamba2Config) else Mamba1(config, width, eps)
+
+
+class Block(nn.Module):
+    def __init__(self, config: LayerConfig, width: int, eps: float) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(width, eps)
+        self.mixers = nn.ModuleDict({mixer.kind: build_mixer(mixer, width, eps) for mixer in config.mixers})
+        self.feed_forward: nn.Module | None = None
+        if config.feed_forward is not None:
+            self.ffn_norm = RMSNorm(width, eps)
+            dense = isinstance(config.feed_forward, GatedMLPConfig)
+            self.feed_forward = (GatedMLP if dense else MoE)(config.feed_forward, width)  # type: ignore[arg-type]
+
+    def forward(self, x_TD: Tensor, batch: Batch, memories: Sequence[Sequence[Any]]) -> Tensor:
+        """x: (T, D) → (T, D).  memories: for each mixer, what every row remembers (None: nothing)."""
+        h_TD = self.mixer_norm(x_TD)
+        x_TD = x_TD + sum(mix(h_TD, batch, m) for mix, m in zip(self.mixers.values(), memories, strict=True))
+        if self.feed_forward is not None:
+            x_TD = x_TD + self.feed_forward(self.ffn_norm(x_TD))
+        return x_TD

@@ -1,0 +1,135 @@
+"""The network: embed → blocks → norm → logits.  One forward for a prompt, a chunk of it, and one step.
+
+Letters: T tokens of all rows together, L of one row, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from tiercel.errors import RequestError
+from tiercel.model.batch import Batch
+from tiercel.model.block import Block
+from tiercel.model.config import ModelConfig
+from tiercel.model.layers import Embedding, Linear, RMSNorm
+from tiercel.model.state import State, layer_state
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Block(layer, config.width, config.norm_eps) for layer in config.layers)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.head = Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+
+    @overload
+    def forward(self, tokens: Tensor, states: State | None = None, *, keep: int | None = None) -> Tensor: ...
+    @overload
+    def forward(
+        self, tokens: Sequence[Tensor], states: Sequence[State] | None = None, *, keep: int | None = None
+    ) -> list[Tensor]: ...
+
+    def forward(
+        self,
+        tokens: Tensor | Sequence[Tensor],
+        states: State | Sequence[State] | None = None,
+        *,
+        keep: int | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Logits of each token's successor, float32.
+
+        tokens: one row (L,) → (L, V); a (B, L) tensor → (B, L, V); a list of rows of any lengths → a list.
+        states: one per row; each row goes on where its state ended, and the state grows (no gradients then).
+        keep: only the logits of the last `keep` tokens of every row.
+        """
+        if isinstance(tokens, Tensor) and tokens.dim() == 1:
+            return self._rows([tokens], None if states is None else [states], keep)[0]  # type: ignore[list-item]
+        rows = self._rows(list(tokens), states, keep)  # type: ignore[arg-type]
+        return torch.stack(rows) if isinstance(tokens, Tensor) else rows
+
+    def _rows(self, rows: list[Tensor], states: Sequence[State] | None, keep: int | None) -> list[Tensor]:
+        self._check(rows, states)
+        if states is None:
+            return self._run(rows, None, keep)
+        with torch.no_grad():
+            for state in states:
+                state.settle()
+            logits = self._run(rows, states, keep)
+            for row, state in zip(rows, states, strict=True):
+                state.length += len(row)
+            return logits
+
+    def _run(self, rows: list[Tensor], states: Sequence[State] | None, keep: int | None) -> list[Tensor]:
+        lengths = [len(row) for row in rows]
+        starts = [0] * len(rows) if states is None else [state.length for state in states]
+        tokens_T = torch.cat(rows)
+        batch = Batch(lengths, starts, tokens_T.device)
+        x_TD = self.embed(tokens_T)
+        if self.config.residual_fp32:
+            x_TD = x_TD.float()
+        for i, block in enumerate(self.layers):
+            x_TD = block(x_TD, batch, self._memories(i, states, len(rows)))
+        if keep is not None:
+            x_TD = torch.cat([x_TD[span][-keep:] for span in batch.spans])
+            lengths = [min(keep, length) for length in lengths]
+        logits_TV = self.head(self.norm(x_TD)).float()
+        if self.config.logit_scale != 1.0:
+            logits_TV = logits_TV * self.config.logit_scale
+        return list(logits_TV.split(lengths))
+
+    def _memories(self, layer: int, states: Sequence[State] | None, rows: int) -> list[list[object]]:
+        """For every mixer of a layer, what each row remembers."""
+        mixers = len(self.config.layers[layer].mixers)
+        if states is None:
+            return [[None] * rows] * mixers
+        return [[state.layers[layer][j] for state in states] for j in range(mixers)]
+
+    def _check(self, rows: list[Tensor], states: Sequence[State] | None) -> None:
+        if not rows or any(row.dim() != 1 or len(row) == 0 for row in rows):
+            raise RequestError("a forward needs at least one token in every row")
+        if states is not None and (len(states) != len(rows) or len({id(s) for s in states}) != len(rows)):
+            raise RequestError(f"{len(rows)} rows need {len(rows)} different states, not {len(states)}")
+        V, tokens_T = self.config.vocab_size, torch.cat(rows)
+        low, high = torch.aminmax(tokens_T)
+        if low < 0 or high >= V:
+            raise RequestError(f"token id {int(low if low < 0 else high)} is outside the vocabulary of {V}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the matrices are stored and multiplied in."""
+        return self.embed.weight.dtype
+
+    def new_state(self) -> State:
+        """An empty memory for one text."""
+        device = self.embed.weight.device
+        layers = [[layer_state(m, self.dtype, device) for m in layer.mixers] for layer in self.config.layers]
+        return State(layers, self.fingerprint)
+
+    def load_state(self, path: str | Path) -> State:
+        """A saved state; FormatError when it is damaged or was saved by another model or dtype."""
+        state = self.new_state()
+        state.load(path)
+        return state
+
+    @property
+    def fingerprint(self) -> str:
+        """Names this network in saved states: its configuration, dtype and a sample of its weights."""
+        if not hasattr(self, "_fingerprint"):
+            h = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode() + str(self.dtype).encode())
+            sample = [self.embed.weight[0], self.embed.weight[-1], self.norm.weight]
+            sample += [block.mixer_norm.weight for block in self.layers]  # type: ignore[misc]
+            for tensor in sample:
+                h.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            self._fingerprint = h.hexdigest()
+        return self._fingerprint

@@ -1,0 +1,20 @@
+"""Gated MLP (Shazeer 2020): down(act(gate x) · up x)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tiercel.model.config import GatedMLPConfig
+from tiercel.model.layers import ACTIVATIONS, Linear
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, config: GatedMLPConfig, width: int) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[config.activation]
+        self.gate = Linear(width, config.width, config.bias)
+        self.up = Linear(width, config.width, config.bias)
+        self.down = Linear(config.width, width, config.bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(x_TD)) * self.up(x_TD))

@@ -1,0 +1,92 @@
+"""The parts that hold parameters: Linear, Embedding, RMSNorm.
+
+None of them initialises itself: weights come from a checkpoint, or from `initialize` for a new network.
+Linear is the one place where a packed or an adapted weight will be met.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiercel.ops.norm import rms_norm
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class Linear(nn.Linear):
+    """y = W x + b,  W: (out, in), computed in the dtype of W (a wider residual stream is narrowed here)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+    def reset_parameters(self) -> None:
+        """Left as allocated; see the module's note."""
+
+
+class Embedding(nn.Module):
+    """Token ids (…) → rows (…, D) of a (V, D) table."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """(…, D) → (…, D), see `ops.norm`."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+@torch.no_grad()
+def initialize(network: nn.Module, seed: int = 0) -> None:
+    """Fresh weights for training, in place: the same seed gives the same network.
+
+    Matrices N(0, 1 / fan-in), the projections back into the residual stream smaller by √(2 · layers);
+    Mamba parameters as the papers draw them: A uniform in 1 … 16 per head (Mamba-2) or 1 … N per state
+    (Mamba-1), D = 1, dt log-uniform in [0.001, 0.1] stored through the inverse of softplus.
+    """
+    g = torch.Generator().manual_seed(seed)
+    depth = sum(1 for name, _ in network.named_modules() if name.endswith("mixer_norm"))
+
+    def normal(p: Tensor, std: float) -> None:
+        p.copy_(torch.randn(p.shape, generator=g) * std)
+
+    for name, p in network.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        part = owner.rpartition(".")[2]
+        if leaf == "dt_bias" or (part == "dt" and leaf == "bias"):
+            dt = torch.exp(torch.rand(p.shape, generator=g) * math.log(100.0) + math.log(0.001))
+            p.copy_(dt + torch.log(-torch.expm1(-dt)))
+        elif leaf == "A_log" and p.dim() == 1:
+            p.copy_(torch.log(1 + 15 * torch.rand(p.shape, generator=g)))
+        elif leaf == "A_log":
+            p.copy_(torch.log(torch.arange(1, p.shape[1] + 1)).expand_as(p))
+        elif leaf == "D" or part.endswith("norm"):
+            p.fill_(1.0)
+        elif leaf == "bias" or leaf == "conv_bias":
+            p.zero_()
+        elif part == "embed":
+            normal(p, 0.02)
+        else:  # matrices, convolutions, stacks of expert matrices: fan-in is the last dimension
+            std = p.shape[-1] ** -0.5
+            normal(p, std / math.sqrt(2 * depth) if part in ("o", "out_proj", "down") or leaf == "down" else std)

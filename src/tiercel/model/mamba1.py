@@ -1,0 +1,71 @@
+"""Mamba-1: selective scan with a decay per channel and state (Gu & Dao 2023, arXiv 2312.00752).
+
+    [x | z]      = in_proj u                         widths I | I
+    x            = silu(conv(x))                 causal, depthwise, K taps
+    [δ | B | C]  = x_proj x                      widths R | N | N;  Jamba: an RMS norm on each
+    dt           = softplus(dt δ + bias)         (I)
+    y            = scan(x, dt, A, B, C) + D x    A = −exp(A_log), (I, N)
+    out_proj( y · silu(z) )
+
+Letters: T tokens of the whole batch, L of one row, D width, I inner, R dt rank, N state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiercel.model.batch import Batch
+from tiercel.model.config import Mamba1Config
+from tiercel.model.layers import Linear, RMSNorm
+from tiercel.model.state import Mamba1State
+from tiercel.ops.conv1d import conv1d
+from tiercel.ops.scan import selective_scan
+
+
+class Mamba1(nn.Module):
+    def __init__(self, config: Mamba1Config, width: int, eps: float) -> None:
+        super().__init__()
+        self.config = config
+        I, R, N = config.inner, config.dt_rank, config.state
+        self.in_proj = Linear(width, 2 * I, config.proj_bias)
+        self.conv = nn.Parameter(torch.empty(I, config.conv))
+        self.conv_bias = nn.Parameter(torch.empty(I)) if config.conv_bias else None
+        self.x_proj = Linear(I, R + 2 * N, bias=False)
+        self.dt = Linear(R, I, bias=True)
+        self.A_log = nn.Parameter(torch.empty(I, N))
+        self.D = nn.Parameter(torch.empty(I))
+        if config.inner_norms:
+            self.dt_norm, self.B_norm, self.C_norm = RMSNorm(R, eps), RMSNorm(N, eps), RMSNorm(N, eps)
+        self.out_proj = Linear(I, width, config.proj_bias)
+
+    def forward(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba1State | None]) -> Tensor:
+        """u: (T, D) → (T, D); every row goes on from its own state."""
+        x_TI, z_TI = self.in_proj(u_TD).chunk(2, -1)
+        windows = [
+            F.pad(x_TI[span], (0, 0, self.config.conv - 1, 0)) if memory is None else memory.window(x_TI[span])
+            for span, memory in zip(batch.spans, memories, strict=True)
+        ]
+        x_TI = F.silu(torch.cat([conv1d(w, self.conv, self.conv_bias) for w in windows])).to(x_TI.dtype)
+        dt_TI, B_TN, C_TN = self._select(x_TI)
+        A_IN = -self.A_log.float().exp()
+        rows = []
+        for span, memory in zip(batch.spans, memories, strict=True):
+            C, x, dt, B = C_TN[span], x_TI[span], dt_TI[span], B_TN[span]
+            if memory is None:
+                rows.append(selective_scan(C, x, dt, A_IN, B, torch.zeros_like(A_IN))[0])
+            else:
+                rows.append(memory.scan(C, x, dt, A_IN, B))
+        y_TI = torch.cat(rows) + self.D.float() * x_TI
+        return self.out_proj(y_TI * F.silu(z_TI.float()))
+
+    def _select(self, x_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dt (T, I) float32, B and C (T, N), chosen by the input itself."""
+        c = self.config
+        dt_TR, B_TN, C_TN = self.x_proj(x_TI).split((c.dt_rank, c.state, c.state), -1)
+        if c.inner_norms:
+            dt_TR, B_TN, C_TN = self.dt_norm(dt_TR), self.B_norm(B_TN), self.C_norm(C_TN)
+        return F.softplus(self.dt(dt_TR).float()), B_TN, C_TN

@@ -1,0 +1,77 @@
+"""Mamba-2: the mixer with constant memory and linear time (Dao & Gu 2024, arXiv 2405.21060).
+
+    [z | x B C | dt] = in_proj u                widths I | I, G·N, G·N | H,   I = H · P
+    [x B C]  = silu(conv([x B C]))              causal, depthwise, K taps
+    dt       = softplus(dt + dt_bias)           clamped to dt_limit
+    y        = ssd(x, dt, A, B, C) + D x        A = −exp(A_log), one number per head
+    out_proj( norm(y · silu(z)) )                    or norm(y) · silu(z), or y · silu(z): config.gated_norm
+
+Names agree with state-spaces/mamba `modules/mamba2.py`; unlike there, one forward serves a whole prompt, a
+chunk of it and one step, and B and C have any number of groups in all of them.
+Letters: T tokens of the whole batch, L of one row, D width, I inner, H heads, P head dim, G groups, N state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiercel.model.batch import Batch
+from tiercel.model.config import Mamba2Config
+from tiercel.model.layers import Linear
+from tiercel.model.state import Mamba2State
+from tiercel.ops.conv1d import conv1d
+from tiercel.ops.norm import gated_rms_norm
+from tiercel.ops.ssd import ssd
+
+
+class Mamba2(nn.Module):
+    def __init__(self, config: Mamba2Config, width: int, eps: float) -> None:
+        super().__init__()
+        self.config, self.eps = config, eps
+        self.in_proj = Linear(width, config.inner + config.channels + config.heads, config.in_bias)
+        self.conv = nn.Parameter(torch.empty(config.channels, config.conv))
+        self.conv_bias = nn.Parameter(torch.empty(config.channels)) if config.conv_bias else None
+        self.dt_bias = nn.Parameter(torch.empty(config.heads))
+        self.A_log = nn.Parameter(torch.empty(config.heads))
+        self.D = nn.Parameter(torch.empty(config.heads))
+        self.out_norm = nn.Parameter(torch.empty(config.inner)) if config.gated_norm != "none" else None
+        self.out_proj = Linear(config.inner, width, config.out_bias)
+
+    def forward(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba2State | None]) -> Tensor:
+        """u: (T, D) → (T, D); every row goes on from its own state."""
+        c = self.config
+        z_TI, xBC_TC, dt_TH = self.in_proj(u_TD).split((c.inner, c.channels, c.heads), -1)
+        dt_TH = F.softplus(dt_TH.float() + self.dt_bias.float()).clamp(*c.dt_limit)
+        A_H = -self.A_log.float().exp()
+        rows = [
+            self._scan(xBC_TC[span], dt_TH[span], A_H, memory)
+            for span, memory in zip(batch.spans, memories, strict=True)
+        ]
+        y_TI = rows[0] if len(rows) == 1 else torch.cat(rows)
+        if self.out_norm is None:
+            y_TI = y_TI * F.silu(z_TI.float())
+        else:
+            y_TI = gated_rms_norm(y_TI, z_TI, self.out_norm, self.eps, c.groups, c.gated_norm == "gate_first")
+        return self.out_proj(y_TI)
+
+    def _scan(self, xBC_LC: Tensor, dt_LH: Tensor, A_H: Tensor, memory: Mamba2State | None) -> Tensor:
+        """One row: convolution and scan → y (L, I) float32."""
+        c = self.config
+        L = xBC_LC.shape[0]
+        window_TC = F.pad(xBC_LC, (0, 0, c.conv - 1, 0)) if memory is None else memory.window(xBC_LC)
+        xBC_LC = F.silu(conv1d(window_TC, self.conv, self.conv_bias)).to(xBC_LC.dtype)
+        x_LI, B_LM, C_LM = xBC_LC.split((c.inner, c.groups * c.state, c.groups * c.state), -1)
+        x_LHP = x_LI.unflatten(-1, (c.heads, c.head_dim))
+        B_LGN, C_LGN = B_LM.unflatten(-1, (c.groups, -1)), C_LM.unflatten(-1, (c.groups, -1))
+        if memory is None:
+            S_HPN = torch.zeros(c.heads, c.head_dim, c.state, device=x_LHP.device)
+            y_LHP, _ = ssd(C_LGN, x_LHP, dt_LH, A_H, B_LGN, S_HPN, chunk=c.chunk)
+        else:
+            *open_inputs, B_open, S_HPN, commit = memory.extend(x_LHP, dt_LH, B_LGN)
+            y_LHP, S_HPN = ssd(C_LGN, *open_inputs, A_H, B_open, S_HPN, chunk=c.chunk, commit=commit)
+            memory.commit(S_HPN, L, commit)
+        return (y_LHP + self.D.float().unsqueeze(-1) * x_LHP).flatten(1)

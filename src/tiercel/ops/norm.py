@@ -1,0 +1,32 @@
+"""Root-mean-square norms (Zhang & Sennrich 2019), statistics and products in float32.
+
+    rms_norm        y = w · x / √(mean(x²) + eps)
+    gated_rms_norm  the Mamba-2 output norm, over groups of channels, with the gate silu(z) before or after
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x: (…, D) any float dtype → (…, D) in the dtype of x."""
+    h = x.float()
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    return (h * weight_D).to(x.dtype)
+
+
+def gated_rms_norm(y_LI: Tensor, z_LI: Tensor, weight_I: Tensor, eps: float, groups: int, gate_first: bool) -> Tensor:
+    """Statistics over each of `groups` runs of I / groups channels → (L, I) float32.
+
+    gate_first: norm(y · silu(z)), as every published hybrid; otherwise norm(y) · silu(z).
+    Source: state-spaces/mamba `layernorm_gated.py`, `rms_norm_ref`.
+    """
+    gate_LI = F.silu(z_LI.float())
+    h_LI = y_LI.float() * gate_LI if gate_first else y_LI.float()
+    h_LGD = h_LI.unflatten(-1, (groups, -1))
+    h_LGD = h_LGD * torch.rsqrt(h_LGD.square().mean(-1, keepdim=True) + eps)
+    h_LI = h_LGD.flatten(-2) * weight_I
+    return h_LI if gate_first else h_LI * gate_LI

@@ -1,0 +1,183 @@
+"""Tensors in files, a few rows at a time: read from one, written to another, never whole in memory twice.
+
+Files are read by position from an open descriptor and not mapped: pages do not stay resident beside
+the tensors made of them, and a file that shrinks while it is read is a FormatError, not a signal.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tiercel.errors import FormatError, RequestError
+from tiercel.quant import PACKINGS, block_size, dequantize
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+WRITE_BYTES = 16 << 20  # what a tensor on its way out takes at a time
+
+
+class File:
+    """A regular file opened for reading; every read names its position and is checked against the size."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._descriptor = -1
+        try:  # a pipe would block on open, so it is opened without waiting and then refused
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+            status = os.fstat(self._descriptor)
+        except (OSError, ValueError) as error:
+            self.close()
+            raise FormatError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
+        self.size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise FormatError(f"cannot open {path}: it is not a regular file")
+
+    def read(self, offset: int, count: int) -> bytes:
+        buffer = bytearray(count)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills `buffer` from `offset` on.  Raises FormatError when the file has become too short."""
+        assert self._descriptor >= 0, f"{self.path} is closed"
+        done = 0
+        while done < len(buffer):
+            try:
+                count = self._read_some(buffer[done:], offset + done)
+            except OSError as error:
+                raise FormatError(f"cannot read {self.path} at byte {offset + done}: {error.strerror}") from error
+            if count == 0:
+                raise FormatError(f"{self.path} ends at byte {offset + done}, before its data does; fetch it again")
+            done += count
+
+    def _read_some(self, buffer: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._descriptor, [buffer], offset)
+        with self._lock:  # Windows has one position per descriptor
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            data = os.read(self._descriptor, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def bytes_of(type: str, shape: tuple[int, ...]) -> int | None:
+    """What a tensor takes in a file, or None when its last axis is not made of whole blocks."""
+    if type in DTYPES:
+        return math.prod(shape) * DTYPES[type].itemsize
+    values, size = block_size(type)
+    return math.prod(shape) // values * size if shape and shape[-1] % values == 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor lying in a file, read on demand.
+
+    shape: torch order, outermost axis first · type: as the file says, "F32", "BF16", "Q4_K", … (DTYPES, PACKINGS)
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    nbytes: int
+    file: File
+    offset: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What `rows` returns: the stored dtype, float32 for packed types."""
+        return DTYPES.get(self.type, torch.float32)
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start … stop of the first axis, freshly allocated; a scalar has one row and keeps its shape ().
+
+        Raises FormatError when the file has become shorter since it was opened.
+        """
+        raw = self.raw(start, stop)
+        if self.type in PACKINGS:
+            return dequantize(self.type, raw)
+        values = raw.ne(0) if self.type == "BOOL" else raw.view(self.dtype)
+        return values.view(self._shape(start, stop))
+
+    def raw(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The same rows as the file's own bytes: uint8, the last axis counted in bytes.
+
+        Rows of a packed tensor with one axis are its values: start and stop must fall between blocks.
+        """
+        shape = self._shape(start, stop)
+        begin = bytes_of(self.type, (start, *self.shape[1:])) if self.shape else 0
+        count, last = bytes_of(self.type, shape), bytes_of(self.type, shape[-1:])
+        assert begin is not None and count is not None and last is not None, f"{self.name}: rows {start}:{stop}"
+        raw = torch.empty(count, dtype=torch.uint8)
+        self.file.read_into(raw.numpy().data, self.offset + begin)
+        return raw.view(*shape[:-1], last)
+
+    def _shape(self, start: int, stop: int | None) -> tuple[int, ...]:
+        count = self.shape[0] if self.shape else 1
+        stop = count if stop is None else stop
+        assert 0 <= start <= stop <= count, f"rows {start}:{stop} of {count}"
+        return (stop - start, *self.shape[1:]) if self.shape else ()
+
+
+@dataclass(frozen=True, slots=True)
+class OutTensor:
+    """A tensor to be written, made in row blocks: rows(start, stop) gives rows of the first axis in any dtype.
+
+    type: "F32" "F16" "BF16", or another name of DTYPES.  A scalar is asked for rows(0, 1).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    rows: Callable[[int, int], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.type].itemsize
+
+    def blocks(self) -> Iterator[memoryview]:
+        """The tensor's bytes in order, rounded to `type` once, to nearest even.
+
+        Raises RequestError for finite values that float16 cannot hold: they would be written as infinity.
+        """
+        count = self.shape[0] if self.shape else 1
+        step = max(1, WRITE_BYTES * count // max(1, self.nbytes))
+        for start in range(0, count if self.nbytes else 0, step):
+            stop = min(count, start + step)
+            block = self.rows(start, stop).detach()
+            assert block.numel() * count == math.prod(self.shape) * (stop - start), f"{self.name} rows {start}:{stop}"
+            yield self._rounded(block).cpu().view(torch.uint8).numpy().data
+
+    def _rounded(self, block: Tensor) -> Tensor:
+        flat = block.to(DTYPES[self.type]).contiguous().view(-1)
+        if self.type == "F16" and block.dtype != torch.float16 and flat.isinf().sum() > block.isinf().sum():
+            raise RequestError(f"{self.name} has values beyond 65504 that F16 cannot hold; write BF16 or F32")
+        return flat
