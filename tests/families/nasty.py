@@ -229,12 +229,17 @@ def _draw(name: str, shape: torch.Size, tied: bool, generator: torch.Generator) 
     if "norm" in name:
         return uniform(0.5, 1.5)
     if "conv1d" in name:
-        return 0.6 * normal
+        return 0.45 * normal
     if "embed" in name:
         return normal * (shape[-1] ** -0.5 if tied else 1.0)
+    return normal * _gain(name) * shape[-1] ** -0.5
+
+
+def _gain(name: str) -> float:
+    """Products of three projections (q·k·v, x·B·C) grow fast: kept small, so that float32 itself stays within 2e-5."""
     if "router" in name or "gate.weight" in name:
-        return normal * 2 * shape[-1] ** -0.5  # decided experts, so that the choice is not a coin toss
-    return normal * 1.4 * shape[-1] ** -0.5 if "lm_head" not in name else normal * shape[-1] ** -0.5
+        return 2.0  # decided experts, so that the choice is not a coin toss
+    return 0.7 if any(part in name for part in ("q_proj", "k_proj", "in_proj", "x_proj")) else 1.0
 
 
 # -- the same model, spelled or stored otherwise ---------------------------------------------------
