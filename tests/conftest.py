@@ -1,0 +1,81 @@
+"""What the tests share: few threads, fixed seeds, the tiny models (built once), the one real model."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def repeatable() -> Iterator[None]:
+    """Two threads at most, and the same random numbers whichever tests ran before."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.manual_seed(0)
+    random.seed(0)
+    yield
+
+
+@dataclass
+class Built:
+    """A tiny random model as transformers saved it, and transformers' own copy in memory."""
+
+    name: str
+    folder: Path
+    judge: Any
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(L, V) float32, the judge's whole forward."""
+        from families import nasty
+
+        return nasty.whole(self.judge, tokens)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
+    """name in families.nasty.NASTY → Built, made once per session."""
+    pytest.importorskip("transformers", reason="the judge of every family; pip install tiercel[dev]")
+    from families import nasty
+
+    nasty.quiet()
+    folder = tmp_path_factory.mktemp("nasty")
+    done: dict[str, Built] = {}
+
+    def build(name: str) -> Built:
+        if name not in done:
+            done[name] = Built(name, folder / name, nasty.make(name, folder / name))
+        return done[name]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as GGUF: $TIERCEL_TEST_SMOLLM2, or where `tiercel pull smollm2` put it."""
+    given = os.environ.get("TIERCEL_TEST_SMOLLM2")
+    if given:
+        if not Path(given).is_file():
+            pytest.fail(f"TIERCEL_TEST_SMOLLM2 names no file: {given}")
+        return Path(given)
+    found = _pulled_smollm2()
+    if found is None:
+        pytest.skip("SmolLM2 is not here; `tiercel pull smollm2` or set TIERCEL_TEST_SMOLLM2 to its GGUF")
+    return found
+
+
+def _pulled_smollm2() -> Path | None:
+    import platformdirs
+
+    places = [os.environ.get("TIERCEL_MODELS"), platformdirs.user_data_path("tiercel") / "models"]
+    for place in places:
+        if place and Path(place).is_dir():
+            for path in sorted(Path(place).rglob("*.gguf")):
+                if "smollm2" in path.name.lower():
+                    return path
+    return None

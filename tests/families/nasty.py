@@ -1,0 +1,310 @@
+"""Tiny random models in which nothing is left at its default, and the judge that runs them.
+
+A model whose multipliers are 1, whose biases are 0 and whose groups are one cannot tell a right
+implementation from a wrong one.  Here every size, multiplier, bias, eps, theta and switch differs
+from its default and from its neighbours, and every parameter is random, so that forgetting any
+single one moves the logits.  `transformers` builds, saves and judges: its whole forward in float32,
+batch of one, no cache, eager attention.  Its cached steps are no judge (5.23): a one-token step of Mamba-2
+forgets time_step_limit, and Bamba restarts its positions at every call.
+
+    make(name, folder)       build, randomise, save; returns the transformers model
+    whole(model, tokens)     (L, V) float32 logits
+    NASTY                    name → family, config
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+VOCAB = 97
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
+
+@dataclass(frozen=True)
+class Nasty:
+    """`config` holds the arguments of transformers' config class for `family`."""
+
+    family: str
+    config: dict[str, Any]
+
+
+def _h1(**changes: Any) -> Nasty:
+    """Falcon-H1 with fourteen distinct multipliers; none near 1, so that setting one to 1 shows."""
+    config = dict(
+        vocab_size=VOCAB, hidden_size=40, intermediate_size=56, num_hidden_layers=3, rms_norm_eps=0.011,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=14, max_position_embeddings=1024,
+        mamba_d_ssm=72, mamba_n_heads=6, mamba_d_head=12, mamba_n_groups=3, mamba_d_state=10, mamba_d_conv=4,
+        mamba_chunk_size=24, mamba_expand=3, rope_parameters={"rope_type": "default", "rope_theta": 1234.5},
+        lm_head_multiplier=1.37, embedding_multiplier=0.61, mlp_multipliers=[1.73, 0.57], key_multiplier=2.3,
+        attention_in_multiplier=1.45, attention_out_multiplier=0.66, ssm_in_multiplier=0.71, ssm_out_multiplier=1.31,
+        ssm_multipliers=[1.52, 0.63, 1.81, 0.54, 1.67],
+    )  # fmt: skip
+    return Nasty("falcon_h1", config | changes)
+
+
+def _llama(scaling: dict[str, Any], **changes: Any) -> Nasty:
+    config = dict(
+        vocab_size=VOCAB, hidden_size=36, intermediate_size=50, num_hidden_layers=3, rms_norm_eps=0.013,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=14, max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 777.0} | scaling,
+    )  # fmt: skip
+    return Nasty("llama", config | changes)
+
+
+_LLAMA3 = dict(rope_type="llama3", factor=6.0, low_freq_factor=1.5, high_freq_factor=5.0)
+_YARN = dict(rope_type="yarn", factor=3.5, original_max_position_embeddings=64, beta_fast=13.0, beta_slow=0.7)
+_SHORT, _LONG = [1.0, 1.1, 1.3, 1.2, 1.5, 1.4, 1.9], [1.2, 2.0, 3.1, 4.2, 5.5, 7.0, 9.0]
+
+NASTY: dict[str, Nasty] = {
+    # no gated norm, as Falcon-H1-0.5B; three groups
+    "h1-no_norm": _h1(mamba_rms_norm=False),
+    # every bias there is, tied embeddings (both multipliers must survive), norm after the gate over two groups
+    "h1-gate_first": _h1(
+        mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_n_groups=2, mamba_chunk_size=16, mamba_d_conv=3,
+        attention_bias=True, mlp_bias=True, mamba_proj_bias=True, projectors_bias=True, tie_word_embeddings=True,
+    ),
+    # norm before the gate, no conv bias, clamped steps, more heads than groups
+    "h1-norm_first": _h1(
+        mamba_rms_norm=True, mamba_norm_before_gate=True, mamba_n_groups=3, mamba_conv_bias=False, mamba_d_conv=2,
+        mamba_proj_bias=True, time_step_limit=[0.12, 0.83], num_key_value_heads=1, mamba_chunk_size=40,
+    ),
+    # the inner width from `mamba_expand`, one group, head_dim left to the fallback
+    "h1-expand": _h1(
+        mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_n_groups=1, mamba_d_ssm=None, mamba_n_heads=5,
+        mamba_d_head=24, mamba_expand=3, head_dim=10, num_key_value_heads=4, projectors_bias=True, mlp_bias=True,
+    ),
+    "llama-biases": _llama({}, attention_bias=True, mlp_bias=True),
+    "llama-tied": _llama({}, tie_word_embeddings=True, num_key_value_heads=6, head_dim=6),
+    "llama-linear": _llama({"rope_type": "linear", "factor": 2.7}),
+    "llama-dynamic": _llama({"rope_type": "dynamic", "factor": 2.2}),
+    "llama-llama3": _llama({**_LLAMA3, "original_max_position_embeddings": 32}, attention_bias=True),
+    "llama-yarn": _llama(_YARN, mlp_bias=True),
+    "llama-yarn_mscale": _llama({**_YARN, "mscale": 1.4, "mscale_all_dim": 0.6, "truncate": False}),
+    "llama-yarn_factor": _llama({**_YARN, "attention_factor": 1.23}),
+    "llama-longrope": _llama(
+        {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 512,
+         "short_factor": _SHORT, "long_factor": _LONG},
+    ),
+    "mistral-window": Nasty("mistral", dict(
+        vocab_size=VOCAB, hidden_size=42, intermediate_size=58, num_hidden_layers=3, rms_norm_eps=0.017,
+        num_attention_heads=7, num_key_value_heads=1, head_dim=12, max_position_embeddings=900, sliding_window=19,
+        rope_parameters={"rope_type": "default", "rope_theta": 431.0},
+    )),
+    "mistral-full": Nasty("mistral", dict(
+        vocab_size=VOCAB, hidden_size=42, intermediate_size=30, num_hidden_layers=2, rms_norm_eps=0.019,
+        num_attention_heads=6, num_key_value_heads=3, head_dim=8, max_position_embeddings=800, sliding_window=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 222.0}, tie_word_embeddings=True,
+    )),
+    "qwen2-mixed_window": Nasty("qwen2", dict(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=62, num_hidden_layers=4, rms_norm_eps=0.023,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=700, use_sliding_window=True,
+        sliding_window=13, max_window_layers=2, rope_parameters={"rope_type": "default", "rope_theta": 654.0},
+    )),
+    "qwen2-tied": Nasty("qwen2", dict(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=34, num_hidden_layers=2, rms_norm_eps=0.029,
+        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=600, use_sliding_window=False,
+        sliding_window=11, rope_parameters={"rope_type": "default", "rope_theta": 99.0}, tie_word_embeddings=True,
+    )),
+    "mixtral-top3": Nasty("mixtral", dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=22, num_hidden_layers=3, rms_norm_eps=0.031,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=10, max_position_embeddings=1000, sliding_window=23,
+        num_local_experts=5, num_experts_per_tok=3, rope_parameters={"rope_type": "default", "rope_theta": 345.0},
+    )),
+    "mixtral-top2": Nasty("mixtral", dict(
+        vocab_size=VOCAB, hidden_size=30, intermediate_size=26, num_hidden_layers=2, rms_norm_eps=0.037,
+        num_attention_heads=5, num_key_value_heads=5, max_position_embeddings=500, num_local_experts=7,
+        num_experts_per_tok=2, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 55.0},
+    )),
+    "mamba-biases": Nasty("mamba", dict(
+        vocab_size=VOCAB, hidden_size=38, state_size=11, num_hidden_layers=3, layer_norm_epsilon=0.041, expand=3,
+        conv_kernel=3, use_bias=True, use_conv_bias=True, time_step_rank=5, tie_word_embeddings=False,
+        residual_in_fp32=False,
+    )),
+    "mamba-tied": Nasty("mamba", dict(
+        vocab_size=VOCAB, hidden_size=34, state_size=7, num_hidden_layers=4, layer_norm_epsilon=0.043, expand=2,
+        conv_kernel=5, use_bias=False, use_conv_bias=False, time_step_rank="auto", tie_word_embeddings=True,
+    )),
+    "mamba2-groups2": Nasty("mamba2", dict(
+        vocab_size=VOCAB, hidden_size=36, num_heads=6, head_dim=12, state_size=14, num_hidden_layers=3, expand=2,
+        layer_norm_epsilon=0.047, conv_kernel=3, n_groups=2, use_bias=True, use_conv_bias=True, chunk_size=20,
+        time_step_limit=[0.09, 0.71], tie_word_embeddings=False, residual_in_fp32=False,
+    )),
+    "mamba2-groups3": Nasty("mamba2", dict(
+        vocab_size=VOCAB, hidden_size=30, num_heads=9, head_dim=10, state_size=8, num_hidden_layers=4, expand=3,
+        layer_norm_epsilon=0.021, conv_kernel=5, n_groups=3, use_bias=False, use_conv_bias=False, chunk_size=28,
+        tie_word_embeddings=True,
+    )),
+    "bamba-biases": Nasty("bamba", dict(
+        vocab_size=VOCAB, hidden_size=40, intermediate_size=52, num_hidden_layers=4, rms_norm_eps=0.027,
+        num_attention_heads=5, num_key_value_heads=1, head_dim=12, max_position_embeddings=1100,
+        attn_layer_indices=[1, 2], mamba_n_heads=8, mamba_d_head=15, mamba_n_groups=4, mamba_d_state=9, mamba_d_conv=3,
+        mamba_expand=3, mamba_chunk_size=32, mamba_conv_bias=True, mamba_proj_bias=True, attention_bias=True,
+        mlp_bias=True, time_step_limit=[0.07, 0.77], rope_parameters={"rope_type": "default", "rope_theta": 321.0},
+    )),
+    "bamba-plain": Nasty("bamba", dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=44, num_hidden_layers=3, rms_norm_eps=0.033,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1200, attn_layer_indices=[2],
+        mamba_n_heads=4, mamba_n_groups=2, mamba_d_state=12, mamba_d_conv=2, mamba_expand=2, mamba_chunk_size=36,
+        mamba_conv_bias=False, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 210.0},
+    )),
+    "jamba-experts": Nasty("jamba", dict(
+        vocab_size=VOCAB, hidden_size=36, intermediate_size=28, num_hidden_layers=6, rms_norm_eps=0.039,
+        num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=1300, num_experts_per_tok=3,
+        num_experts=5, expert_layer_period=3, expert_layer_offset=2, attn_layer_period=5, attn_layer_offset=2,
+        mamba_d_state=9, mamba_d_conv=3, mamba_expand=3, mamba_dt_rank=5, mamba_conv_bias=True, mamba_proj_bias=True,
+    )),
+    "jamba-dense": Nasty("jamba", dict(
+        vocab_size=VOCAB, hidden_size=40, intermediate_size=32, num_hidden_layers=4, rms_norm_eps=0.049,
+        num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=1400, num_experts=1,
+        num_experts_per_tok=1, expert_layer_period=2, expert_layer_offset=0, attn_layer_period=4, attn_layer_offset=1,
+        mamba_d_state=5, mamba_d_conv=5, mamba_expand=2, mamba_dt_rank="auto", mamba_conv_bias=False,
+        tie_word_embeddings=True,
+    )),
+}  # fmt: skip
+
+FAMILIES = sorted({nasty.family for nasty in NASTY.values()})
+
+
+def make(name: str, folder: Path) -> Any:
+    """Builds NASTY[name] with transformers, randomises every parameter and saves it to `folder`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    nasty = NASTY[name]
+    config = AutoConfig.for_model(nasty.family, bos_token_id=1, eos_token_id=2, pad_token_id=0, **nasty.config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EAGER).eval()
+    randomize(model, seed=1000 + list(NASTY).index(name))
+    model.save_pretrained(folder)
+    return model
+
+
+def load_hf(folder: Path) -> Any:
+    """A saved folder read back by transformers, float32 and eager; refuses a partly matching file."""
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **EAGER)
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    return model.eval()
+
+
+@torch.no_grad()
+def whole(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """(L, V) float32 logits of one row, no cache."""
+    return model(tokens[None], use_cache=False).logits[0].float()
+
+
+def tokens(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def randomize(model: Any, seed: int) -> None:
+    """Every parameter random, on a scale that keeps hidden states and logits near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    tied = model.config.tie_word_embeddings
+    for name, parameter in sorted(model.named_parameters()):
+        parameter.copy_(_draw(name, parameter.shape, tied, generator))
+
+
+def _draw(name: str, shape: torch.Size, tied: bool, generator: torch.Generator) -> torch.Tensor:
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return torch.rand(shape, generator=generator) * (high - low) + low
+
+    normal = torch.randn(shape, generator=generator)
+    last = name.rsplit(".", 1)[-1]
+    if last == "A_log":
+        return uniform(-2.0, 1.0)  # memories from one token to a few tens
+    if last == "dt_bias" or name.endswith("dt_proj.bias"):
+        return uniform(-2.5, 0.5)
+    if last == "D" or last == "bias":
+        return 0.5 * normal
+    if "norm" in name:
+        return uniform(0.5, 1.5)
+    if "conv1d" in name:
+        return 0.45 * normal
+    if "embed" in name:
+        return normal * (shape[-1] ** -0.5 if tied else 1.0)
+    return normal * _gain(name) * shape[-1] ** -0.5
+
+
+def _gain(name: str) -> float:
+    """Products of three projections (q·k·v, x·B·C) grow fast: kept small, so that float32 itself stays within 2e-5."""
+    if "router" in name or "gate.weight" in name:
+        return 2.0  # decided experts, so that the choice is not a coin toss
+    return 0.7 if any(part in name for part in ("q_proj", "k_proj", "in_proj", "x_proj")) else 1.0
+
+
+# -- the same model, spelled or stored otherwise ---------------------------------------------------
+
+
+def copy(folder: Path, out: Path) -> Path:
+    return Path(shutil.copytree(folder, out))
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def spell_old(config: dict[str, Any]) -> None:
+    """A config.json as transformers 4.x wrote it: rope_theta and rope_scaling, torch_dtype, no layer types."""
+    config["transformers_version"] = "4.57.6"
+    config["torch_dtype"] = config.pop("dtype", "float32")
+    for derived in ("layer_types", "layers_block_type"):
+        config.pop(derived, None)
+    rope = config.pop("rope_parameters", None)
+    if rope is not None:
+        config["rope_theta"] = rope.pop("rope_theta")
+        rope.pop("partial_rotary_factor", None)
+        kind = rope.pop("rope_type")
+        config["rope_scaling"] = (
+            None if kind == "default" else {"type" if kind == "linear" else "rope_type": kind} | rope
+        )
+
+
+def fuse_experts(tensors: dict[str, torch.Tensor]) -> None:
+    """The other layout of a mixture of experts, as transformers 5 holds it: one tensor for all, gate above up."""
+    first, second, third, away, home = (
+        ("w1", "w3", "w2", "block_sparse_moe.", "mlp.")
+        if any("block_sparse_moe" in name for name in tensors)
+        else ("gate_proj", "up_proj", "down_proj", "feed_forward.", "feed_forward.")
+    )
+    blocks = sorted({name.split("experts.")[0] for name in tensors if "experts." in name})
+    assert blocks, "no experts to fuse"
+    for block in blocks:
+        count = len({name for name in tensors if name.startswith(f"{block}experts.") and f".{third}." in name})
+        part = {
+            p: [tensors.pop(f"{block}experts.{e}.{p}.weight") for e in range(count)] for p in (first, second, third)
+        }
+        new = block.replace(away, home)
+        tensors[f"{new}experts.gate_up_proj"] = torch.stack(
+            [torch.cat([gate, up]) for gate, up in zip(part[first], part[second], strict=True)]
+        )
+        tensors[f"{new}experts.down_proj"] = torch.stack(part[third])
+        if home != away:
+            tensors[f"{new}gate.weight"] = tensors.pop(f"{block}gate.weight")
+
+
+def quiet() -> None:
+    """transformers tells at length that kernels for GPUs are missing, and draws progress bars; here neither helps."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,181 @@
+"""Five nano checkpoints that any machine can rebuild bit for bit, without transformers.
+
+    build(name, folder)      config.json and model.safetensors, float32, as Hugging Face lays them out
+    TOKENS                   the 150 tokens that the golden logits belong to
+
+Every number comes from the raw 64-bit stream of PCG64, which numpy guarantees never to change: the top
+24 bits make a float in [-1, 1) exactly.  Sizes are those that llama.cpp can run (Jamba: expand 2, conv bias).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+VOCAB = 96
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _numbers(seed: int, count: int) -> np.ndarray:
+    raw = np.random.PCG64(seed).random_raw(count)
+    return ((raw >> np.uint64(40)).astype(np.float64) / 2**23 - 1.0).astype(np.float32)
+
+
+TOKENS: list[int] = [int(v) for v in (_numbers(7, 150).astype(np.float64) + 1) * VOCAB / 2]
+
+_ROPE = {"rope_type": "default", "rope_theta": 5000.0}
+_ATTENTION = dict(
+    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=2048, hidden_act="silu", bos_token_id=1, eos_token_id=2,
+    tie_word_embeddings=False, dtype="float32",
+)  # fmt: skip
+_H1 = _ATTENTION | dict(
+    model_type="falcon_h1", architectures=["FalconH1ForCausalLM"], num_attention_heads=6, head_dim=24,
+    rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    mamba_d_ssm=48, mamba_n_heads=6, mamba_d_head=8, mamba_d_state=16, mamba_n_groups=2, mamba_d_conv=4,
+    mamba_chunk_size=128, mamba_expand=2, mamba_rms_norm=True, mamba_norm_before_gate=False, mamba_conv_bias=True,
+    mamba_proj_bias=False, projectors_bias=False, attention_bias=False, mlp_bias=False,
+    attention_in_multiplier=1.1, attention_out_multiplier=0.7, key_multiplier=0.6, lm_head_multiplier=0.9,
+    embedding_multiplier=1.7, mlp_multipliers=[0.8, 1.3], ssm_in_multiplier=1.2, ssm_out_multiplier=0.5,
+    ssm_multipliers=[0.9, 1.1, 0.8, 1.3, 0.7],
+)  # fmt: skip
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "falcon-h1": _H1,
+    "falcon-h1-no-norm": _H1 | {"mamba_rms_norm": False, "mamba_n_groups": 1},
+    "llama": _ATTENTION | dict(
+        model_type="llama", architectures=["LlamaForCausalLM"], head_dim=20, rms_norm_eps=1e-4, rope_parameters=_ROPE,
+        attention_bias=False, mlp_bias=False,
+    ),
+    "qwen2": _ATTENTION | dict(
+        model_type="qwen2", architectures=["Qwen2ForCausalLM"], rms_norm_eps=1e-6,
+        rope_parameters=_ROPE, use_sliding_window=False, tie_word_embeddings=True,
+    ),
+    "mamba2": dict(
+        model_type="mamba2", architectures=["Mamba2ForCausalLM"], vocab_size=VOCAB, hidden_size=48, num_heads=8,
+        head_dim=12, state_size=16, num_hidden_layers=3, layer_norm_epsilon=1e-5, expand=2, conv_kernel=4, n_groups=2,
+        use_bias=False, use_conv_bias=True, hidden_act="silu", chunk_size=64, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=False, dtype="float32",
+    ),
+    "jamba": _ATTENTION | dict(
+        model_type="jamba", architectures=["JambaForCausalLM"], rms_norm_eps=1e-6,
+        num_hidden_layers=4, attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+        num_experts=4, num_experts_per_tok=2, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=5,
+        mamba_conv_bias=True, mamba_proj_bias=False,
+    ),
+}  # fmt: skip
+
+
+def build(name: str, folder: Path) -> Path:
+    """Writes CONFIGS[name] and its weights; returns the folder."""
+    config = CONFIGS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    tensors = {key: _weight(i, key, shape) for i, (key, shape) in enumerate(_shapes(config).items())}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _weight(index: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    u = _numbers(100 + index, int(np.prod(shape))).reshape(shape)
+    last = name.rsplit(".", 1)[-1]
+    if last == "A_log":
+        return u * np.float32(1.5) - np.float32(0.5)
+    if last == "dt_bias" or name.endswith("dt_proj.bias"):
+        return u * np.float32(1.5) - np.float32(1.0)
+    if last in ("D", "bias") or "conv1d" in name:
+        return u
+    if "norm" in name:
+        return u * np.float32(0.5) + np.float32(1.0)
+    if "embed" in name:
+        return u * np.float32(0.25)
+    return u * np.float32(2.0 / np.sqrt(shape[-1]))
+
+
+def _shapes(c: dict[str, Any]) -> Shapes:
+    if c["model_type"] == "mamba2":
+        return _mamba2(c)
+    shapes: Shapes = {"model.embed_tokens.weight": (c["vocab_size"], c["hidden_size"])}
+    for i in range(c["num_hidden_layers"]):
+        layer = {"falcon_h1": _falcon_h1, "jamba": _jamba}.get(c["model_type"], _llama)
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer(c, i).items()}
+    final = "final_layernorm" if c["model_type"] in ("falcon_h1", "jamba") else "norm"
+    shapes[f"model.{final}.weight"] = (c["hidden_size"],)
+    if not c["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (c["vocab_size"], c["hidden_size"])
+    return shapes
+
+
+def _attention(c: dict[str, Any], bias: bool) -> Shapes:
+    d, hd = c["hidden_size"], c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
+    q, kv = c["num_attention_heads"] * hd, c["num_key_value_heads"] * hd
+    shapes: Shapes = {f"self_attn.{n}_proj.weight": (rows, d) for n, rows in (("q", q), ("k", kv), ("v", kv))}
+    if bias:
+        shapes |= {f"self_attn.{n}_proj.bias": (rows,) for n, rows in (("q", q), ("k", kv), ("v", kv))}
+    return shapes | {"self_attn.o_proj.weight": (d, q)}
+
+
+def _mlp(c: dict[str, Any], prefix: str) -> Shapes:
+    d, f = c["hidden_size"], c["intermediate_size"]
+    return {f"{prefix}.{n}.weight": s for n, s in (("gate_proj", (f, d)), ("up_proj", (f, d)), ("down_proj", (d, f)))}
+
+
+def _norms(c: dict[str, Any], *names: str) -> Shapes:
+    return {f"{name}.weight": (c["hidden_size"],) for name in names}
+
+
+def _llama(c: dict[str, Any], i: int) -> Shapes:
+    norms = _norms(c, "input_layernorm", "post_attention_layernorm")
+    return norms | _attention(c, bias=c["model_type"] == "qwen2") | _mlp(c, "mlp")
+
+
+def _ssd(d: int, inner: int, groups: int, state: int, heads: int, kernel: int, norm: bool) -> Shapes:
+    channels = inner + 2 * groups * state
+    shapes: Shapes = {
+        "in_proj.weight": (inner + channels + heads, d), "conv1d.weight": (channels, 1, kernel),
+        "conv1d.bias": (channels,), "dt_bias": (heads,), "A_log": (heads,), "D": (heads,),
+        "out_proj.weight": (d, inner),
+    }  # fmt: skip
+    return shapes | ({"norm.weight": (inner,)} if norm else {})
+
+
+def _falcon_h1(c: dict[str, Any], i: int) -> Shapes:
+    mixer = _ssd(c["hidden_size"], c["mamba_d_ssm"], c["mamba_n_groups"], c["mamba_d_state"], c["mamba_n_heads"],
+                 c["mamba_d_conv"], c["mamba_rms_norm"])  # fmt: skip
+    norms = _norms(c, "input_layernorm", "pre_ff_layernorm")
+    return norms | _attention(c, False) | {f"mamba.{k}": s for k, s in mixer.items()} | _mlp(c, "feed_forward")
+
+
+def _mamba2(c: dict[str, Any]) -> Shapes:
+    d = c["hidden_size"]
+    shapes: Shapes = {"backbone.embeddings.weight": (c["vocab_size"], d)}
+    mixer = _ssd(d, c["expand"] * d, c["n_groups"], c["state_size"], c["num_heads"], c["conv_kernel"], True)
+    for i in range(c["num_hidden_layers"]):
+        shapes[f"backbone.layers.{i}.norm.weight"] = (d,)
+        shapes |= {f"backbone.layers.{i}.mixer.{k}": s for k, s in mixer.items()}
+    return shapes | {"backbone.norm_f.weight": (d,), "lm_head.weight": (c["vocab_size"], d)}
+
+
+def _jamba(c: dict[str, Any], i: int) -> Shapes:
+    d, n, r = c["hidden_size"], c["mamba_d_state"], c["mamba_dt_rank"]
+    inner = c["mamba_expand"] * d
+    shapes = _norms(c, "input_layernorm", "pre_ff_layernorm")
+    if i % c["attn_layer_period"] == c["attn_layer_offset"]:
+        shapes |= _attention(c, False)
+    else:
+        shapes |= {
+            "mamba.in_proj.weight": (2 * inner, d), "mamba.conv1d.weight": (inner, 1, c["mamba_d_conv"]),
+            "mamba.conv1d.bias": (inner,), "mamba.x_proj.weight": (r + 2 * n, inner),
+            "mamba.dt_proj.weight": (inner, r), "mamba.dt_proj.bias": (inner,), "mamba.A_log": (inner, n),
+            "mamba.D": (inner,), "mamba.out_proj.weight": (d, inner), "mamba.dt_layernorm.weight": (r,),
+            "mamba.b_layernorm.weight": (n,), "mamba.c_layernorm.weight": (n,),
+        }  # fmt: skip
+    if i % c["expert_layer_period"] != c["expert_layer_offset"]:
+        return shapes | _mlp(c, "feed_forward")
+    for e in range(c["num_experts"]):
+        shapes |= _mlp(c, f"feed_forward.experts.{e}")
+    return shapes | {"feed_forward.router.weight": (c["num_experts"], d)}
