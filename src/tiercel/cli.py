@@ -40,18 +40,19 @@ class Commands(TyperGroup):
         except BrokenPipeError:  # the reader of our output has left: nobody is there to be told
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
+        except (typer.Exit, typer.Abort):
+            raise
         except Exception as error:
-            if os.environ.get("TIERCEL_DEBUG") == "1":
+            usage = hasattr(error, "format_message")  # of the command line itself; typer prints these well
+            if os.environ.get("TIERCEL_DEBUG") == "1" or (usage and not _wants_json()):
                 raise
-            message, code = _explained(error)
-            if message is None:
-                raise
+            message, code = (error.format_message(), 2) if usage else _explained(error)  # type: ignore[attr-defined]
             _complain(message)
             raise typer.Exit(code) from None
 
 
-def _explained(error: Exception) -> tuple[str | None, int]:
-    """What to say of an error and the exit code; None leaves it to the caller (usage errors, and bugs)."""
+def _explained(error: Exception) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
     if isinstance(error, TiercelError):
         return str(error), error.exit_code
     if isinstance(error, MemoryError):
@@ -59,9 +60,8 @@ def _explained(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}", 1
-    if _wants_json() and hasattr(error, "format_message"):  # a usage error of the command line itself
-        return error.format_message(), 2
-    return None, 1
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"this is a bug of ours, not yours: {what}; TIERCEL_DEBUG=1 shows where", 1
 
 
 def _wants_json() -> bool:

@@ -98,7 +98,9 @@ def _safetensors_types(path: Path) -> Counter[str]:
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size)) if size <= min(HEADER_LIMIT, path.stat().st_size) else []
+            if size > min(HEADER_LIMIT, path.stat().st_size):
+                raise ValueError("the header is longer than the file")
+            header: dict[str, dict[str, Any]] = json.loads(file.read(size))
         return Counter(str(entry["dtype"])[:16] for name, entry in header.items() if name != "__metadata__")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise FormatError(f"{path} is not a safetensors file, or not all of it; fetch it again") from error
