@@ -200,6 +200,8 @@ def _exists(text: str) -> bool:
 def _hint(name: str) -> str:
     import difflib
 
+    if len(name.split()) > 1:
+        return f'that looks like a prompt; put a model before it: tiercel run {next(iter(KNOWN))} "..."'
     names = [*KNOWN, *(model.name for model in list_models())]
     close = [known for known in names if known.split(":")[0] == name.split(":")[0]]
     close = close or difflib.get_close_matches(name, names, 1, 0.6)

@@ -1,0 +1,363 @@
+"""The command table.  A command imports its module when it runs: `--help`, `list` and `show` never meet torch.
+
+    exit codes   0 ok · 1 failed · 2 usage · 3 model not found · 4 does not fit · 130 interrupted
+
+Answers and tables go to stdout, everything else to stderr.  With --json a command prints one JSON value on
+stdout, an error included: {"error": …}.  TIERCEL_DEBUG=1 shows the traceback behind an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tiercel.errors import RequestError, TiercelError
+
+if TYPE_CHECKING:
+    from tiercel.console import Prompt, Talker
+    from tiercel.sampling import SamplingParams
+
+DEFAULT_MODEL = "smollm2"
+
+
+class Commands(TyperGroup):
+    """Turns what may go wrong in a command into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader of our output has left: nobody is there to be told
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            usage = hasattr(error, "format_message")  # of the command line itself; typer prints these well
+            if os.environ.get("TIERCEL_DEBUG") == "1" or (usage and not _wants_json()):
+                raise
+            message, code = (error.format_message(), 2) if usage else _explained(error)  # type: ignore[attr-defined]
+            _complain(message)
+            raise typer.Exit(code) from None
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    if isinstance(error, TiercelError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError):
+        return "memory ran out; close something, or choose a smaller dtype or model", 4
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}", 1
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"this is a bug of ours, not yours: {what}; TIERCEL_DEBUG=1 shows where", 1
+
+
+def _wants_json() -> bool:
+    return "--json" in sys.argv[1:]
+
+
+def _complain(message: str) -> None:
+    from tiercel.console import complain
+
+    if _wants_json():
+        _print_json({"error": message})
+    else:
+        complain(message)
+
+
+def _print_json(value: Any) -> None:
+    print(json_module.dumps(value, ensure_ascii=False), flush=True)
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  rich_markup_mode=None, help="Hybrid language models, run on your machine.")  # fmt: skip
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+ModelName = Annotated[str, typer.Argument(help="Short name, org/repo of the hub, folder or .gguf file.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from tiercel import __version__
+
+        print(f"tiercel {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = (
+        False
+    ),
+) -> None:
+    """Hybrid language models, run on your machine."""
+
+
+# ── run
+
+
+@app.command()
+def run(
+    model: ModelName = DEFAULT_MODEL,
+    prompt: Annotated[list[str] | None, typer.Argument(help="What to ask; without one a conversation starts.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep this many tokens; 0 keeps all.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Keep tokens this likely beside the likeliest.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be repeated.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template: go on from the prompt.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, f32, bf16 or f16.")] = "auto",
+    context: Annotated[int | None, typer.Option(help="Length of the context in tokens.")] = None,
+    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thoughts first, or not.")] = None,
+    hide_thinking: Annotated[bool, typer.Option("--hidethinking", help="Do not show the thoughts.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the timings.")] = False,
+    json: Json = False,
+) -> None:
+    """Answer a prompt, or hold a conversation.
+
+    The prompt is an argument, a pipe, or both (the piped text comes after).  A model that is missing is pulled.
+    """
+    given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed,
+             "max_tokens": max_tokens, "stop": stop or None}  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    _check_params(given)
+    text = _prompt_text(prompt or [])
+    if text is None and (json or raw or not sys.stdout.isatty()):
+        raise RequestError("a conversation needs a terminal; give a prompt, or pipe a text in")
+    began = time.perf_counter()
+    talker = _open(model, dtype, context)
+    load = time.perf_counter() - began
+    params = dataclasses.replace(talker.default_params(), **given)
+    if text is None:
+        _converse(talker, model, params, system=system, verbose=verbose, hide_thinking=hide_thinking, think=think)
+        return
+    question: Prompt = text if raw else _messages(system, text)
+    _answer(talker, model, question, params, load, raw=raw, think=think, hide=hide_thinking, verbose=verbose, json=json)
+
+
+def _check_params(given: dict[str, Any]) -> None:
+    """Refuse what cannot be served before a model is loaded for it."""
+    from tiercel.sampling import SamplingParams
+
+    SamplingParams(max_tokens=given.get("max_tokens"), **{k: v for k, v in given.items() if k != "max_tokens"})
+
+
+def _prompt_text(words: list[str]) -> str | None:
+    """The prompt of the command line and what is piped in, or None when there is neither and a person types."""
+    text = " ".join(words)
+    if not sys.stdin.isatty():
+        try:
+            piped = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise RequestError(f"the piped text is not UTF-8 (byte {error.start})") from error
+        text = "\n\n".join(part for part in (text, piped) if part.strip())
+        if not text.strip():
+            raise RequestError("the prompt is empty; give one, or pipe a text in")
+    return text if text.strip() else None
+
+
+def _messages(system: str | None, text: str) -> list[dict[str, str]]:
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": text}]
+
+
+def open_talker(name: str, dtype: str, context: int | None, report: Callable[[str, int, int], None]) -> Talker:
+    """The model behind a name, loaded, with a memory of its conversation."""
+    import tiercel
+    from tiercel.console import ModelTalker
+    from tiercel.weights import hub
+
+    hub.resolve(name, pull=True, progress=report)
+    loaded = tiercel.load(
+        name, dtype=dtype, max_length=context, progress=lambda done, total: report(f"loading {name}", done, total)
+    )
+    return ModelTalker(loaded)
+
+
+def _open(name: str, dtype: str, context: int | None) -> Talker:
+    from tiercel.console import waiting
+
+    with waiting(f"loading {name}") as report:
+        return open_talker(name, dtype, context, report)
+
+
+def _converse(talker: Talker, name: str, params: SamplingParams, **settings: Any) -> None:
+    from tiercel.console import Conversation
+
+    Conversation(talker, name, params, **settings).run()
+
+
+def _answer(
+    talker: Talker,
+    name: str,
+    question: Prompt,
+    params: SamplingParams,
+    load: float,
+    *,
+    raw: bool,
+    think: bool | None,
+    hide: bool,
+    verbose: bool,
+    json: bool,
+) -> None:
+    from tiercel.console import speak, timing_block
+
+    pieces = talker.ask(question, params, raw=raw, think=think)
+    if not json:
+        speak(pieces, hide_thinking=hide)
+        print(flush=True)
+    for _ in pieces:
+        pass
+    last = talker.last
+    assert last is not None, "an answer that was asked for is known"
+    if json:
+        times = {"load_s": load, "prompt_s": last.times.prompt, "generation_s": last.times.generation}
+        _print_json({
+            "model": name,
+            "text": last.text,
+            "thinking": last.thoughts,
+            "prompt_tokens": len(last.prompt_ids),
+            "cached_tokens": last.cached_tokens,
+            "completion_tokens": len(last.token_ids),
+            "finish_reason": last.finish_reason,
+            "timings": times | {"total_s": load + last.times.total},
+        })  # fmt: skip
+    elif verbose:
+        print("\n" + timing_block(last, load), file=sys.stderr, flush=True)
+
+
+# ── models
+
+
+@app.command()
+def pull(
+    name: ModelName,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare what is here with its sha256.")] = False,
+    json: Json = False,
+) -> None:
+    """Bring a model here.
+
+    By short name, or by org/repo or org/repo:quantization of the hub.
+    """
+    from tiercel.console import waiting
+    from tiercel.plan import human_bytes
+    from tiercel.weights import hub
+
+    with waiting(f"pulling {name}") as report:
+        model = hub.pull(name, verify=verify, progress=report)
+    if json:
+        _print_json(_plain(model) | {"fetched": model.fetched})
+    else:
+        state = "is here now" if model.fetched else "is already here"
+        print(f"{model.name} {state}: {model.path} ({human_bytes(model.bytes)})")
+
+
+@app.command("list")
+@app.command("ls", hidden=True)
+def list_(json: Json = False) -> None:
+    """List the models that are here (also: ls)."""
+    from tiercel.plan import human_bytes
+    from tiercel.weights import hub
+
+    models = hub.list_models()
+    if json:
+        _print_json([_plain(model) for model in models])
+        return
+    rows = [("NAME", "ID", "SIZE", "MODIFIED")]
+    rows += [(model.name, model.id, human_bytes(model.bytes), _ago(model.modified)) for model in models]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("    ".join([*cells, row[3]]))
+
+
+def _plain(model: Any) -> dict[str, Any]:
+    modified = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.modified))
+    return {"name": model.name, "id": model.id, "bytes": model.bytes, "modified": modified,
+            "path": str(model.path), "source": model.source}  # fmt: skip
+
+
+def _ago(then: float) -> str:
+    """`5 minutes ago`, as Ollama writes it."""
+    seconds = max(time.time() - then, 0)
+    for unit, length in (("year", 31_557_600), ("month", 2_629_800), ("week", 604_800), ("day", 86_400),
+                         ("hour", 3600), ("minute", 60)):  # fmt: skip
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {unit}{'s' if count > 1 else ''} ago"
+    return "Less than a minute ago"
+
+
+@app.command()
+def show(model: ModelName, json: Json = False) -> None:
+    """Say what a model is, from its config or header alone."""
+    from tiercel.show import describe, table
+    from tiercel.weights import hub
+
+    found = describe(hub.resolve(model))
+    if json:
+        _print_json({"name": model} | found)
+    else:
+        print(table(model, found))
+
+
+@app.command()
+def export(
+    model: ModelName,
+    out: Annotated[Path, typer.Argument(help="A name ending in .gguf, or a folder for safetensors.")],
+    dtype: Annotated[str | None, typer.Option(help="f32, f16 or bf16; as stored without it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over what is there.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a model as a GGUF file or as a Hugging Face folder."""
+    if dtype not in (None, "f32", "f16", "bf16"):
+        raise RequestError(f"--dtype must be f32, f16 or bf16, not {dtype!r}")
+    if not force and out.exists() and (out.is_file() or any(out.iterdir())):
+        raise RequestError(f"{out} exists; choose another name, or write over it with --force")
+    from tiercel.console import waiting
+    from tiercel.weights import hub
+
+    with waiting(f"exporting {model}") as report:
+        path = hub.resolve(model, pull=True, progress=report)
+        report(f"exporting {model}", 0, 0)
+        from tiercel.weights import load
+
+        written = load.export(path, out, dtype=dtype)
+    if json:
+        _print_json({"model": model, "out": str(written), "dtype": dtype})
+    else:
+        print(f"{model} is written to {written}")
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Look at this machine, and say what would help."""
+    from tiercel.doctor import examine, report
+
+    found = examine()
+    if json:
+        _print_json(found)
+    else:
+        print(report(found))
+
+
+def main() -> None:
+    try:
+        app(prog_name="tiercel")
+    except KeyboardInterrupt:
+        sys.exit(130)
