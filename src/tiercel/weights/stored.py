@@ -124,7 +124,7 @@ class StoredTensor:
         raw = self.raw(start, stop)
         if self.type in PACKINGS:
             return dequantize(self.type, raw)
-        values = raw.ne(0) if self.type == "BOOL" else raw.view(self.dtype)
+        values = raw.ne(0) if self.type == "BOOL" else raw.view(-1).view(self.dtype)
         return values.view(self._shape(start, stop))
 
     def raw(self, start: int = 0, stop: int | None = None) -> Tensor:
