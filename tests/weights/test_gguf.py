@@ -129,7 +129,7 @@ def test_a_file_that_shrinks_while_it_is_open_is_an_error_not_a_crash(tmp_path: 
     with GGUFFile(path) as file:
         os.truncate(path, 5000)
         assert file.tensors["a"].rows(0, 2).sum() == 200
-        with pytest.raises(FormatError, match="ends at byte 5000"):
+        with pytest.raises(FormatError, match=r"shrunk from .* to 5000"):
             file.tensors["a"].rows()
 
 

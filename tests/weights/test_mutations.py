@@ -279,6 +279,16 @@ def damage_json(text: str, random: random.Random) -> str:
     return text[: place.start()] + new + text[place.end() :]
 
 
+def move_tensor(text: str, random: random.Random) -> str:
+    """A tensor's place shifted, or taken from another tensor: overlaps and holes with every size still right."""
+    header = json.loads(text)
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    place, other = random.choice(tensors)["data_offsets"], random.choice(tensors)["data_offsets"]
+    shift = random.choice([other[0] - place[0], place[1] - place[0], -1, 1, 4, 8])
+    place[:] = [place[0] + shift, place[1] + shift]
+    return json.dumps(header)
+
+
 def damage_safetensors(seed: bytes, random: random.Random) -> bytes:
     (length,) = struct.unpack_from("<Q", seed)
     if random.random() < 0.3:
@@ -288,8 +298,11 @@ def damage_safetensors(seed: bytes, random: random.Random) -> bytes:
     if random.random() < 0.1:
         return struct.pack("<Q", random.choice([*EXTREMES, length - 1, length + 1])) + seed[8:]
     text = seed[8 : 8 + length].decode()
-    for _ in range(random.choice([1, 1, 2, 3])):
-        text = damage_json(text, random)
+    if random.random() < 0.2:
+        text = move_tensor(text, random)
+    else:
+        for _ in range(random.choice([1, 1, 2, 3])):
+            text = damage_json(text, random)
     header = text.encode()
     return struct.pack("<Q", len(header)) + header + seed[8 + length :]
 

@@ -93,7 +93,7 @@ def test_a_file_that_shrinks_while_it_is_open_is_an_error_not_a_crash(tmp_path: 
     with open_safetensors(path) as opened:
         os.truncate(path, 5000)
         assert opened.tensors["a"].rows(0, 10).tolist() == [1] * 10
-        with pytest.raises(FormatError, match="ends at byte 5000"):
+        with pytest.raises(FormatError, match=r"shrunk from .* to 5000"):
             opened.tensors["a"].rows()
 
 
@@ -104,7 +104,7 @@ def test_rows_read_the_same_where_the_system_has_no_positional_read(tmp_path: Pa
     with open_safetensors(tmp_path) as opened:
         assert all(torch.equal(opened.tensors[name].rows(), tensor) for name, tensor in tensors.items())
         os.truncate(tmp_path / "model.safetensors", 200)
-        with pytest.raises(FormatError, match="ends at byte 200"):
+        with pytest.raises(FormatError, match=r"shrunk from .* to 200"):
             opened.tensors["F64"].rows()
 
 

@@ -68,7 +68,8 @@ class File:
             except OSError as error:
                 raise FormatError(f"cannot read {self.path} at byte {offset + done}: {error.strerror}") from error
             if count == 0:
-                raise FormatError(f"{self.path} ends at byte {offset + done}, before its data does; fetch it again")
+                size = os.fstat(self._descriptor).st_size
+                raise FormatError(f"{self.path} has shrunk from {self.size} to {size} bytes; fetch it again")
             done += count
 
     def _read_some(self, buffer: memoryview, offset: int) -> int:
