@@ -359,19 +359,28 @@ def _typed(key: str, value: Any) -> Typed:
 def _encoded(key: str, typed: Typed) -> bytes:
     """The type number and the value."""
     name, value = typed
-    number, is_array = VALUE_NUMBERS.get(name.strip("[]")), name.startswith("[")
+    is_array = name.startswith("[") and isinstance(value, list)
+    number = VALUE_NUMBERS.get(name[1:-1] if is_array else name)
     if number is None:
-        raise RequestError(f"metadata {key!r} has the unknown type {name!r}")
+        raise RequestError(f"metadata {key!r} cannot be {value!r:.60} of type {name!r}")
     values = value if is_array else [value]
     try:
         if number == STRING:
             body = b"".join(map(_string, values))
         else:
-            body = struct.pack(f"<{len(values)}{SCALARS[number][1]}", *values)
+            body = struct.pack(f"<{len(values)}{_code(number, values)}", *values)
     except (struct.error, OverflowError, AttributeError) as error:
         raise RequestError(f"metadata {key!r} does not fit {name}: {error}") from error
     front = struct.pack("<IIQ", ARRAY, number, len(values)) if is_array else struct.pack("<I", number)
     return front + body
+
+
+def _code(number: int, values: list[Any]) -> str:
+    """The struct code; any object would pass for a bool, so these are looked at."""
+    name, code = SCALARS[number]
+    if name == "bool" and not all(isinstance(value, bool) for value in values):
+        raise struct.error("a bool is True or False")
+    return code
 
 
 def _string(text: str) -> bytes:

@@ -218,7 +218,8 @@ def _tensor(name: str, entry: Any, file: File, start: int) -> StoredTensor:
             raise UnsupportedError(f"{where} is {dtype}, which is not read here; use a BF16 or F32 checkpoint")
         raise FormatError(f"{where} has the unknown dtype {dtype!r:.60}")
     nbytes = bytes_of(dtype, tuple(shape))
-    if nbytes is None or offsets[1] - offsets[0] != nbytes or math.prod(size or 1 for size in shape) >= LARGEST:
+    largest = math.prod(size or 1 for size in shape) * DTYPES[dtype].itemsize  # strides count past a size of 0
+    if nbytes is None or offsets[1] - offsets[0] != nbytes or largest >= LARGEST:
         raise FormatError(f"{where} of {dtype} {shape} cannot lie in {offsets[1] - offsets[0]} bytes")
     return StoredTensor(name, tuple(shape), dtype, nbytes, file, start + offsets[0])
 

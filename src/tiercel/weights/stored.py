@@ -68,7 +68,8 @@ class File:
             except OSError as error:
                 raise FormatError(f"cannot read {self.path} at byte {offset + done}: {error.strerror}") from error
             if count == 0:
-                raise FormatError(f"{self.path} ends at byte {offset + done}, before its data does; fetch it again")
+                size = os.fstat(self._descriptor).st_size
+                raise FormatError(f"{self.path} has shrunk from {self.size} to {size} bytes; fetch it again")
             done += count
 
     def _read_some(self, buffer: memoryview, offset: int) -> int:
@@ -124,7 +125,7 @@ class StoredTensor:
         raw = self.raw(start, stop)
         if self.type in PACKINGS:
             return dequantize(self.type, raw)
-        values = raw.ne(0) if self.type == "BOOL" else raw.view(self.dtype)
+        values = raw.ne(0) if self.type == "BOOL" else raw.view(-1).view(self.dtype)
         return values.view(self._shape(start, stop))
 
     def raw(self, start: int = 0, stop: int | None = None) -> Tensor:
