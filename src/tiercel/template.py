@@ -22,8 +22,8 @@ from typing import IO, Any
 from tiercel.errors import FormatError, RequestError, TiercelError
 
 SECONDS = 1.0  # of processor time, counted in the worker
-PATIENCE = 5.0  # of wall clock: a busy machine, or a system that cannot count processor time
-PATIENCE_WITHOUT_CLOCK = 1.2
+PATIENCE = 1.4  # of wall clock: where processor time cannot be counted, or the machine is busy
+SECONDS_PER_BYTE = 1 / (8 << 20)  # more, for a prompt of many megabytes
 START = 30.0
 CHARACTERS = 16 << 20  # of the rendered prompt
 MOST_ANSWER_BYTES = 12 * CHARACTERS  # JSON spends up to 12 bytes on a character
@@ -38,12 +38,11 @@ def render(template: str, variables: dict[str, Any]) -> str:
     handle them, FormatError when it is no template, or wants more time, memory or text than a prompt may take.
     """
     try:
-        job = json.dumps(
-            {"template": template, "variables": variables, "seconds": SECONDS, "characters": CHARACTERS}
-        ).encode("ascii")
+        body = json.dumps({"template": template, "variables": variables, "characters": CHARACTERS})
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"messages and tools must be plain JSON values: {error}") from None
-    answer = _worker.ask(job)
+    seconds = SECONDS + len(body) * SECONDS_PER_BYTE  # goes in front of the fields that it was measured by
+    answer = _worker.ask(f'{{"seconds": {seconds}, {body[1:]}'.encode("ascii"))
     text, by, message = answer.get("text"), answer.get("by"), str(answer.get("error"))[:1000]
     if isinstance(text, str):
         return text
@@ -67,8 +66,7 @@ class _Worker:
     def ask(self, job: bytes) -> dict[str, Any]:
         with self.lock:
             process = self.start()
-            patience = PATIENCE if hasattr(os, "fork") else PATIENCE_WITHOUT_CLOCK
-            answer = _exchange(process, job, patience)
+            answer = _exchange(process, job, PATIENCE + len(job) * SECONDS_PER_BYTE)
             if answer is None:
                 self.stop()
                 raise FormatError(
@@ -82,7 +80,10 @@ class _Worker:
             return self.process
         if self.owner == os.getpid():
             self.stop()
-        self.process, self.owner = _spawn(), os.getpid()
+        try:
+            self.process, self.owner = _spawn(), os.getpid()
+        except OSError as error:
+            raise TiercelError(f"cannot start {sys.executable} to render a chat template: {error.strerror}") from None
         if _exchange(self.process, b"", START) is None:
             self.stop()
             raise TiercelError(f"the process that renders chat templates did not start ({sys.executable})")

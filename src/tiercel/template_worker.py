@@ -85,7 +85,7 @@ class PlainNamespace(Namespace):
         Namespace.__init__(*args, **kwargs)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self.check(name)
+        PlainNamespace.check(name)
         super().__setitem__(name, value)
 
     @staticmethod

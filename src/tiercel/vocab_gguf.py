@@ -105,7 +105,7 @@ class _Reader:
         values = self.value(key, list)
         if values is None:
             return None
-        if len(values) > 2 * MOST_TOKENS or not all(type(value) in types for value in values):
+        if len(values) > 2 * MOST_TOKENS or not set(map(type, values)) <= set(types):
             raise FormatError(f"tokenizer.ggml.{key} must be a list of {types[0].__name__}, of at most {MOST_TOKENS}")
         if length is not None and len(values) != length:
             raise FormatError(f"tokenizer.ggml.{key} has {len(values)} entries for {length} tokens")
@@ -156,7 +156,10 @@ def _read_bpe(read: _Reader, tokens: list[str]) -> tuple[dict[str, Any], bool]:
     merges = read.array("merges", (str,))
     if merges is None:
         raise FormatError("tokenizer.ggml.merges is missing")
-    pairs = [_pair(merge) for merge in merges]
+    pairs = [merge.split(" ") for merge in merges]
+    wrong = next((merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2 or "" in pair), None)
+    if wrong is not None:
+        raise FormatError(f"tokenizer.ggml.merges holds {wrong[:40]!r}, which is not two pieces")
     nfc = read.metadata.get("tokenizer.tiercel.nfc", rules.nfc)
     tokenizer = {
         "normalizer": {"type": "NFC"} if nfc else None,
@@ -165,13 +168,6 @@ def _read_bpe(read: _Reader, tokens: list[str]) -> tuple[dict[str, Any], bool]:
         "model": _bpe_json(tokens, pairs, ignore_merges=rules.ignore_merges),
     }
     return tokenizer, rules.add_bos
-
-
-def _pair(merge: str) -> list[str]:
-    left, space, right = merge[1:].partition(" ")
-    if not merge or not space or not right:
-        raise FormatError(f"tokenizer.ggml.merges holds {merge[:40]!r}, which is not two pieces")
-    return [merge[0] + left, right]
 
 
 def _split_json(pattern: str) -> dict[str, Any]:
@@ -359,4 +355,5 @@ def settings(
     found |= {"tokenizer.ggml.add_bos_token": bool(front), "tokenizer.ggml.add_eos_token": bool(back)}
     for name, template in templates.items():
         found["tokenizer.chat_template" + ("" if name == "default" else f".{name}")] = template
-    return found
+    named = [name for name in templates if name != "default"]
+    return found | ({"tokenizer.chat_templates": named} if named else {})
