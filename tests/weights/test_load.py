@@ -86,7 +86,7 @@ def test_a_pattern_file_is_a_fresh_network_the_same_every_time(tmp_path):
 
 
 def test_a_pattern_too_large_for_this_machine_is_refused(tmp_path):
-    (tmp_path / "net.json").write_text('{"pattern": "attention", "width": 65536, "vocab_size": 50, "repeat": 1000}')
+    (tmp_path / "net.json").write_text('{"pattern": "attention", "width": 16384, "vocab_size": 50, "repeat": 200}')
     with pytest.raises(DoesNotFit, match="free"):
         tiercel.load(tmp_path / "net.json")
 
