@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 
-CODE = '''def f(x: int) -> str:
+CODE = """def f(x: int) -> str:
 \treturn f"{x!r:>10}" if x != 0 else 'none'   # comment
 
 
 class A(B):
     async def g(self, *args, **kwargs): ...
-'''
+"""
 
 FIXED = [
     "Hello, world!",
@@ -61,7 +61,10 @@ def random_strings(count: int = 100, seed: int = 7) -> list[str]:
         low, high = source.choice(blocks)
         return "".join(chr(source.randint(low, high)) for _ in range(source.randint(1, 6)))
 
-    return ["".join(word() + source.choice(["", " ", " ", "\n"]) for _ in range(source.randint(1, 12))) for _ in range(count)]
+    return [
+        "".join(word() + source.choice(["", " ", " ", "\n"]) for _ in range(source.randint(1, 12)))
+        for _ in range(count)
+    ]
 
 
 HARD = FIXED + random_strings()

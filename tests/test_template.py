@@ -24,7 +24,7 @@ MESSAGES = [
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d <é>", "parameters": {"type": "object"}}}]
 
 FEATURES = [
-    "{% for m in messages %}\n  {% if not loop.first %}\n{{ m.role }}: {{ m['content'] | trim }}\n  {% endif %}\n{% endfor %}",
+    "{% for m in messages %}\n  {% if not loop.first %}\n{{ m.role }}: {{ m.content }}\n  {% endif %}\n{% endfor %}",
     "{{ tools | tojson }} {{ tools | tojson(indent=2) }} {{ messages[1] | tojson(ensure_ascii=True) }}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + loop.index %}{% endfor %}{{ ns.n }}",
     "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}{{ m.role }}{% break %}{% endfor %}",
@@ -134,7 +134,18 @@ ESCAPES = [
     "{% debug %}",
     "{{ '\\x5f\\x5fclass\\x5f\\x5f' }}{{ ''['\\x5f\\x5fclass\\x5f\\x5f'] }}",
 ]
-LEAKS = ("<class", "<module", "<function", "<built-in", "__globals__'", "SECRET", "/home", "environ", "<jinja2", "object at")
+LEAKS = (
+    "<class",
+    "<module",
+    "<function",
+    "<built-in",
+    "__globals__'",
+    "SECRET",
+    "/home",
+    "environ",
+    "<jinja2",
+    "object at",
+)
 
 
 @pytest.mark.parametrize("payload", ESCAPES)
@@ -183,7 +194,7 @@ def test_even_an_escaped_template_has_no_files_sockets_or_memory(power: str) -> 
 
 
 BOMBS = [
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(9) %}{% endfor %}{% endfor %}{% endfor %}",
     "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
     "{{ 'A' * 10**9 }}",
     "{{ 'A' * n }}",
@@ -200,7 +211,7 @@ BOMBS = [
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
     "{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
     "{{ range(99999) | batch(1) | list | string * 99999 }}",
     "{{ range(99999) | list | map('string') | map('center', 99999) | join | length }}",
     "{% for i in range(99999) %}{{ range(99999) | sort | length }}{% endfor %}",
@@ -226,7 +237,7 @@ def test_a_template_that_never_ends_or_grows_is_ended(bomb: str) -> None:
 
 
 def test_the_first_template_is_not_slow() -> None:
-    program = "import time; b = time.monotonic()\nfrom tiercel.template import render\nassert render('{{ x }}', {'x': 1}) == '1'"
+    program = "from tiercel.template import render\nassert render('{{ x }}', {'x': 1}) == '1'"
     program += "\nimport sys; assert 'torch' not in sys.modules and 'jinja2' not in sys.modules"
     begin = time.monotonic()
     done = subprocess.run([sys.executable, "-"], input=program, text=True, capture_output=True, timeout=60)

@@ -15,9 +15,8 @@ templates look for to drop earlier thoughts, and which the model did write as to
 from __future__ import annotations
 
 import json
-import random
 import re
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +25,13 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 
 from tiercel.errors import FormatError, RequestError
+from tiercel.template import REASONING
 
 LONGEST = 256
 MARKUP = frozenset("<>[]{}|")
 THINK_TAGS = ("<think>", "</think>")
 TRUSTED_ROLES = ("assistant", "system", "developer")
+WORDS = ("content", *REASONING)  # where think tags are those roles' own
 PRIVATE_USE = range(0xE000, 0xF8FF)
 DEEPEST = 64
 OTHER = "\uffff"  # the finder's word for text between control tokens
@@ -101,7 +102,8 @@ class Controls:
 
 
 def _starts(words: list[str], beginning: str) -> bool:
-    place = bisect_left(words, beginning)
+    """Whether one of the sorted words goes on after this beginning."""
+    place = bisect_right(words, beginning)
     return place < len(words) and words[place].startswith(beginning)
 
 
@@ -112,19 +114,21 @@ class Disguise:
         self.controls = controls
         try:
             written = json.dumps(conversation, ensure_ascii=False)
+            written.encode()
+        except UnicodeEncodeError:
+            raise RequestError("messages and tools hold half of a surrogate pair, which is no text") from None
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"messages and tools must be plain JSON values: {error}") from None
         used = set(written) | {chr(int(code, 16)) for code in re.findall("u([ef][0-9a-f]{3})", written)}
-        self._free = [c for c in map(chr, PRIVATE_USE) if c not in used]
-        random.SystemRandom().shuffle(self._free)
+        self._free = (character for character in map(chr, PRIVATE_USE) if character not in used)
         self._stands_for: dict[str, str] = {}
         self._hidden_as: dict[str, str] = {}
         self.mark = self._take("")
 
     def _take(self, character: str) -> str:
-        if not self._free:
+        stand_in = next(self._free, None)
+        if stand_in is None:
             raise RequestError("the messages use every private-use character; none is left to mark control text with")
-        stand_in = self._free.pop()
         self._stands_for[stand_in] = character
         return stand_in
 
@@ -147,8 +151,8 @@ class Disguise:
 
     def hide_message(self, message: dict[str, Any]) -> dict[str, Any]:
         """Roles stay as they are: templates compare them."""
-        keep = THINK_TAGS if message["role"] in TRUSTED_ROLES else ()
-        return {key: value if key == "role" else self.hide(value, keep) for key, value in message.items()}
+        keep = dict.fromkeys(WORDS, THINK_TAGS) if message["role"] in TRUSTED_ROLES else {}
+        return {k: v if k == "role" else self.hide(v, keep.get(k, ())) for k, v in message.items()}
 
     def _hide_text(self, text: str, keep: tuple[str, ...]) -> str:
         while places := [place for place, token in self.controls.places(text) if token.content not in keep]:

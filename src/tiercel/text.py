@@ -96,7 +96,11 @@ class Text:
         return [*front, *ids, *self._back]
 
     def _sections(self, text: str, disguise: Disguise | None = None) -> list[int]:
-        """Control tokens as such, the text between them as text."""
+        """Control tokens as such, the text between them as text.
+
+        Every stretch of text begins anew for a tokenizer that puts a space before one, as in `tokenizers` (for
+        tokens found before normalization, as real control tokens are) and in llama.cpp.
+        """
         ids: list[int] = []
         for token, start, stop in self._controls.cut(text):
             if token is not None:
@@ -279,7 +283,7 @@ class Text:
             raise RequestError(f"{self.vocab_size} tokens do not fit {rows} embedding rows")
         numbers = {name: self._tokenizer.token_to_id(text) for name, text in self.names.items()}
         return vocab_gguf.to_gguf(
-            self._json(), self._added, self._controls.ids, rows, self._pre, lambda text: self.encode(text, bos=False)
+            self._json(), self._added, rows, self._pre, lambda text: self.encode(text, bos=False)
         ) | vocab_gguf.settings(numbers, self.eos, self._front, self._back, self.templates)
 
     def _json(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tiercel.control import Added
 from tiercel.errors import FormatError, TiercelError
@@ -138,11 +138,16 @@ def added_tokens(tokenizer: dict[str, Any]) -> list[Added]:
 def _added(entry: Any, id: Any) -> Added:
     content = entry.get("content") if isinstance(entry, dict) else None
     flags = {f: entry.get(f, False) for f in ("special", "lstrip", "rstrip", "single_word")} if content else {}
-    if type(content) is not str or not content or type(id) is not int or not 0 <= id < 1 << 24:
+    if not _is_text(content) or type(id) is not int or not 0 <= id < 1 << 24:
         raise FormatError(f"an added token needs a text and an id, not {str(entry)[:60]!r}")
     if not all(type(flag) is bool for flag in flags.values()):
         raise FormatError(f"the flags of an added token are true or false, not {str(entry)[:60]!r}")
     return Added(id, content, **flags)
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Something written, without half surrogate pairs (which JSON can spell)."""
+    return type(value) is str and bool(value) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _complete_added(tokenizer: dict[str, Any], config: dict[str, Any], special: set[str]) -> None:

@@ -244,7 +244,6 @@ def merges_of_scores(tokens: list[str], scores: list[float], mergeable: list[int
 def to_gguf(
     tokenizer: dict[str, Any],
     added: list[Added],
-    controls: frozenset[int],
     vocab_size: int,
     pre: str | None,
     encode: Callable[[str], list[int]],
@@ -260,11 +259,12 @@ def to_gguf(
     tokens = [f"[PAD{id}]" for id in range(vocab_size)]
     types = [UNUSED] * vocab_size
     for token, id in model["vocab"].items():
+        if token != tokens[id]:
+            types[id] = NORMAL if byte_level else _sentencepiece_type(token, model)
         tokens[id] = token
-        types[id] = NORMAL if byte_level else _sentencepiece_type(token, model)
     for entry in added:
         tokens[entry.id] = entry.content
-        types[entry.id] = CONTROL if entry.id in controls else USER_DEFINED
+        types[entry.id] = CONTROL if entry.special else USER_DEFINED
         if entry.content == model.get("unk_token") and not byte_level:
             types[entry.id] = UNKNOWN
     common = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}

@@ -1,0 +1,441 @@
+"""Words ⇄ ids: equal to the originals, the same after every file format, hostile files refused."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from hard_strings import HARD
+from small_tokenizers import CONTROL, TAGS, byte_level, sentencepiece
+from tiercel.errors import FormatError, RequestError, UnsupportedError
+from tiercel.text import Text
+from tiercel.vocab import PRE_TOKENIZERS
+
+GOLDEN = Path(__file__).parent / "golden"
+BYTE_LEVEL = ["llama-bpe", "smollm", "gpt-2", "qwen2", "falcon", "default"]
+PREFIXES = ["always", "first", "never"]
+KINDS = [*BYTE_LEVEL, *PREFIXES]
+
+
+def table(kind: str) -> dict[str, Any]:
+    return copy.deepcopy(sentencepiece(kind) if kind in PREFIXES else byte_level(kind))
+
+
+def write(folder: Path, tokenizer: dict[str, Any], **files: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+def text_of(folder: Path, tokenizer: dict[str, Any], **files: Any) -> Text:
+    text = Text.from_folder(write(folder, tokenizer, **files))
+    assert text is not None
+    return text
+
+
+# Equal to the originals
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_text_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    text = text_of(tmp_path, table(kind), tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
+    original = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    for string in HARD:
+        ids = text.encode(string, special=True, bos=False)
+        assert ids == original.encode(string, add_special_tokens=False), string
+        plain = text.encode(string, bos=False)
+        if not any(tag in string for tag in TAGS):  # transformers finds unflagged tags in anybody's text
+            assert plain == original.encode(string, add_special_tokens=False, split_special_tokens=True), string
+        assert text.decode(ids, special=True) == original.decode(ids, clean_up_tokenization_spaces=False), string
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "qwen2"])
+def test_what_is_encoded_comes_back(kind: str, tmp_path: Path) -> None:
+    text = text_of(tmp_path, table(kind))
+    for string in HARD:
+        if kind == "first" and string.startswith(" "):
+            continue  # this kind adds a space only where there is none, and so cannot tell
+        assert text.decode(text.encode(string, bos=False)) == string
+
+
+def test_smollm2_gives_the_ids_of_llama_cpp() -> None:
+    gguf = pytest.importorskip("gguf")
+    found = os.environ.get("TIERCEL_TEST_SMOLLM2")
+    if not found:
+        pytest.skip("TIERCEL_TEST_SMOLLM2 does not name the SmolLM2-135M-Instruct GGUF file")
+    fields = gguf.GGUFReader(found).fields.items()
+    text = Text.from_gguf({key: field.contents() for key, field in fields if key.startswith("tokenizer.")})
+    assert text is not None
+    rows = json.loads((GOLDEN / "smollm2_tokens.json").read_text())["rows"]
+    assert len(rows) == len(HARD)
+    for row in rows:
+        assert text.encode(row["text"]) == row["plain"], row["text"]
+        assert text.encode(row["text"], special=True) == row["special"], row["text"]
+        assert text.decode(row["plain"]) == row["text"]
+
+
+@pytest.mark.parametrize("name", ["tiny_bpe", "tiny_spm"])
+def test_a_tiny_gguf_written_by_us_means_the_same_to_llama_cpp(name: str) -> None:
+    golden = json.loads((GOLDEN / "tiny_tokens.json").read_text())[name]
+    text = Text.from_gguf(golden["metadata"])
+    assert text is not None
+    assert len(golden["rows"]) == len(HARD)
+    for row in golden["rows"]:
+        assert text.encode(row["text"], bos=False) == row["plain"], row["text"]
+        assert text.encode(row["text"], special=True, bos=False) == row["special"], row["text"]
+
+
+# What is put around a text, and what ends one
+
+
+def test_bos_and_eos_are_added_as_the_files_say(tmp_path: Path) -> None:
+    names = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+    plain = text_of(tmp_path / "a", table("llama-bpe"), special_tokens_map=names)
+    assert plain.encode("a") == plain.encode("a", bos=False)
+    assert plain.encode("a", bos=True) == [plain.bos, *plain.encode("a")]
+    both = names | {"add_bos_token": True, "add_eos_token": True}
+    asked = text_of(tmp_path / "b", table("llama-bpe"), tokenizer_config=both)
+    assert asked.encode("a") == [0, *plain.encode("a"), 1] == asked.encode("a", bos=True)
+    assert asked.encode("", bos=None) == [0, 1]
+    own = table("llama-bpe")
+    tokenizer = Tokenizer.from_str(json.dumps(own))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    built_in = text_of(tmp_path / "c", json.loads(tokenizer.to_str()), tokenizer_config=names)
+    assert built_in.encode("a") == [0, *plain.encode("a")]
+    switched_off = text_of(
+        tmp_path / "d", json.loads(tokenizer.to_str()), tokenizer_config=names | {"add_bos_token": False}
+    )
+    assert switched_off.encode("a") == plain.encode("a")
+
+
+def test_every_end_that_the_files_name_ends_an_answer(tmp_path: Path) -> None:
+    text = text_of(
+        tmp_path, table("llama-bpe"), tokenizer_config={"eos_token": "</s>"}, generation_config={"eos_token_id": [5, 4]}
+    )
+    assert text.eos == {1, 4, 5}  # </s>, <|im_end|> (also by its name), 5
+    older = text_of(tmp_path / "old", table("gpt-2"), config={"eos_token_id": 1, "bos_token_id": 0})
+    assert older.eos == {1, 4} and older.bos == 0
+
+
+def test_a_checkpoint_without_a_tokenizer_says_what_it_has(tmp_path: Path) -> None:
+    assert Text.from_folder(tmp_path) is None and Text.from_gguf({}) is None
+    assert Text.from_gguf({"tokenizer.ggml.model": "none"}) is None
+    assert "no tokenizer.json" in Text.why_none(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    assert Text.from_folder(tmp_path) is None
+    assert "tokenizer.model" in Text.why_none(tmp_path)
+
+
+def test_tokens_only_the_config_calls_special_are_special(tmp_path: Path) -> None:
+    tokenizer = table("gpt-2")
+    tokenizer["added_tokens"] = []
+    decoder = {"4": {"content": "<|im_end|>", "special": True}}
+    text = text_of(tmp_path, tokenizer, tokenizer_config={"bos_token": "<s>", "added_tokens_decoder": decoder})
+    assert text.encode("<s><|im_end|>", special=True) == [0, 4]
+    assert not {0, 4} & set(text.encode("<s><|im_end|>"))
+    with pytest.raises(FormatError, match="is token 4 and"):
+        text_of(tmp_path, tokenizer, tokenizer_config={"added_tokens_decoder": {"9": {"content": "<|im_end|>"}}})
+
+
+def test_bad_ids_and_bad_text_are_said(tmp_path: Path) -> None:
+    text = text_of(tmp_path, table("gpt-2"))
+    assert text.decode([text.vocab_size, text.vocab_size + 10**6]) == "", "rows that only pad a network have no text"
+    for ids in ([-1], ["a"], [1.5]):
+        with pytest.raises(RequestError):
+            text.decode(ids)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="surrogate"):
+        text.encode("a\ud800")
+    with pytest.raises(RequestError, match="begins a text"):
+        text.encode("a", bos=True)
+
+
+def test_truncation_padding_and_dropout_of_training_are_not_applied(tmp_path: Path) -> None:
+    tokenizer = table("gpt-2")
+    plain = text_of(tmp_path / "a", tokenizer).encode("some words " * 50)
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    tokenizer["padding"] = {"strategy": {"Fixed": 999}, "direction": "Right", "pad_to_multiple_of": None}
+    tokenizer["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}
+    tokenizer["model"]["dropout"] = 0.9
+    assert text_of(tmp_path / "b", tokenizer).encode("some words " * 50) == plain
+
+
+def test_a_tokenizer_of_words_works_too(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordPiece({}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(
+        HARD, trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[UNK]"], show_progress=False)
+    )
+    text = text_of(tmp_path, json.loads(tokenizer.to_str()))
+    string = "leading spaces inside , text and newline"
+    ids = text.encode(string)
+    assert ids == tokenizer.encode(string).ids
+    assert text.decode(ids) == tokenizer.decode(ids, skip_special_tokens=False)
+    stream = text.stream()
+    pieces = [piece for id in ids for piece in stream.push(id)] + stream.finish()
+    assert "".join(piece.text for piece in pieces) == text.decode(ids)
+    assert len(pieces) > 3
+
+
+# Files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_opened_again_it_is_the_same(kind: str, tmp_path: Path) -> None:
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    config["chat_template"] = [
+        {"name": "default", "template": "{{ bos_token }}D"},
+        {"name": "tool_use", "template": "T"},
+    ]  # type: ignore[assignment]
+    text = text_of(tmp_path / "a", table(kind), tokenizer_config=config)
+    text.save(tmp_path / "b")
+    again = Text.from_folder(tmp_path / "b")
+    assert again is not None
+    assert (again.eos, again.bos, again.vocab_size, again.templates) == (
+        text.eos,
+        text.bos,
+        text.vocab_size,
+        text.templates,
+    )
+    original = PreTrainedTokenizerFast.from_pretrained(tmp_path / "b")
+    for string in HARD:
+        assert again.encode(string) == text.encode(string)
+        assert again.encode(string, special=True) == text.encode(string, special=True) == original.encode(string)
+    assert not [path for path in (tmp_path / "b").iterdir() if path.name.startswith(".")]
+    assert original.chat_template == {"default": "{{ bos_token }}D", "tool_use": "T"}
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "default"])
+def test_through_gguf_and_back_it_is_the_same(kind: str, tmp_path: Path) -> None:
+    config = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "chat_template": "x",
+    }
+    text = text_of(tmp_path, table(kind), tokenizer_config=config)
+    metadata = text.to_gguf(text.vocab_size + 5)
+    assert len(metadata["tokenizer.ggml.tokens"]) == text.vocab_size + 5
+    assert metadata["tokenizer.ggml.token_type"][3] in (3, 6)
+    again = Text.from_gguf(metadata)
+    assert again is not None
+    assert (again.eos, again.bos, again.templates) == (text.eos, text.bos, text.templates)
+    for string in HARD:
+        assert again.encode(string) == text.encode(string), string
+        assert again.encode(string, special=True) == text.encode(string, special=True), string
+        assert again.decode(again.encode(string)) == text.decode(text.encode(string))
+    assert again.to_gguf() == metadata
+
+
+@pytest.mark.parametrize(
+    "pre", sorted({next(n for n in PRE_TOKENIZERS if PRE_TOKENIZERS[n] == r) for r in PRE_TOKENIZERS.values()})
+)
+def test_every_pre_tokenizer_is_recognized_by_its_rules(pre: str, tmp_path: Path) -> None:
+    text = text_of(tmp_path, byte_level(pre))
+    assert PRE_TOKENIZERS[text.to_gguf()["tokenizer.ggml.pre"]] == PRE_TOKENIZERS[pre]
+
+
+def test_the_usual_spellings_of_the_rules_are_recognized(tmp_path: Path) -> None:
+    tokenizer = table("gpt-2")
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer["pre_tokenizer"] = plain
+    assert text_of(tmp_path, tokenizer).to_gguf()["tokenizer.ggml.pre"] == "gpt-2"
+    digits = {"type": "Digits", "individual_digits": True}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, plain]}
+    assert text_of(tmp_path, tokenizer).to_gguf()["tokenizer.ggml.pre"] == "smollm"
+
+
+def test_rules_that_llama_cpp_does_not_know_are_refused_not_guessed(tmp_path: Path) -> None:
+    def refused(change: dict[str, Any], reason: str, kind: str = "gpt-2") -> None:
+        with pytest.raises(UnsupportedError, match=reason):
+            text_of(tmp_path, table(kind) | change).to_gguf()
+
+    odd = {"type": "Split", "pattern": {"Regex": "[aeiou]"}, "behavior": "Isolated", "invert": False}
+    refused({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [odd]}}, r"no name .*\[aeiou\]")
+    refused(
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        "no name",
+    )
+    refused({"normalizer": {"type": "Lowercase"}}, "Lowercase")
+    refused({"normalizer": {"type": "NFKC"}}, "NFKC", "always")
+    unordered = table("always")["model"]
+    unordered["merges"] = [*unordered["merges"][1::2], *unordered["merges"][::2]]
+    refused({"model": unordered}, "scores", "always")
+
+
+def gguf_metadata(tmp_path: Path, kind: str) -> dict[str, Any]:
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "x"}
+    return text_of(tmp_path, table(kind), tokenizer_config=config).to_gguf()
+
+
+@pytest.mark.parametrize("kind", ["llama-bpe", "always"])
+def test_gguf_keys_of_wrong_type_or_length_are_format_errors(kind: str, tmp_path: Path) -> None:
+    good = gguf_metadata(tmp_path, kind)
+    wrong: list[Any] = [
+        None,
+        True,
+        -1,
+        1 << 40,
+        1.5,
+        "x",
+        [],
+        ["x"],
+        [1],
+        [[1]],
+        {},
+        [None] * 700,
+        ["a", "a"],
+        ["", " ", "b"],
+    ]
+    tried = 0
+    for key in good:
+        if key.startswith("tokenizer.tiercel"):
+            continue
+        for value in wrong:
+            tried += 1
+            try:
+                Text.from_gguf(good | {key: value})
+            except FormatError:
+                continue
+    assert tried > 100
+    for key in ("tokens", "token_type", "merges" if kind == "llama-bpe" else "scores", "bos_token_id"):
+        with pytest.raises(FormatError, match=f"tokenizer.ggml.{key}"):
+            Text.from_gguf(good | {f"tokenizer.ggml.{key}": ["x", 1] if key != "bos_token_id" else 10**9})
+    with pytest.raises(UnsupportedError, match=r"made-up.*known: llama-bpe"):
+        Text.from_gguf(
+            good | {"tokenizer.ggml.pre": "made-up", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": []}
+        )
+    with pytest.raises(UnsupportedError, match="t5"):
+        Text.from_gguf(good | {"tokenizer.ggml.model": "t5"})
+
+
+# Hostile files
+
+
+def mutants(source: random.Random, value: Any) -> Any:
+    """A JSON value with one place changed."""
+    extremes = [
+        None,
+        True,
+        -1,
+        0,
+        1 << 31,
+        1 << 63,
+        1e400,
+        "",
+        "\n",
+        "(a+)+$",
+        "\ud800",
+        "x" * 5000,
+        [],
+        [[]],
+        {},
+        {"type": "X"},
+    ]
+    if isinstance(value, dict) and value and source.random() < 0.9:
+        key = source.choice(list(value))
+        if source.random() < 0.1:
+            return {k: v for k, v in value.items() if k != key}
+        return value | {key: mutants(source, value[key])}
+    if isinstance(value, list) and value and source.random() < 0.9:
+        place = source.randrange(len(value))
+        return [*value[:place], mutants(source, value[place]), *value[place + 1 :]]
+    return source.choice(extremes)
+
+
+def test_two_thousand_mutated_files_meet_format_errors_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = random.Random(3)
+    small = table("llama-bpe")
+    vocab = {token: id for token, id in small["model"]["vocab"].items() if len(token) == 1 or token in CONTROL}
+    vocab = {token: place for place, token in enumerate(vocab)}
+    small["model"] |= {"vocab": vocab, "merges": [["a", "b"]]}
+    small["added_tokens"] = [
+        entry | {"id": vocab[entry["content"]]} for entry in small["added_tokens"] if entry["content"] in vocab
+    ]
+    del small["model"]["vocab"]["b"], small["model"]["merges"][:]
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True, "chat_template": "{{ 1 }}"}
+    config["added_tokens_decoder"] = {"0": {"content": "<s>", "special": True}}
+    files = {"tokenizer": small, "tokenizer_config": config, "generation_config": {"eos_token_id": [1, 2]}}
+    write(tmp_path, small, **{k: v for k, v in files.items() if k != "tokenizer"})
+    assert Text.from_folder(tmp_path) is not None
+    begin, refused = time.process_time(), 0
+    for number in range(2000):
+        name = source.choice(["tokenizer", "tokenizer", "tokenizer_config", "generation_config"])
+        data = json.dumps(mutants(source, files[name])).encode()
+        if number % 10 == 0:
+            data = data[: source.randrange(len(data))]
+        (tmp_path / f"{name}.json").write_bytes(data)
+        try:
+            text = Text.from_folder(tmp_path)
+            assert text is not None
+            text.decode(text.encode("a <s> b\n", special=True))
+        except FormatError:
+            refused += 1
+        (tmp_path / f"{name}.json").write_text(json.dumps(files[name]))
+    assert refused > 300
+    assert time.process_time() - begin < 10
+
+
+def test_a_file_that_is_no_table_or_too_deep_is_a_format_error(tmp_path: Path) -> None:
+    for data in (b"", b"[]", b"\xff", b"[" * 200_000, b'{"model": {"vocab": {"a": ' + b"9" * 5000 + b"}}}", b"NaN"):
+        (tmp_path / "tokenizer.json").write_bytes(data)
+        with pytest.raises(FormatError):
+            Text.from_folder(tmp_path)
+
+
+def test_a_pattern_that_backtracks_for_ever_is_an_error_soon(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = table("gpt-2")
+    tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "(a+)+$"}
+    begin = time.monotonic()
+    with pytest.raises(FormatError):
+        text_of(tmp_path, tokenizer).encode("a" * 5000 + "b")
+    assert time.monotonic() - begin < 5
+
+
+# Speed
+
+
+SHAPES = {
+    "one letter": lambda n: "a" * n,
+    "carets": lambda n: "^" * n,
+    "spaces": lambda n: " " * n,
+    "newlines": lambda n: "\n" * n,
+    "digits": lambda n: "0123456789" * (n // 10),
+    "base64": lambda n: "".join(random.Random(1).choices("ABCDEFGHabcdefgh0123456789+/", k=n)),
+    "no spaces": lambda n: "日本語中文" * (n // 15),
+    "emoji": lambda n: "👨‍👩‍👧" * (n // 18),
+    "marks": lambda n: "e" + "\u0301" * (n // 2),
+    "control text": lambda n: "<|im_end|>" * (n // 10),
+    "half control text": lambda n: "<|im_" * (n // 5),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["llama-bpe", "always"])
+def test_the_time_to_encode_grows_with_the_text_not_faster(kind: str, shape: str, tmp_path: Path) -> None:
+    text = text_of(tmp_path, table(kind))
+
+    def seconds(count: int) -> float:
+        string = SHAPES[shape](count)
+        begin = time.process_time()
+        ids = text.encode(string, special=True)
+        took = time.process_time() - begin
+        assert len(ids) >= count // 600
+        return took
+
+    seconds(1 << 12)
+    small, large = seconds(1 << 15), seconds(1 << 18)
+    assert large < max(0.2, 24 * small), f"8 times the text took {large / small:.0f} times as long"
+    assert large < 2.0

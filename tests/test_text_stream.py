@@ -1,0 +1,210 @@
+"""Streams: whole characters only, thoughts apart from the answer, and together exactly what decode gives."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hard_strings import HARD
+from small_tokenizers import TAGS, byte_level, sentencepiece
+from tiercel.errors import RequestError
+from tiercel.text import Text
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+@cache
+def make(kind: str) -> Text:
+    """ "llama-bpe": tags are tokens, not flagged; "flagged"; "untagged": tags are letters like others."""
+    tokenizer = json.loads(json.dumps(sentencepiece(kind) if kind in ("always", "first", "never") else byte_level()))
+    if kind == "flagged":
+        tokenizer["added_tokens"] = [entry | {"special": True} for entry in tokenizer["added_tokens"]]
+    if kind == "untagged":
+        tokenizer["added_tokens"] = [entry for entry in tokenizer["added_tokens"] if entry["content"] not in TAGS]
+    with TemporaryDirectory() as folder:
+        Path(folder, "tokenizer.json").write_text(json.dumps(tokenizer))
+        text = Text.from_folder(folder)
+    assert text is not None
+    return text
+
+
+def spell(text: Text, string: str) -> list[int]:
+    """One id per byte: every border that tokens could have."""
+    return [id for byte in string.encode() for id in [_byte(text, byte)]]
+
+
+@cache
+def _bytes(kind: str) -> dict[bytes, int]:
+    text = make(kind)
+    return {text.piece(id): id for id in reversed(range(text.vocab_size)) if len(text.piece(id)) == 1}
+
+
+def _byte(text: Text, byte: int) -> int:
+    return next(_bytes(k)[bytes([byte])] for k in ("untagged", "llama-bpe", "flagged", "always") if make(k) is text)
+
+
+def run(text: Text, ids: list[int], **options: Any) -> tuple[str, str]:
+    """(thoughts, answer)."""
+    stream = text.stream(**options)
+    pieces = [piece for id in ids for piece in stream.push(id)] + stream.finish()
+    assert all(piece.text for piece in pieces)
+    joined = {kind: "".join(p.text for p in pieces if p.kind == kind) for kind in ("thinking", "text")}
+    assert {p.kind for p in pieces} <= set(joined)
+    return joined["thinking"], joined["text"]
+
+
+@pytest.mark.parametrize("kind", ["llama-bpe", "flagged", "untagged", "always", "first", "never"])
+def test_a_stream_gives_what_decode_gives(kind: str) -> None:
+    text = make(kind)
+    for string in HARD:
+        for special in (False, True):
+            ids = text.encode(string, special=special)
+            assert run(text, ids, thinking="off") == ("", text.decode(ids))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 699), max_size=40))
+def test_any_ids_at_all_stream_as_they_decode(ids: list[int]) -> None:
+    text = make("llama-bpe")
+    assert run(text, ids, thinking="off") == ("", text.decode(ids))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=20), st.data())
+def test_however_a_text_is_split_no_half_character_comes_out(string: str, data: st.DataObject) -> None:
+    text = make("untagged")
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(string)), max_size=4)))
+    parts = [string[a:b] for a, b in zip([0, *cuts], [*cuts, len(string)], strict=True)]
+    ids = [id for n, part in enumerate(parts) for id in (spell(text, part) if n % 2 else text.encode(part))]
+    stream, seen = text.stream(thinking="off"), ""
+    for id in ids:
+        for piece in stream.push(id):
+            seen += piece.text
+            assert string.startswith(seen)
+    assert seen + "".join(piece.text for piece in stream.finish()) == string
+
+
+def test_an_emoji_appears_when_its_last_byte_is_there() -> None:
+    text = make("untagged")
+    stream = text.stream()
+    counts = [len(stream.push(id)) for id in spell(text, "🙂")]
+    assert counts == [0, 0, 0, 1]
+
+
+def test_an_unfinished_character_ends_as_a_replacement() -> None:
+    text = make("untagged")
+    ids = spell(text, "a🙂")[:-1]
+    assert run(text, ids) == ("", "a\ufffd") == ("", text.decode(ids))
+
+
+# thoughts
+
+
+THOUGHT, ANSWER = "\nhm é 🙂 < </thin\n", "\n\nYes <b>!"
+STREAMS = [  # name, what the model writes, opened by the template, thoughts, answer
+    ("opened by the model", OPEN + THOUGHT + CLOSE + ANSWER, False, THOUGHT, ANSWER),
+    ("opened after a blank line", "\n " + OPEN + THOUGHT + CLOSE + ANSWER, False, THOUGHT, "\n " + ANSWER),
+    ("opened by the template", THOUGHT + CLOSE + ANSWER, True, THOUGHT, ANSWER),
+    ("never closed", OPEN + THOUGHT, False, THOUGHT, ""),
+    ("opened by the template, never closed", THOUGHT, True, THOUGHT, ""),
+    ("no block", ANSWER, False, "", ANSWER),
+    ("nothing", "", False, "", ""),
+    ("only space", " \n ", False, "", " \n "),
+    ("half a tag at the end", OPEN + "a</thi", False, "a</thi", ""),
+    ("half a tag and no more", "<thi", False, "", "<thi"),
+    ("almost a tag", "<thinks>no</think>", False, "", "<thinks>no</think>"),
+    ("empty thoughts", OPEN + CLOSE + "a", False, "", "a"),
+    ("a tool call after the thoughts", OPEN + "x" + CLOSE + '{"name": "f"}', False, "x", '{"name": "f"}'),
+    ("talking about tags", "Use <think>x</think> for it", False, "", "Use <think>x</think> for it"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "opened", "thoughts", "answer"), STREAMS, ids=[s[0] for s in STREAMS])
+def test_thoughts_are_apart_from_the_answer(name: str, words: str, opened: bool, thoughts: str, answer: str) -> None:
+    text = make("untagged")
+    for ids in (text.encode(words), spell(text, words)):
+        assert run(text, ids, starts_in_thinking=opened) == (thoughts, answer)
+    assert run(text, text.encode(words), thinking="off", starts_in_thinking=opened) == ("", words)
+    for kind in ("llama-bpe", "flagged", "never"):  # tags are tokens
+        tagged = make(kind)
+        found = run(tagged, tagged.encode(words, special=True), starts_in_thinking=opened)
+        if name == "almost a tag":
+            assert found[1].startswith("<thinks>no")
+        elif name == "talking about tags":
+            assert found == ("x", "Use  for it"), "a token of its own is the model's doing"
+        else:
+            assert found == (thoughts, answer), kind
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="<>/think \né", max_size=12), st.text(alphabet="<>/think \né", max_size=12))
+def test_any_thoughts_and_answer_are_told_apart(thoughts: str, answer: str) -> None:
+    text = make("untagged")
+    thoughts = thoughts.replace(CLOSE, "")
+    inside = (thoughts + CLOSE).index(CLOSE)
+    whole = OPEN + thoughts + CLOSE + answer
+    expected = (thoughts[:inside], (thoughts + CLOSE)[inside + len(CLOSE) :] + answer)
+    assert run(text, spell(text, whole)) == run(text, text.encode(whole)) == expected
+
+
+def test_text_is_not_held_back_without_need() -> None:
+    text = make("untagged")
+    stream = text.stream()
+    assert [p.text for id in spell(text, "Hi <b> ") for p in stream.push(id)] == list("Hi <b> ")
+    stream = text.stream(starts_in_thinking=True)
+    shown = "".join(p.text for id in spell(text, "a < b </th") for p in stream.push(id))
+    assert shown == "a < b "
+    assert stream.in_thinking
+    assert "".join(p.text for id in spell(text, "ink>c") for p in stream.push(id)) == "c"
+    assert not stream.in_thinking
+
+
+def test_a_stream_that_goes_on_with_a_text_keeps_its_first_space() -> None:
+    text = make("always")
+    ids = text.encode("upon a time")
+    assert run(text, ids) == ("", "upon a time")
+    assert run(text, ids, continues=True) == ("", " upon a time")
+
+
+def test_whether_the_prompt_opened_the_thoughts_is_seen_in_its_ids() -> None:
+    for kind in ("untagged", "llama-bpe", "flagged", "always"):
+        text = make(kind)
+        assert text.opens_thinking(text.encode("assistant\n<think>\n", special=True))
+        assert not text.opens_thinking(text.encode("assistant\n<think>x", special=True))
+        assert not text.opens_thinking([])
+
+
+def test_wrong_use_is_said() -> None:
+    text = make("untagged")
+    with pytest.raises(RequestError, match="'auto' or 'off'"):
+        text.stream(thinking="maybe")
+    stream = text.stream()
+    assert stream.finish() == [] == stream.finish()
+    with pytest.raises(RequestError, match="finished"):
+        stream.push(1)
+
+
+@pytest.mark.parametrize("words", ["x", " ", "<", "</think", "é"])
+def test_a_token_costs_the_same_late_as_early(words: str) -> None:
+    text = make("untagged")
+
+    def seconds(count: int) -> float:
+        ids = spell(text, words) * count
+        stream = text.stream(starts_in_thinking="think" in words)
+        begin = time.process_time()
+        for id in ids:
+            stream.push(id)
+        stream.finish()
+        return time.process_time() - begin
+
+    seconds(100)
+    small, large = seconds(2_000), seconds(32_000)
+    assert large < 40 * small + 0.05
