@@ -84,9 +84,12 @@ class ModelTalker:
     def ask(
         self, prompt: Prompt, params: SamplingParams, *, raw: bool = False, think: bool | None = None
     ) -> Iterator[Piece]:
-        template = {} if think is None else {"template": {"enable_thinking": think}}
-        pieces, _ = self.model.pieces(prompt, params, raw=raw, session=self.session, **template)
-        return pieces
+        if think is None or raw:
+            pieces, _ = self.model.pieces(prompt, params, raw=raw, session=self.session)
+            return pieces
+        ids = self.model.encode(prompt, enable_thinking=think)  # the name templates use for it
+        starts = self.model.text.opens_thinking(ids)
+        return self.session.generate(ids, params, thinking="auto", starts_in_thinking=starts)
 
 
 # ── printing
@@ -122,7 +125,9 @@ def _write(out: TextIO, text: str, dim: bool = False) -> None:
 def timing_block(answer: Answer, load: float) -> str:
     """The lines people know from `ollama run --verbose`; tokens that were not read again have a line of their own."""
     read, said, times = len(answer.prompt_ids) - answer.cached_tokens, len(answer.token_ids), answer.times
-    lines = [f"total duration:       {duration(times.total + load)}", f"load duration:        {duration(load)}"]
+    lines = [f"total duration:       {duration(times.total + load)}"]
+    if load > 0:
+        lines.append(f"load duration:        {duration(load)}")
     if answer.cached_tokens:
         lines.append(f"prompt cached count:  {answer.cached_tokens} token(s)")
     lines.append(f"prompt eval count:    {read} token(s)")
