@@ -16,7 +16,7 @@ LEVELS = {  # a part imports from its own level or below; the command line may i
 }  # fmt: skip
 # what a file at the root belongs to
 PART = {"control": "text", "template": "text", "template_worker": "text", "vocab": "text", "vocab_folder": "text"}
-PART |= {"vocab_gguf": "text", "console": "cli", "__main__": "cli", "conversation": "cli", "manual": "cli"}
+PART |= {"vocab_gguf": "text", "console": "cli", "show": "cli", "doctor": "cli", "__main__": "cli"}
 # families need only configs; a state writes files; the text side reads and writes them
 ALLOWED = {("model", "weights"), ("text", "weights")}
 
