@@ -70,12 +70,7 @@ def smollm2() -> Path:
 
 
 def _pulled_smollm2() -> Path | None:
-    import platformdirs
+    from tiercel.weights import hub
 
-    places = [os.environ.get("TIERCEL_MODELS"), platformdirs.user_data_path("tiercel") / "models"]
-    for place in places:
-        if place and Path(place).is_dir():
-            for path in sorted(Path(place).rglob("*.gguf")):
-                if "smollm2" in path.name.lower():
-                    return path
-    return None
+    found = hub.find("smollm2")
+    return None if found is None else found.path
