@@ -92,6 +92,7 @@ def read_mamba2(f: Fields, width: int) -> Mamba2Config:
     if f.data.get("mamba_d_head", "auto") != "auto" and f.size("mamba_d_head") * heads != inner:
         raise FormatError(f"{f.where}: mamba_d_head × mamba_n_heads must be the inner width {inner}")
     f.ignore("mamba_d_head")
+    f.ignore("time_step_min", "time_step_max", "time_step_floor", "time_step_rank")  # how dt was initialised
     before = f.flag("mamba_norm_before_gate", True)
     gated_norm = ("norm_first" if before else "gate_first") if f.flag("mamba_rms_norm", False) else "none"
     return Mamba2Config(

@@ -29,7 +29,8 @@ HARMLESS = frozenset(
     return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
     tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version
     typical_p unk_token_id use_bfloat16 use_cache use_mambapy use_mamba_kernels use_associative_scan 
-    vocab_file""".split()
+    vocab_file is_llama_config transformers.js_config unsloth_version unsloth_fixed seq_length model_max_length
+    max_sequence_length neftune_noise_alpha use_flash_attn generation_config license tags""".split()
 )
 
 

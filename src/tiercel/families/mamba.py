@@ -54,8 +54,6 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
         )
         if mixer.inner != inner:
             raise FormatError(f"{f.where}: num_heads × head_dim = {mixer.inner} must be expand × hidden_size = {inner}")
-        f.only("rms_norm", True)
-        f.only("norm_before_gate", False)
     config = ModelConfig(
         vocab_size=f.size("vocab_size"),
         width=width,
@@ -67,7 +65,8 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
     )
     f.ignore("time_step_rank", "time_step_scale", "time_step_min", "time_step_max", "time_step_floor")
     f.ignore("time_step_init_scheme", "d_model", "d_inner", "n_layer", "ssm_cfg", "fused_add_norm", "intermediate_size")
-    f.ignore("pad_vocab_size_multiple", "layer_types")
+    f.ignore("pad_vocab_size_multiple", "layer_types", "norm_before_gate")  # transformers gates first whatever it says
+    f.only("rms_norm", True)
     f.done()
     return config, rows(config)
 
