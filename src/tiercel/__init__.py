@@ -8,10 +8,16 @@ Names are fetched when they are first used: `import tiercel` alone does not impo
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# torch's OpenMP threads wait for one another by spinning, 300,000 turns by default.  Where another program wants a
+# core too, each wait costs a time slice: measured here, 0.4 tokens/s in place of 15.  A thousand turns cost nothing
+# on a quiet machine (docs/log.md).  It is read when torch is loaded, hence here; a value already set is kept.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOME = {
     "load": "llm",
