@@ -63,19 +63,9 @@ def smollm2() -> Path:
         if not Path(given).is_file():
             pytest.fail(f"TIERCEL_TEST_SMOLLM2 names no file: {given}")
         return Path(given)
-    found = _pulled_smollm2()
+    from tiercel.weights import hub
+
+    found = hub.find("smollm2")
     if found is None:
         pytest.skip("SmolLM2 is not here; `tiercel pull smollm2` or set TIERCEL_TEST_SMOLLM2 to its GGUF")
-    return found
-
-
-def _pulled_smollm2() -> Path | None:
-    import platformdirs
-
-    places = [os.environ.get("TIERCEL_MODELS"), platformdirs.user_data_path("tiercel") / "models"]
-    for place in places:
-        if place and Path(place).is_dir():
-            for path in sorted(Path(place).rglob("*.gguf")):
-                if "smollm2" in path.name.lower():
-                    return path
-    return None
+    return found.path

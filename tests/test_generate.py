@@ -1,9 +1,9 @@
 """One prompt, one conversation: the cached loop says what the cache-free one says, and remembers what it can."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from tiercel.errors import ContextOverflow, RequestError
 from tiercel.generate import PREFILL, Generation, Session, generate_reference
 from tiercel.sampling import SamplingParams

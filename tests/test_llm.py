@@ -3,10 +3,10 @@
 import warnings
 
 import pytest
-import tiny
 import torch
 
 import tiercel
+import tiny
 from tiercel import LLM, RequestError, SamplingParams
 from tiercel.generate import generate_reference
 

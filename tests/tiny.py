@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tiercel.families.pattern import PATTERN, pattern, rows
 from tiercel.families.family import Layout
+from tiercel.families.pattern import PATTERN, pattern, rows
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize

@@ -6,11 +6,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 import tiercel
+import tiny
 from tiercel.errors import DoesNotFit, FormatError, ModelNotFound, RequestError, UnsupportedError
 from tiercel.weights.load import export, load, open_checkpoint
 
