@@ -1,4 +1,4 @@
-"""What the tests share: few threads, fixed seeds, the tiny models (built once), the one real model."""
+"""What the tests share: one thread, fixed seeds, the tiny models (built once), the one real model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 
 @pytest.fixture(autouse=True)
 def repeatable() -> Iterator[None]:
-    """Two threads at most, and the same random numbers whichever tests ran before."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    """One thread (tiny networks gain nothing from two), and the same random numbers whichever tests ran before."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     random.seed(0)
     yield

@@ -11,12 +11,11 @@ import tiercel
 
 SRC = Path(tiercel.__file__).parent
 LEVELS = {  # a part imports from its own level or below; the command line may import anything
-    "errors": 0, "model.config": 0, "sampling": 1, "plan": 1, "stream": 1, "quant": 1, "ops": 2, "families": 2,
+    "errors": 0, "model.config": 0, "sampling": 1, "plan": 1, "quant": 1, "ops": 2, "families": 2,
     "model": 3, "text": 3, "weights": 4, "generate": 5, "llm": 6, "cli": 7,
 }  # fmt: skip
 # what a file at the root belongs to
-PART = {"control": "text", "template": "text", "template_worker": "text", "vocab": "text", "vocab_folder": "text"}
-PART |= {"vocab_gguf": "text", "console": "cli", "__main__": "cli", "conversation": "cli", "manual": "cli"}
+PART = {"console": "cli", "show": "cli", "doctor": "cli", "__main__": "cli"}
 # families need only configs; a state writes files; the text side reads and writes them
 ALLOWED = {("model", "weights"), ("text", "weights")}
 

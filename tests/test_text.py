@@ -18,7 +18,7 @@ from hard_strings import HARD
 from small_tokenizers import CONTROL, TAGS, byte_level, sentencepiece
 from tiercel.errors import FormatError, RequestError, UnsupportedError
 from tiercel.text import Text
-from tiercel.vocab import PRE_TOKENIZERS
+from tiercel.text.vocab import PRE_TOKENIZERS
 
 GOLDEN = Path(__file__).parent / "golden"
 BYTE_LEVEL = ["llama-bpe", "smollm", "gpt-2", "qwen2", "falcon", "default"]

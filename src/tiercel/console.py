@@ -84,12 +84,8 @@ class ModelTalker:
     def ask(
         self, prompt: Prompt, params: SamplingParams, *, raw: bool = False, think: bool | None = None
     ) -> Iterator[Piece]:
-        if think is None or raw:
-            pieces, _ = self.model.pieces(prompt, params, raw=raw, session=self.session)
-            return pieces
-        ids = self.model.encode(prompt, enable_thinking=think)  # the name templates use for it
-        starts = self.model.text.opens_thinking(ids)
-        return self.session.generate(ids, params, thinking="auto", starts_in_thinking=starts)
+        pieces, _ = self.model.pieces(prompt, params, raw=raw, think=think, session=self.session)
+        return pieces
 
 
 # ── printing

@@ -25,7 +25,7 @@ from tiercel.errors import ContextOverflow, RequestError
 from tiercel.model.decoder import Decoder
 from tiercel.model.state import Snapshot, State
 from tiercel.sampling import Logprob, Sampler, SamplingParams, bad_word_ids
-from tiercel.stream import Piece
+from tiercel.text.stream import Piece
 
 if TYPE_CHECKING:
     from tiercel.text import Text

@@ -26,8 +26,8 @@ from tiercel.generate import Generation, Session, Times, prefill
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.sampling import Logprob, SamplingParams
-from tiercel.stream import Piece
 from tiercel.text import Text
+from tiercel.text.stream import Piece
 from tiercel.weights import hub
 from tiercel.weights import load as weights
 
@@ -122,11 +122,15 @@ class Model:
         params: SamplingParams | None = None,
         *,
         raw: bool = False,
+        think: bool | None = None,
         session: Session | None = None,
         **more: Any,
     ) -> tuple[Iterator[Piece], Session]:
-        """The answer as it comes, thoughts apart, and the session whose `last` tells about it."""
-        ids = self.encode(prompt, raw=raw)
+        """The answer as it comes, thoughts apart, and the session whose `last` tells about it.
+
+        think: asks the template for thoughts or against them (`enable_thinking`, the name templates use).
+        """
+        ids = self.encode(prompt, raw=raw, **({} if think is None else {"enable_thinking": think}))
         chat = not raw and self.text is not None and self.text.has_template and not _is_ids(prompt)
         session = session or self.session()
         starts = chat and self.text is not None and self.text.opens_thinking(ids)

@@ -26,7 +26,7 @@ from tiercel.errors import FormatError
 from tiercel.quant import PACKINGS, block_size
 from tiercel.weights.gguf import GGUFFile, Typed, write_gguf
 from tiercel.weights.safetensors import SafetensorsFolder, write_safetensors
-from tiercel.weights.stored import DTYPES, OutTensor
+from tiercel.weights.stored import PLAIN, OutTensor
 
 CASES = int(os.environ.get("TIERCEL_FUZZ", "2000"))
 EXTREMES = [0, 1, 2, 3, 5, 8, 31, 32, 33, 255, 256, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**42 + 1]
@@ -239,7 +239,7 @@ def test_sound_seeds_open(tmp_path: Path):
 
 
 def safetensors_seeds(folder: Path) -> list[bytes]:
-    every = [out(f"layer.{name}", torch.ones(2, 3), name) for name in DTYPES]
+    every = [out(f"layer.{name}", torch.ones(2, 3), name) for name in PLAIN]
     few = [out("a", torch.randn(4, 4), "F32"), out("é", torch.randn(0, 4), "BF16"), out("", torch.randn(7), "F16")]
     write_safetensors(folder / "every", every, metadata={"format": "pt", "x": "y"})
     write_safetensors(folder / "few", few)

@@ -16,14 +16,14 @@ import torch
 from tiercel.errors import FormatError, RequestError, TiercelError, UnsupportedError
 from tiercel.weights.atomic import atomic_write
 from tiercel.weights.safetensors import open_safetensors, write_safetensors
-from tiercel.weights.stored import DTYPES, OutTensor, StoredTensor
+from tiercel.weights.stored import PLAIN, OutTensor, StoredTensor, torch_dtype
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
     """One of every dtype, and the shapes that are easy to get wrong."""
     generator = torch.Generator().manual_seed(3)
     whole = torch.randint(-100, 100, (5, 7), generator=generator)
-    tensors = {name: whole.to(dtype) for name, dtype in DTYPES.items()}
+    tensors = {name: whole.to(torch_dtype(name)) for name in PLAIN}
     tensors |= {
         "scalar": torch.tensor(2.5),
         "empty": torch.zeros(0, 0).half(),
@@ -33,7 +33,7 @@ def some_tensors() -> dict[str, torch.Tensor]:
 
 
 def out(name: str, tensor: torch.Tensor, type: str | None = None) -> OutTensor:
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {torch_dtype(name): name for name in PLAIN}
     rows = (lambda start, stop: tensor[start:stop]) if tensor.ndim else (lambda start, stop: tensor)
     return OutTensor(name, tuple(tensor.shape), type or names[tensor.dtype], rows)
 

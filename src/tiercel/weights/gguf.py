@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from tiercel.errors import FormatError, RequestError, UnsupportedError
 from tiercel.quant import PACKINGS
 from tiercel.weights.atomic import atomic_write
-from tiercel.weights.stored import DTYPES, File, OutTensor, StoredTensor, bytes_of
+from tiercel.weights.stored import PLAIN, File, OutTensor, StoredTensor, bytes_of
 
 HEADER_BYTES = 64 << 20
 MOST_TENSORS = 1_000_000
@@ -286,7 +286,7 @@ class _Header:
         type = TENSOR_TYPES.get(number)
         if type is None:
             raise self.error(f"tensor {name!r} has the unknown type {number}")
-        if type not in DTYPES and type not in PACKINGS:
+        if type not in PLAIN and type not in PACKINGS:
             raise UnsupportedError(f"{self.file.path}: tensor {name!r} is {type} (type {number}); take a Q4_K_M file")
         return name, shape, type, offset
 

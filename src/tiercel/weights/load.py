@@ -17,11 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor, nn
 
-from tiercel.errors import DoesNotFit, FormatError, ModelNotFound, RequestError, UnsupportedError
+from tiercel.errors import FormatError, ModelNotFound, RequestError, UnsupportedError
 from tiercel.families import from_gguf, from_hf
 from tiercel.families.family import Form, Layout, Row, refuse
 from tiercel.families.pattern import PATTERN, read_file
@@ -29,9 +28,9 @@ from tiercel.families.pattern import rows as pattern_rows
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
-from tiercel.plan import parameter_count
+from tiercel.plan import check_fits, parameter_count
 from tiercel.text import Text
-from tiercel.vocab_gguf import GGUF_TYPES
+from tiercel.text.vocab_gguf import GGUF_TYPES
 from tiercel.weights.forms import foreign_shape, scaled, to_foreign, to_ours
 from tiercel.weights.gguf import GGUFFile, Typed, write_gguf
 from tiercel.weights.safetensors import open_safetensors, write_safetensors
@@ -299,12 +298,7 @@ def build(layout: Layout, dtype: torch.dtype, source: Source | None = None) -> D
     meta = dict(network.named_parameters())
     kept = {row.ours: _kept_dtype(row, dtype, source) for row in layout.rows}
     needed = sum(p.numel() * kept[name].itemsize for name, p in meta.items())
-    available = psutil.virtual_memory().available
-    if needed > available:
-        raise DoesNotFit(
-            f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} "
-            f"and {available / 1e9:.1f} GB of memory are free; choose a smaller model or another dtype"
-        )
+    check_fits(needed, f"a network of {str(dtype).removeprefix('torch.')} weights")
     for name, p in meta.items():
         owner, _, leaf = name.rpartition(".")
         empty = nn.Parameter(torch.empty(p.shape, dtype=kept[name]), requires_grad=False)

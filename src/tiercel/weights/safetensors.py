@@ -25,7 +25,7 @@ from typing import Any
 
 from tiercel.errors import FormatError, RequestError, UnsupportedError
 from tiercel.weights.atomic import atomic_write
-from tiercel.weights.stored import DTYPES, File, OutTensor, StoredTensor, bytes_of
+from tiercel.weights.stored import PLAIN, File, OutTensor, StoredTensor, bytes_of
 
 HEADER_BYTES = 100_000_000
 INDEX_BYTES = 64 << 20
@@ -213,12 +213,12 @@ def _tensor(name: str, entry: Any, file: File, start: int) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not _whole_numbers(shape, MOST_AXES) or not _whole_numbers(offsets, 2) or len(offsets) != 2:
         raise FormatError(f"{where} has shape {shape!r:.60} and data_offsets {offsets!r:.60}; both are lists of sizes")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in PLAIN:
         if isinstance(dtype, str) and UNREAD.fullmatch(dtype):
             raise UnsupportedError(f"{where} is {dtype}, which is not read here; use a BF16 or F32 checkpoint")
         raise FormatError(f"{where} has the unknown dtype {dtype!r:.60}")
     nbytes = bytes_of(dtype, tuple(shape))
-    largest = math.prod(size or 1 for size in shape) * DTYPES[dtype].itemsize  # strides count past a size of 0
+    largest = math.prod(size or 1 for size in shape) * PLAIN[dtype][1]  # strides count past a size of 0
     if nbytes is None or offsets[1] - offsets[0] != nbytes or largest >= LARGEST:
         raise FormatError(f"{where} of {dtype} {shape} cannot lie in {offsets[1] - offsets[0]} bytes")
     return StoredTensor(name, tuple(shape), dtype, nbytes, file, start + offsets[0])
@@ -293,7 +293,7 @@ def _remove(folder: Path, keep: set[str]) -> None:
 
 def _write_file(path: Path, tensors: Sequence[OutTensor], metadata: dict[str, str] | None) -> None:
     """Wide dtypes first, then by name, as the library writes: every tensor begins at a multiple of its item."""
-    ordered = sorted(tensors, key=lambda tensor: (-DTYPES[tensor.type].itemsize, tensor.name))
+    ordered = sorted(tensors, key=lambda tensor: (-PLAIN[tensor.type][1], tensor.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
     offset = 0
     for tensor in ordered:

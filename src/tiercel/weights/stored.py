@@ -13,24 +13,26 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tiercel.errors import FormatError, RequestError
 from tiercel.quant import PACKINGS, block_size, dequantize
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+PLAIN: dict[str, tuple[str, int]] = {  # name in files: name in torch, bytes of a value
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 WRITE_BYTES = 16 << 20  # what a tensor on its way out takes at a time
 
@@ -90,10 +92,19 @@ class File:
         self.close()
 
 
+def torch_dtype(type: str) -> torch.dtype:
+    """What values of a stored type become: the same, float32 for packed types."""
+    import torch
+
+    dtype = getattr(torch, PLAIN[type][0] if type in PLAIN else "float32")
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
 def bytes_of(type: str, shape: tuple[int, ...]) -> int | None:
     """What a tensor takes in a file, or None when its last axis is not made of whole blocks."""
-    if type in DTYPES:
-        return math.prod(shape) * DTYPES[type].itemsize
+    if type in PLAIN:
+        return math.prod(shape) * PLAIN[type][1]
     values, size = block_size(type)
     return math.prod(shape) // values * size if shape and shape[-1] % values == 0 else None
 
@@ -102,7 +113,7 @@ def bytes_of(type: str, shape: tuple[int, ...]) -> int | None:
 class StoredTensor:
     """A tensor lying in a file, read on demand.
 
-    shape: torch order, outermost axis first · type: as the file says, "F32", "BF16", "Q4_K", … (DTYPES, PACKINGS)
+    shape: torch order, outermost axis first · type: as the file says, "F32", "BF16", "Q4_K", … (PLAIN, PACKINGS)
     """
 
     name: str
@@ -115,7 +126,7 @@ class StoredTensor:
     @property
     def dtype(self) -> torch.dtype:
         """What `rows` returns: the stored dtype, float32 for packed types."""
-        return DTYPES.get(self.type, torch.float32)
+        return torch_dtype(self.type)
 
     def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start … stop of the first axis, freshly allocated; a scalar has one row and keeps its shape ().
@@ -133,6 +144,8 @@ class StoredTensor:
 
         Rows of a packed tensor with one axis are its values: start and stop must fall between blocks.
         """
+        import torch
+
         shape = self._shape(start, stop)
         begin = bytes_of(self.type, (start, *self.shape[1:])) if self.shape else 0
         count, last = bytes_of(self.type, shape), bytes_of(self.type, shape[-1:])
@@ -152,7 +165,7 @@ class StoredTensor:
 class OutTensor:
     """A tensor to be written, made in row blocks: rows(start, stop) gives rows of the first axis in any dtype.
 
-    type: "F32" "F16" "BF16", or another name of DTYPES.  A scalar is asked for rows(0, 1).
+    type: "F32" "F16" "BF16", or another name of PLAIN.  A scalar is asked for rows(0, 1).
     """
 
     name: str
@@ -162,7 +175,7 @@ class OutTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.type].itemsize
+        return math.prod(self.shape) * PLAIN[self.type][1]
 
     def blocks(self) -> Iterator[memoryview]:
         """The tensor's bytes in order, rounded to `type` once, to nearest even.
@@ -175,10 +188,12 @@ class OutTensor:
             stop = min(count, start + step)
             block = self.rows(start, stop).detach()
             assert block.numel() * count == math.prod(self.shape) * (stop - start), f"{self.name} rows {start}:{stop}"
-            yield self._rounded(block).cpu().view(torch.uint8).numpy().data
+            yield self._rounded(block)
 
-    def _rounded(self, block: Tensor) -> Tensor:
-        flat = block.to(DTYPES[self.type]).contiguous().view(-1)
+    def _rounded(self, block: Tensor) -> memoryview:
+        import torch
+
+        flat = block.to(torch_dtype(self.type)).contiguous().view(-1)
         if self.type == "F16" and block.dtype != torch.float16 and flat.isinf().sum() > block.isinf().sum():
             raise RequestError(f"{self.name} has values beyond 65504 that F16 cannot hold; write BF16 or F32")
-        return flat
+        return flat.cpu().view(torch.uint8).numpy().data

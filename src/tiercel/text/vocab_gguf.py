@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tiercel.control import Added
 from tiercel.errors import FormatError, UnsupportedError
-from tiercel.vocab import ENDS, PRE_TOKENIZERS, Recipe, added_json, around, kinds, recognize, space_prefix
+from tiercel.text.control import Added
+from tiercel.text.vocab import ENDS, PRE_TOKENIZERS, Recipe, added_json, around, kinds, recognize, space_prefix
 
 MOST_TOKENS = 1 << 21
 MOST_SPLIT_WORK = 1 << 29  # characters copied while tokens are split in two

@@ -11,14 +11,13 @@ additional_chat_templates/  NAME.jinja, chosen by name
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from tiercel.control import Added
-from tiercel.errors import FormatError, TiercelError
-from tiercel.vocab import Recipe, added_json, around
+from tiercel.errors import FormatError
+from tiercel.text.control import Added
+from tiercel.text.vocab import Recipe, added_json, around
+from tiercel.weights.atomic import atomic_write
 
 TOKENIZER_BYTES = 256 << 20
 SMALL_BYTES = 16 << 20
@@ -239,16 +238,6 @@ def _single(name: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("xb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise TiercelError(f"could not write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(text.encode())

@@ -21,12 +21,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from tiercel import vocab_folder, vocab_gguf
-from tiercel.control import THINK_TAGS, Controls, Disguise
 from tiercel.errors import FormatError, RequestError
-from tiercel.stream import Piece, TextStream
-from tiercel.template import check_messages, render, with_mark
-from tiercel.vocab import ENDS, Recipe, kinds, space_prefix, steps_of
+from tiercel.text import vocab_folder, vocab_gguf
+from tiercel.text.control import THINK_TAGS, Controls, Disguise
+from tiercel.text.stream import Piece, TextStream
+from tiercel.text.template import check_messages, render, with_mark
+from tiercel.text.vocab import ENDS, Recipe, kinds, space_prefix, steps_of
 
 __all__ = ["Piece", "Text", "TextStream"]
 

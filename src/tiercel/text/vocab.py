@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tiercel.control import Added
 from tiercel.errors import UnsupportedError
+from tiercel.text.control import Added
 
 # Token texts that end a turn or a document wherever they are control tokens (llama.cpp keeps the same list).
 ENDS = frozenset(
