@@ -63,14 +63,9 @@ def smollm2() -> Path:
         if not Path(given).is_file():
             pytest.fail(f"TIERCEL_TEST_SMOLLM2 names no file: {given}")
         return Path(given)
-    found = _pulled_smollm2()
-    if found is None:
-        pytest.skip("SmolLM2 is not here; `tiercel pull smollm2` or set TIERCEL_TEST_SMOLLM2 to its GGUF")
-    return found
-
-
-def _pulled_smollm2() -> Path | None:
     from tiercel.weights import hub
 
     found = hub.find("smollm2")
-    return None if found is None else found.path
+    if found is None:
+        pytest.skip("SmolLM2 is not here; `tiercel pull smollm2` or set TIERCEL_TEST_SMOLLM2 to its GGUF")
+    return found.path
