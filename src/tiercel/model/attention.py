@@ -38,8 +38,8 @@ class Attention(nn.Module):
         k_KTP = self.k(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
         v_KTP = self.v(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
         if self.config.rope is not None:
-            cos_TR, sin_TR = batch.rotary(self.config.rope, P)
-            q_HTP, k_KTP = rotate(q_HTP, cos_TR, sin_TR), rotate(k_KTP, cos_TR, sin_TR)
+            turned = rotate(torch.cat((q_HTP, k_KTP)), *batch.rotary(self.config.rope, P))
+            q_HTP, k_KTP = turned.split((self.config.heads, self.config.kv_heads))
         rows = []
         for span, memory in zip(batch.spans, memories, strict=True):
             k, v = k_KTP[:, span], v_KTP[:, span]

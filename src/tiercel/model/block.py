@@ -40,7 +40,7 @@ class Block(nn.Module):
     def forward(self, x_TD: Tensor, batch: Batch, memories: Sequence[Sequence[Any]]) -> Tensor:
         """x: (T, D) → (T, D).  memories: for each mixer, what every row remembers (None: nothing)."""
         h_TD = self.mixer_norm(x_TD)
-        x_TD = x_TD + sum(mix(h_TD, batch, m) for mix, m in zip(self.mixers.values(), memories, strict=True))
+        x_TD = sum((mix(h_TD, batch, m) for mix, m in zip(self.mixers.values(), memories, strict=True)), x_TD)
         if self.feed_forward is not None:
             x_TD = x_TD + self.feed_forward(self.ffn_norm(x_TD))
         return x_TD

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -104,6 +104,27 @@ class Decoder(nn.Module):
         low, high = torch.aminmax(tokens_T)
         if low < 0 or high >= V:
             raise RequestError(f"token id {int(low if low < 0 else high)} is outside the vocabulary of {V}")
+
+    def pack(self) -> None:
+        """Lay matrices out for running (`Linear.pack`); a tied head stays as it is, it is the embedding."""
+        for module in self.modules():
+            if isinstance(module, Linear) and module.weight is not self.embed.weight:
+                module.pack()
+
+    def unpack(self) -> None:
+        """Plain tensors again: for training, other devices, copies, state dicts."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.unpack()
+
+    def train(self, mode: bool = True) -> Decoder:
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        self.unpack()  # blocks know one device and one dtype
+        return super()._apply(fn, recurse)
 
     @property
     def dtype(self) -> torch.dtype:

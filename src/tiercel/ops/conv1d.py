@@ -16,11 +16,11 @@ def conv1d(x_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> Tensor:
     """x: (K − 1 + L, C), oldest first, with the K − 1 columns of history → (L, C) float32."""
     K = weight_CK.shape[1]
     L = x_TC.shape[0] - (K - 1)
-    x_TC, weight_KC = x_TC.float(), weight_CK.float().t()
+    x_TC, weight_KC = x_TC.float(), weight_CK.float().t().contiguous()
     y_LC = x_TC[:L] * weight_KC[0]
     for k in range(1, K):
-        y_LC = torch.addcmul(y_LC, x_TC[k : k + L], weight_KC[k])
-    return y_LC if bias_C is None else y_LC + bias_C
+        y_LC.addcmul_(x_TC[k : k + L], weight_KC[k])  # in place: fresh memory would cost more than the sum
+    return y_LC if bias_C is None else y_LC.add_(bias_C)
 
 
 def conv1d_reference(x_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> Tensor:

@@ -77,6 +77,6 @@ def _yarn(f: Tensor, rope: RopeConfig, R: int) -> tuple[Tensor, float]:
 def rotate(x_HLD: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
     """Turn the first 2·R dims of every head; cos and sin: (L, R) float32."""
     R = cos_LR.shape[-1]
-    u, w, rest = x_HLD[..., :R].float(), x_HLD[..., R : 2 * R].float(), x_HLD[..., 2 * R :]
+    u, w = x_HLD[..., :R].float(), x_HLD[..., R : 2 * R].float()
     turned = torch.cat((u * cos_LR - w * sin_LR, w * cos_LR + u * sin_LR), -1).to(x_HLD.dtype)
-    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), -1)
+    return turned if x_HLD.shape[-1] == 2 * R else torch.cat((turned, x_HLD[..., 2 * R :]), -1)

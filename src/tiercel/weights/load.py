@@ -27,7 +27,7 @@ from tiercel.families.pattern import PATTERN, read_file
 from tiercel.families.pattern import rows as pattern_rows
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import initialize
+from tiercel.model.layers import Linear, dense, fast_bf16, initialize
 from tiercel.plan import check_fits, parameter_count
 from tiercel.text import Text
 from tiercel.text.vocab_gguf import GGUF_TYPES
@@ -171,7 +171,7 @@ class NetworkSource:
         self._state = dict(self.network.named_parameters())
 
     def read(self, row: Row, start: int, stop: int) -> Tensor:
-        return self._state[row.ours].detach()[start:stop]
+        return dense(self._state[row.ours].detach())[start:stop]
 
     def stored(self, row: Row) -> str:
         return STORED[self._state[row.ours].dtype]
@@ -264,6 +264,7 @@ def _fresh(config: ModelConfig, dtype: str | torch.dtype, seed: int = 0) -> tupl
     layout = Layout(PATTERN, config, pattern_rows(config))
     network = build(layout, torch.float32 if dtype == "auto" else as_dtype(dtype))
     initialize(network, seed)
+    network.pack()
     return network.eval(), None, layout
 
 
@@ -283,11 +284,6 @@ def pick_dtype(dtype: str | torch.dtype, source: Checkpoint) -> torch.dtype:
     if stored in ("F32", "F64"):
         return torch.float32
     return torch.bfloat16 if stored == "BF16" or fast_bf16() else torch.float32
-
-
-def fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 at full speed; otherwise float32 is the faster home of packed weights."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def build(layout: Layout, dtype: torch.dtype, source: Source | None = None) -> Decoder:
@@ -317,7 +313,7 @@ def _kept_dtype(row: Row, dtype: torch.dtype, source: Source | None) -> torch.dt
 
 @torch.no_grad()
 def fill(network: Decoder, source: Source, progress: Progress | None = None) -> None:
-    """Copy every tensor into place, a few rows at a time."""
+    """Copy every tensor into place, a few rows at a time; a matrix is packed as soon as it is whole."""
     parameters = dict(network.named_parameters())
     total, done = sum(p.nbytes for p in parameters.values()), 0
     for row in source.layout.rows:
@@ -327,6 +323,10 @@ def fill(network: Decoder, source: Source, progress: Progress | None = None) -> 
             done += target[start:stop].nbytes
             if progress is not None:
                 progress(done, total)
+        owner = network.get_submodule(row.ours.rpartition(".")[0])
+        del parameters[row.ours], target
+        if isinstance(owner, Linear) and row.ours.endswith(".weight"):
+            owner.pack()
 
 
 def _blocks(target: Tensor, row: Row) -> Iterator[tuple[int, int]]:
