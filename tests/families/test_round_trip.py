@@ -115,7 +115,9 @@ def test_a_network_in_memory_is_unfolded_on_the_way_out(
 
 
 def parameters(path: Path) -> dict[str, torch.Tensor]:
-    return dict(tiercel.load(path, dtype="float32").network.named_parameters())
+    network = tiercel.load(path, dtype="float32").network
+    network.unpack()
+    return dict(network.named_parameters())
 
 
 def compare_networks(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
@@ -150,8 +152,10 @@ def test_gguf_and_back_is_the_same_network_for_each_of_llama_cpps_families(name:
 def test_a_bfloat16_checkpoint_keeps_its_matrices_in_gguf(name: str, folder: Callable, tmp_path: Path) -> None:
     source = folder(name, "bfloat16")
     out = export(source, tmp_path / "model.gguf")
-    before = {k: v for k, v in tiercel.load(source).network.named_parameters() if v.dim() == 2 and "conv" not in k}
-    after = dict(tiercel.load(out).network.named_parameters())
+    ours, again = tiercel.load(source).network, tiercel.load(out).network
+    ours.unpack(), again.unpack()
+    before = {k: v for k, v in ours.named_parameters() if v.dim() == 2 and "conv" not in k}
+    after = dict(again.named_parameters())
     assert len(before) >= 4
     for key, tensor in before.items():
         assert tensor.dtype == after[key].dtype == torch.bfloat16, key
