@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# torch's OpenMP threads wait for one another by spinning, 300,000 turns by default.  Where another program wants a
-# core too, each wait costs a time slice: measured here, 0.4 tokens/s in place of 15.  A thousand turns cost nothing
-# on a quiet machine (docs/log.md).  It is read when torch is loaded, hence here; a value already set is kept.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# torch's OpenMP threads wait for one another by spinning, 300,000 turns by default.  Where another program wants the
+# cores too, each wait costs a time slice: two decoders on two cores, 0.5 tokens/s in place of 20 (docs/log.md).  Three
+# thousand turns cost nothing measurable when it is quiet.  Read when torch is loaded, hence here; a set value is kept.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 _HOME = {
     "load": "llm",

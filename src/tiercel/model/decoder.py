@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import overload
 
@@ -75,11 +76,13 @@ class Decoder(nn.Module):
         starts = [0] * len(rows) if states is None else [state.length for state in states]
         tokens_T = torch.cat(rows)
         batch = Batch(lengths, starts, tokens_T.device)
-        x_TD = self.embed(tokens_T)
-        if self.config.residual_fp32:
-            x_TD = x_TD.float()
-        for i, block in enumerate(self.layers):
-            x_TD = block(x_TD, batch, self._memories(i, states, len(rows)))
+        # with states there are no gradients; the logits, made outside of the mode, are tensors like any other
+        with nullcontext() if states is None else torch.inference_mode():
+            x_TD = self.embed(tokens_T)
+            if self.config.residual_fp32:
+                x_TD = x_TD.float()
+            for i, block in enumerate(self.layers):
+                x_TD = block(x_TD, batch, self._memories(i, states, len(rows)))
         if keep is not None:
             x_TD = torch.cat([x_TD[span][-keep:] for span in batch.spans])
             lengths = [min(keep, length) for length in lengths]
