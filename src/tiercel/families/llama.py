@@ -10,6 +10,7 @@ llama, mistral and mixtral are one architecture, `llama`, whose q and k rows are
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from tiercel.errors import UnsupportedError
@@ -97,8 +98,6 @@ def _windows(f: Fields, kind: Any, depth: int) -> list[int | None]:
 
 
 def _windowed(attention: AttentionConfig, window: int | None) -> AttentionConfig:
-    from dataclasses import replace
-
     return replace(attention, window=window) if window else attention
 
 

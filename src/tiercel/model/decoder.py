@@ -60,21 +60,22 @@ class Decoder(nn.Module):
         return torch.stack(rows) if isinstance(tokens, Tensor) else rows
 
     def _rows(self, rows: list[Tensor], states: Sequence[State] | None, keep: int | None) -> list[Tensor]:
-        self._check(rows, states)
+        tokens_T = self._checked(rows, states)
         if states is None:
-            return self._run(rows, None, keep)
+            return self._run(rows, tokens_T, None, keep)
         with torch.no_grad():
             for state in states:
                 state.settle()
-            logits = self._run(rows, states, keep)
+            logits = self._run(rows, tokens_T, states, keep)
             for row, state in zip(rows, states, strict=True):
                 state.length += len(row)
             return logits
 
-    def _run(self, rows: list[Tensor], states: Sequence[State] | None, keep: int | None) -> list[Tensor]:
+    def _run(
+        self, rows: list[Tensor], tokens_T: Tensor, states: Sequence[State] | None, keep: int | None
+    ) -> list[Tensor]:
         lengths = [len(row) for row in rows]
         starts = [0] * len(rows) if states is None else [state.length for state in states]
-        tokens_T = torch.cat(rows)
         batch = Batch(lengths, starts, tokens_T.device)
         # with states there are no gradients; the logits, made outside of the mode, are tensors like any other
         with nullcontext() if states is None else torch.inference_mode():
@@ -98,7 +99,8 @@ class Decoder(nn.Module):
             return [[None] * rows] * mixers
         return [[state.layers[layer][j] for state in states] for j in range(mixers)]
 
-    def _check(self, rows: list[Tensor], states: Sequence[State] | None) -> None:
+    def _checked(self, rows: list[Tensor], states: Sequence[State] | None) -> Tensor:
+        """All rows' tokens (T,), once they are known to be ones the network has."""
         if not rows or any(row.dim() != 1 or len(row) == 0 for row in rows):
             raise RequestError("a forward needs at least one token in every row")
         if states is not None and (len(states) != len(rows) or len({id(s) for s in states}) != len(rows)):
@@ -107,6 +109,7 @@ class Decoder(nn.Module):
         low, high = torch.aminmax(tokens_T)
         if low < 0 or high >= V:
             raise RequestError(f"token id {int(low if low < 0 else high)} is outside the vocabulary of {V}")
+        return tokens_T
 
     def pack(self) -> None:
         """Lay matrices out for running (`Linear.pack`); a tied head stays as it is, it is the embedding."""

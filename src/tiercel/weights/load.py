@@ -28,9 +28,11 @@ from tiercel.families.pattern import rows as pattern_rows
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import Linear, dense, fast_bf16, initialize
+from tiercel.ops.rotary import frequencies
 from tiercel.plan import check_fits, parameter_count
 from tiercel.text import Text
 from tiercel.text.vocab_gguf import GGUF_TYPES
+from tiercel.weights.atomic import atomic_write
 from tiercel.weights.forms import foreign_shape, scaled, to_foreign, to_ours
 from tiercel.weights.gguf import GGUFFile, Typed, write_gguf
 from tiercel.weights.safetensors import open_safetensors, write_safetensors
@@ -180,15 +182,20 @@ class NetworkSource:
         return self.words
 
 
-def parameter_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
-    """The shapes of all our tensors; takes no memory.  FormatError for sizes no memory could hold."""
+def outline(layout: Layout) -> Decoder:
+    """The network without memory: shapes only.  FormatError for sizes no memory could hold."""
     if (count := parameter_count(layout.config)) > MOST_PARAMETERS:
         raise FormatError(f"the config describes {count:.1e} parameters: no such model exists")
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in Decoder(layout.config).named_parameters()}
-    ours = {row.ours for row in layout.rows}
-    assert ours == set(shapes), f"{layout.family.name}: table and network differ in {sorted(ours ^ set(shapes))[:3]}"
-    return shapes
+        network = Decoder(layout.config)
+    differ = {row.ours for row in layout.rows} ^ {name for name, _ in network.named_parameters()}
+    assert not differ, f"{layout.family.name}: table and network differ in {sorted(differ)[:3]}"
+    return network
+
+
+def parameter_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """The shapes of all our tensors."""
+    return {name: tuple(p.shape) for name, p in outline(layout).named_parameters()}
 
 
 def _by(shape: Sequence[int]) -> str:
@@ -288,9 +295,7 @@ def pick_dtype(dtype: str | torch.dtype, source: Checkpoint) -> torch.dtype:
 
 def build(layout: Layout, dtype: torch.dtype, source: Source | None = None) -> Decoder:
     """A network of that layout with its memory allocated and not yet filled."""
-    parameter_shapes(layout)
-    with torch.device("meta"):
-        network = Decoder(layout.config)
+    network = outline(layout)
     meta = dict(network.named_parameters())
     kept = {row.ours: _kept_dtype(row, dtype, source) for row in layout.rows}
     needed = sum(p.numel() * kept[name].itemsize for name, p in meta.items())
@@ -412,8 +417,6 @@ def _export_hf(source: Source, folder: Path, wanted: str | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder, tensors, metadata={"format": "pt"})
     _write_text(source, folder)
-    from tiercel.weights.atomic import atomic_write
-
     with atomic_write(folder / "config.json") as file:
         file.write((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -479,8 +482,6 @@ def _extra_gguf(source: Source, tensors: Iterable[OutTensor]) -> Iterator[OutTen
         yield replace(embed, name="output.weight", rows=lambda a, b: scaled(embed.rows(a, b), config.logit_scale, 0))
     rope = getattr(config.layers[0].mixers[0], "rope", None)
     if rope is not None and (rope.factors is not None or rope.scaling == "llama3"):
-        from tiercel.ops.rotary import frequencies
-
         head_dim = config.layers[0].mixers[0].head_dim  # type: ignore[union-attr]
         plain, _ = frequencies(replace(rope, scaling="none", factors=None), head_dim)
         divisors = plain / frequencies(rope, head_dim)[0]
