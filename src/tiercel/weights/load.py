@@ -365,7 +365,7 @@ def fill(network: Decoder, source: Source, progress: Progress | None = None) -> 
     total, done = sum(p.nbytes for p in parameters.values()), 0
     for row in source.layout.rows:
         target = parameters[row.ours]
-        for start, stop in _blocks(target, row):
+        for start, stop in row_blocks(target, row):
             target[start:stop] = source.read(row, start, stop)
             done += target[start:stop].nbytes
             if progress is not None:
@@ -376,7 +376,7 @@ def fill(network: Decoder, source: Source, progress: Progress | None = None) -> 
             owner.pack()
 
 
-def _blocks(target: Tensor, row: Row) -> Iterator[tuple[int, int]]:
+def row_blocks(target: Tensor, row: Row) -> Iterator[tuple[int, int]]:
     """Row ranges of about BLOCK_BYTES; a tensor in a form that cannot be cut is one range."""
     count = target.shape[0]
     step = max(1, BLOCK_BYTES * count // max(target.numel() * 4, 1))
