@@ -92,7 +92,8 @@ def shortened(names: list[str]) -> list[str]:
     for name in names:
         _, number, rest = name.split(".", 2) if name.startswith("layers.") else ("", "", name)
         layers.setdefault(rest, []).append(number)
-    return sorted(" ".join([*sorted(numbers, key=lambda n: int(n or 0)), rest]).strip() for rest, numbers in layers.items())
+    ordered = ((sorted(numbers, key=lambda n: int(n or 0)), rest) for rest, numbers in layers.items())
+    return sorted(" ".join([*numbers, rest]).strip() for numbers, rest in ordered)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.layers import Linear, dense, fast_bf16, initialize
 from tiercel.ops.rotary import frequencies
 from tiercel.plan import check_fits, parameter_count
-from tiercel.quant import PACKED_TYPES, PACKINGS, recipes
+from tiercel.quant import PACKED_TYPES, PACKINGS, dequantize, recipes
 from tiercel.quant.recipes import file_type
 from tiercel.text import Text
 from tiercel.text.vocab_gguf import GGUF_TYPES
@@ -159,7 +159,10 @@ class Checkpoint:
         x = stored[0].rows(start, stop)
         for form in forms:
             x = to_ours(form, x)
-        return scaled(x, self._scale(row, stored[0]), start)
+        scale = self._scale(row, stored[0])
+        if scale != 1.0 and stored[0].type in PACKED_TYPES:  # the values that `raw` stands for
+            return dequantize(stored[0].type, self.raw(row, start, stop))
+        return scaled(x, scale, start)
 
     def _scale(self, row: Row, stored: Stored) -> float | Runs:
         """The multiplier between the file's values and ours."""
