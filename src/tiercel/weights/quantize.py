@@ -116,8 +116,8 @@ def quantize(
     config = source.layout.config
     if gguf and config.tied and config.logit_scale != 1.0:  # the output becomes a tensor of its own there
         view.kinds = kinds(shapes | {"head.weight": shapes["embed.weight"]}, recipe, importance=importance is not None)
-    if recipe == "nf4":  # transformers knows no other type beside it
-        view.kinds = {ours: kind for ours, kind in view.kinds.items() if kind == "NF4"}
+    if recipe == "nf4":  # transformers knows no other type beside it, and no packed experts
+        view.kinds = {ours: kind for ours, kind in view.kinds.items() if kind == "NF4" and len(shapes[ours]) == 2}
     packed = {row.ours: shapes[row.ours] for row in source.layout.rows if row.ours in view.kinds}
     view.seen = _counter(progress, sum(_size(shape) for shape in packed.values()) * (2 if recipe == "nf4" else 1))
     again = Counter(source.stored(row) for row in source.layout.rows if source.stored(row) in PACKED_TYPES)
