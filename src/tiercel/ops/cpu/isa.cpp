@@ -5,6 +5,8 @@
 namespace ISA {
 
 void pointwise(tiercel::Kernels&);
+void linears(tiercel::Kernels&);
+void panels(tiercel::Kernels&);
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
@@ -14,6 +16,8 @@ const tiercel::Kernels& table() {
         tiercel::Kernels k{};
         k.name = TEXT(ISA);
         pointwise(k);
+        linears(k);
+        panels(k);
         return k;
     }();
     return k;
