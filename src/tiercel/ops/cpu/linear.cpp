@@ -38,38 +38,31 @@ template <int N> struct Size { static constexpr int M = N; };
 //
 // For a tile of M tokens and every 32 inputs, one after another:
 //     int8 q[M][32] · float a[M] · int32 z[M][Z] · float f[M][Z]        Z = 32 / SUB
-// x ≈ a · q;  z = −ZERO · Σ q  over SUB inputs, where the integer sum starts;  f = a · Σ q,  what o is multiplied by
+// x ≈ a · q;  z = −ZERO · Σ q  over SUB inputs;  f = a · Σ q,  what o is multiplied by
 
 constexpr i64 token_bytes(int sub) { return 36 + 8 * (32 / sub); }
 
 INLINE void round_block(const float* x, int n, int sub, int zero_point, int8_t* q, float* a, int32_t* z, float* f) {
     const F v0 = n >= 16 ? load(x) : load_some(x, n), v1 = n >= 32 ? load(x + 16) : n > 16 ? load_some(x + 16, n - 16) : zero();
-    int32_t bits[16];
-    const I m0 = as_int(abs(v0)), m1 = as_int(abs(v1));
-    storei(bits, m0);  // as integers, so that NaN is the largest of all
-    int32_t most = 0, other[16];
-    storei(other, m1);
-    for (int i = 0; i < 16; i++) bits[i] = bits[i] > other[i] ? bits[i] : other[i];
-    for (int i = 0; i < 16; i++) most = most > bits[i] ? most : bits[i];
+    const int32_t most = maximum(max(as_int(abs(v0)), as_int(abs(v1))));  // as integers: NaN is the largest of all
     float largest;
     memcpy(&largest, &most, 4);
     *a = most >= 0x7f800000 ? NAN : largest * (1.0f / 127.0f);
     const F scale = set(largest > 1e-36f && most < 0x7f800000 ? 127.0f / largest : 0.0f);
     const I q0 = round(v0 * scale), q1 = round(v1 * scale);
-    int32_t w[32], sums[2] = {0, 0};
-    storei(w, q0);
-    storei(w + 16, q1);
-    for (int i = 0; i < 16; i++) sums[0] += w[i];
-    for (int i = 16; i < 32; i++) sums[1] += w[i];
-    for (int i = 0; i < 32; i++) q[i] = (int8_t)w[i];
+    store_bytes(q, q0);
+    store_bytes(q + 16, q1);
     if (sub == 32) {
-        z[0] = -zero_point * (sums[0] + sums[1]);
-        f[0] = *a * (float)(sums[0] + sums[1]);
-    } else
+        const int32_t total = sum(q0 + q1);
+        z[0] = -zero_point * total;
+        f[0] = *a * (float)total;
+    } else {
+        const int32_t total[2] = {sum(q0), sum(q1)};
         for (int h = 0; h < 2; h++) {
-            z[h] = -zero_point * sums[h];
-            f[h] = *a * (float)sums[h];
+            z[h] = -zero_point * total[h];
+            f[h] = *a * (float)total[h];
         }
+    }
 }
 
 // the tile of M tokens that begins at x (rows `stride` apart)
@@ -93,13 +86,11 @@ template <class Q, int M> INLINE void block(const I* q, const F* s, const F* o, 
     const float* f = (const float*)(z + Z * M);
     I sums[M];
     F total[M];
-    for (int m = 0; m < M; m++) sums[m] = seti(z[Z * m]);
     dots<Q::MOST, 0, 8 / Z, M>(q, (const int8_t*)in, sums);
-    for (int m = 0; m < M; m++) total[m] = to_float(sums[m]) * s[0];
+    for (int m = 0; m < M; m++) total[m] = to_float(Q::ZERO ? sums[m] + seti(z[Z * m]) : sums[m]) * s[0];
     if constexpr (Z == 2) {
-        for (int m = 0; m < M; m++) sums[m] = seti(z[2 * m + 1]);
         dots<Q::MOST, 4, 8, M>(q, (const int8_t*)in, sums);
-        for (int m = 0; m < M; m++) total[m] = fma(to_float(sums[m]), s[1], total[m]);
+        for (int m = 0; m < M; m++) total[m] = fma(to_float(Q::ZERO ? sums[m] + seti(z[2 * m + 1]) : sums[m]), s[1], total[m]);
     }
     for (int m = 0; m < M; m++) {
         acc[m] = fma(total[m], set(a[m]), acc[m]);
@@ -168,9 +159,8 @@ template <class Q> void one_row(const Linear& a, Team& team) {
 
 // ── more rows ──
 
-constexpr i64 K_PIECE = 2048;    // inputs unpacked at a time: a multiple of every block
-constexpr i64 GROUP = 6;         // panels unpacked together
-constexpr i64 TOKENS = 16 * 12;  // tokens that share an unpacked group: whole tiles
+constexpr i64 K_PIECE = 1024;    // inputs unpacked at a time, 24 KB: a multiple of every block, and at home in L1
+constexpr i64 TOKENS = 16 * 12;  // tokens that share an unpacked panel: whole tiles
 
 struct Unpacked {  // 32 inputs of one panel
     I q[8];
@@ -201,28 +191,25 @@ template <class Q, int M> __attribute__((noinline)) void tile(const Unpacked* w,
 
 template <class Q> void many_rows(const Linear& a, Team& team) {
     const i64 panels = (a.outputs + 15) / 16, blocks = (a.inputs + Q::BLOCK - 1) / Q::BLOCK, bytes = panel_bytes<Q>(a.inputs);
-    const i64 groups = (panels + GROUP - 1) / GROUP, parts = (a.tokens + TOKENS - 1) / TOKENS;
-    const i64 all32 = (a.inputs + 31) / 32, piece_blocks = K_PIECE / Q::BLOCK, piece32 = K_PIECE / 32;
+    const i64 parts = (a.tokens + TOKENS - 1) / TOKENS, piece_blocks = K_PIECE / Q::BLOCK, all32 = (a.inputs + 31) / 32;
     Unpacked* w = nullptr;
-    for (i64 piece; (piece = team.take(groups * parts)) >= 0;) {
-        if (w == nullptr) w = (Unpacked*)team.scratch(GROUP * piece32 * sizeof(Unpacked));
-        const i64 first = piece / parts * GROUP, last = first + GROUP < panels ? first + GROUP : panels;
-        const i64 begin = piece % parts * TOKENS, end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
+    for (i64 piece; (piece = team.take(panels * parts)) >= 0;) {
+        if (w == nullptr) w = (Unpacked*)team.scratch(K_PIECE / 32 * sizeof(Unpacked));
+        const i64 p = piece / parts, begin = piece % parts * TOKENS;
+        const i64 end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
         for (i64 b = 0; b < blocks; b += piece_blocks) {
             const i64 stop = b + piece_blocks < blocks ? b + piece_blocks : blocks;
             const i64 k32 = b * (Q::BLOCK / 32), some = (stop * (Q::BLOCK / 32) < all32 ? stop * (Q::BLOCK / 32) : all32) - k32;
-            for (i64 p = first; p < last; p++) unpack<Q>(a.weight + p * bytes, b, stop, w + (p - first) * piece32);
+            unpack<Q>(a.weight + p * bytes, b, stop, w);
             for (i64 t = begin; t < end;) {
                 const int m = tile_at(a.tokens - t);
                 const uint8_t* in = a.rounded + (t * all32 + m * k32) * token_bytes(Q::SUB);
-                for (i64 p = first; p < last; p++) {
-                    F acc[TILE];
-                    for (int i = 0; i < m; i++) acc[i] = b == 0 ? zero() : partial(a, t + i, p);
-                    WITH_TILE(m, (tile<Q, M>(w + (p - first) * piece32, in, some, acc)));
-                    for (int i = 0; i < m; i++) {
-                        if (stop == blocks) finish(a, t + i, p, acc[i]);
-                        else keep(a, t + i, p, acc[i]);
-                    }
+                F acc[TILE];
+                for (int i = 0; i < m; i++) acc[i] = b == 0 ? zero() : partial(a, t + i, p);
+                WITH_TILE(m, (tile<Q, M>(w, in, some, acc)));
+                for (int i = 0; i < m; i++) {
+                    if (stop == blocks) finish(a, t + i, p, acc[i]);
+                    else keep(a, t + i, p, acc[i]);
                 }
                 t += m;
             }
