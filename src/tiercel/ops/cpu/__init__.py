@@ -67,3 +67,14 @@ def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     y = empty(*gate.shape)
     _native.gate(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel(), ACTIVATIONS[activation])
     return y
+
+
+FORMATS = {} if _native is None else {name: i for i, name in enumerate(_native.formats)}
+SUPER_BLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+
+def quantize(type: str, x: Tensor, weights: Tensor | None, out: Tensor) -> None:
+    """`quant.quantize` for SUPER_BLOCKS, bit for bit; all tensors contiguous, weights (n) float32."""
+    rows, width = x.shape
+    at = 0 if weights is None else weights.data_ptr()
+    _native.quantize(FORMATS[type], x.data_ptr(), at, out.data_ptr(), rows, width, out.shape[1])

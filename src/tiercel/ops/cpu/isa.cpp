@@ -7,6 +7,7 @@ namespace ISA {
 void pointwise(tiercel::Kernels&);
 void linears(tiercel::Kernels&);
 void panels(tiercel::Kernels&);
+void packing(tiercel::Kernels&);
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
@@ -18,6 +19,7 @@ const tiercel::Kernels& table() {
         pointwise(k);
         linears(k);
         panels(k);
+        packing(k);
         return k;
     }();
     return k;

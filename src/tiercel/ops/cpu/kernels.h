@@ -52,11 +52,14 @@ struct RoundInputs { const float* x; uint8_t* out; i64 tokens, inputs; int sub, 
 struct Rows { const uint8_t* weight; const i64* which; float* y; i64 inputs, count; float scale; int format; };
 // rows first … first + count − 1 (first a multiple of 16) between a file's blocks and panels
 struct Panels { uint8_t *blocks, *panels; i64 inputs, outputs, first, count; int format; };
+// (rows, width) → super-blocks, width a multiple of 256; importance (width) or nullptr
+struct Quantize { const float *x, *importance; uint8_t* out; i64 rows, width; int type; };
 
 struct Kernels {
     const char* name;
     Kernel rms_norm, add, gate;
     Kernel linear, linear_f32, linear_bf16, round_inputs, round_bf16, rows, to_panels, from_panels;
+    Kernel quantize;
 };
 
 const Kernels& kernels();  // those of the instruction set in use
