@@ -21,14 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tiercel.errors import RequestError
 from tiercel.families.family import Layout, Row
 from tiercel.model.layers import deviation, fresh
-from tiercel.quant import PACKINGS, dequantize
+from tiercel.quant import PACKINGS, dequantize, recipes
 from tiercel.text import Text
 from tiercel.weights.load import parameter_shapes
 from tiercel.weights.stored import torch_dtype
 
 TILE_VALUES = 1 << 18
+FLOATS = ("f32", "bf16", "f16")
 _Make = Callable[[np.random.SFC64, int], np.ndarray]  # (generator of a tile, rows of the tile) → the tile
 
 
@@ -81,8 +83,7 @@ SCALES = {
 class RandomSource:
     """A `weights.load.Source` without a file.
 
-    kinds: our name → the type it is kept in, "Q4_K", "BF16", …; what is not named is "F32" (`quant.recipes` makes
-    such a table).
+    kinds: our name → the type it is kept in, "Q4_K", "F16", …; other matrices are BF16, the rest F32.
     """
 
     def __init__(self, layout: Layout, kinds: Mapping[str, str], seed: int = 0) -> None:
@@ -93,7 +94,8 @@ class RandomSource:
         return parameter_shapes(self.layout)
 
     def stored(self, row: Row) -> str:
-        return self.kinds.get(row.ours, "F32")
+        plain = "F32" if row.precise or len(self.shapes[row.ours]) < 2 else "BF16"
+        return self.kinds.get(row.ours, plain)
 
     def text(self) -> Text | None:
         return None
@@ -135,6 +137,17 @@ class RandomSource:
             begin, end = tile * size, min((tile + 1) * size, shape[0])
             parts.append(make(g, end - begin)[max(start - begin, 0) : stop - begin])
         return np.concatenate(parts)  # one thread: torch would wait for a busy core
+
+
+def kinds_of(layout: Layout, recipe: str) -> dict[str, str]:
+    """`RandomSource.kinds` of a recipe: a name of `quant.recipes`, or f32, bf16, f16."""
+    shapes = parameter_shapes(layout)
+    if recipe in FLOATS:
+        matrices = [row.ours for row in layout.rows if not row.precise and len(shapes[row.ours]) > 1]
+        return dict.fromkeys(matrices, recipe.upper())
+    if (known := recipes.find(recipe)) is None:
+        raise RequestError(f"no recipe {recipe!r}; known: {', '.join((*recipes.RECIPES, *FLOATS))}")
+    return recipes.kinds(shapes, known)
 
 
 def _bytes(g: np.random.SFC64, count: int) -> np.ndarray:
