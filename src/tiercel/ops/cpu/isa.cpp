@@ -1,0 +1,22 @@
+// The kernels of one instruction set, from all files that are compiled once for each.
+#include "kernels.h"
+#include "vec.h"
+
+namespace ISA {
+
+void pointwise(tiercel::Kernels&);
+
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+
+const tiercel::Kernels& table() {
+    static const tiercel::Kernels k = [] {
+        tiercel::Kernels k{};
+        k.name = TEXT(ISA);
+        pointwise(k);
+        return k;
+    }();
+    return k;
+}
+
+}  // namespace ISA

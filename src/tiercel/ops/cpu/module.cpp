@@ -1,0 +1,104 @@
+// The extension module: raw addresses in, nothing else.  `ops/cpu/__init__.py` knows tensors; this file does not.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+using namespace tiercel;
+
+#if defined(TIERCEL_X86)
+namespace avx512 { const Kernels& table(); }
+namespace avx2 { const Kernels& table(); }
+#endif
+namespace portable { const Kernels& table(); }
+
+namespace tiercel {
+
+namespace {
+
+bool has(const std::string& isa) {
+#if defined(TIERCEL_X86)
+    if (isa == "avx512")
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+    return isa == "portable";
+}
+
+const Kernels* chosen = nullptr;
+
+void choose(const std::string& isa) {
+    if (!has(isa)) throw std::invalid_argument("this machine has no " + isa);
+#if defined(TIERCEL_X86)
+    if (isa == "avx512") { chosen = &avx512::table(); return; }
+    if (isa == "avx2") { chosen = &avx2::table(); return; }
+#endif
+    chosen = &portable::table();
+}
+
+std::vector<std::string> available() {
+    std::vector<std::string> out;
+    for (const char* isa : {"avx512", "avx2", "portable"})
+        if (has(isa)) out.push_back(isa);
+    return out;
+}
+
+using at = uintptr_t;
+
+template <class T> T* ptr(at a) { return (T*)a; }
+
+template <class Args>
+void go(Kernel kernel, const Args& args, bool alone, const std::vector<Range>& reads, const std::vector<Range>& writes) {
+    static_assert(sizeof(Args) <= Op::MOST);
+    nb::gil_scoped_release free;
+    submit(kernel, &args, sizeof args, alone, reads, writes);
+}
+
+constexpr size_t f32 = sizeof(float);
+
+// below so many values, waking other threads costs more than it saves
+constexpr i64 SMALL = 16384;
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen; }
+
+}  // namespace tiercel
+
+NB_MODULE(_native, m) {
+    choose(available().front());
+    m.def("available", available, "Instruction sets of this build that this machine has, the best first.");
+    m.def("isa", [] { return std::string(kernels().name); });
+    m.def("choose", choose);
+    m.def("set_threads", set_threads);
+    m.def("threads", threads);
+
+    nb::class_<Ops>(m, "Ops")
+        .def(nb::init<>())
+        .def("run", [](Ops& ops) { nb::gil_scoped_release free; ops.run(threads()); })
+        .def("__len__", &Ops::size)
+        .def("waits", &Ops::waits);
+    m.def("record", [](Ops& ops) { record(&ops); });
+    m.def("stop", [] { record(nullptr); });
+
+    m.def("rms_norm", [](at x, at weight, at y, i64 T, i64 D, float eps) {
+        go(kernels().rms_norm, RmsNorm{ptr<float>(x), ptr<float>(weight), ptr<float>(y), T, D, eps}, T * D < SMALL,
+           {{ptr<void>(x), T * D * f32}}, {{ptr<void>(y), T * D * f32}});
+    });
+    m.def("add", [](at a, at b, at y, i64 n) {
+        go(kernels().add, Add{ptr<float>(a), ptr<float>(b), ptr<float>(y), n}, n < SMALL,
+           {{ptr<void>(a), n * f32}, {ptr<void>(b), n * f32}}, {{ptr<void>(y), n * f32}});
+    });
+    m.def("gate", [](at gate, at up, at y, i64 n, int activation) {
+        go(kernels().gate, Gate{ptr<float>(gate), ptr<float>(up), ptr<float>(y), n, activation}, n < SMALL,
+           {{ptr<void>(gate), n * f32}, {ptr<void>(up), n * f32}}, {{ptr<void>(y), n * f32}});
+    });
+}
