@@ -26,6 +26,8 @@ from tiercel.bench.models import Files, prepare
 from tiercel.bench.peers import PEERS, Engine, Worker, require
 from tiercel.errors import RequestError
 
+SHORT_PROMPT = 16  # tokens read before the first one of an answer, where load and first token are timed
+
 Report = Callable[[str, int, int], None]  # (what, done, total)
 
 

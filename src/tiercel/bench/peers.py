@@ -6,6 +6,7 @@ LlamaBench     llama.cpp's own benchmark, started for every round; its weights l
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -68,10 +69,8 @@ class Worker:
 
     def round(self, order: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: what it said last tells why
             print(json.dumps(order), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it has ended: what it said last tells why
         return self._reply()
 
     def _reply(self) -> dict[str, Any]:
@@ -124,10 +123,10 @@ class LlamaBench:
         self._run(out, "-p", prompts or "0", "-n", str(order["generate"]), "-d", str(order["context"]))
         return out
 
-    def first_token(self) -> float:
-        """Seconds of a whole process that loads, reads one token and ends."""
+    def first_token(self, prompt: int) -> float:
+        """Seconds of a whole process that loads, reads a prompt and ends."""
         began = time.perf_counter()
-        self._run({"prefill": {}, "peak_rss_bytes": 0}, "-p", "1", "-n", "0", "--no-warmup")
+        self._run({"prefill": {}, "peak_rss_bytes": 0}, "-p", str(prompt), "-n", "0", "--no-warmup")
         return time.perf_counter() - began
 
     def _run(self, out: dict[str, Any], *options: str) -> None:

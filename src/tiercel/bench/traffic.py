@@ -17,6 +17,8 @@ from tiercel.model.config import AttentionConfig, MoEConfig
 from tiercel.model.decoder import Decoder
 from tiercel.plan import state_bytes
 
+EXPERTS = tuple(f"feed_forward.{name}" for name in ("gate", "up", "down"))  # a gated MLP has .weight behind these
+
 
 def bytes_per_step(network: Decoder, context: int, rows: int) -> int:
     """W + R · (t · K + S) with the network's own bytes; a sliding window bounds t."""

@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import torch
 
+from tiercel.bench import SHORT_PROMPT
 from tiercel.bench.rss import peak_rss
 
-SHORT_PROMPT = 16  # tokens before the first one of the answer
 BUFFER_BYTES = 1 << 29
 PREFILL = 512  # tokens per call and row, as in `generate`
 
@@ -82,7 +82,7 @@ class Tiercel:
         loaded = time.perf_counter()
         config = self.network.config
         self.vocabulary = config.vocab_size
-        self.feed(_tokens(self, 1, SHORT_PROMPT), self.empty(1))[0].argmax()
+        self.feed(_tokens(self, 1, SHORT_PROMPT), self.empty(1))
         self.about = {
             "version": tiercel.__version__,
             "architecture": self.architecture,

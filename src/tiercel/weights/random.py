@@ -1,7 +1,7 @@
 """Weights from a config alone, made in the form they are kept in: to measure a network nobody has to download.
 
-    packed types    random bytes; the float16 scales of every block are set so that values have mean 0 and the spread
-                    a fresh network has (`model.layers.deviation`)
+    packed types    random bytes; the scales of every block are set so that values have mean 0 and the spread a
+                    fresh network has (`model.layers.deviation`)
     BF16, F16, F32  uniform, of the same spread
     the rest        vectors, convolutions, decays, routers: `model.layers.fresh`
 
@@ -24,7 +24,8 @@ from torch import Tensor
 from tiercel.errors import RequestError
 from tiercel.families.family import Layout, Row
 from tiercel.model.layers import deviation, fresh
-from tiercel.quant import PACKINGS, dequantize, recipes
+from tiercel.quant import BLOCKS, PACKED_TYPES, dequantize, recipes, row_bytes
+from tiercel.quant.nf4 import LEVELS
 from tiercel.text import Text
 from tiercel.weights.load import parameter_shapes
 from tiercel.weights.stored import torch_dtype
@@ -35,9 +36,9 @@ _Make = Callable[[np.random.SFC64, int], np.ndarray]  # (generator of a tile, ro
 
 
 class Scales(NamedTuple):
-    """Where a block keeps its float16 scales, and what random bytes make of them."""
+    """Where a block keeps its scales, and what random bytes make of them."""
 
-    d: int  # byte of d
+    d: int  # byte of d, a float16 (float32 in NF4 and INT8)
     m: int | None  # byte of the minimum, for types that have one
     ratio: float  # minimum / d that gives mean 0
     spread: float  # standard deviation of a value for d = 1
@@ -77,6 +78,8 @@ SCALES = {
     "Q4_K": Scales(0, 2, *_scaled(4, 6)),
     "Q5_K": Scales(0, 2, *_scaled(5, 6)),
     "Q6_K": Scales(208, None, 0.0, _centred(-32, 31, (-128, 127))),
+    "NF4": Scales(0, None, 0.0, math.sqrt(sum(level * level for level in LEVELS) / 16)),
+    "INT8": Scales(0, None, 0.0, _centred(-127, 127)),
 }
 
 
@@ -103,7 +106,7 @@ class RandomSource:
     def read(self, row: Row, start: int, stop: int) -> Tensor:
         """Rows as a file of the stored type would give them: its own dtype, float32 for packed types."""
         kind = self.stored(row)
-        if kind in PACKINGS:
+        if kind in PACKED_TYPES:
             return dequantize(kind, self.raw(row, start, stop))
         shape = self.shapes[row.ours]
         if row.precise or len(shape) < 2:
@@ -116,11 +119,9 @@ class RandomSource:
     def raw(self, row: Row, start: int, stop: int) -> Tensor:
         """The same rows as bytes: uint8, the last axis counted in bytes."""
         kind, shape = self.stored(row), self.shapes[row.ours]
-        if kind not in PACKINGS:
+        if kind not in PACKED_TYPES:
             return self.read(row, start, stop).contiguous().view(torch.uint8)
-        packing = PACKINGS[kind]
-        assert shape[-1] % packing.values == 0, f"{row.ours}: {shape[-1]} values are not whole blocks of {kind}"
-        inner = (*shape[1:-1], shape[-1] // packing.values * packing.bytes)
+        inner = (*shape[1:-1], row_bytes(kind, shape[-1]))
         spread = self._deviation(row)
         return torch.from_numpy(self._tiles(row, start, stop, lambda g, rows: _packed(g, kind, (rows, *inner), spread)))
 
@@ -155,14 +156,20 @@ def _bytes(g: np.random.SFC64, count: int) -> np.ndarray:
 
 
 def _packed(g: np.random.SFC64, kind: str, shape: tuple[int, ...], spread: float) -> np.ndarray:
-    size, scales = PACKINGS[kind].bytes, SCALES[kind]
-    blocks = _bytes(g, math.prod(shape)).reshape(-1, size)
-    d = np.float16(max(spread / scales.spread, 6e-8))  # the smallest float16
-    blocks[:, scales.d : scales.d + 2] = np.frombuffer(d.tobytes(), np.uint8)
+    scales = SCALES[kind]
+    blocks = _bytes(g, math.prod(shape)).reshape(-1, BLOCKS[kind].bytes if kind in BLOCKS else shape[-1])
+    if kind == "INT8":
+        blocks[blocks == 0x80] = 0x81  # it has no −128
+    number = np.float32 if kind in ("NF4", "INT8") else np.float16
+    d = number(max(spread / scales.spread, 6e-8))  # the smallest float16
+    _put(blocks, scales.d, d.tobytes())
     if scales.m is not None:
-        m = np.float16(float(d) * scales.ratio)
-        blocks[:, scales.m : scales.m + 2] = np.frombuffer(m.tobytes(), np.uint8)
+        _put(blocks, scales.m, number(float(d) * scales.ratio).tobytes())
     return blocks.reshape(shape)
+
+
+def _put(blocks: np.ndarray, at: int, value: bytes) -> None:
+    blocks[:, at : at + len(value)] = np.frombuffer(value, np.uint8)
 
 
 def _values(g: np.random.SFC64, shape: tuple[int, ...]) -> np.ndarray:
