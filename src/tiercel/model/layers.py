@@ -7,7 +7,7 @@ Linear is the one place where a packed or an adapted weight will be met.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -96,34 +96,42 @@ def dense(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialize(network: nn.Module, seed: int = 0) -> None:
-    """Fresh weights for training, in place: the same seed gives the same network.
-
-    Matrices N(0, 1 / fan-in), the projections back into the residual stream smaller by √(2 · layers);
-    Mamba parameters as the papers draw them: A uniform in 1 … 16 per head (Mamba-2) or 1 … N per state
-    (Mamba-1), D = 1, dt log-uniform in [0.001, 0.1] stored through the inverse of softplus.
-    """
+    """Fresh weights for training, in place: the same seed gives the same network.  The rules are those of `fresh`."""
     g = torch.Generator().manual_seed(seed)
     depth = sum(1 for name, _ in network.named_modules() if name.endswith("mixer_norm"))
-
-    def normal(p: Tensor, std: float) -> None:
-        p.copy_(torch.randn(p.shape, generator=g) * std)
-
     for name, p in network.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        part = owner.rpartition(".")[2]
-        if leaf == "dt_bias":
-            dt = torch.exp(torch.rand(p.shape, generator=g) * math.log(100.0) + math.log(0.001))
-            p.copy_(dt + torch.log(-torch.expm1(-dt)))
-        elif leaf == "A_log" and p.dim() == 1:
-            p.copy_(torch.log(1 + 15 * torch.rand(p.shape, generator=g)))
-        elif leaf == "A_log":
-            p.copy_(torch.log(torch.arange(1, p.shape[1] + 1)).expand_as(p))
-        elif leaf == "D" or part.endswith("norm"):
-            p.fill_(1.0)
-        elif leaf == "bias" or leaf == "conv_bias":
-            p.zero_()
-        elif part == "embed":
-            normal(p, 0.02)
-        else:  # matrices, convolutions, stacks of expert matrices: fan-in is the last dimension
-            std = p.shape[-1] ** -0.5
-            normal(p, std / math.sqrt(2 * depth) if part in ("o", "out_proj", "down") or leaf == "down" else std)
+        p.copy_(fresh(name, p.shape, depth, g))
+
+
+def fresh(name: str, shape: Sequence[int], depth: int, g: torch.Generator) -> Tensor:
+    """A new parameter of a network of `depth` layers, float32.
+
+    Matrices N(0, `deviation`²); Mamba parameters as the papers draw them: A uniform in 1 … 16 per head (Mamba-2)
+    or 1 … N per state (Mamba-1), D = 1, dt log-uniform in [0.001, 0.1] stored through the inverse of softplus.
+    """
+    owner, _, leaf = name.rpartition(".")
+    if leaf == "dt_bias":
+        dt = torch.exp(torch.rand(shape, generator=g) * math.log(100.0) + math.log(0.001))
+        return dt + torch.log(-torch.expm1(-dt))
+    if leaf == "A_log" and len(shape) == 1:
+        return torch.log(1 + 15 * torch.rand(shape, generator=g))
+    if leaf == "A_log":
+        return torch.log(torch.arange(1, shape[1] + 1)).expand(*shape)
+    if leaf in ("D", "out_norm") or owner.endswith("norm"):
+        return torch.ones(shape)
+    if leaf == "bias" or leaf == "conv_bias":
+        return torch.zeros(shape)
+    return torch.randn(shape, generator=g) * deviation(name, shape, depth)
+
+
+def deviation(name: str, shape: Sequence[int], depth: int) -> float:
+    """The spread of a fresh matrix, convolution or stack of expert matrices: fan-in^−½, fan-in being the last axis.
+
+    Smaller by √(2 · depth) where it writes into the residual stream; 0.02 for the embedding.
+    """
+    owner, _, leaf = name.rpartition(".")
+    part = owner.rpartition(".")[2]
+    if part == "embed":
+        return 0.02
+    std = shape[-1] ** -0.5
+    return std / math.sqrt(2 * depth) if part in ("o", "out_proj", "down") or leaf == "down" else std

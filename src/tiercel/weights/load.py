@@ -11,6 +11,7 @@ Shapes are compared with the files before that memory is taken.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -261,10 +262,14 @@ def load(
     if path.suffix in (".json", ".toml") and path.is_file():
         return _fresh(read_file(path), dtype)
     checkpoint = open_checkpoint(path)
-    wanted = pick_dtype(dtype, checkpoint)
-    network = build(checkpoint.layout, wanted, checkpoint)
-    fill(network, checkpoint, progress)
-    return network.eval(), checkpoint.text(), checkpoint.layout
+    return of_source(checkpoint, dtype, progress), checkpoint.text(), checkpoint.layout
+
+
+def of_source(source: Source, dtype: str | torch.dtype = "auto", progress: Progress | None = None) -> Decoder:
+    """The network of any source, filled and ready to run."""
+    network = build(source.layout, pick_dtype(dtype, source), source)
+    fill(network, source, progress)
+    return network.eval()
 
 
 def _fresh(config: ModelConfig, dtype: str | torch.dtype, seed: int = 0) -> tuple[Decoder, Text | None, Layout]:
@@ -282,12 +287,12 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def pick_dtype(dtype: str | torch.dtype, source: Checkpoint) -> torch.dtype:
-    """What the matrices will be held in."""
+def pick_dtype(dtype: str | torch.dtype, source: Source) -> torch.dtype:
+    """What the matrices will be held in; "auto" goes by the largest."""
     if dtype != "auto":
         return as_dtype(dtype)
-    largest = max(source.layout.rows, key=lambda row: sum(t.nbytes for t in source._stored(row)))
-    stored = source.stored(largest)
+    shapes = parameter_shapes(source.layout)
+    stored = source.stored(max(source.layout.rows, key=lambda row: math.prod(shapes[row.ours])))
     if stored in ("F32", "F64"):
         return torch.float32
     return torch.bfloat16 if stored == "BF16" or fast_bf16() else torch.float32
