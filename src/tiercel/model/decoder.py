@@ -64,8 +64,9 @@ class Decoder(nn.Module):
         if states is None:
             return self._run(rows, tokens_T, None, keep)
         with torch.no_grad():
-            for state in states:
+            for row, state in zip(rows, states, strict=True):
                 state.settle()
+                state.reserve(len(row))
             logits = self._run(rows, tokens_T, states, keep)
             for row, state in zip(rows, states, strict=True):
                 state.length += len(row)
@@ -75,8 +76,7 @@ class Decoder(nn.Module):
         self, rows: list[Tensor], tokens_T: Tensor, states: Sequence[State] | None, keep: int | None
     ) -> list[Tensor]:
         lengths = [len(row) for row in rows]
-        starts = [0] * len(rows) if states is None else [state.length for state in states]
-        batch = Batch(lengths, starts, tokens_T.device)
+        batch = Batch(lengths, states, tokens_T.device)
         # with states there are no gradients; the logits, made outside of the mode, are tensors like any other
         with nullcontext() if states is None else torch.inference_mode():
             x_TD = self.embed(tokens_T)
