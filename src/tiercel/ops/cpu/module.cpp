@@ -138,10 +138,11 @@ NB_MODULE(_native, m) {
     m.def("from_panels", [](at blocks, at panels, i64 inputs, i64 outputs, i64 first, i64 count, int format) {
         go(kernels().from_panels, Panels{ptr<uint8_t>(blocks), ptr<uint8_t>(panels), inputs, outputs, first, count, format},
            false, {}, {});
+    });
     m.def("quantize", [](int type, at x, at importance, at out, i64 rows, i64 width, i64 row_bytes) {
         const auto noted = importance ? std::vector<Range>{{ptr<void>(x), rows * width * f32}, {ptr<void>(importance), width * f32}}
                                       : std::vector<Range>{{ptr<void>(x), rows * width * f32}};
         go(kernels().quantize, Quantize{ptr<float>(x), ptr<float>(importance), ptr<uint8_t>(out), rows, width, type},
-           rows * width < SMALL, noted, {{ptr<void>(out), rows * row_bytes}});
+           rows * width < SMALL, noted, {{ptr<void>(out), (size_t)(rows * row_bytes)}});
     });
 }
