@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tiercel import quant
 from tiercel.errors import RequestError
+
+if TYPE_CHECKING:
+    from tiercel.ops.cpu.tape import Tape
 
 try:
     from tiercel.ops.cpu import _native
@@ -43,9 +47,19 @@ isa = _choose()
 there = isa != "torch"
 
 
+recorder: Tape | None = None  # the tape that records
+
+
 def empty(*shape: int) -> Tensor:
     """Memory for an output, float32."""
-    return torch.empty(shape)
+    return torch.empty(shape) if recorder is None else recorder.empty(*shape)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether a kernel can be given these: plain float32 in this machine's memory, and no gradient is wanted."""
+    if not there or torch.is_grad_enabled():
+        return False
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
