@@ -5,6 +5,10 @@
 namespace ISA {
 
 void pointwise(tiercel::Kernels&);
+void attention(tiercel::Kernels&);
+void conv(tiercel::Kernels&);
+void ssd(tiercel::Kernels&);
+void scan(tiercel::Kernels&);
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
@@ -14,6 +18,10 @@ const tiercel::Kernels& table() {
         tiercel::Kernels k{};
         k.name = TEXT(ISA);
         pointwise(k);
+        attention(k);
+        conv(k);
+        ssd(k);
+        scan(k);
         return k;
     }();
     return k;
