@@ -58,6 +58,7 @@ const Kernels& kernels() { return *chosen; }
 }  // namespace tiercel
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // recordings live as long as the networks of a process
     choose(available().front());
     m.def("available", available, "Instruction sets of this build that this machine has, the best first.");
     m.def("isa", [] { return std::string(kernels().name); });
