@@ -125,15 +125,17 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
             const bool advance = count == chunk && (start + count < all || start + count == commit);
             const bool panels = queries > 3 || advance;
             // log decay from the chunk's start through each input
-            double sums[8] = {};
-            for (i64 j = 0; j < count; j++) {
-                const float* dt = in.dt(start + j) + first_head;
-                for (i64 h = 0; h < heads; h++) {
-                    sums[h] += (double)dt[h] * (double)a.A[first_head + h];
-                    as[h * width + j] = sums[h];
-                    dts[h * width + j] = dt[h];
+            by_six(heads, [&](i64 h, auto some) {
+                double sums[some] = {};
+                for (i64 j = 0; j < count; j++) {
+                    const float* dt = in.dt(start + j) + first_head + h;
+                    for (int i = 0; i < some; i++) {
+                        sums[i] += (double)dt[i] * (double)a.A[first_head + h + i];
+                        as[(h + i) * width + j] = sums[i];
+                        dts[(h + i) * width + j] = dt[i];
+                    }
                 }
-            }
+            });
             for (i64 h = 0; h < heads; h++)
                 for (i64 j = count; j < padded(count); j++) {
                     as[h * width + j] = 0;
