@@ -53,88 +53,86 @@ void remember(const void* args, Team& team) {
 
 constexpr int VECTORS = KEYS / 16;  // of a tile's keys
 
-// 16 keys (rows of P) → P rows of 16 keys
-template <class T> INLINE void transpose_plainly(const T* k, float* out, i64 from, i64 P, i64 stride) {
+// A tile turned so that keys are lanes: one row of KEYS for every dim, or, of bf16, for every two dims, each lane a pair
+// as it lies in memory (the even dim in the low half).  Sixteen keys, rows of P, become columns of `out`.
+
+INLINE void turn_plainly(const float* k, uint32_t* out, i64 from, i64 P) {
     for (i64 p = from; p < P; p++)
-        for (int j = 0; j < 16; j++) {
-            if constexpr (sizeof(T) == 2) out[p * stride + j] = from_bf16(k[j * P + p]);
-            else out[p * stride + j] = k[j * P + p];
-        }
+        for (int j = 0; j < 16; j++) memcpy(out + p * KEYS + j, k + j * P + p, 4);
+}
+
+INLINE void turn_plainly(const bf16* k, uint32_t* out, i64 from, i64 P) {
+    for (i64 p = from; p < P; p += 2)
+        for (int j = 0; j < 16; j++)
+            out[p / 2 * KEYS + j] = k[j * P + p] | (p + 1 < P ? (uint32_t)k[j * P + p + 1] << 16 : 0);
 }
 
 #if defined(TIERCEL_AVX2) || defined(TIERCEL_AVX512)
-INLINE void transpose(const bf16* k, float* out, i64 P, i64 stride) {
-    i64 p = 0;
-    for (; p + 8 <= P; p += 8) {
-        __m256i r[8], s[8];
-        for (int i = 0; i < 8; i++) {  // keys 0–3 and 8–11 in the low halves, 4–7 and 12–15 in the high ones
-            const int j = i < 4 ? i : i + 4;
-            const __m128i low = _mm_loadu_si128((const __m128i*)(k + j * P + p));
-            r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128((const __m128i*)(k + (j + 4) * P + p)), 1);
-        }
+// four words of sixteen keys, `stride` bytes apart, by their words
+INLINE void turn_four(const char* k, i64 stride, uint32_t* out) {
+    for (int half = 0; half < 2; half++, k += 8 * stride) {
+        __m256i r[4], s[4];
         for (int i = 0; i < 4; i++) {
-            s[2 * i] = _mm256_unpacklo_epi16(r[2 * i], r[2 * i + 1]);
-            s[2 * i + 1] = _mm256_unpackhi_epi16(r[2 * i], r[2 * i + 1]);
+            const __m256i low = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(k + i * stride)));
+            r[i] = _mm256_inserti128_si256(low, _mm_loadu_si128((const __m128i*)(k + (i + 4) * stride)), 1);
         }
         for (int i = 0; i < 2; i++) {
-            r[4 * i] = _mm256_unpacklo_epi32(s[4 * i], s[4 * i + 2]);
-            r[4 * i + 1] = _mm256_unpackhi_epi32(s[4 * i], s[4 * i + 2]);
-            r[4 * i + 2] = _mm256_unpacklo_epi32(s[4 * i + 1], s[4 * i + 3]);
-            r[4 * i + 3] = _mm256_unpackhi_epi32(s[4 * i + 1], s[4 * i + 3]);
+            s[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+            s[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
         }
-        const __m256i none = _mm256_setzero_si256();
-        for (int i = 0; i < 4; i++) {
-            const __m256i even = _mm256_unpacklo_epi64(r[i], r[i + 4]), odd = _mm256_unpackhi_epi64(r[i], r[i + 4]);
-            float* to = out + (p + 2 * i) * stride;
-            _mm256_storeu_si256((__m256i*)to, _mm256_unpacklo_epi16(none, even));
-            _mm256_storeu_si256((__m256i*)(to + 8), _mm256_unpackhi_epi16(none, even));
-            _mm256_storeu_si256((__m256i*)(to + stride), _mm256_unpacklo_epi16(none, odd));
-            _mm256_storeu_si256((__m256i*)(to + stride + 8), _mm256_unpackhi_epi16(none, odd));
+        for (int i = 0; i < 2; i++) {
+            _mm256_storeu_si256((__m256i*)(out + 2 * i * KEYS + 8 * half), _mm256_unpacklo_epi64(s[i], s[i + 2]));
+            _mm256_storeu_si256((__m256i*)(out + (2 * i + 1) * KEYS + 8 * half), _mm256_unpackhi_epi64(s[i], s[i + 2]));
         }
     }
-    transpose_plainly(k, out, p, P, stride);
 }
 
-INLINE void transpose(const float* k, float* out, i64 P, i64 stride) {
+template <class T> INLINE void turn(const T* k, uint32_t* out, i64 P) {
+    constexpr i64 DIMS = 16 / sizeof(T);
     i64 p = 0;
-    for (; p + 8 <= P; p += 8)
-        for (int half = 0; half < 2; half++) {
-            __m256 r[8], s[8];
-            for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(k + (8 * half + i) * P + p);
-            for (int i = 0; i < 4; i++) {
-                s[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-                s[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-            }
-            for (int i = 0; i < 2; i++) {
-                r[4 * i] = _mm256_shuffle_ps(s[4 * i], s[4 * i + 2], 0x44);
-                r[4 * i + 1] = _mm256_shuffle_ps(s[4 * i], s[4 * i + 2], 0xee);
-                r[4 * i + 2] = _mm256_shuffle_ps(s[4 * i + 1], s[4 * i + 3], 0x44);
-                r[4 * i + 3] = _mm256_shuffle_ps(s[4 * i + 1], s[4 * i + 3], 0xee);
-            }
-            for (int i = 0; i < 4; i++) {
-                float* to = out + (p + i) * stride + 8 * half;
-                _mm256_storeu_ps(to, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-                _mm256_storeu_ps(to + 4 * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
-            }
-        }
-    transpose_plainly(k, out, p, P, stride);
+    for (; p + DIMS <= P; p += DIMS) turn_four((const char*)(k + p), P * sizeof(T), out + p * 4 / DIMS * KEYS);
+    turn_plainly(k, out, p, P);
 }
 #else
-template <class T> INLINE void transpose(const T* k, float* out, i64 P, i64 stride) {
-    transpose_plainly(k, out, 0, P, stride);
-}
+template <class T> INLINE void turn(const T* k, uint32_t* out, i64 P) { turn_plainly(k, out, 0, P); }
 #endif
 
+// pairs become two rows of floats
+INLINE void widen(const uint32_t* pairs, float* out, i64 P) {
+    for (i64 p = 0; p < P; p += 2)
+        for (int v = 0; v < KEYS; v += 16) {
+            const I pair = loadi(pairs + p / 2 * KEYS + v);
+            store(out + p * KEYS + v, as_float(shl(pair, 16)));
+            if (p + 1 < P) store(out + (p + 1) * KEYS + v, as_float(pair & seti(0xffff0000)));
+        }
+}
+
 // scores of R queries with a tile's keys: Σ_p q_p k_p, p in order
+template <int R> INLINE void add_scores(F (&sum)[R], const float* q, i64 stride, F k) {
+    for (int r = 0; r < R; r++) sum[r] = fma(set(q[r * stride]), k, sum[r]);
+}
+
 template <int R> INLINE void scores_of(const float* q, i64 stride, const float* keys, i64 P, float* s) {
-    for (int v = 0; v < VECTORS; v++) {
+    for (int v = 0; v < KEYS; v += 16) {
         F sum[R];
         for (int r = 0; r < R; r++) sum[r] = zero();
-        for (i64 p = 0; p < P; p++) {
-            const F k = load(keys + p * KEYS + 16 * v);
-            for (int r = 0; r < R; r++) sum[r] = fma(set(q[r * stride + p]), k, sum[r]);
+        for (i64 p = 0; p < P; p++) add_scores<R>(sum, q + p, stride, load(keys + p * KEYS + v));
+        for (int r = 0; r < R; r++) store(s + r * KEYS + v, sum[r]);
+    }
+}
+
+template <int R> INLINE void scores_of(const float* q, i64 stride, const uint32_t* pairs, i64 P, float* s) {
+    for (int v = 0; v < KEYS; v += 16) {
+        F sum[R];
+        for (int r = 0; r < R; r++) sum[r] = zero();
+        i64 p = 0;
+        for (; p + 2 <= P; p += 2) {
+            const I pair = loadi(pairs + p / 2 * KEYS + v);
+            add_scores<R>(sum, q + p, stride, as_float(shl(pair, 16)));
+            add_scores<R>(sum, q + p + 1, stride, as_float(pair & seti(0xffff0000)));
         }
-        for (int r = 0; r < R; r++) store(s + r * KEYS + 16 * v, sum[r]);
+        if (p < P) add_scores<R>(sum, q + p, stride, as_float(shl(loadi(pairs + p / 2 * KEYS + v), 16)));
+        for (int r = 0; r < R; r++) store(s + r * KEYS + v, sum[r]);
     }
 }
 
@@ -171,12 +169,13 @@ struct Block {
     i64 group, rows, dims;      // heads that share keys; queries · group; P in whole vectors
     float *q, *scores, *decay;  // (rows, dims), (rows, KEYS), (rows)
     float *most, *sums, *o;     // largest score so far (rows), Σ of weights by lane (rows, 16), Σ of weighted values
-    float *keys, *values;       // a tile (P, KEYS), (KEYS, dims)
+    uint32_t* turned;           // a tile of keys
+    float *keys, *values;       // as float32: (P, KEYS), (KEYS, dims)
 };
 
-INLINE i64 block_floats(i64 rows, i64 dims) { return rows * (2 * dims + KEYS + 32) + 2 * KEYS * dims + 512; }
+INLINE i64 block_floats(i64 rows, i64 dims) { return rows * (2 * dims + KEYS + 32) + 3 * KEYS * dims + 512; }
 
-INLINE Block block_in(Scratch& scratch, i64 group, i64 rows, i64 dims) {
+template <class T> INLINE Block block_in(Scratch& scratch, i64 group, i64 rows, i64 dims) {
     Block b{group, rows, dims};
     b.q = scratch.take<float>(rows * dims);
     b.scores = scratch.take<float>(rows * KEYS);
@@ -184,7 +183,8 @@ INLINE Block block_in(Scratch& scratch, i64 group, i64 rows, i64 dims) {
     b.most = scratch.take<float>(rows);
     b.sums = scratch.take<float>(rows * 16);
     b.o = scratch.take<float>(rows * dims);
-    b.keys = scratch.take<float>(dims * KEYS);
+    b.turned = scratch.take<uint32_t>(dims * KEYS);
+    b.keys = sizeof(T) == 2 ? scratch.take<float>(dims * KEYS) : (float*)b.turned;
     b.values = scratch.take<float>(KEYS * dims);
     return b;
 }
@@ -220,6 +220,11 @@ INLINE void weigh(Block& b, i64 r, i64 first, i64 last) {
     store(b.sums + 16 * r, sum);
 }
 
+// Ask for memory that will be read soon: hardware looks ahead only to the end of a page.
+INLINE void fetch(const void* at, i64 bytes) {
+    for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)at + i);
+}
+
 // Queries at `first_query` … of one kv head meet the keys from `start` to `stop`.
 template <class T>
 INLINE void meet(Block& b, const T* k, const T* v, i64 P, i64 first_query, i64 window, i64 start, i64 stop) {
@@ -231,17 +236,23 @@ INLINE void meet(Block& b, const T* k, const T* v, i64 P, i64 first_query, i64 w
     if (oldest(first_query) > start) start = oldest(first_query) / KEYS * KEYS;
     if (stop > last_query + 1) stop = last_query + 1;
     for (i64 tile = start; tile < stop; tile += KEYS) {
-        for (int i = 0; i < VECTORS; i++) transpose(k + (tile + 16 * i) * P, b.keys + 16 * i, P, KEYS);
+        for (int i = 0; i < VECTORS; i++) turn(k + (tile + 16 * i) * P, b.turned + 16 * i, P);
         const T* value = v + tile * P;
         const bool whole = tile + KEYS - 1 <= first_query && tile >= oldest(last_query);
         if (whole && b.rows <= 6 && b.dims == P) {  // few rows: values straight from the cache
+            if (tile + KEYS < stop) {
+                fetch(k + (tile + KEYS) * P, KEYS * P * sizeof(T));
+                fetch(v + (tile + KEYS) * P, KEYS * P * sizeof(T));
+            }
             by_six(b.rows, [&](i64 r, auto n) {
-                scores_of<n>(b.q + r * b.dims, b.dims, b.keys, P, b.scores + r * KEYS);
+                if constexpr (sizeof(T) == 2) scores_of<n>(b.q + r * b.dims, b.dims, b.turned, P, b.scores + r * KEYS);
+                else scores_of<n>(b.q + r * b.dims, b.dims, b.keys, P, b.scores + r * KEYS);
                 for (i64 i = r; i < r + n; i++) weigh(b, i, 0, KEYS);
                 add_all_values<n>(b.scores + r * KEYS, b.decay + r, value, P, b.o + r * b.dims, b.dims, 0, KEYS);
             });
             continue;
         }
+        if constexpr (sizeof(T) == 2) widen(b.turned, b.keys, P);
         const i64 there = least(KEYS, stop - tile);
         for (i64 j = 0; j < there; j++)
             for (i64 p = 0; p < P; p += 16) store(b.values + j * b.dims + p, load_n(value + j * P + p, P - p));
@@ -320,7 +331,7 @@ template <class T> INLINE void attend_as(const Attend& a, Team& team) {
         const i64 from = split ? 0 : (parts(row.tokens, block) - 1 - piece / K) * block;
         const i64 n = split ? row.tokens : least(block, row.tokens - from);
         Scratch own = rest;
-        Block b = block_in(own, group, n * group, dims);
+        Block b = block_in<T>(own, group, n * group, dims);
         for (i64 r = 0; r < b.rows; r++) {
             const i64 token = row.first + from + r / group;
             rotate(b.q + r * dims, a.q + token * a.stride + (h * group + r % group) * P, a.cos + token * a.half,

@@ -94,7 +94,8 @@ template <class T> INLINE void gather(float* panel, const T* x, i64 stride, i64 
 
 template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
     const i64 H = a.heads, P = a.head_dim, G = a.groups, N = a.state, R = H / G, chunk = a.chunk, history = a.taps - 1;
-    const i64 each = least(8, parts(R, 8)), blocks = parts(R, each);  // heads of a piece
+    // heads of a piece: all compute the same dots, so no more pieces than keep every thread busy
+    const i64 each = most(1, least(least(8, R), a.texts.count * H / (4 * team.size))), blocks = parts(R, each);
     const i64 channels = H * P + 2 * G * N, width = padded(chunk), lanes = padded(N);
     i64 most_new = 1;
     for (i64 i = 0; i < a.texts.count; i++) most_new = most(most_new, least(chunk, a.texts.rows[i].tokens));
@@ -124,15 +125,17 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
             const bool advance = count == chunk && (start + count < all || start + count == commit);
             const bool panels = queries > 3 || advance;
             // log decay from the chunk's start through each input
-            double sums[8] = {};
-            for (i64 j = 0; j < count; j++) {
-                const float* dt = in.dt(start + j) + first_head;
-                for (i64 h = 0; h < heads; h++) {
-                    sums[h] += (double)dt[h] * (double)a.A[first_head + h];
-                    as[h * width + j] = sums[h];
-                    dts[h * width + j] = dt[h];
+            by_six(heads, [&](i64 h, auto some) {
+                double sums[some] = {};
+                for (i64 j = 0; j < count; j++) {
+                    const float* dt = in.dt(start + j) + first_head + h;
+                    for (int i = 0; i < some; i++) {
+                        sums[i] += (double)dt[i] * (double)a.A[first_head + h + i];
+                        as[(h + i) * width + j] = sums[i];
+                        dts[(h + i) * width + j] = dt[i];
+                    }
                 }
-            }
+            });
             for (i64 h = 0; h < heads; h++)
                 for (i64 j = count; j < padded(count); j++) {
                     as[h * width + j] = 0;
