@@ -251,3 +251,20 @@ def test_llama_cpp_runs_the_very_same_weights(tiny: str, tmp_path: Path) -> None
     found = run(case)["peers"]["llama.cpp"]
     assert found["version"].startswith("build") and found["ratios"].keys() == {"prefill 16", "decode"}
     assert found["peak_rss_bytes"] > 1 << 20 and case.write is not None and case.write.exists()
+
+
+def test_the_table_of_the_readme_says_what_is_reached() -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import cpu
+
+    def ran(value: float) -> dict[str, Any]:
+        return {"median": value, "min": value, "max": value}
+
+    ratios = {"prefill 512": ran(2.0), "decode": ran(1.7)}
+    speeds = {"prefill": {"512": ran(400.0)}, "decode": ran(90.0)}
+    result = {**speeds, "machine": "here", "threads": 2, "version": "0", "date": "today", "repeat": 5,
+              "peers": {"llama.cpp": {**speeds, "version": "build 1", "ratios": ratios}}}  # fmt: skip
+    lines = cpu.table({"0.5b-prefill": result, "0.5b-decode": result}, ["0.5b-prefill", "0.5b-decode"]).splitlines()
+    assert lines[2].endswith("| ≥ 1.80 × | ≥ 3.00 × | floor |") and lines[3].endswith("| ≥ 1.60 × | goal |")
+    assert lines[-1].startswith("here, 2 thread(s) · tiercel 0, llama.cpp build 1 · today")
+    assert {row.case for row in cpu.ROWS.values()} == set(cpu.CASES)
