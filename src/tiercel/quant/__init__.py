@@ -94,11 +94,11 @@ def quantize(type: str, x: Tensor, importance: Tensor | None = None) -> Tensor:
 
     assert x.dim() == 2, "a matrix is quantized row by row"
     out = torch.empty(x.shape[0], row_bytes(type, x.shape[1]), dtype=torch.uint8)
-    w = None if importance is None else _weights(importance, x.shape[1])
+    w = None if importance is None else weights(importance, x.shape[1])
     step = max(1, CHUNK_VALUES // x.shape[1])
     for start in range(0, x.shape[0], step):
         rows = x[start : start + step].float()
-        _check(type, rows)
+        check(type, rows)
         _pack(type, rows, w, out[start : start + step])
     return out
 
@@ -114,13 +114,12 @@ def _pack(type: str, x: Tensor, w: Tensor | None, out: Tensor) -> None:
     if type == "NF4":
         packed = nf4.quantize(blocks)
     else:
-        weights = None if w is None else w.expand_as(x).reshape(-1, packing.values)
-        packed = getattr(pack, type.lower())(blocks, weights)
+        packed = getattr(pack, type.lower())(blocks, None if w is None else w.expand_as(x).reshape(blocks.shape))
     out.copy_(packed.view_as(out))
 
 
-def _weights(importance: Tensor, values: int) -> Tensor:
-    """Mean 1, and never quite 0: a channel the text did not use may still meet another text."""
+def weights(importance: Tensor, values: int) -> Tensor:
+    """An importance as the searches take it: mean 1, and never quite 0, for another text may use an idle channel."""
     w = importance.double()
     if w.shape != (values,) or not bool((w >= 0).all()) or not bool(w.isfinite().all()):
         raise RequestError(f"an importance must be {values} finite numbers from 0")
@@ -128,7 +127,8 @@ def _weights(importance: Tensor, values: int) -> Tensor:
     return (w / mean + 1e-3).float() if mean > 0 else w.float() + 1
 
 
-def _check(type: str, x: Tensor) -> None:
+def check(type: str, x: Tensor) -> None:
+    """RequestError for values that the type cannot hold."""
     most = float(x.abs().amax())
     if not most < math.inf:
         raise RequestError("NaN and infinity cannot be packed")

@@ -210,12 +210,9 @@ def symmetric_block(x: Tensor, w: Tensor, top: int, most: int) -> SymmetricBlock
 
 
 def inverse(x: Tensor) -> Tensor:
-    """1 / x, and 0 for 0 (and for what is so small that 1 / x is infinite)."""
+    """1 / x, and 0 where x is 0 or so near that products with 1 / x could overflow."""
     r = 1 / x
-    return torch.where(r.abs() <= LARGEST, r, 0)
-
-
-LARGEST = torch.finfo(torch.float32).max
+    return torch.where(r.abs() < 1e30, r, 0)
 
 
 def nearest(x: Tensor, low: int, high: int) -> Tensor:
@@ -224,8 +221,8 @@ def nearest(x: Tensor, low: int, high: int) -> Tensor:
 
 
 def half(x: Tensor) -> Tensor:
-    """Rounded to float16."""
-    return x.half().float()
+    """Rounded to float16; there is one zero."""
+    return (x + 0.0).half().float()
 
 
 def total(v: Tensor) -> Tensor:

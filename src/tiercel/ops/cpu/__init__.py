@@ -67,3 +67,13 @@ def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     y = empty(*gate.shape)
     _native.gate(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel(), ACTIVATIONS[activation])
     return y
+
+
+SUPER_BLOCKS = {"Q2_K": 0, "Q3_K": 1, "Q4_K": 2, "Q5_K": 3, "Q6_K": 4}
+
+
+def quantize(type: str, x: Tensor, weights: Tensor | None, out: Tensor) -> None:
+    """`quant.quantize` for SUPER_BLOCKS, bit for bit; all tensors contiguous, weights (n) float32."""
+    rows, width = x.shape
+    at = 0 if weights is None else weights.data_ptr()
+    _native.quantize(SUPER_BLOCKS[type], x.data_ptr(), at, out.data_ptr(), rows, width, out.shape[1])

@@ -5,6 +5,7 @@
 namespace ISA {
 
 void pointwise(tiercel::Kernels&);
+void packing(tiercel::Kernels&);
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
@@ -14,6 +15,7 @@ const tiercel::Kernels& table() {
         tiercel::Kernels k{};
         k.name = TEXT(ISA);
         pointwise(k);
+        packing(k);
         return k;
     }();
     return k;

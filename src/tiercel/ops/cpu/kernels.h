@@ -28,9 +28,14 @@ struct Add { const float *a, *b; float* y; i64 count; };  // y = a + b
 struct Gate { const float *gate, *up; float* y; i64 count; int activation; };  // y = act(gate) · up
 enum Activation { SILU, GELU, GELU_TANH, RELU };
 
+// (rows, width) → super-blocks, width a multiple of 256; importance (width) or nullptr
+struct Quantize { const float *x, *importance; uint8_t* out; i64 rows, width; int type; };
+enum Super { Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
+
 struct Kernels {
     const char* name;
     Kernel rms_norm, add, gate;
+    Kernel quantize;
 };
 
 const Kernels& kernels();  // those of the instruction set in use

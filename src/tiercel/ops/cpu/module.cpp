@@ -101,4 +101,10 @@ NB_MODULE(_native, m) {
         go(kernels().gate, Gate{ptr<float>(gate), ptr<float>(up), ptr<float>(y), n, activation}, n < SMALL,
            {{ptr<void>(gate), n * f32}, {ptr<void>(up), n * f32}}, {{ptr<void>(y), n * f32}});
     });
+    m.def("quantize", [](int type, at x, at importance, at out, i64 rows, i64 width, i64 row_bytes) {
+        const auto noted = importance ? std::vector<Range>{{ptr<void>(x), rows * width * f32}, {ptr<void>(importance), width * f32}}
+                                      : std::vector<Range>{{ptr<void>(x), rows * width * f32}};
+        go(kernels().quantize, Quantize{ptr<float>(x), ptr<float>(importance), ptr<uint8_t>(out), rows, width, type},
+           rows * width < SMALL, noted, {{ptr<void>(out), rows * row_bytes}});
+    });
 }
