@@ -57,7 +57,7 @@ class Mamba1(nn.Module):
         for span, memory in zip(batch.spans, memories, strict=True):
             C, x, dt, B = C_TN[span], x_TI[span], dt_TI[span], B_TN[span]
             if memory is None:
-                rows.append(selective_scan(C, x, dt, A_IN, B, torch.zeros_like(A_IN))[0])
+                rows.append(selective_scan(C, x, dt, A_IN, B, torch.zeros_like(A_IN.t()))[0])
             else:
                 rows.append(memory.scan(C, x, dt, A_IN, B))
         y_TI = torch.cat(rows) + self.D.float() * x_TI

@@ -61,17 +61,16 @@ class Mamba2(nn.Module):
     def _scan(self, xBC_LC: Tensor, dt_LH: Tensor, A_H: Tensor, memory: Mamba2State | None) -> Tensor:
         """One row: convolution and scan → y (L, I) float32."""
         c = self.config
-        L = xBC_LC.shape[0]
         window_TC = F.pad(xBC_LC, (0, 0, c.conv - 1, 0)) if memory is None else memory.window(xBC_LC)
         xBC_LC = F.silu(conv1d(window_TC, self.conv, self.conv_bias)).to(xBC_LC.dtype)
         x_LI, B_LM, C_LM = xBC_LC.split((c.inner, c.groups * c.state, c.groups * c.state), -1)
         x_LHP = x_LI.unflatten(-1, (c.heads, c.head_dim))
         B_LGN, C_LGN = B_LM.unflatten(-1, (c.groups, -1)), C_LM.unflatten(-1, (c.groups, -1))
         if memory is None:
-            S_HPN = torch.zeros(c.heads, c.head_dim, c.state, device=x_LHP.device)
-            y_LHP, _ = ssd(C_LGN, x_LHP, dt_LH, A_H, B_LGN, S_HPN, chunk=c.chunk)
+            S_HNP = torch.zeros(c.heads, c.state, c.head_dim, device=x_LHP.device)
+            y_LHP, _ = ssd(C_LGN, x_LHP, dt_LH, A_H, B_LGN, S_HNP, chunk=c.chunk)
         else:
-            x_open, dt_open, B_open, S_HPN, commit = memory.extend(x_LHP, dt_LH, B_LGN)
-            y_LHP, S_HPN = ssd(C_LGN, x_open, dt_open, A_H, B_open, S_HPN, chunk=c.chunk, commit=commit)
-            memory.commit(S_HPN, L, commit)
+            x_open, dt_open, B_open, S_HNP, commit = memory.extend(x_LHP, dt_LH, B_LGN)
+            y_LHP, S_HNP = ssd(C_LGN, x_open, dt_open, A_H, B_open, S_HNP, chunk=memory.chunk, commit=commit)
+            memory.commit(S_HNP, commit)
         return (y_LHP + self.D.float().unsqueeze(-1) * x_LHP).flatten(1)

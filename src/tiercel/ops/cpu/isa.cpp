@@ -5,6 +5,8 @@
 namespace ISA {
 
 void pointwise(tiercel::Kernels&);
+void linears(tiercel::Kernels&);
+void panels(tiercel::Kernels&);
 void packing(tiercel::Kernels&);
 
 #define TEXT_(x) #x
@@ -15,6 +17,8 @@ const tiercel::Kernels& table() {
         tiercel::Kernels k{};
         k.name = TEXT(ISA);
         pointwise(k);
+        linears(k);
+        panels(k);
         packing(k);
         return k;
     }();
