@@ -202,6 +202,7 @@ CASES: dict[str, Callable[[Bench], Result]] = {
     "8-rows": Bench.rows,
     "16k": Bench.long,
 }
+PEERS = {"7b": L, "first-token": L, "0.5b": L, "smollm2": L, "bf16": T}
 
 
 # ── the table
@@ -246,7 +247,7 @@ def main() -> None:
         into_readme(table(results, [name for name in ROWS if name in results]))
         return
     names = args.rows or list(ROWS)
-    for peer in {"llama.cpp" if ROWS[n].case not in ("bf16", "8-rows", "16k") else "transformers" for n in names}:
+    for peer in {PEERS[ROWS[name].case] for name in names if ROWS[name].case in PEERS}:
         require(peer)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this process, which only writes
     with tempfile.TemporaryDirectory(prefix="tiercel-bench-") as scratch:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from tiercel.model.config import AttentionConfig, MoEConfig
 from tiercel.model.decoder import Decoder
+from tiercel.model.layers import named_weights
 from tiercel.plan import state_bytes
 
 EXPERTS = tuple(f"feed_forward.{name}" for name in ("gate", "up", "down"))  # a gated MLP has .weight behind these
@@ -46,15 +45,13 @@ def weight_reads(network: Decoder, rows: int) -> int:
     return total
 
 
-def _holdings(network: nn.Module) -> dict[str, int]:
-    """Name → bytes of everything a module holds: parameters, buffers, and packed weights, which are neither."""
-    seen: dict[int, tuple[str, int]] = {}
-    for path, module in network.named_modules():
-        held: dict[str, Any] = {**vars(module), **module._parameters, **module._buffers}
-        for leaf, value in held.items():
-            if hasattr(value, "nbytes"):
-                seen.setdefault(id(value), (f"{path}.{leaf}", int(value.nbytes)))
-    return dict(seen.values())
+def _holdings(network: Decoder) -> dict[str, int]:
+    """Name → bytes of every parameter and packed matrix; shared ones once."""
+    found: dict[str, int] = {}
+    for name, weight in named_weights(network):
+        parts = weight if isinstance(weight, list) else [weight]
+        found[name] = sum(part.nbytes for part in parts)
+    return found
 
 
 def _kv_reads(network: Decoder, context: int) -> int:

@@ -12,7 +12,8 @@ as they are stored, where llama.cpp would write float16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from tiercel.quant import fits
@@ -116,7 +117,7 @@ def kinds(shapes: Mapping[str, tuple[int, ...]], recipe: str, *, importance: boo
         role = _role(name)
         kind: str | None = chosen.base
         if role == "output" or (role == "embed" and "head.weight" not in shapes):
-            kind = _output(chosen.base, shape[-1])
+            kind = output(chosen.base, shape[-1])
         elif role == "embed":
             kind = None if chosen.base == "NF4" else chosen.base
         elif chosen.file_type is None:
@@ -155,12 +156,30 @@ def packs(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and name.endswith(".weight") and not name.endswith(("norm.weight", "router.weight"))
 
 
-def _output(base: str, row: int) -> str | None:
+def output(base: str, row: int) -> str | None:
+    """The type of the output projection where everything else has the base type."""
     if base == "NF4":
         return None
     if base == "INT8" or base == "Q8_0":
         return base
     return "Q6_K" if fits(base, row) else "Q8_0"
+
+
+def file_type(types: Iterable[str]) -> int:
+    """general.file_type of a GGUF file whose matrices have these types: the name of what most of them are.
+
+    A base type that several recipes share counts as the most usual of them: Q4_K as Q4_K_M.
+    """
+    counts = Counter(type for type in types if type != "F32")
+    if not counts:
+        return 0
+    most = max(counts, key=lambda type: (counts[type], type))
+    plain = {"F16": 1, "BF16": 32}
+    return plain[most] if most in plain else FILE_TYPES[most]
+
+
+FILE_TYPES = {recipe.base: recipe.file_type or 0 for recipe in RECIPES.values()}  # the last recipe of a base counts
+FILE_TYPES["Q3_K"] = 12
 
 
 def _layer(name: str) -> int:
