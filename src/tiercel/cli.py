@@ -389,6 +389,37 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 
 @app.command()
+def quantize(
+    model: ModelName,
+    out: Annotated[Path, typer.Argument(help="A name ending in .gguf, or a folder for safetensors.")],
+    to: Annotated[str, typer.Option(help="q4_k_m, q5_k_m, q6_k, q8_0, q4_0 …, int8 or nf4.")],
+    importance: Annotated[
+        Path | None, typer.Option(help="A text to learn from which inputs count, or a saved importance (.safetensors).")
+    ] = None,
+    save_importance: Annotated[Path | None, typer.Option(help="Where to keep what was learned.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Measure what packing costs, over --text.")] = False,
+    text: Annotated[Path | None, typer.Option(help="The text of the report.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over what is there.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a packed copy of a model: smaller, and faster where memory is what limits."""
+    if not force and out.exists() and (out.is_file() or any(out.iterdir())):
+        raise RequestError(f"{out} exists; choose another name, or write over it with --force")
+    if report and text is None:
+        raise RequestError("--report measures over a text; name a file with --text")
+    from tiercel.console import waiting
+    from tiercel.shrink import shrink, told
+
+    with waiting(f"quantizing {model}") as bar:
+        found = shrink(model, out, to, importance=importance, save_importance=save_importance,
+                       text=text if report else None, progress=bar)  # fmt: skip
+    if json:
+        _print_json({"model": model} | found)
+    else:
+        print("\n".join(told(model, found)))
+
+
+@app.command()
 def doctor(json: Json = False) -> None:
     """Look at this machine, and say what would help."""
     from tiercel.doctor import examine, report

@@ -14,6 +14,8 @@ from torch import Tensor
 from tiercel import quant
 from tiercel.ops import cpu
 
+CHUNK_VALUES = 1 << 22  # as float32 at a time
+
 
 def quantize(type: str, x: Tensor, importance: Tensor | None = None) -> Tensor:
     """(rows, n) floats → (rows, bytes) uint8; see `quant.quantize`, whose answer this is."""
@@ -21,7 +23,7 @@ def quantize(type: str, x: Tensor, importance: Tensor | None = None) -> Tensor:
         return quant.quantize(type, x, importance)
     out = torch.empty(x.shape[0], quant.row_bytes(type, x.shape[1]), dtype=torch.uint8)
     weights = None if importance is None else quant.weights(importance, x.shape[1])
-    step = max(1, quant.CHUNK_VALUES // x.shape[1])
+    step = max(1, CHUNK_VALUES // x.shape[1])
     for start in range(0, x.shape[0], step):
         rows = x[start : start + step].float().contiguous()
         quant.check(type, rows)

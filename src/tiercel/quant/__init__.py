@@ -129,7 +129,8 @@ def weights(importance: Tensor, values: int) -> Tensor:
 
 def check(type: str, x: Tensor) -> None:
     """RequestError for values that the type cannot hold."""
-    most = float(x.abs().amax())
+    low, high = x.aminmax()  # both NaN if anything is
+    most = max(-float(low), float(high))
     if not most < math.inf:
         raise RequestError("NaN and infinity cannot be packed")
     if most > LARGEST and type in PACKINGS:

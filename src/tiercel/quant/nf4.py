@@ -8,6 +8,8 @@ that all absmax lie in a tensor of their own (`weights.bitsandbytes`).
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -19,13 +21,16 @@ LEVELS = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+EDGES = [(low + high) / 2 for low, high in itertools.pairwise(LEVELS)]
 
 
 def quantize(x: Tensor) -> Tensor:
     """(n, 64) float32 → (n, 36) uint8."""
-    levels = torch.tensor(LEVELS)
     absmax = x.abs().amax(1)
-    q = torch.bucketize(x * inverse(absmax).unsqueeze(1), (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+    unit = x * inverse(absmax).unsqueeze(1)
+    q = torch.zeros(x.shape, dtype=torch.uint8)
+    for edge in EDGES:  # three times as fast as a search
+        q += unit > edge
     return torch.cat([absmax.view(torch.uint8).view(-1, 4), (q[:, ::2] << 4) | q[:, 1::2]], dim=1)
 
 

@@ -307,24 +307,46 @@ def read_json(path: Path) -> Any:
 
 
 def load(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", progress: Progress | None = None
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    exact: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Decoder, Text | None, Layout]:
     """The network (in eval mode), its text side if it has one, and the layout it came in.
 
-    dtype: "auto" (as stored; packed types and float16 become what this CPU multiplies well), or a float type.
+    dtype: "auto" (as stored, packed types packed; float16 becomes what this CPU multiplies well), or a float type.
+    quantize: a recipe such as "q4_k_m", "int8", "nf4": packed on the way in, a few rows at a time.
+    exact: products with packed matrices take their inputs as they are and not rounded to eight bits; slower.
     Raises FormatError, UnsupportedError, ModelNotFound, DoesNotFit.
     """
     path = Path(path)
     if path.suffix in (".json", ".toml") and path.is_file():
+        if quantize is not None:
+            raise RequestError("a pattern file has fresh weights, to be trained: there is nothing to quantize")
         return _fresh(read_file(path), dtype)
     checkpoint = open_checkpoint(path)
-    return of_source(checkpoint, dtype, progress), checkpoint.text(), checkpoint.layout
+    source: Source = checkpoint
+    if quantize is not None:
+        from tiercel.weights.quantize import quantized
+
+        if dtype != "auto":
+            raise RequestError(f"choose one: dtype={dtype!r} or quantize={quantize!r}")
+        source = quantized(checkpoint, quantize)
+    return of_source(source, dtype, progress, exact=exact), checkpoint.text(), checkpoint.layout
 
 
-def of_source(source: Source, dtype: str | torch.dtype = "auto", progress: Progress | None = None) -> Decoder:
+def of_source(
+    source: Source, dtype: str | torch.dtype = "auto", progress: Progress | None = None, *, exact: bool = False
+) -> Decoder:
     """The network of any source, filled and ready to run."""
     network = build(source.layout, pick_dtype(dtype, source), source, packed=dtype == "auto")
     fill(network, source, progress)
+    for _, weight in named_weights(network):
+        for matrix in weight if isinstance(weight, list) else [weight]:
+            if isinstance(matrix, QTensor):
+                matrix.exact = exact
     return network.eval()
 
 
@@ -405,14 +427,15 @@ def fill(network: Decoder, source: Source, progress: Progress | None = None) -> 
     total, done = sum(_held(weight) for weight in weights.values()), 0
     for row in source.layout.rows:
         target = weights[row.ours]
-        for start, stop in _blocks(target, row):
-            _put(target, source, row, start, stop)
+        for start, stop in row_blocks(target, row):
+            put(target, source, row, start, stop)
             if progress is not None:
                 done += _held(target) * (stop - start) // _rows(target)
                 progress(done, total)
 
 
-def _put(target: nn.Parameter | QTensor | list[QTensor], source: Source, row: Row, start: int, stop: int) -> None:
+def put(target: nn.Parameter | QTensor | list[QTensor], source: Source, row: Row, start: int, stop: int) -> None:
+    """Rows start … stop of one tensor from the source into the network."""
     if isinstance(target, nn.Parameter):
         target[start:stop] = source.read(row, start, stop)
         return
@@ -433,7 +456,7 @@ def _rows(weight: nn.Parameter | QTensor | list[QTensor]) -> int:
     return len(weight) if isinstance(weight, list) else weight.shape[0]
 
 
-def _blocks(target: nn.Parameter | QTensor | list[QTensor], row: Row) -> Iterator[tuple[int, int]]:
+def row_blocks(target: nn.Parameter | QTensor | list[QTensor], row: Row) -> Iterator[tuple[int, int]]:
     """Row ranges of about BLOCK_BYTES, a multiple of sixteen rows; what has a form that cannot be cut is one range."""
     count = _rows(target)
     step = max(1, BLOCK_BYTES * count // max(_held(target), 1))

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from tiercel.ops import cpu
 
+
 class _Guard(TorchDispatchMode):
     """Names the first thing torch itself computes: whose answer is not a view of what it was given."""
 
