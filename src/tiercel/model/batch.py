@@ -17,6 +17,7 @@ from torch import Tensor
 from tiercel.model.config import RopeConfig
 from tiercel.model.state import State
 from tiercel.ops import cpu
+from tiercel.ops.cpu import mixers
 from tiercel.ops.rotary import frequencies
 
 frequencies_of = lru_cache(maxsize=None)(frequencies)  # also keeps alive what a recorded step points to
@@ -50,6 +51,10 @@ class Batch:
         """Go on from these states, one for each row: what a recorded step needs to be run on other texts."""
         self._rows[:, 0] = [state.address for state in states]
 
+    def texts(self, part: int) -> mixers.Texts:
+        """What native kernels need to know of the rows and of the layer part at this word of their states."""
+        return mixers.Texts(self.rows.data_ptr(), len(self.lengths), part, self.half, self.tokens)
+
     @cached_property
     def positions_T(self) -> Tensor:
         """Which position each token has in its text."""
@@ -61,6 +66,9 @@ class Batch:
         key = (rope, head_dim)
         if key not in self._rotary:
             f_R, scale = frequencies_of(rope, head_dim)
+            if self.native:
+                self._rotary[key] = mixers.rotary(self.texts(0), f_R, scale)
+                return self._rotary[key]
             angle_TR = torch.outer(self.positions_T.float(), f_R.to(self.device))
             self._rotary[key] = (angle_TR.cos() * scale, angle_TR.sin() * scale)
         return self._rotary[key]

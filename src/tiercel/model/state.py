@@ -44,7 +44,7 @@ from tiercel.errors import FormatError, RequestError
 from tiercel.model.config import LARGEST, AttentionConfig, Mamba1Config, Mamba2Config, Mixer
 from tiercel.ops.scan import selective_scan
 
-TILE = 16  # tokens that kernels read together: caches are allocated in whole tiles
+TILE = 32  # keys that kernels read together: caches are allocated in whole tiles
 SEGMENT = 1024  # keys of one partial sum, where few queries meet many keys (SEGMENT in ops/cpu/kernels.h)
 SPLIT = 8  # new tokens up to which that is done
 LONGEST_CHUNK = 256  # S is rewritten at least this often, whatever chunk the model was trained with: the form is exact
@@ -198,9 +198,10 @@ class RecurrentState(LayerState):
         self.history, self.chunk = config.conv - 1, min(config.chunk, LONGEST_CHUNK)
         rows = 2 * self.chunk
         self.columns = _memory(self.history + rows, channels, dtype=dtype, device=device)
-        self.x = _memory(rows, *x, dtype=dtype, device=device)
+        # of one head's or group's tokens, one after another; named (L, H, P) and (L, G, N) like the ops' arguments
+        self.x = _memory(*x[:-1], rows, x[-1], dtype=dtype, device=device).movedim(-2, 0)
+        self.B = _memory(*B[:-1], rows, B[-1], dtype=dtype, device=device).movedim(-2, 0)
         self.dt = _memory(rows, *dt, dtype=torch.float32, device=device)
-        self.B = _memory(rows, *B, dtype=dtype, device=device)
         self.S = _memory(*S, dtype=torch.float32, device=device).zero_()
         self.columns[: self.history] = 0
         self._with_new: dict[str, Tensor] = {}

@@ -8,6 +8,10 @@ void pointwise(tiercel::Kernels&);
 void linears(tiercel::Kernels&);
 void panels(tiercel::Kernels&);
 void packing(tiercel::Kernels&);
+void attention(tiercel::Kernels&);
+void conv(tiercel::Kernels&);
+void ssd(tiercel::Kernels&);
+void scan(tiercel::Kernels&);
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
@@ -20,6 +24,10 @@ const tiercel::Kernels& table() {
         linears(k);
         panels(k);
         packing(k);
+        attention(k);
+        conv(k);
+        ssd(k);
+        scan(k);
         return k;
     }();
     return k;

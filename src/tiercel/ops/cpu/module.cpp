@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "bind.h"
 
 namespace nb = nanobind;
 using namespace tiercel;
@@ -51,22 +51,6 @@ std::vector<std::string> available() {
     return out;
 }
 
-using at = uintptr_t;
-
-template <class T> T* ptr(at a) { return (T*)a; }
-
-template <class Args>
-void go(Kernel kernel, const Args& args, bool alone, const std::vector<Range>& reads, const std::vector<Range>& writes) {
-    static_assert(sizeof(Args) <= Op::MOST);
-    nb::gil_scoped_release free;
-    submit(kernel, &args, sizeof args, alone, reads, writes);
-}
-
-constexpr size_t f32 = sizeof(float);
-
-// below so many values, waking other threads costs more than it saves
-constexpr i64 SMALL = 16384;
-
 }  // namespace
 
 const Kernels& kernels() { return *chosen; }
@@ -74,6 +58,7 @@ const Kernels& kernels() { return *chosen; }
 }  // namespace tiercel
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // recordings live as long as the networks of a process
     choose(available().front());
     m.def("available", available, "Instruction sets of this build that this machine has, the best first.");
     m.def("isa", [] { return std::string(kernels().name); });
@@ -88,6 +73,8 @@ NB_MODULE(_native, m) {
         .def("waits", &Ops::waits);
     m.def("record", [](Ops& ops) { record(&ops); });
     m.def("stop", [] { record(nullptr); });
+
+    bind_mixers(m);
 
     m.def("rms_norm", [](at x, at weight, at y, i64 T, i64 D, float eps) {
         go(kernels().rms_norm, RmsNorm{ptr<float>(x), ptr<float>(weight), ptr<float>(y), T, D, eps}, T * D < SMALL,

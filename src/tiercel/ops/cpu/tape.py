@@ -20,25 +20,26 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tiercel.ops import cpu
 
-VIEWS = {
-    "view", "_unsafe_view", "slice", "select", "split", "split_with_sizes", "transpose", "permute", "t", "as_strided",
-    "alias", "detach", "expand", "squeeze", "unsqueeze", "unbind", "unfold", "movedim",
-}  # fmt: skip
-
-
 class _Guard(TorchDispatchMode):
-    """Names the first thing torch itself computes."""
+    """Names the first thing torch itself computes: whose answer is not a view of what it was given."""
 
     found: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in VIEWS and self.found is None:
-            self.found = name
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        computed = any(_storage(t) not in given for t in tree_leaves(out) if isinstance(t, Tensor))
+        if self.found is None and (computed or func._schema.is_mutable):
+            self.found = func.overloadpacket.__name__
+        return out
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 class _Block:
