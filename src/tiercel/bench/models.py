@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiercel.errors import ModelNotFound, RequestError
+from tiercel.errors import ModelNotFound, RequestError, UnsupportedError
 from tiercel.families import from_gguf, from_hf
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, read_file, rows
 from tiercel.families.shapes import SHAPES
+from tiercel.quant import recipes
 from tiercel.weights import hub
 from tiercel.weights.fetch import read_json
 from tiercel.weights.gguf import GGUFFile
@@ -49,7 +50,7 @@ def prepare(case: Case, scratch: Path, report: Report) -> Files:
         folder = source if (source / "config.json").is_file() else None
         ours: dict[str, Any] = {"path": str(source)}
     else:
-        random_layout(case.model)  # a name nobody knows is said before anything starts
+        _check(case)
         gguf, folder, ours = case.write, None, {"model": case.model, "random": case.random}
     if "llama.cpp" in case.vs or case.write is not None:
         if case.random is not None or gguf is None:
@@ -62,6 +63,16 @@ def prepare(case: Case, scratch: Path, report: Report) -> Files:
         if case.random in FLOATS:
             ours = {"path": str(folder)}
     return Files(ours, gguf, folder)
+
+
+def _check(case: Case) -> None:
+    """What cannot be had is said before anything starts."""
+    layout = random_layout(case.model)
+    recipe = recipes.find(case.random or "")
+    if recipe and recipes.RECIPES[recipe].file_type is None and (case.write or "llama.cpp" in case.vs):
+        raise UnsupportedError(f"GGUF files have no {recipe}, and llama.cpp reads nothing else; try q4_k_m or q8_0")
+    if "transformers" in case.vs and layout.hf_config is None:
+        raise UnsupportedError(f"{case.model} is a network of its own: transformers has no class for it")
 
 
 def write(case: Case, out: Path, report: Report) -> None:

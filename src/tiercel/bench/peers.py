@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tiercel.bench import Case
     from tiercel.bench.models import Files
 
-WATCH_EVERY = 0.05  # seconds between two looks at a child's memory
+WATCH_EVERY = 0.01  # seconds between two looks at a child's memory
 
 
 class Engine(Protocol):

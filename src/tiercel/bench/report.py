@@ -49,9 +49,8 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{human_bytes(found['peak_rss_bytes'])} at most, {human_bytes(found['weights_bytes'])} of weights"),
     ]  # fmt: skip
     if "decode" in found:
-        share = (
-            f"{found['read_gb_s']:.1f} GB/s, {found['read_share']:.0%} of the {found['bandwidth_gb_s']:.1f} measured"
-        )
+        limit = f"{found['read_share']:.0%} of the {found['bandwidth_gb_s']:.1f} GB/s measured"
+        share = f"{found['read_gb_s']:.1f} GB/s, {limit}"
         facts.append(("decode reads", f"{human_bytes(found['bytes_per_token'])} per token: {share}"))
     for name, peer in found.get("peers", {}).items():
         facts.append((name, f"{peer['version']}, {human_bytes(peer['peak_rss_bytes'])} of memory at most"))

@@ -196,7 +196,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("TIERCEL_DEBUG") == "1":
             raise
-        reply({"error": str(error) or type(error).__name__, "kind": type(error).__name__})
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        reply({"error": said[0], "kind": type(error).__name__})
 
 
 if __name__ == "__main__":
