@@ -345,6 +345,81 @@ def export(
 
 
 @app.command()
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(help="A model as for run; with --random a shape (falcon-h1:7b), config.json or pattern file."),
+    ] = DEFAULT_MODEL,
+    prompt: Annotated[str, typer.Option(help="Prefill lengths, N[,N…]; 0 for none.")] = "512",
+    generate: Annotated[int, typer.Option(help="Decode so many tokens; 0 for none.")] = 64,
+    context: Annotated[int, typer.Option(help="Decode after so many tokens of context.")] = 0,
+    batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads; the number of cores without it.")] = None,
+    repeat: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 5,
+    dtype: Annotated[str, typer.Option(help="auto, f32, bf16 or f16.")] = "auto",
+    random: Annotated[str | None, typer.Option(help="Random weights, packed so: q4_k_m, q8_0, int8, bf16, ….")] = None,
+    write: Annotated[Path | None, typer.Option(help="Keep the random weights as this .gguf file.")] = None,
+    vs: Annotated[list[str] | None, typer.Option(help="llama.cpp or transformers, in turn; may be repeated.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure a model: prefill, decode, load, memory.
+
+    Beside a peer the rounds are taken in turn, and ratios are those of one round.
+    """
+    from tiercel.bench import Case, run
+    from tiercel.bench.report import show
+    from tiercel.console import waiting
+
+    case = Case(
+        model, _lengths(prompt), generate, context, batch, threads, repeat, dtype, random, write, tuple(vs or ())
+    )
+    with waiting(f"measuring {model}", unit="rounds") as report:
+        found = run(case, report)
+    if json:
+        _print_json(found)
+    else:
+        show(found)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise RequestError(f"--prompt takes lengths such as 512 or 128,512, not {text!r}") from error
+
+
+@app.command()
+def quantize(
+    model: ModelName,
+    out: Annotated[Path, typer.Argument(help="A name ending in .gguf, or a folder for safetensors.")],
+    to: Annotated[str, typer.Option(help="q4_k_m, q5_k_m, q6_k, q8_0, q4_0 …, int8 or nf4.")],
+    importance: Annotated[
+        Path | None, typer.Option(help="A text to learn from which inputs count, or a saved importance (.safetensors).")
+    ] = None,
+    save_importance: Annotated[Path | None, typer.Option(help="Where to keep what was learned.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Measure what packing costs, over --text.")] = False,
+    text: Annotated[Path | None, typer.Option(help="The text of the report.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over what is there.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a packed copy of a model: smaller, and faster where memory is what limits."""
+    if not force and out.exists() and (out.is_file() or any(out.iterdir())):
+        raise RequestError(f"{out} exists; choose another name, or write over it with --force")
+    if report and text is None:
+        raise RequestError("--report measures over a text; name a file with --text")
+    from tiercel.console import waiting
+    from tiercel.shrink import shrink, told
+
+    with waiting(f"quantizing {model}") as bar:
+        found = shrink(model, out, to, importance=importance, save_importance=save_importance,
+                       text=text if report else None, progress=bar)  # fmt: skip
+    if json:
+        _print_json({"model": model} | found)
+    else:
+        print("\n".join(told(model, found)))
+
+
+@app.command()
 def doctor(json: Json = False) -> None:
     """Look at this machine, and say what would help."""
     from tiercel.doctor import examine, report

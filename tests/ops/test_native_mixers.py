@@ -262,7 +262,9 @@ def test_bits_do_not_depend_on_batch_mates(name: str) -> None:
         lengths = [min(n, len(row[0]) - d) for n, row, d in zip(sizes, rows, done, strict=True)]
         there = [i for i, n in enumerate(lengths) if n > 0]
         parts = [[t[done[i] : done[i] + lengths[i]] for t in rows[i]] for i in there]
-        y = op.step([states[i] for i in there], [lengths[i] for i in there], *(torch.cat(p) for p in zip(*parts, strict=True)))
+        y = op.step(
+            [states[i] for i in there], [lengths[i] for i in there], *(torch.cat(p) for p in zip(*parts, strict=True))
+        )
         for i, part in zip(there, y.split([lengths[i] for i in there]), strict=True):
             got[i].append(part)
             done[i] += lengths[i]
@@ -301,7 +303,9 @@ def test_the_committed_state_is_the_recurrences() -> None:
             expected = ssd_reference(C[:base], x[:base], dt[:base], A, B[:base], torch.zeros(4, 16, 24))[1]
             torch.testing.assert_close(part.S.double(), expected, atol=1e-5, rtol=1e-5)
         open_ = state.length - base
-        torch.testing.assert_close(part.x[:open_].double(), op.parts(F32, inputs[0])[1][base : base + open_], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            part.x[:open_].double(), op.parts(F32, inputs[0])[1][base : base + open_], atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("window", [None, 1500])
@@ -350,7 +354,9 @@ def test_the_gated_norm_is_its_reference(tokens: int, width: int, groups: int, g
 def test_extreme_inputs_of_softplus_stay_true() -> None:
     """Through a scan of one token: S = softplus(dt) x B."""
     op = Mamba2(Mamba2Config(heads=16, head_dim=1, state=1, conv=1, chunk=8, conv_bias=False))
-    dt = torch.tensor([-1e4, -100.0, -88.0, -50.0, -20.0, -5.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 5.0, 20.0, 88.0, 1e4, 3e38])
+    dt = torch.tensor(
+        [-1e4, -100.0, -88.0, -50.0, -20.0, -5.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 5.0, 20.0, 88.0, 1e4, 3e38]
+    )
     op.weight.fill_(1.0), op.D.zero_(), op.dt_bias.zero_()
     inputs = torch.ones(1, 16 + op.config.channels + 16)
     inputs[0, -16:] = dt

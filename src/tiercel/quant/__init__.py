@@ -1,18 +1,22 @@
-"""How numbers are packed: the block types of GGUF files and their way back to float32.
+"""How numbers are packed: the block types of GGUF files, and int8 and NF4 beside them; there and back.
 
-A row of values is cut into blocks of 32 or 256; each block carries its own scales.  `legacy.py` and
-`kquants.py` draw the bytes; here are the sizes (known without torch: headers are read with them), and the one
-function that unpacks any of them.
+A row of values is cut into blocks of 32, 64 or 256; each block carries its own scales.  `legacy.py`, `kquants.py`,
+`int8.py` and `nf4.py` draw the bytes; here are the sizes (known without torch: headers are read with them), and the
+two functions that unpack and pack any of them.  `recipes.py` says which tensor gets which.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
+
+from tiercel.errors import RequestError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_VALUES = 1 << 19  # 2 MiB of float32 at a time: temporaries stay in the cache
+LARGEST = 65504.0  # of float16
 
 
 class Packing(NamedTuple):
@@ -33,24 +37,101 @@ PACKINGS: dict[str, Packing] = {
     "Q6_K": Packing(256, 210),
 }
 
+BLOCKS = PACKINGS | {"NF4": Packing(64, 36)}  # a block of INT8 is the whole row
+PACKED_TYPES = (*BLOCKS, "INT8")  # the last two are not of GGUF files
+
 
 def block_size(type: str) -> tuple[int, int]:
-    """(values, bytes) of one block."""
+    """(values, bytes) of one block of a GGUF type."""
     return PACKINGS[type]
+
+
+def fits(type: str, values: int) -> bool:
+    """Whether a row of so many values can be packed: whole blocks."""
+    return values > 0 and (type == "INT8" or values % BLOCKS[type].values == 0)
+
+
+def row_bytes(type: str, values: int) -> int:
+    """What a row of values takes; INT8: one float32 scale and a byte for each."""
+    assert fits(type, values), f"{values} values are not whole blocks of {type}"
+    if type == "INT8":
+        return 4 + values
+    packing = BLOCKS[type]
+    return values // packing.values * packing.bytes
 
 
 def dequantize(type: str, raw: Tensor) -> Tensor:
     """(…, bytes per row) uint8 → (…, values per row) float32; whole blocks in every row."""
     import torch
 
-    from tiercel.quant import kquants, legacy
+    from tiercel.quant import int8, kquants, legacy, nf4
 
-    packing = PACKINGS[type]
-    assert raw.dtype == torch.uint8 and raw.shape[-1] % packing.bytes == 0
-    unpack = getattr(kquants if packing.values == 256 else legacy, type.lower())  # (n, bytes) → (n, values)
+    assert raw.dtype == torch.uint8
+    if type == "INT8":
+        return int8.dequantize(raw.reshape(-1, raw.shape[-1])).view(*raw.shape[:-1], raw.shape[-1] - 4)
+    packing = BLOCKS[type]
+    assert raw.shape[-1] % packing.bytes == 0
+    if type == "NF4":
+        unpack = nf4.dequantize
+    else:
+        unpack = getattr(kquants if packing.values == 256 else legacy, type.lower())  # (n, bytes) → (n, values)
     blocks = raw.reshape(-1, packing.bytes)
     out = torch.empty(len(blocks), packing.values)
     step = CHUNK_VALUES // packing.values
     for start in range(0, len(blocks), step):
         out[start : start + step] = unpack(blocks[start : start + step])
     return out.view(*raw.shape[:-1], raw.shape[-1] // packing.bytes * packing.values)
+
+
+def quantize(type: str, x: Tensor, importance: Tensor | None = None) -> Tensor:
+    """(rows, n) floats → (rows, row_bytes(type, n)) uint8.
+
+    importance: (n), how much the squared errors of a column count, best the mean square of the input it is
+    multiplied with.  Only its proportions matter.  Types whose scales are not searched ignore it.
+    Raises RequestError for values that the type cannot hold: NaN, infinity, magnitudes beyond float16's.
+    """
+    import torch
+
+    assert x.dim() == 2, "a matrix is quantized row by row"
+    out = torch.empty(x.shape[0], row_bytes(type, x.shape[1]), dtype=torch.uint8)
+    w = None if importance is None else weights(importance, x.shape[1])
+    step = max(1, CHUNK_VALUES // x.shape[1])
+    for start in range(0, x.shape[0], step):
+        rows = x[start : start + step].float()
+        check(type, rows)
+        _pack(type, rows, w, out[start : start + step])
+    return out
+
+
+def _pack(type: str, x: Tensor, w: Tensor | None, out: Tensor) -> None:
+    from tiercel.quant import int8, nf4, pack
+
+    if type == "INT8":
+        out.copy_(int8.quantize(x))
+        return
+    packing = BLOCKS[type]
+    blocks = x.reshape(-1, packing.values)
+    if type == "NF4":
+        packed = nf4.quantize(blocks)
+    else:
+        packed = getattr(pack, type.lower())(blocks, None if w is None else w.expand_as(x).reshape(blocks.shape))
+    out.copy_(packed.view_as(out))
+
+
+def weights(importance: Tensor, values: int) -> Tensor:
+    """An importance as the searches take it: mean 1, and never quite 0, for another text may use an idle channel."""
+    w = importance.double()
+    if w.shape != (values,) or not bool((w >= 0).all()) or not bool(w.isfinite().all()):
+        raise RequestError(f"an importance must be {values} finite numbers from 0")
+    mean = w.mean()
+    return (w / mean + 1e-3).float() if mean > 0 else w.float() + 1
+
+
+def check(type: str, x: Tensor) -> None:
+    """RequestError for values that the type cannot hold."""
+    low, high = x.aminmax()  # both NaN if anything is
+    most = max(-float(low), float(high))
+    if not most < math.inf:
+        raise RequestError("NaN and infinity cannot be packed")
+    if most > LARGEST and type in PACKINGS:
+        raise RequestError(f"a value of magnitude {most:g} cannot be packed as {type}, whose scales are float16")

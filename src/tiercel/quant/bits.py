@@ -15,3 +15,19 @@ def fields(packed: Tensor, bits: int) -> Tensor:
     """(…, w) bytes → (…, 8 / bits, w): the lowest `bits` of every byte first, then the next, …"""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8).unsqueeze(-1)
     return (packed.unsqueeze(-2) >> shifts) & (2**bits - 1)
+
+
+# ── and back
+
+
+def half_bytes(x: Tensor) -> Tensor:
+    """(n) → the two bytes (n, 2) of float16."""
+    return x.half().view(torch.uint8).view(-1, 2)
+
+
+def joined(values: Tensor, bits: int) -> Tensor:
+    """(…, 8 / bits, w) uint8 below 2^bits → (…, w) bytes: what `fields` takes apart."""
+    out = values[..., 0, :].clone()
+    for i in range(1, 8 // bits):
+        out |= values[..., i, :] << (bits * i)
+    return out

@@ -58,3 +58,14 @@ def scaled(x: Tensor, scale: float | Runs, start: int, *, inverse: bool = False)
     else:
         factor = torch.tensor(scale, dtype=x.dtype)
     return x / factor if inverse else x * factor
+
+
+def scaled_rows(type: str, raw: Tensor, scale: float | Runs, start: int, *, inverse: bool = False) -> Tensor:
+    """`scaled` of packed rows: INT8 and NF4 have float32 scales, and only these change."""
+    if scale == 1.0:
+        return raw
+    assert type in ("INT8", "NF4"), f"{type} has no place for a multiplier"
+    fields = raw.view(*raw.shape[:-1], -1, raw.shape[-1] if type == "INT8" else 36).clone()  # (…, n, bytes)
+    factors = scaled(fields[..., :4].contiguous().view(torch.float32), scale, start, inverse=inverse).float()
+    fields[..., :4] = factors.view(torch.uint8).view(fields[..., :4].shape)
+    return fields.view(raw.shape)

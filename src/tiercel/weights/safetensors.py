@@ -257,13 +257,13 @@ def write_safetensors(
     folder.mkdir(parents=True, exist_ok=True)
     shards = _shards(tensors, shard_bytes)
     if len(shards) == 1:
-        _write_file(folder / SINGLE, shards[0], metadata)
+        write_safetensors_file(folder / SINGLE, shards[0], metadata)
         _remove(folder, {SINGLE})
         return
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     (folder / INDEX).unlink(missing_ok=True)
     for name, shard in zip(names, shards, strict=True):
-        _write_file(folder / name, shard, metadata)
+        write_safetensors_file(folder / name, shard, metadata)
     weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
     with atomic_write(folder / INDEX) as file:
@@ -291,8 +291,8 @@ def _remove(folder: Path, keep: set[str]) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def _write_file(path: Path, tensors: Sequence[OutTensor], metadata: dict[str, str] | None) -> None:
-    """Wide dtypes first, then by name, as the library writes: every tensor begins at a multiple of its item."""
+def write_safetensors_file(path: Path, tensors: Sequence[OutTensor], metadata: dict[str, str] | None) -> None:
+    """One file.  Wide dtypes first, then by name, as the library writes: tensors begin at multiples of their items."""
     ordered = sorted(tensors, key=lambda tensor: (-PLAIN[tensor.type][1], tensor.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} if metadata is None else metadata}
     offset = 0

@@ -13,10 +13,10 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tiercel.errors import FormatError, RequestError
-from tiercel.quant import PACKINGS, block_size, dequantize
+from tiercel.quant import PACKED_TYPES, dequantize, fits, row_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -105,15 +105,33 @@ def bytes_of(type: str, shape: tuple[int, ...]) -> int | None:
     """What a tensor takes in a file, or None when its last axis is not made of whole blocks."""
     if type in PLAIN:
         return math.prod(shape) * PLAIN[type][1]
-    values, size = block_size(type)
-    return math.prod(shape) // values * size if shape and shape[-1] % values == 0 else None
+    if 0 in shape:
+        return 0
+    return math.prod(shape[:-1]) * row_bytes(type, shape[-1]) if shape and fits(type, shape[-1]) else None
+
+
+class Stored(Protocol):
+    """A tensor lying in files, read on demand: one piece of a file, or several that belong together."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def type(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor: ...
+    def raw(self, start: int = 0, stop: int | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor lying in a file, read on demand.
 
-    shape: torch order, outermost axis first · type: as the file says, "F32", "BF16", "Q4_K", … (PLAIN, PACKINGS)
+    shape: torch order, outermost axis first · type: as the file says, "F32", "BF16", "Q4_K", … (PLAIN, PACKED_TYPES)
     """
 
     name: str
@@ -134,7 +152,7 @@ class StoredTensor:
         Raises FormatError when the file has become shorter since it was opened.
         """
         raw = self.raw(start, stop)
-        if self.type in PACKINGS:
+        if self.type in PACKED_TYPES:
             return dequantize(self.type, raw)
         values = raw.ne(0) if self.type == "BOOL" else raw.view(-1).view(self.dtype)
         return values.view(self._shape(start, stop))
@@ -165,7 +183,8 @@ class StoredTensor:
 class OutTensor:
     """A tensor to be written, made in row blocks: rows(start, stop) gives rows of the first axis in any dtype.
 
-    type: "F32" "F16" "BF16", or another name of PLAIN.  A scalar is asked for rows(0, 1).
+    type: "F32" "F16" "BF16", another name of PLAIN, or a packed type: then rows may come packed (uint8, the last axis
+    in bytes), or as floats and are packed here.  A scalar is asked for rows(0, 1).
     """
 
     name: str
@@ -175,7 +194,9 @@ class OutTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * PLAIN[self.type][1]
+        nbytes = bytes_of(self.type, self.shape)
+        assert nbytes is not None, f"{self.name}: {self.shape} is not made of blocks of {self.type}"
+        return nbytes
 
     def blocks(self) -> Iterator[memoryview]:
         """The tensor's bytes in order, rounded to `type` once, to nearest even.
@@ -183,12 +204,29 @@ class OutTensor:
         Raises RequestError for finite values that float16 cannot hold: they would be written as infinity.
         """
         count = self.shape[0] if self.shape else 1
-        step = max(1, WRITE_BYTES * count // max(1, self.nbytes))
+        step = max(1, WRITE_BYTES * count // max(1, self._wide_bytes))
         for start in range(0, count if self.nbytes else 0, step):
             stop = min(count, start + step)
             block = self.rows(start, stop).detach()
+            if self.type in PACKED_TYPES:
+                yield self._packed(block, stop - start)
+                continue
             assert block.numel() * count == math.prod(self.shape) * (stop - start), f"{self.name} rows {start}:{stop}"
             yield self._rounded(block)
+
+    @property
+    def _wide_bytes(self) -> int:
+        """What the tensor takes on its way: floats become packed rows."""
+        return math.prod(self.shape) * 4 if self.type in PACKED_TYPES else self.nbytes
+
+    def _packed(self, block: Tensor, rows: int) -> memoryview:
+        import torch
+
+        if block.dtype != torch.uint8:
+            block = pack(self.name, self.type, block)
+        expected = bytes_of(self.type, (rows, *self.shape[1:]))
+        assert block.numel() == expected, f"{self.name}: {block.numel()} bytes where {expected} are due"
+        return block.contiguous().view(-1).numpy().data
 
     def _rounded(self, block: Tensor) -> memoryview:
         import torch
@@ -197,3 +235,14 @@ class OutTensor:
         if self.type == "F16" and block.dtype != torch.float16 and flat.isinf().sum() > block.isinf().sum():
             raise RequestError(f"{self.name} has values beyond 65504 that F16 cannot hold; write BF16 or F32")
         return flat.cpu().view(torch.uint8).numpy().data
+
+
+def pack(name: str, type: str, x: Tensor, importance: Tensor | None = None) -> Tensor:
+    """(…, n) floats → (…, bytes) uint8.  RequestError names the tensor that a type cannot hold."""
+    from tiercel.ops.quantize import quantize
+
+    try:
+        packed = quantize(type, x.reshape(-1, x.shape[-1]), importance)
+    except RequestError as error:
+        raise RequestError(f"{name}: {error}") from error
+    return packed.view(*x.shape[:-1], packed.shape[-1])

@@ -5,6 +5,9 @@
 namespace ISA {
 
 void pointwise(tiercel::Kernels&);
+void linears(tiercel::Kernels&);
+void panels(tiercel::Kernels&);
+void packing(tiercel::Kernels&);
 void attention(tiercel::Kernels&);
 void conv(tiercel::Kernels&);
 void ssd(tiercel::Kernels&);
@@ -18,6 +21,9 @@ const tiercel::Kernels& table() {
         tiercel::Kernels k{};
         k.name = TEXT(ISA);
         pointwise(k);
+        linears(k);
+        panels(k);
+        packing(k);
         attention(k);
         conv(k);
         ssd(k);

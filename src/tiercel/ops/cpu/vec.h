@@ -179,7 +179,58 @@ INLINE float maximum(F a) {
 #endif
 }
 
+INLINE I max(I a, I b) {
+#if defined(TIERCEL_AVX512)
+    a.p[0] = (vi)_mm512_max_epi32((__m512i)a.p[0], (__m512i)b.p[0]);
+#elif defined(TIERCEL_AVX2)
+    EACH a.p[i] = (vi)_mm256_max_epi32((__m256i)a.p[i], (__m256i)b.p[i]);
+#else
+    EACH a.p[i] = a.p[i] > b.p[i] ? a.p[i] : b.p[i];
+#endif
+    return a;
+}
+
+INLINE int32_t sum(I a) {
+#if defined(TIERCEL_AVX512)
+    return _mm512_reduce_add_epi32((__m512i)a.p[0]);
+#else
+    vi s = a.p[0];
+    for (int i = 1; i < PARTS; i++) s += a.p[i];
+    int32_t r = 0;
+    for (int i = 0; i < WIDTH; i++) r += s[i];
+    return r;
+#endif
+}
+
+INLINE int32_t maximum(I a) {
+#if defined(TIERCEL_AVX512)
+    return _mm512_reduce_max_epi32((__m512i)a.p[0]);
+#elif defined(TIERCEL_AVX2)
+    const __m256i m = _mm256_max_epi32((__m256i)a.p[0], (__m256i)a.p[1]);
+    __m128i n = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    n = _mm_max_epi32(n, _mm_shuffle_epi32(n, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(n, _mm_shuffle_epi32(n, 0xb1)));
+#else
+    int32_t x[16], m;
+    memcpy(x, &a, 64);
+    m = x[0];
+    for (int i = 1; i < 16; i++) m = x[i] > m ? x[i] : m;
+    return m;
+#endif
+}
+
 // ── narrow types ──
+
+INLINE void store_bytes(int8_t* to, I a) {  // −128 … 127
+#if defined(TIERCEL_AVX512)
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)a.p[0]));
+#elif defined(TIERCEL_AVX2)
+    const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)a.p[0], (__m256i)a.p[1]), 0xd8);
+    _mm_storeu_si128((__m128i*)to, _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+#else
+    for (int i = 0; i < 16; i++) to[i] = (int8_t)a.p[i / WIDTH][i % WIDTH];
+#endif
+}
 
 INLINE float from_bf16(bf16 x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
 
