@@ -216,10 +216,12 @@ OPS: dict[str, tuple[Callable[[], Any], int]] = {
     "attention 80, one head": (lambda: Attention(AttentionConfig(heads=1, kv_heads=1, head_dim=80)), 70),
     "attention 128, eight to one": (
         lambda: Attention(AttentionConfig(heads=8, kv_heads=1, head_dim=128, rope=RopeConfig(fraction=0.25))), 40),
-    "attention, window": (lambda: Attention(AttentionConfig(heads=3, kv_heads=3, head_dim=18, rope=ROPE, window=37)), 200),
+    "attention, window": (
+        lambda: Attention(AttentionConfig(heads=3, kv_heads=3, head_dim=18, rope=ROPE, window=37)), 200),
     "attention, window of one": (lambda: Attention(AttentionConfig(heads=2, kv_heads=1, head_dim=16, window=1)), 50),
     "mamba2": (lambda: Mamba2(Mamba2Config(heads=4, head_dim=64, state=128, chunk=128)), 300),
-    "mamba2 24, two groups": (lambda: Mamba2(Mamba2Config(heads=6, head_dim=24, state=16, groups=2, conv=3, chunk=24)), 130),
+    "mamba2 24, two groups": (
+        lambda: Mamba2(Mamba2Config(heads=6, head_dim=24, state=16, groups=2, conv=3, chunk=24)), 130),
     "mamba2 80, three groups": (
         lambda: Mamba2(Mamba2Config(heads=9, head_dim=80, state=20, groups=3, conv=2, chunk=7, conv_bias=False)), 60),
     "mamba2 128, state 256": (
@@ -227,7 +229,8 @@ OPS: dict[str, tuple[Callable[[], Any], int]] = {
     "mamba2, heads of one": (lambda: Mamba2(Mamba2Config(heads=20, head_dim=1, state=1, chunk=1)), 12),
     "mamba1": (lambda: Mamba1(Mamba1Config(inner=80, state=16, dt_rank=3, chunk=32)), 150),
     "mamba1, inner norms": (
-        lambda: Mamba1(Mamba1Config(inner=37, state=5, dt_rank=3, conv=3, chunk=9, inner_norms=True, conv_bias=False)), 60),
+        lambda: Mamba1(
+            Mamba1Config(inner=37, state=5, dt_rank=3, conv=3, chunk=9, inner_norms=True, conv_bias=False)), 60),
 }  # fmt: skip
 NAMES = list(OPS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -15,11 +16,11 @@ class Derived:
 
     def __init__(self) -> None:
         self._of: list[tuple[Tensor | None, int]] = []
-        self._made: tuple[Tensor | None, ...] = ()
+        self._made: tuple[Any, ...] = ()
 
     def __call__(
         self, parameters: Sequence[Tensor | None], make: Callable[[], tuple[Tensor | None, ...]]
-    ) -> tuple[Tensor | None, ...]:
+    ) -> tuple[Any, ...]:
         of = [(p, 0 if p is None or p.is_inference() else p._version + hash(p.data_ptr())) for p in parameters]
         same = len(of) == len(self._of) and all(
             p is q and version == known for (p, version), (q, known) in zip(of, self._of, strict=True)

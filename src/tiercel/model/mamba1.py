@@ -71,8 +71,7 @@ class Mamba1(nn.Module):
     def _natively(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba1State | None]) -> Tensor:
         c, memory = self.config, memories[0]
         assert memory is not None
-        norms = [norm.weight for norm in (self.dt_norm, self.B_norm, self.C_norm)] if c.inner_norms else [None] * 3
-        parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, *norms
+        parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, *self._norm_weights()
         weight_KC, bias_C, dt_bias_I, A_NI, D_I, *norms = self._derived(parameters, self._derive)
         texts = batch.texts(memory.at)
         xz_TI = self.in_proj(u_TD).float()
@@ -85,11 +84,16 @@ class Mamba1(nn.Module):
 
     def _derive(self) -> tuple[Tensor | None, ...]:
         """The small parameters as the kernels read them."""
-        c = self.config
         bias_C = None if self.conv_bias is None else float32(self.conv_bias)
-        norms = [float32(n.weight) for n in (self.dt_norm, self.B_norm, self.C_norm)] if c.inner_norms else [None] * 3
+        norms = [None if weight is None else float32(weight) for weight in self._norm_weights()]
         A_NI = -float32(self.A_log.t()).exp()
         return float32(self.conv.t()), bias_C, float32(self.dt_bias), A_NI, float32(self.D), *norms
+
+    def _norm_weights(self) -> list[Tensor | None]:
+        """Of dt, B and C."""
+        if not self.config.inner_norms:
+            return [None] * 3
+        return [self.dt_norm.weight, self.B_norm.weight, self.C_norm.weight]
 
     def _select(self, x_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt (T, I) float32, B and C (T, N), chosen by the input itself."""

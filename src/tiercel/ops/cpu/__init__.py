@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from tiercel.ops.cpu.tape import Tape
 
 try:
-    from tiercel.ops.cpu import _native
+    from tiercel.ops.cpu import _native  # type: ignore[attr-defined]
 except ImportError:  # not built for this interpreter or machine
-    _native = None  # type: ignore[assignment]
+    _native = None
 
 WANTED = os.environ.get("TIERCEL_ISA", "")
 

@@ -220,11 +220,6 @@ INLINE void weigh(Block& b, i64 r, i64 first, i64 last) {
     store(b.sums + 16 * r, sum);
 }
 
-// Ask for memory that will be read soon: hardware looks ahead only to the end of a page.
-INLINE void fetch(const void* at, i64 bytes) {
-    for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)at + i);
-}
-
 // Queries at `first_query` … of one kv head meet the keys from `start` to `stop`.
 template <class T>
 INLINE void meet(Block& b, const T* k, const T* v, i64 P, i64 first_query, i64 window, i64 start, i64 stop) {

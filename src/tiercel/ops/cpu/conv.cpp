@@ -5,12 +5,39 @@
 
 namespace ISA {
 
-// A piece is a few tokens of a few channels.  Its columns, the history's and the new ones, are first written side by
-// side as the state will give them back; the state itself takes them when the scan is done (ssd, scan).
+// Sixteen channels (or `some`) of a piece: the history's columns and the new ones side by side, as the state gives or
+// will give them back, then the sums.
+template <class T, class Lanes>
+INLINE void conv_sixteen(const Conv& a, const T* kept, const float* x, float* y, i64 c, i64 before, i64 n, float* columns, Lanes some) {
+    const i64 history = a.taps - 1;
+    for (i64 i = 0; i < before; i++) store(columns + 16 * i, load_n(kept + i * a.channels, some));
+    for (i64 i = before; i < n + history; i++)
+        store(columns + 16 * i, rounded(load_n(x + (i - history) * a.stride, some), (const T*)0));
+    const float* weight = a.weight + c;
+    const F bias = a.bias ? load_n(a.bias + c, some) : zero();
+    if (a.taps == 4) {
+        const F w0 = load_n(weight, some), w1 = load_n(weight + a.channels, some);
+        const F w2 = load_n(weight + 2 * a.channels, some), w3 = load_n(weight + 3 * a.channels, some);
+        for (i64 i = 0; i < n; i++) {
+            const float* column = columns + 16 * i;
+            F sum = fma(load(column + 16), w1, load(column) * w0);
+            sum = fma(load(column + 48), w3, fma(load(column + 32), w2, sum)) + bias;
+            store_n(y + i * a.channels, rounded(silu(sum), (const T*)0), some);
+        }
+        return;
+    }
+    for (i64 i = 0; i < n; i++) {
+        F sum = load(columns + 16 * i) * load_n(weight, some);
+        for (i64 k = 1; k < a.taps; k++) sum = fma(load(columns + 16 * (i + k)), load_n(weight + k * a.channels, some), sum);
+        store_n(y + i * a.channels, rounded(silu(sum + bias), (const T*)0), some);
+    }
+}
+
+// The state itself takes the new columns when the scan is done (ssd, scan).
 template <class T> INLINE void conv_as(const Conv& a, Team& team) {
-    constexpr i64 TOKENS = 32, CHANNELS = 256;
+    constexpr i64 TOKENS = 64, CHANNELS = 256;
     const i64 history = a.taps - 1, blocks = parts(a.channels, CHANNELS), pieces = blocks + (a.heads > 0);
-    float* columns = (float*)team.scratch((TOKENS + history) * CHANNELS * sizeof(float));
+    float* columns = (float*)team.scratch((TOKENS + history) * 16 * sizeof(float));
     each_piece(a.texts, team, [&](const Row& row) { return parts(row.tokens, TOKENS) * pieces; }, [&](const Row& row, i64 piece) {
         const i64 from = piece / pieces * TOKENS, n = least(TOKENS, row.tokens - from), block = piece % pieces;
         if (block == blocks) {
@@ -23,30 +50,14 @@ template <class T> INLINE void conv_as(const Conv& a, Team& team) {
             return;
         }
         const RecurrentWords& words = recurrent_of(a.texts, row);
-        const i64 open = length_of(row) - words.base, first = block * CHANNELS, width = least(CHANNELS, a.channels - first);
-        for (i64 i = 0; i < n + history; i++) {
-            const i64 t = from + i - history;
-            float* column = columns + i * CHANNELS;
-            if (t < 0) {
-                const T* kept = (const T*)words.columns + (open + history + t) * a.channels + first;
-                for (i64 c = 0; c < width; c += 16) store(column + c, load_n(kept + c, width - c));
-            } else {
-                const float* x = a.x + (row.first + t) * a.stride + first;
-                for (i64 c = 0; c < width; c += 16) store(column + c, rounded(load_n(x + c, width - c), (const T*)0));
-            }
-        }
-        for (i64 c = 0; c < width; c += 16) {
-            const int some = least(16, width - c);
-            const float* weight = a.weight + first + c;
-            const F bias = a.bias ? load_n(a.bias + first + c, some) : zero();
-            for (i64 i = 0; i < n; i++) {
-                F sum = load(columns + i * CHANNELS + c) * load_n(weight, some);
-                for (i64 k = 1; k < a.taps; k++)
-                    sum = fma(load(columns + (i + k) * CHANNELS + c), load_n(weight + k * a.channels, some), sum);
-                const F y = rounded(silu(sum + bias), (const T*)0);
-                store_n(a.y + (row.first + from + i) * a.channels + first + c, y, some);
-            }
-        }
+        const i64 open = length_of(row) - words.base, before = most(history - from, 0);
+        const T* kept = (const T*)words.columns + (open + from) * a.channels;
+        const float* x = a.x + (row.first + from) * a.stride;
+        float* y = a.y + (row.first + from) * a.channels;
+        const i64 stop = least(a.channels, (block + 1) * CHANNELS);
+        i64 c = block * CHANNELS;
+        for (; c + 16 <= stop; c += 16) conv_sixteen(a, kept + c, x + c, y + c, c, before, n, columns, Constant<16>());
+        if (c < stop) conv_sixteen(a, kept + c, x + c, y + c, c, before, n, columns, (int)(stop - c));
     });
 }
 

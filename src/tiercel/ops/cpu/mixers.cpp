@@ -60,7 +60,7 @@ void bind_mixers(nb::module_& m) {
         go(kernels().conv,
            Conv{texts, ptr<float>(x), ptr<float>(weight), ptr<float>(bias), ptr<float>(dt), ptr<float>(dt_bias),
                 ptr<float>(y), ptr<float>(dts), stride, C, taps, H, low, high},
-           T * C < SMALL / 8, {memory(texts), values(x, T, C, stride), values(dt, T, H, stride)},
+           T * C < SMALL / 32, {memory(texts), values(x, T, C, stride), values(dt, T, H, stride)},
            {values(y, T, C), values(dts, T, H)});
     });
     m.def("ssd", [](const TextsTuple& t, at xBC, at dt, at A, at D, at columns, at y, i64 stride, i64 H, i64 P, i64 G,

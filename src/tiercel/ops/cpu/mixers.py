@@ -1,13 +1,14 @@
 """Native kernels of what depends on a row's own past: attention, convolution and scans, for all rows in one op.
 
-Their references are `ops/attention.py`, `rotary.py`, `conv1d.py`, `ssd.py`, `scan.py` and `norm.py`; here they also read
-and write the rows' states (`model/state.py`), which they find through `texts`, what `Batch.texts` returns.
+Their references are `ops/attention.py`, `rotary.py`, `conv1d.py`, `ssd.py`, `scan.py` and `norm.py`; here they also
+read and write the rows' states (`model/state.py`), which they find through `texts`, what `Batch.texts` returns.
 Activations are float32; columns, x, B, keys and values are rounded to the state's dtype before anything reads them,
 so that a token meets the same numbers in its own call and in every later one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,10 +17,10 @@ from tiercel.ops import cpu
 
 
 class Texts(NamedTuple):
-    """Where the rows of a batch are, and one layer part in their states."""
+    """Where the rows of a batch are, and one layer part in their states.  Valid as long as the Batch lives."""
 
+    address: int
     rows: int
-    count: int
     part: int
     half: bool
     tokens: int
@@ -84,7 +85,8 @@ def mamba2(
     xBC_TC, dt_TH, y_TI = cpu.empty(texts.tokens, C), cpu.empty(texts.tokens, H), cpu.empty(texts.tokens, I)
     columns, dt = _at(zxBCdt_TD, I), _at(zxBCdt_TD, I + C)
     cpu._native.conv(
-        texts, columns, _at(weight_KC), _at(bias_C), dt, _at(dt_bias_H), _at(xBC_TC), _at(dt_TH), stride, C, K, H, *dt_limit
+        texts, columns, _at(weight_KC), _at(bias_C), dt, _at(dt_bias_H), _at(xBC_TC), _at(dt_TH), stride,
+        C, K, H, *dt_limit,
     )  # fmt: skip
     cpu._native.ssd(
         texts, _at(xBC_TC), _at(dt_TH), _at(A_H), _at(D_H), columns, _at(y_TI), stride,
@@ -116,8 +118,8 @@ def conv1d(texts: Texts, x_TC: Tensor, weight_KC: Tensor, bias_C: Tensor | None)
 
 
 def select(
-    texts: Texts, x_TS: Tensor, norms: tuple[Tensor | None, Tensor | None, Tensor | None], rank: int, state: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    texts: Texts, x_TS: Tensor, norms: Sequence[Tensor | None], rank: int, state: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The parts dt (T, R), B and C (T, N) of Mamba-1's x_proj, each normed where it has a weight."""
     widths = rank, state, state
     dt_TR, B_TN, C_TN = (cpu.empty(texts.tokens, width) for width in widths)
@@ -145,7 +147,7 @@ def selective_scan(
     N = A_NI.shape[0]
     y_TI = cpu.empty(T, I)
     cpu._native.scan(
-        texts, _at(x_TI), _at(dt_TI), _at(dt_bias_I), _at(B_TN), _at(C_TN), _at(A_NI), _at(D_I), _at(xz_TI, I), _at(xz_TI),
-        _at(y_TI), xz_TI.stride(0), I, N, taps, chunk,
+        texts, _at(x_TI), _at(dt_TI), _at(dt_bias_I), _at(B_TN), _at(C_TN), _at(A_NI), _at(D_I),
+        _at(xz_TI, I), _at(xz_TI), _at(y_TI), xz_TI.stride(0), I, N, taps, chunk,
     )  # fmt: skip
     return y_TI

@@ -43,14 +43,44 @@ template <class V> INLINE void all_dots(const float* C, const V* B, i64 stride, 
     for (; j < count; j++) dots<1>(C, B + j * stride, stride, N, out + j);
 }
 
-// w_j = exp(a_t − a_j) dt_j s_j; a in float64, as differences of long sums are taken.  Written in whole vectors.
-INLINE void decayed(float* w, const double* a, double now, const float* dt, const float* s, i64 count) {
+// exp(now − a_j) for sixteen j; a in float64, as differences of long sums are taken
+INLINE F exp_since(const double* a, double now) {
+    float lag[16];
+    for (int i = 0; i < 16; i++) lag[i] = (float)(now - a[i]);
+    return exp(min(load(lag), zero()));
+}
+
+INLINE void exps_of(float* out, const double* a, i64 count) {  // exp(a_j)
     for (i64 j = 0; j < count; j += 16) {
-        float lag[16];
-        for (int i = 0; i < 16; i++) lag[i] = (float)(now - a[j + i]);
-        F v = exp(min(load(lag), zero())) * load(dt + j);
-        store(w + j, s ? v * load(s + j) : v);
+        float x[16];
+        for (int i = 0; i < 16; i++) x[i] = (float)a[j + i];
+        store(out + j, exp(load(x)));
     }
+}
+
+// Decay from every input to the end of its sixteen, times dt: what queries beyond these share.
+INLINE void to_sixteens(float* out, const double* a, const float* dt, i64 count) {
+    for (i64 j = 0; j + 16 <= count; j += 16) store(out + j, exp_since(a + j, a[j + 15]) * load(dt + j));
+}
+
+// w_j = exp(a_t − a_j) dt_j s_j for j ≤ t, in whole vectors.  Over whole sixteens before t the exponential is a product
+// of two, so that not every pair of tokens needs its own.
+INLINE void weights_of(float* w, const double* a, i64 t, const float* shared, const float* dt, const float* s) {
+    const F tiny = set(1.1754944e-38f);  // less would be denormal: no contribution, and slow
+    for (i64 many = 0; many < t / 16; many += 16) {
+        const i64 stop = least(16, t / 16 - many);
+        float lag[16] = {}, since[16];
+        for (i64 i = 0; i < stop; i++) lag[i] = (float)(a[t] - a[(many + i) * 16 + 15]);
+        store(since, exp(min(load(lag), zero())));
+        for (i64 k = 0; k < stop; k++) {
+            const i64 j = (many + k) * 16;
+            F v = load(shared + j) * set(since[k]);
+            EACH v.p[i] = v.p[i] < tiny.p[i] ? vf{} : v.p[i];
+            store(w + j, v * load(s + j));
+        }
+    }
+    const i64 j = t / 16 * 16;
+    store(w + j, exp_since(a + j, a[t]) * load(dt + j) * load(s + j));
 }
 
 // ── one token: vectors of P, S where it lies ──
@@ -99,7 +129,7 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
     const i64 channels = H * P + 2 * G * N, width = padded(chunk), lanes = padded(N);
     i64 most_new = 1;
     for (i64 i = 0; i < a.texts.count; i++) most_new = most(most_new, least(chunk, a.texts.rows[i].tokens));
-    const i64 floats = chunk * lanes + 2 * most_new * width + each * width + each * N * P + 2 * 16 * most(N, chunk) + width;
+    const i64 floats = chunk * lanes + 2 * most_new * width + each * width + each * N * P + 2 * 16 * most(N, chunk) + 3 * width;
     Scratch scratch{(char*)team.scratch(floats * sizeof(float) + each * width * sizeof(double) + 16 * 64)};
     float* Bs = scratch.take<float>(chunk * lanes);        // B of the chunk
     float* dots_of = scratch.take<float>(most_new * width);  // C_t · B_j
@@ -109,6 +139,8 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
     float* next = scratch.take<float>(each * N * P);         // states beyond the boundary
     float* S_panel = scratch.take<float>(16 * most(N, chunk));
     float* x_panel = scratch.take<float>(16 * most(N, chunk));
+    float* from_start = scratch.take<float>(width);
+    float* shared = scratch.take<float>(width);
     float* to_end = scratch.take<float>(width);
 
     each_piece(a.texts, team, [&](const Row&) { return G * blocks; }, [&](const Row& row, i64 piece) {
@@ -125,6 +157,7 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
             const bool advance = count == chunk && (start + count < all || start + count == commit);
             const bool panels = queries > 3 || advance;
             // log decay from the chunk's start through each input
+            if (!panels) fetch(in.B(start, g), kept * N * sizeof(T));
             by_six(heads, [&](i64 h, auto some) {
                 double sums[some] = {};
                 for (i64 j = 0; j < count; j++) {
@@ -164,19 +197,17 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
                 float* S = start > commit ? next + h * N * P : words.S + head * N * P;
                 float* after = start + count <= commit ? S : next + h * N * P;
                 const double* decay = as + h * width;
+                exps_of(from_start, decay, count);
+                to_sixteens(shared, decay, dts + h * width, count);
                 for (i64 q = 0; q < queries; q++)
-                    decayed(w + q * width, decay, decay[first + q], dts + h * width, dots_of + q * width, first + q + 1);
-                const auto from_start = [&](i64 q) {
-                    float f[16];
-                    store(f, exp(set((float)decay[first + q])));
-                    return f[0];
-                };
+                    weights_of(w + q * width, decay, first + q, shared, dts + h * width, dots_of + q * width);
                 float* y = a.y + ((row.first + start + first - open) * H + head) * P;
                 if (!panels) {
+                    fetch(in.x(start, head), kept * P * sizeof(T));
                     for (i64 q = 0; q < queries; q++) {
                         i64 p = 0;
                         const auto go = [&](auto W, auto n) {
-                            one<W>(in.C(start + first + q, g), S + p, N, P, from_start(q), w + q * width,
+                            one<W>(in.C(start + first + q, g), S + p, N, P, from_start[first + q], w + q * width,
                                    in.x(start, head) + p, kept, in.new_x(start + kept, head) + p, channels, first + q + 1,
                                    a.D[head], y + q * H * P + p, n);
                         };
@@ -186,9 +217,8 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
                     }
                     continue;
                 }
-                if (advance) decayed(to_end, decay, decay[count - 1], dts + h * width, nullptr, count);
-                float whole[16];
-                store(whole, exp(set((float)decay[count - 1])));
+                for (i64 j = 0; advance && j < count; j += 16)
+                    store(to_end + j, exp_since(decay + j, decay[count - 1]) * load(dts + h * width + j));
                 for (i64 p = 0; p < P; p += 16) {
                     const int n = least(16, P - p);
                     gather(S_panel, S + p, P, N, n);
@@ -198,7 +228,7 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
                         F s[rows];
                         for (int r = 0; r < rows; r++) s[r] = zero();
                         panel_product<rows>(s, in.C(start + first + q, g), channels, 1, S_panel, N);
-                        for (int r = 0; r < rows; r++) s[r] = s[r] * set(from_start(q + r));
+                        for (int r = 0; r < rows; r++) s[r] = s[r] * set(from_start[first + q + r]);
                         const i64 t = first + q;
                         panel_product<rows>(s, w + q * width, width, 1, x_panel, t + 1);
                         for (int r = 0; r < rows; r++) {
@@ -210,7 +240,7 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
                     for (i64 j = 0; j < count; j++) store(x_panel + 16 * j, load(x_panel + 16 * j) * set(to_end[j]));
                     by_six(N, [&](i64 k, auto rows) {
                         F s[rows];
-                        for (int r = 0; r < rows; r++) s[r] = load(S_panel + 16 * (k + r)) * set(whole[0]);
+                        for (int r = 0; r < rows; r++) s[r] = load(S_panel + 16 * (k + r)) * set(from_start[count - 1]);
                         panel_product<rows>(s, Bs + k, 1, lanes, x_panel, count);
                         for (int r = 0; r < rows; r++) store_n(after + (k + r) * P + p, s[r], n);
                     });
