@@ -72,16 +72,15 @@ class _AffineFit:
         wq = self.w * q
         Q, QQ, QY = total(wq), total(wq * q), total(wq * self.y)
         determinant = self.W * QQ - Q * Q
-        solvable = (determinant > 0) & (QQ > 0)
-        divisor = torch.where(solvable, determinant, 1)
-        s = (self.W * QY - self.Y * Q) / divisor
-        m = (QQ * self.Y - Q * QY) / divisor
+        apart = determinant > 1e-6 * (self.W * QQ)  # with all levels alike, only s can be fitted
+        divisor = torch.where(apart, determinant, 1)
+        m = torch.where(apart, (QQ * self.Y - Q * QY) / divisor, 0)
         if self.limit is not None:
-            over = m > self.limit
-            m = torch.where(over, self.limit, m)
-            s = torch.where(over, (QY - m * Q) / torch.where(solvable, QQ, 1), s)
+            m = torch.minimum(m, self.limit)
+        free = apart & (m < self.limit) if self.limit is not None else apart
+        s = torch.where(free, (self.W * QY - self.Y * Q) / divisor, (QY - m * Q) * inverse(QQ))
         gain = 2 * (s * QY + m * self.Y) - (s * s * QQ + 2 * (s * m) * Q + m * m * self.W)
-        better = solvable & (s > 0) & (gain > self.gain)
+        better = (s > 0) & (gain > self.gain)
         self.s, self.m = torch.where(better, s, self.s), torch.where(better, m, self.m)
         self.gain = torch.where(better, gain, self.gain)
 

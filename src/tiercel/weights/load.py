@@ -34,7 +34,7 @@ from tiercel.ops import cpu
 from tiercel.ops.linear import NUMBERS, QTensor
 from tiercel.ops.rotary import frequencies
 from tiercel.plan import check_fits, parameter_count
-from tiercel.quant import PACKED_TYPES, PACKINGS, recipes, row_bytes
+from tiercel.quant import PACKED_TYPES, PACKINGS, dequantize, recipes, row_bytes
 from tiercel.quant.recipes import file_type
 from tiercel.text import Text
 from tiercel.text.vocab_gguf import GGUF_TYPES
@@ -162,7 +162,10 @@ class Checkpoint:
         x = stored[0].rows(start, stop)
         for form in forms:
             x = to_ours(form, x)
-        return scaled(x, self._scale(row, stored[0]), start)
+        scale = self._scale(row, stored[0])
+        if scale != 1.0 and stored[0].type in PACKED_TYPES:  # the values that `raw` stands for
+            return dequantize(stored[0].type, self.raw(row, start, stop))
+        return scaled(x, scale, start)
 
     def _scale(self, row: Row, stored: Stored) -> float | Runs:
         """The multiplier between the file's values and ours."""

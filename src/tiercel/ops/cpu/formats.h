@@ -162,7 +162,8 @@ struct Int8 {
     INLINE void scales(const uint8_t* panel, F* s, F*) { s[0] = load((const float*)panel); }
 };
 
-// sixteen levels, not evenly spaced (QLoRA, Dettmers et al. 2023, appendix E); products use them rounded to 1/127
+// sixteen levels, not evenly spaced (QLoRA, Dettmers et al. 2023, appendix E); products use them rounded to 1/112.03, the
+// multiple of all up to 127 that rounds the sixteen with the least squared error
 constexpr float NF4_LEVELS[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f, -0.18477343022823334f,
     -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
@@ -171,7 +172,7 @@ struct NF4 {
     static constexpr int BLOCK = 64, SUB = 32, ZERO = 128, HEAD = 64, PLANES_ = NIBBLES, MOST = 255;
     static constexpr bool AFFINE = false;
     INLINE void scales(const uint8_t* p, F* s, F*) {
-        s[0] = s[1] = load((const float*)p) * set(1.0f / 127.0f);
+        s[0] = s[1] = load((const float*)p) * set(1.0f / 112.03f);
     }
 };
 
@@ -186,8 +187,8 @@ template <class Q> constexpr int PANEL_HEAD = ROW_SCALE<Q> ? 64 : 0;
 
 template <class Q> INLINE i64 panel_bytes(i64 K) { return PANEL_HEAD<Q> + (K + Q::BLOCK - 1) / Q::BLOCK * BLOCK_BYTES<Q>; }
 
-INLINE I look_up(I nibbles) {  // round(127 · level) + 128
-    alignas(16) static const uint8_t codes[16] = {1, 40, 61, 78, 92, 105, 116, 128, 138, 148, 159, 171, 184, 199, 220, 255};
+INLINE I look_up(I nibbles) {  // round(112.03 · level) + 128
+    alignas(16) static const uint8_t codes[16] = {16, 50, 69, 84, 96, 107, 118, 128, 137, 146, 156, 166, 177, 191, 209, 240};
 #if defined(TIERCEL_AVX512)
     nibbles.p[0] = (vi)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)codes)), (__m512i)nibbles.p[0]);
     return nibbles;

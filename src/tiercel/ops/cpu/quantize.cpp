@@ -95,17 +95,15 @@ INLINE float spread(int i) { return (float)(i - 6) / 4; }
 struct AffineFit {
     F W, Y, limit, s, m, gain;
     void consider(Sums t) {
-        const F one = set(1.0f), two = set(2.0f);
+        const F two = set(2.0f);
         const F determinant = W * t.QQ - t.Q * t.Q;
-        const I solvable = greater(determinant, zero()) & greater(t.QQ, zero());
-        const F divisor = select(solvable, determinant, one);
-        F ns = (W * t.QX - Y * t.Q) / divisor;
-        F nm = (t.QQ * Y - t.Q * t.QX) / divisor;
-        const I over = greater(nm, limit);
-        nm = select(over, limit, nm);
-        ns = select(over, (t.QX - nm * t.Q) / select(solvable, t.QQ, one), ns);
+        const I apart = greater(determinant, set(1e-6f) * (W * t.QQ));
+        const F divisor = select(apart, determinant, set(1.0f));
+        const F nm = min(select(apart, (t.QQ * Y - t.Q * t.QX) / divisor, zero()), limit);
+        const I free = apart & greater(limit, nm);
+        const F ns = select(free, (W * t.QX - Y * t.Q) / divisor, (t.QX - nm * t.Q) * inverse(t.QQ));
         const F g = two * (ns * t.QX + nm * Y) - (ns * ns * t.QQ + two * (ns * nm) * t.Q + nm * nm * W);
-        const I better = solvable & greater(ns, zero()) & greater(g, gain);
+        const I better = greater(ns, zero()) & greater(g, gain);
         s = select(better, ns, s);
         m = select(better, nm, m);
         gain = select(better, g, gain);
