@@ -29,8 +29,8 @@ format:   ## what lint would complain about, mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench:    ## prefill and decode against transformers, one run, ratios
-	$(BIN)/python benchmarks/decode_vs_transformers.py
+bench:    ## the table of the README: against llama.cpp and transformers, in turn (an hour)
+	$(BIN)/python benchmarks/cpu.py
 
 goldens:  ## how tests/golden was made (needs llama-cpp-python, see the scripts' heads)
 	@head -20 tests/golden/make_llamacpp.py

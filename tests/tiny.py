@@ -20,12 +20,16 @@ def config(words: str = EVERY_KIND, **changes) -> ModelConfig:
     return pattern(words, **(sizes | dict(experts=4, ffn_width=48, max_length=512) | changes))
 
 
-def network(words: str = EVERY_KIND, seed: int = 0, **changes) -> Decoder:
+def network(words: str = EVERY_KIND, seed: int = 0, *, native: bool = True, **changes) -> Decoder:
+    """native: laid out for the kernels, where there are any, as `load` does it; otherwise plain parameters."""
     with torch.no_grad():
         net = Decoder(config(words, **changes))
         initialize(net, seed)
         net.embed.weight.mul_(30)  # logits with opinions, so that greedy choices are not ties
-    return net.eval().requires_grad_(False)
+    net.eval().requires_grad_(False)
+    if native:
+        net.pack()
+    return net
 
 
 def checkpoint(folder: Path, words: str = EVERY_KIND, template: str | None = None, **changes) -> Path:

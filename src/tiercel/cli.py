@@ -345,6 +345,50 @@ def export(
 
 
 @app.command()
+def bench(
+    model: Annotated[
+        str,
+        typer.Argument(help="A model as for run; with --random a shape (falcon-h1:7b), config.json or pattern file."),
+    ] = DEFAULT_MODEL,
+    prompt: Annotated[str, typer.Option(help="Prefill lengths, N[,N…]; 0 for none.")] = "512",
+    generate: Annotated[int, typer.Option(help="Decode so many tokens; 0 for none.")] = 64,
+    context: Annotated[int, typer.Option(help="Decode after so many tokens of context.")] = 0,
+    batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads; the number of cores without it.")] = None,
+    repeat: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 5,
+    dtype: Annotated[str, typer.Option(help="auto, f32, bf16 or f16.")] = "auto",
+    random: Annotated[str | None, typer.Option(help="Random weights, packed so: q4_k_m, q8_0, int8, bf16, ….")] = None,
+    write: Annotated[Path | None, typer.Option(help="Keep the random weights as this .gguf file.")] = None,
+    vs: Annotated[list[str] | None, typer.Option(help="llama.cpp or transformers, in turn; may be repeated.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure a model: prefill, decode, load, memory.
+
+    Beside a peer the rounds are taken in turn, and ratios are those of one round.
+    """
+    from tiercel.bench import Case, run
+    from tiercel.bench.report import show
+    from tiercel.console import waiting
+
+    case = Case(
+        model, _lengths(prompt), generate, context, batch, threads, repeat, dtype, random, write, tuple(vs or ())
+    )
+    with waiting(f"measuring {model}", unit="rounds") as report:
+        found = run(case, report)
+    if json:
+        _print_json(found)
+    else:
+        show(found)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise RequestError(f"--prompt takes lengths such as 512 or 128,512, not {text!r}") from error
+
+
+@app.command()
 def quantize(
     model: ModelName,
     out: Annotated[Path, typer.Argument(help="A name ending in .gguf, or a folder for safetensors.")],

@@ -154,18 +154,19 @@ def _short(value: float, digits: int) -> str:
 
 
 @contextmanager
-def waiting(what: str, patience: float = 2.0) -> Iterator[Callable[[str, int, int], None]]:
+def waiting(what: str, patience: float = 2.0, *, unit: str = "bytes") -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for what takes longer than `patience` seconds, on a terminal; silent otherwise.
 
-    Yields the report to feed: (what, done, total), total 0 while nobody knows.
+    Yields the report to feed: (what, done, total), total 0 while nobody knows.  unit: what they count.
     """
     if not sys.stderr.isatty():
         yield lambda what, done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    count = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task(what, total=None)
     timer = threading.Timer(patience, bar.start)

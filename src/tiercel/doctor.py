@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tiercel.errors import RequestError
 from tiercel.plan import human_bytes
 from tiercel.weights.hub import hub_cache, list_models, models_folder
 
@@ -29,10 +30,10 @@ def examine() -> dict[str, Any]:
         "tiercel": tiercel.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": {"name": _cpu_name(), "cores": psutil.cpu_count(logical=False), "features": _cpu_features()},
+        "cpu": {"name": cpu_name(), "cores": psutil.cpu_count(logical=False), "features": _cpu_features()},
         "memory": {"total": memory.total, "available": memory.available},
         "torch": _torch(),
-        "ops": {"all": "torch reference"},
+        "ops": op_paths(),
         "store": {"folder": str(models_folder()), "models": [model.name for model in list_models()]},
         "hub": {"endpoint": constants.ENDPOINT, "cache": str(hub_cache()), "offline": bool(constants.HF_HUB_OFFLINE)},
         "pip": _version("pip"),
@@ -53,7 +54,20 @@ def _torch() -> dict[str, Any] | None:
     }
 
 
-def _cpu_name() -> str:
+def op_paths() -> dict[str, str]:
+    """{op: the path it takes, and why}; "all" where they agree."""
+    try:
+        from tiercel.ops import cpu
+    except (ImportError, RequestError) as error:  # no torch, or TIERCEL_ISA names what is not here
+        return {"all": f"none: {error}"}
+    if cpu.there:
+        asked = f", as TIERCEL_ISA={cpu.WANTED} asks" if cpu.WANTED else ", the best this machine has"
+        return {"all": f"native {cpu.isa}{asked}"}
+    why = "as TIERCEL_ISA=torch asks" if cpu.WANTED else "the native extension is not built here"
+    return {"all": f"torch reference, {why}"}
+
+
+def cpu_name() -> str:
     names = re.findall(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
     return names[0] if names else platform.processor() or platform.machine()
 

@@ -167,6 +167,8 @@ def load(
     name: str | Path,
     *,
     dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    exact: bool = False,
     max_length: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
@@ -175,10 +177,12 @@ def load(
     name: a folder with config.json and safetensors, a .gguf file, a pattern file (.json, .toml: fresh weights), a
     short name such as "smollm2" (pulled when missing) or "org/repo".
     dtype: "auto" as stored, or float32, bfloat16, float16.  max_length: a smaller context than the model's.
+    quantize: "q4_k_m", "q8_0", "int8", "nf4", …: packed while it is read, so that little more memory is needed.
+    exact: inputs of packed matrices are not rounded to eight bits: slower, and as if the weights were unpacked.
     Raises ModelNotFound, FormatError, UnsupportedError, DoesNotFit, Offline.
     """
     path = hub.resolve(name, pull=True)
-    network, text, layout = weights.load(path, dtype=dtype, progress=progress)
+    network, text, layout = weights.load(path, dtype=dtype, quantize=quantize, exact=exact, progress=progress)
     defaults = weights.generation_defaults(path)
     return Model(network, text, layout, name=str(name), max_length=max_length, defaults=defaults)
 

@@ -187,7 +187,7 @@ def test_the_recurrent_part_stays_small(name: str, network: Callable) -> None:
 
 
 def _attention_buffers(state: Any) -> list[torch.Tensor]:
-    return [b for layer in state.layers for part in layer if hasattr(part, "v") for b in part.buffers]
+    return [b for layer in state.layers for part in layer if hasattr(part, "v") for b in part.buffers.values()]
 
 
 # -- saved states ----------------------------------------------------------------------------------

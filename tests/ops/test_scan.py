@@ -10,7 +10,7 @@ def inputs(L, I, N, seed=0, decay=1.0):
     g = torch.Generator().manual_seed(seed)
     r = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
     dt = torch.nn.functional.softplus(r(L, I)) * 0.3
-    return r(L, N), r(L, I), dt, -decay * torch.rand(I, N, generator=g) - 0.01, r(L, N), r(I, N)
+    return r(L, N), r(L, I), dt, -decay * torch.rand(I, N, generator=g) - 0.01, r(L, N), r(N, I)
 
 
 @pytest.mark.parametrize("L, I, N", [(1, 1, 1), (7, 3, 5), (64, 8, 16), (65, 4, 2), (200, 6, 16)])

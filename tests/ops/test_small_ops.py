@@ -52,8 +52,8 @@ def test_experts(active, renormalize):
     weights, chosen = route(torch.randn(L, E), active, renormalize)
     if renormalize:
         torch.testing.assert_close(weights.sum(1), torch.ones(L))
-    got = moe(x, weights, chosen, gate, up, down, F.silu)
-    expected = moe_reference(x, weights, chosen, gate, up, down, F.silu)
+    got = moe(x, weights, chosen, gate, up, down, "silu")
+    expected = moe_reference(x, weights, chosen, gate, up, down, "silu")
     torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-4)
 
 

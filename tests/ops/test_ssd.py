@@ -25,7 +25,7 @@ def inputs(L, H, P, G, N, seed=0, dt=0.3, decay=1.0):
         torch.nn.functional.softplus(r(L, H)) * dt,
         -decay * torch.rand(H, generator=g) - 0.01,
         r(L, G, N),
-        r(H, P, N),
+        r(H, N, P),
     )
 
 

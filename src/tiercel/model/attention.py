@@ -17,6 +17,7 @@ from tiercel.model.config import AttentionConfig
 from tiercel.model.layers import Linear
 from tiercel.model.state import AttentionState
 from tiercel.ops.attention import attention
+from tiercel.ops.cpu import mixers
 from tiercel.ops.rotary import rotate
 
 
@@ -33,6 +34,8 @@ class Attention(nn.Module):
 
     def forward(self, h_TD: Tensor, batch: Batch, memories: Sequence[AttentionState | None]) -> Tensor:
         """h: (T, D) → (T, D); every row attends to its own past."""
+        if batch.native:
+            return self.o(self._natively(h_TD, batch, memories))
         P = self.config.head_dim
         q_HTP = self.q(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
         k_KTP = self.k(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
@@ -48,3 +51,18 @@ class Attention(nn.Module):
             rows.append(attention(q_HTP[:, span], k, v, scale=self.scale, window=self.config.window))
         y_HTP = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
         return self.o(y_HTP.transpose(0, 1).flatten(1))
+
+    def _natively(self, h_TD: Tensor, batch: Batch, memories: Sequence[AttentionState | None]) -> Tensor:
+        c = self.config
+        assert memories[0] is not None
+        return mixers.attention(
+            batch.texts(memories[0].at),
+            self.q(h_TD).float(),
+            self.k(h_TD).float(),
+            self.v(h_TD).float(),
+            None if c.rope is None else batch.rotary(c.rope, c.head_dim),
+            heads=c.heads,
+            kv_heads=c.kv_heads,
+            scale=self.scale,
+            window=c.window,
+        )

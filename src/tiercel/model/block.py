@@ -1,11 +1,12 @@
 """One layer: norm → mixers, summed → residual → norm → feed-forward → residual.
 
-The hybrid idea is the line with `sum`: mixers of different kinds read one normalised input side by side.
+The hybrid idea is the line with `reduce`: mixers of different kinds read one normalised input side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from tiercel.model.layers import RMSNorm
 from tiercel.model.mamba1 import Mamba1
 from tiercel.model.mamba2 import Mamba2
 from tiercel.model.moe import MoE
+from tiercel.ops.pointwise import add
 
 
 def build_mixer(config: Mixer, width: int, eps: float) -> nn.Module:
@@ -40,7 +42,7 @@ class Block(nn.Module):
     def forward(self, x_TD: Tensor, batch: Batch, memories: Sequence[Sequence[Any]]) -> Tensor:
         """x: (T, D) → (T, D).  memories: for each mixer, what every row remembers (None: nothing)."""
         h_TD = self.mixer_norm(x_TD)
-        x_TD = sum((mix(h_TD, batch, m) for mix, m in zip(self.mixers.values(), memories, strict=True)), x_TD)
+        x_TD = reduce(add, (mix(h_TD, batch, m) for mix, m in zip(self.mixers.values(), memories, strict=True)), x_TD)
         if self.feed_forward is not None:
-            x_TD = x_TD + self.feed_forward(self.ffn_norm(x_TD))
+            x_TD = add(x_TD, self.feed_forward(self.ffn_norm(x_TD)))
         return x_TD

@@ -19,8 +19,11 @@ from tiercel.errors import RequestError
 from tiercel.model.batch import Batch
 from tiercel.model.block import Block
 from tiercel.model.config import ModelConfig
-from tiercel.model.layers import Embedding, Linear, RMSNorm
+from tiercel.model.layers import Embedding, Linear, RMSNorm, hold, pack
 from tiercel.model.state import State, layer_state
+from tiercel.model.steps import Steps
+from tiercel.ops import cpu
+from tiercel.ops.linear import QTensor
 
 
 class Decoder(nn.Module):
@@ -31,8 +34,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(layer, config.width, config.norm_eps) for layer in config.layers)
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = Linear(config.width, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.embed.weight
+        self._tie()
+        self._steps = Steps()
 
     @overload
     def forward(self, tokens: Tensor, states: State | None = None, *, keep: int | None = None) -> Tensor: ...
@@ -61,35 +64,32 @@ class Decoder(nn.Module):
 
     def _rows(self, rows: list[Tensor], states: Sequence[State] | None, keep: int | None) -> list[Tensor]:
         tokens_T = self._checked(rows, states)
+        if states is None and self.native and not torch.is_grad_enabled():
+            states = [self.new_state() for _ in rows]
         if states is None:
-            return self._run(rows, tokens_T, None, keep)
+            return self._run(tokens_T, Batch([len(row) for row in rows], None, tokens_T.device), None, keep)
         with torch.no_grad():
-            for state in states:
+            for row, state in zip(rows, states, strict=True):
                 state.settle()
-            logits = self._run(rows, tokens_T, states, keep)
+                state.reserve(len(row))
+            logits = self._steps.run(self, tokens_T, [len(row) for row in rows], states, keep)
             for row, state in zip(rows, states, strict=True):
                 state.length += len(row)
             return logits
 
-    def _run(
-        self, rows: list[Tensor], tokens_T: Tensor, states: Sequence[State] | None, keep: int | None
-    ) -> list[Tensor]:
-        lengths = [len(row) for row in rows]
-        starts = [0] * len(rows) if states is None else [state.length for state in states]
-        batch = Batch(lengths, starts, tokens_T.device)
+    def _run(self, tokens_T: Tensor, batch: Batch, states: Sequence[State] | None, keep: int | None) -> list[Tensor]:
+        lengths = batch.lengths
         # with states there are no gradients; the logits, made outside of the mode, are tensors like any other
         with nullcontext() if states is None else torch.inference_mode():
             x_TD = self.embed(tokens_T)
-            if self.config.residual_fp32:
+            if self.config.residual_fp32 or batch.native:
                 x_TD = x_TD.float()
             for i, block in enumerate(self.layers):
-                x_TD = block(x_TD, batch, self._memories(i, states, len(rows)))
-        if keep is not None:
+                x_TD = block(x_TD, batch, self._memories(i, states, len(lengths)))
+        if keep is not None and any(length > keep for length in lengths):
             x_TD = torch.cat([x_TD[span][-keep:] for span in batch.spans])
             lengths = [min(keep, length) for length in lengths]
-        logits_TV = self.head(self.norm(x_TD)).float()
-        if self.config.logit_scale != 1.0:
-            logits_TV = logits_TV * self.config.logit_scale
+        logits_TV = self.head(self.norm(x_TD), self.config.logit_scale).float()
         return list(logits_TV.split(lengths))
 
     def _memories(self, layer: int, states: Sequence[State] | None, rows: int) -> list[list[object]]:
@@ -111,17 +111,42 @@ class Decoder(nn.Module):
             raise RequestError(f"token id {int(low if low < 0 else high)} is outside the vocabulary of {V}")
         return tokens_T
 
+    # ── plain for training, packed for running ──
+
     def pack(self) -> None:
-        """Lay matrices out for running (`Linear.pack`); a tied head stays as it is, it is the embedding."""
+        """Lay all weights out for running, where there are kernels: matrices in panels, the rest in float32."""
+        if not cpu.there:
+            return
         for module in self.modules():
-            if isinstance(module, Linear) and module.weight is not self.embed.weight:
-                module.pack()
+            for name, p in list(module._parameters.items()):
+                if p is None or (module is self.head and self.config.tied):
+                    continue
+                matrix = (isinstance(module, (Linear, Embedding)) and name == "weight") or p.dim() == 3
+                packed = pack(p) if matrix else None
+                if packed is not None:
+                    hold(module, name, packed)
+                elif not matrix and p.dtype == torch.bfloat16:
+                    hold(module, name, nn.Parameter(p.detach().float(), requires_grad=False))
+        self._tie()
+        self._steps.clear()
 
     def unpack(self) -> None:
-        """Plain tensors again: for training, other devices, copies, state dicts."""
+        """Plain tensors again, for training, other devices, copies, state dicts.  What is quantized stays packed."""
         for module in self.modules():
-            if isinstance(module, Linear):
-                module.unpack()
+            for name, value in list(vars(module).items()):
+                if isinstance(value, QTensor) and not value.packed and module is not self.head:
+                    hold(module, name, nn.Parameter(value.numbers(), requires_grad=False))
+                elif isinstance(value, list) and value and isinstance(value[0], QTensor) and not value[0].packed:
+                    stack = torch.stack([expert.numbers() for expert in value])
+                    hold(module, name, nn.Parameter(stack, requires_grad=False))
+        if not self.config.tied and isinstance(self.head.weight, QTensor) and not self.head.weight.packed:
+            hold(self.head, "weight", nn.Parameter(self.head.weight.numbers(), requires_grad=False))
+        self._tie()
+        self._steps.clear()
+
+    def _tie(self) -> None:
+        if self.config.tied:
+            hold(self.head, "weight", self.embed.weight)
 
     def train(self, mode: bool = True) -> Decoder:
         if mode:
@@ -129,13 +154,21 @@ class Decoder(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
-        self.unpack()  # blocks know one device and one dtype
+        self.unpack()  # panels know one device and one dtype
+        if isinstance(self.embed.weight, QTensor) and fn(torch.empty(0)).device.type != "cpu":
+            raise RequestError("quantized weights run on the CPU; load the model with dtype='bfloat16' to move it")
         return super()._apply(fn, recurse)
 
     @property
+    def native(self) -> bool:
+        """Whether all matrices lie as the native kernels read them."""
+        return isinstance(self.embed.weight, QTensor) and self.embed.weight.in_panels
+
+    @property
     def dtype(self) -> torch.dtype:
-        """What the matrices are stored and multiplied in."""
-        return self.embed.weight.dtype
+        """What states keep of the inputs: that of the matrices, bfloat16 beside quantized ones."""
+        weight = self.embed.weight
+        return torch.bfloat16 if isinstance(weight, QTensor) and weight.packed and self.native else weight.dtype
 
     def new_state(self) -> State:
         """An empty memory for one text."""
@@ -154,7 +187,8 @@ class Decoder(nn.Module):
         """Names this network in saved states: its configuration, dtype and a sample of its weights."""
         if not hasattr(self, "_fingerprint"):
             h = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode() + str(self.dtype).encode())
-            sample = [self.embed.weight[0], self.embed.weight[-1], self.norm.weight]
+            ends = torch.tensor([0, self.config.vocab_size - 1], device=self.embed.weight.device)
+            sample = [self.embed(ends), self.norm.weight]
             sample += [p for name, p in self.named_parameters() if name.endswith("mixer_norm.weight")]
             for tensor in sample:
                 h.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

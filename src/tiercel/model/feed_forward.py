@@ -5,16 +5,17 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from tiercel.model.config import GatedMLPConfig
-from tiercel.model.layers import ACTIVATIONS, Linear
+from tiercel.model.layers import Linear
+from tiercel.ops.pointwise import gate
 
 
 class GatedMLP(nn.Module):
     def __init__(self, config: GatedMLPConfig, width: int) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[config.activation]
+        self.activation = config.activation
         self.gate = Linear(width, config.width, config.bias)
         self.up = Linear(width, config.width, config.bias)
         self.down = Linear(config.width, width, config.bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(self.act(self.gate(x_TD)) * self.up(x_TD))
+        return self.down(gate(self.gate(x_TD), self.up(x_TD), self.activation))

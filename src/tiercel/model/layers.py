@@ -1,54 +1,33 @@
 """The parts that hold parameters: Linear, Embedding, RMSNorm.
 
 None of them initialises itself: weights come from a checkpoint, or from `initialize` for a new network.
-Linear is the one place where a packed or an adapted weight will be met.
+A matrix is a plain Parameter, to be trained, or a QTensor, to be run (ops/linear.py); who multiplies with it does not
+ask which.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiercel.ops import cpu
+from tiercel.ops.linear import QTensor, linear
 from tiercel.ops.norm import rms_norm
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
+Matrix = Tensor | QTensor
 
 
 class Linear(nn.Linear):
-    """y = W x + b,  W: (out, in), computed in the dtype of W (a wider residual stream is narrowed here).
+    """y = W x + b,  W: (out, in), plain or packed; see `ops.linear`."""
 
-    `pack` lays W out in the blocks oneDNN multiplies, in place: the same numbers, and a product of one row reads
-    them at the speed of the memory, twice that of the plain layout (docs/log.md).  For running, not for training.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.weight.dtype)
-        if not self.weight.is_mkldnn:
-            return F.linear(x, self.weight, self.bias)
-        if x.requires_grad and torch.is_grad_enabled():  # the blocked product has no derivative
-            return F.linear(x, self.weight.to_dense(), self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def pack(self) -> None:
-        """W in oneDNN's blocks, where this machine has them for its dtype."""
-        if not self.weight.is_mkldnn and packs(self.weight):
-            blocks = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
-            self.weight = nn.Parameter(blocks, requires_grad=False)
-
-    def unpack(self) -> None:
-        """W as a plain (out, in) tensor again."""
-        if self.weight.is_mkldnn:
-            self.weight = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        """scale · W x + b"""
+        return linear(x, self.weight, self.bias, scale)
 
     def reset_parameters(self) -> None:
         """Left as allocated; see the module's note."""
@@ -59,10 +38,10 @@ class Embedding(nn.Module):
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        self.weight: Any = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+        return self.weight.rows(tokens) if isinstance(self.weight, QTensor) else F.embedding(tokens, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -77,53 +56,80 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def packs(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies this kind of matrix faster from its own blocks."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and fast_bf16())
+def hold(module: nn.Module, name: str, weight: nn.Parameter | QTensor | list[QTensor]) -> None:
+    """Put a weight in place of another kind of weight."""
+    module._parameters.pop(name, None)
+    module.__dict__.pop(name, None)
+    setattr(module, name, weight)
+
+
+def named_weights(network: nn.Module) -> Iterator[tuple[str, nn.Parameter | QTensor | list[QTensor]]]:
+    """Everything a checkpoint holds: parameters, packed matrices, and lists of these for experts; shared ones once."""
+    yield from network.named_parameters()
+    seen: set[int] = set()
+    for owner, module in network.named_modules():
+        for name, value in vars(module).items():
+            packed = isinstance(value, QTensor) or (isinstance(value, list) and isinstance(value[0], QTensor))
+            if packed and id(value) not in seen:
+                seen.add(id(value))
+                yield f"{owner}.{name}", value
+
+
+def pack(weight: Tensor) -> QTensor | list[QTensor] | None:
+    """The same numbers in the order the kernels read, a stack as a list; None for what they do not take."""
+    kinds = {torch.bfloat16: "BF16", torch.float32: "F32"}
+    if not cpu.there or weight.dtype not in kinds or weight.device.type != "cpu" or weight.dim() < 2:
+        return None
+    if weight.dim() == 3:
+        return [q for matrix in weight if isinstance(q := pack(matrix), QTensor)]
+    q = QTensor(kinds[weight.dtype], (weight.shape[0], weight.shape[1]))
+    q.put(0, weight.detach())
+    return q
 
 
 def fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 at full speed; otherwise float32 is the faster home of packed weights."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def dense(weight: Tensor) -> Tensor:
-    """A weight as a plain tensor, whichever way it is laid out."""
-    return weight.to_dense() if weight.is_mkldnn else weight
+    """Whether this CPU multiplies bfloat16 at full speed, by our kernels or torch's; otherwise float32 is faster."""
+    return cpu.there or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @torch.no_grad()
 def initialize(network: nn.Module, seed: int = 0) -> None:
-    """Fresh weights for training, in place: the same seed gives the same network.
-
-    Matrices N(0, 1 / fan-in), the projections back into the residual stream smaller by √(2 · layers);
-    Mamba parameters as the papers draw them: A uniform in 1 … 16 per head (Mamba-2) or 1 … N per state
-    (Mamba-1), D = 1, dt log-uniform in [0.001, 0.1] stored through the inverse of softplus.
-    """
+    """Fresh weights for training, in place: the same seed gives the same network.  The rules are those of `fresh`."""
     g = torch.Generator().manual_seed(seed)
     depth = sum(1 for name, _ in network.named_modules() if name.endswith("mixer_norm"))
-
-    def normal(p: Tensor, std: float) -> None:
-        p.copy_(torch.randn(p.shape, generator=g) * std)
-
     for name, p in network.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        part = owner.rpartition(".")[2]
-        if leaf == "dt_bias":
-            dt = torch.exp(torch.rand(p.shape, generator=g) * math.log(100.0) + math.log(0.001))
-            p.copy_(dt + torch.log(-torch.expm1(-dt)))
-        elif leaf == "A_log" and p.dim() == 1:
-            p.copy_(torch.log(1 + 15 * torch.rand(p.shape, generator=g)))
-        elif leaf == "A_log":
-            p.copy_(torch.log(torch.arange(1, p.shape[1] + 1)).expand_as(p))
-        elif leaf == "D" or part.endswith("norm"):
-            p.fill_(1.0)
-        elif leaf == "bias" or leaf == "conv_bias":
-            p.zero_()
-        elif part == "embed":
-            normal(p, 0.02)
-        else:  # matrices, convolutions, stacks of expert matrices: fan-in is the last dimension
-            std = p.shape[-1] ** -0.5
-            normal(p, std / math.sqrt(2 * depth) if part in ("o", "out_proj", "down") or leaf == "down" else std)
+        p.copy_(fresh(name, p.shape, depth, g))
+
+
+def fresh(name: str, shape: Sequence[int], depth: int, g: torch.Generator) -> Tensor:
+    """A new parameter of a network of `depth` layers, float32.
+
+    Matrices N(0, `deviation`²); Mamba parameters as the papers draw them: A uniform in 1 … 16 per head (Mamba-2)
+    or 1 … N per state (Mamba-1), D = 1, dt log-uniform in [0.001, 0.1] stored through the inverse of softplus.
+    """
+    owner, _, leaf = name.rpartition(".")
+    if leaf == "dt_bias":
+        dt = torch.exp(torch.rand(shape, generator=g) * math.log(100.0) + math.log(0.001))
+        return dt + torch.log(-torch.expm1(-dt))
+    if leaf == "A_log" and len(shape) == 1:
+        return torch.log(1 + 15 * torch.rand(shape, generator=g))
+    if leaf == "A_log":
+        return torch.log(torch.arange(1, shape[1] + 1)).expand(*shape)
+    if leaf in ("D", "out_norm") or owner.endswith("norm"):
+        return torch.ones(shape)
+    if leaf == "bias" or leaf == "conv_bias":
+        return torch.zeros(shape)
+    return torch.randn(shape, generator=g) * deviation(name, shape, depth)
+
+
+def deviation(name: str, shape: Sequence[int], depth: int) -> float:
+    """The spread of a fresh matrix, convolution or stack of expert matrices: fan-in^−½, fan-in being the last axis.
+
+    Smaller by √(2 · depth) where it writes into the residual stream; 0.02 for the embedding.
+    """
+    owner, _, leaf = name.rpartition(".")
+    part = owner.rpartition(".")[2]
+    if part == "embed":
+        return 0.02
+    std = shape[-1] ** -0.5
+    return std / math.sqrt(2 * depth) if part in ("o", "out_proj", "down") or leaf == "down" else std

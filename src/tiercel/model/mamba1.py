@@ -20,16 +20,18 @@ from torch import Tensor, nn
 
 from tiercel.model.batch import Batch
 from tiercel.model.config import Mamba1Config
+from tiercel.model.derived import Derived, float32
 from tiercel.model.layers import Linear, RMSNorm
 from tiercel.model.state import Mamba1State
 from tiercel.ops.conv1d import conv1d
+from tiercel.ops.cpu import mixers
 from tiercel.ops.scan import selective_scan
 
 
 class Mamba1(nn.Module):
     def __init__(self, config: Mamba1Config, width: int, eps: float) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.eps = config, eps
         I, R, N = config.inner, config.dt_rank, config.state
         self.in_proj = Linear(width, 2 * I, config.proj_bias)
         self.conv = nn.Parameter(torch.empty(I, config.conv))
@@ -42,9 +44,12 @@ class Mamba1(nn.Module):
         if config.inner_norms:
             self.dt_norm, self.B_norm, self.C_norm = RMSNorm(R, eps), RMSNorm(N, eps), RMSNorm(N, eps)
         self.out_proj = Linear(I, width, config.proj_bias)
+        self._derived = Derived()
 
     def forward(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba1State | None]) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state."""
+        if batch.native:
+            return self.out_proj(self._natively(u_TD, batch, memories))
         x_TI, z_TI = self.in_proj(u_TD).chunk(2, -1)
         windows = [
             F.pad(x_TI[span], (0, 0, self.config.conv - 1, 0)) if memory is None else memory.window(x_TI[span])
@@ -57,11 +62,38 @@ class Mamba1(nn.Module):
         for span, memory in zip(batch.spans, memories, strict=True):
             C, x, dt, B = C_TN[span], x_TI[span], dt_TI[span], B_TN[span]
             if memory is None:
-                rows.append(selective_scan(C, x, dt, A_IN, B, torch.zeros_like(A_IN))[0])
+                rows.append(selective_scan(C, x, dt, A_IN, B, torch.zeros_like(A_IN.t()))[0])
             else:
                 rows.append(memory.scan(C, x, dt, A_IN, B))
         y_TI = torch.cat(rows) + self.D.float() * x_TI
         return self.out_proj(y_TI * F.silu(z_TI.float()))
+
+    def _natively(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba1State | None]) -> Tensor:
+        c, memory = self.config, memories[0]
+        assert memory is not None
+        parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, *self._norm_weights()
+        weight_KC, bias_C, dt_bias_I, A_NI, D_I, *norms = self._derived(parameters, self._derive)
+        texts = batch.texts(memory.at)
+        xz_TI = self.in_proj(u_TD).float()
+        x_TI = mixers.conv1d(texts, xz_TI, weight_KC, bias_C)
+        dt_TR, B_TN, C_TN = mixers.select(texts, self.x_proj(x_TI).float(), norms, c.dt_rank, c.state, self.eps)
+        dt_TI = self.dt(dt_TR).float()
+        return mixers.selective_scan(
+            texts, x_TI, dt_TI, dt_bias_I, B_TN, C_TN, A_NI, D_I, xz_TI, taps=c.conv, chunk=memory.chunk
+        )
+
+    def _derive(self) -> tuple[Tensor | None, ...]:
+        """The small parameters as the kernels read them."""
+        bias_C = None if self.conv_bias is None else float32(self.conv_bias)
+        norms = [None if weight is None else float32(weight) for weight in self._norm_weights()]
+        A_NI = -float32(self.A_log.t()).exp()
+        return float32(self.conv.t()), bias_C, float32(self.dt_bias), A_NI, float32(self.D), *norms
+
+    def _norm_weights(self) -> list[Tensor | None]:
+        """Of dt, B and C."""
+        if not self.config.inner_norms:
+            return [None] * 3
+        return [self.dt_norm.weight, self.B_norm.weight, self.C_norm.weight]
 
     def _select(self, x_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt (T, I) float32, B and C (T, N), chosen by the input itself."""

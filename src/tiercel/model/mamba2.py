@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from tiercel.model.batch import Batch
 from tiercel.model.config import Mamba2Config
+from tiercel.model.derived import Derived, float32
 from tiercel.model.layers import Linear
 from tiercel.model.state import Mamba2State
 from tiercel.ops.conv1d import conv1d
+from tiercel.ops.cpu import mixers
 from tiercel.ops.norm import gated_rms_norm
 from tiercel.ops.ssd import ssd
 
@@ -39,10 +41,13 @@ class Mamba2(nn.Module):
         self.A_log = nn.Parameter(torch.empty(config.heads))
         self.D = nn.Parameter(torch.empty(config.heads))
         self.out_norm = nn.Parameter(torch.empty(config.inner)) if config.gated_norm != "none" else None
+        self._derived = Derived()
         self.out_proj = Linear(config.inner, width, config.out_bias)
 
     def forward(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba2State | None]) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state."""
+        if batch.native:
+            return self.out_proj(self._natively(u_TD, batch, memories))
         c = self.config
         z_TI, xBC_TC, dt_TH = self.in_proj(u_TD).split((c.inner, c.channels, c.heads), -1)
         dt_TH = F.softplus(dt_TH.float() + self.dt_bias.float()).clamp(*c.dt_limit)
@@ -58,20 +63,38 @@ class Mamba2(nn.Module):
             y_TI = gated_rms_norm(y_TI, z_TI, self.out_norm, self.eps, c.groups, c.gated_norm == "gate_first")
         return self.out_proj(y_TI)
 
+    def _natively(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba2State | None]) -> Tensor:
+        c, memory = self.config, memories[0]
+        assert memory is not None
+        parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, self.out_norm
+        weight_KC, bias_C, dt_bias_H, A_H, D_H, norm_I = self._derived(parameters, self._derive)
+        zxBCdt_TD = self.in_proj(u_TD).float()
+        y_TI = mixers.mamba2(
+            batch.texts(memory.at), zxBCdt_TD, weight_KC, bias_C, dt_bias_H, A_H, D_H,
+            head_dim=c.head_dim, groups=c.groups, state=c.state, chunk=memory.chunk, dt_limit=c.dt_limit,
+        )  # fmt: skip
+        return mixers.gated_norm(y_TI, zxBCdt_TD, norm_I, self.eps, c.groups, c.gated_norm == "gate_first")
+
+    def _derive(self) -> tuple[Tensor | None, ...]:
+        """The small parameters as the kernels read them."""
+        bias_C = None if self.conv_bias is None else float32(self.conv_bias)
+        norm_I = None if self.out_norm is None else float32(self.out_norm)
+        A_H = -float32(self.A_log).exp()
+        return float32(self.conv.t()), bias_C, float32(self.dt_bias), A_H, float32(self.D), norm_I
+
     def _scan(self, xBC_LC: Tensor, dt_LH: Tensor, A_H: Tensor, memory: Mamba2State | None) -> Tensor:
         """One row: convolution and scan → y (L, I) float32."""
         c = self.config
-        L = xBC_LC.shape[0]
         window_TC = F.pad(xBC_LC, (0, 0, c.conv - 1, 0)) if memory is None else memory.window(xBC_LC)
         xBC_LC = F.silu(conv1d(window_TC, self.conv, self.conv_bias)).to(xBC_LC.dtype)
         x_LI, B_LM, C_LM = xBC_LC.split((c.inner, c.groups * c.state, c.groups * c.state), -1)
         x_LHP = x_LI.unflatten(-1, (c.heads, c.head_dim))
         B_LGN, C_LGN = B_LM.unflatten(-1, (c.groups, -1)), C_LM.unflatten(-1, (c.groups, -1))
         if memory is None:
-            S_HPN = torch.zeros(c.heads, c.head_dim, c.state, device=x_LHP.device)
-            y_LHP, _ = ssd(C_LGN, x_LHP, dt_LH, A_H, B_LGN, S_HPN, chunk=c.chunk)
+            S_HNP = torch.zeros(c.heads, c.state, c.head_dim, device=x_LHP.device)
+            y_LHP, _ = ssd(C_LGN, x_LHP, dt_LH, A_H, B_LGN, S_HNP, chunk=c.chunk)
         else:
-            x_open, dt_open, B_open, S_HPN, commit = memory.extend(x_LHP, dt_LH, B_LGN)
-            y_LHP, S_HPN = ssd(C_LGN, x_open, dt_open, A_H, B_open, S_HPN, chunk=c.chunk, commit=commit)
-            memory.commit(S_HPN, L, commit)
+            x_open, dt_open, B_open, S_HNP, commit = memory.extend(x_LHP, dt_LH, B_LGN)
+            y_LHP, S_HNP = ssd(C_LGN, x_open, dt_open, A_H, B_open, S_HNP, chunk=memory.chunk, commit=commit)
+            memory.commit(S_HNP, commit)
         return (y_LHP + self.D.float().unsqueeze(-1) * x_LHP).flatten(1)

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from tiercel.model.config import MoEConfig
-from tiercel.model.layers import ACTIVATIONS, Linear
+from tiercel.model.layers import Linear
 from tiercel.ops.moe import moe, route
 
 
 class MoE(nn.Module):
     def __init__(self, config: MoEConfig, width: int) -> None:
         super().__init__()
-        self.config, self.act = config, ACTIVATIONS[config.activation]
+        self.config = config
         E, F, D = config.experts, config.width, width
         self.router = Linear(D, E, bias=False)
         self.gate = nn.Parameter(torch.empty(E, F, D))
@@ -22,5 +22,6 @@ class MoE(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         weights, chosen = route(self.router(x_TD), self.config.active, self.config.renormalize)
-        x_TD = x_TD.to(self.gate.dtype)
-        return moe(x_TD, weights, chosen, self.gate, self.up, self.down, self.act).to(x_TD.dtype)
+        if isinstance(self.gate, Tensor):
+            x_TD = x_TD.to(self.gate.dtype)
+        return moe(x_TD, weights, chosen, self.gate, self.up, self.down, self.config.activation).to(x_TD.dtype)

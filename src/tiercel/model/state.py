@@ -17,17 +17,26 @@ Everybody else only asks:
     length · oldest · trim(n) → bool · snapshot() / bookmark() / restore(s) · fork() · nbytes · save(path)
 
 Boundaries are absolute multiples of the chunk, so prefill, chunked prefill and decode meet the same grid.
-Letters: K conv kernel, C conv channels, H heads, P head dim, N state, G groups, I inner width, L new tokens.
+
+Kernels read and write the same memory.  They find it through one run of int64 words that keeps its address as long
+as the state lives (`Words` in ops/cpu/kernels.h), so a recorded step stays valid while the text grows:
+
+    State      length · address of the partial sums of a split attention · how many key segments these have room for
+    attention  addresses of k, v · capacity in tokens · for each kv head a counter of a kernel's finished pieces
+    recurrent  base · a counter · addresses of columns, x, dt, B, S · Mamba-1: address of the running state, its length
+
+Letters: K conv kernel or kv heads, C conv channels, H heads, P head dim, N state, G groups, I inner width, T tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,13 +44,57 @@ from tiercel.errors import FormatError, RequestError
 from tiercel.model.config import LARGEST, AttentionConfig, Mamba1Config, Mamba2Config, Mixer
 from tiercel.ops.scan import selective_scan
 
+TILE = 32  # keys that kernels read together: caches are allocated in whole tiles
+SEGMENT = 1024  # keys of one partial sum, where few queries meet many keys (SEGMENT in ops/cpu/kernels.h)
+SPLIT = 8  # new tokens up to which that is done
+LONGEST_CHUNK = 256  # S is rewritten at least this often, whatever chunk the model was trained with: the form is exact
+
+Words = np.ndarray
+
+
+def _memory(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that can be written to in and out of inference mode."""
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device=device)
+
 
 class LayerState(ABC):
-    """What one mixer remembers of one text."""
+    """What one mixer remembers of one text; `length` is the whole State's."""
 
-    length: int = 0
-    base: int = 0  # nothing before this token can be cut
     copied: bool = True  # whether going back needs a copy made in time (not so where every cut is possible)
+    words: Words  # its own run of the State's
+    at: int  # where that begins
+
+    def __init__(self, config: Mixer, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """How many words."""
+
+    def attach(self, words: Words, at: int) -> None:
+        """Live in these words of a State."""
+        self.all_words, self.words, self.at = words, words[at : at + self.size], at
+        self.publish()
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Write the addresses of all buffers into the words."""
+
+    @property
+    def length(self) -> int:
+        return int(self.all_words[0])
+
+    @property
+    def base(self) -> int:
+        """Nothing before this token can be cut."""
+        return 0
+
+    @property
+    @abstractmethod
+    def buffers(self) -> Mapping[str, Tensor]:
+        """Everything allocated."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -55,207 +108,265 @@ class LayerState(ABC):
     def shapes(self, length: int, base: int) -> dict[str, tuple[int, ...]]:
         """The shapes `tensors` has at such a length and base: what a file is checked against."""
 
-    @property
-    @abstractmethod
-    def buffers(self) -> Sequence[Tensor]:
-        """Everything allocated."""
-
-
-def _grown(buffer: Tensor, used: int, needed: int, dim: int) -> Tensor:
-    """The buffer itself when `needed` fits, else a longer one (half as much again) with the used part copied."""
-    if needed <= buffer.shape[dim]:
-        return buffer
-    shape = list(buffer.shape)
-    shape[dim] = max(needed, used + used // 2, 64)
-    longer = buffer.new_empty(shape)
-    longer.narrow(dim, 0, used).copy_(buffer.narrow(dim, 0, used))
-    return longer
-
 
 class AttentionState(LayerState):
-    """Keys and values of every token, (K, T, D); trims by length."""
+    """Keys and values of every token, (K, T, P); trims by length."""
 
     copied = False
 
     def __init__(self, config: AttentionConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self.k = torch.empty(config.kv_heads, 0, config.head_dim, dtype=dtype, device=device)
-        self.v = torch.empty_like(self.k)
+        super().__init__(config, dtype, device)
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.k, self.v = self._cache(0), self._cache(0)
 
-    def extend(self, k_KLD: Tensor, v_KLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Add L tokens; all keys and values so far, (K, T, D)."""
-        start, stop = self.length, self.length + k_KLD.shape[1]
-        self.k, self.v = _grown(self.k, start, stop, 1), _grown(self.v, start, stop, 1)
-        self.k[:, start:stop], self.v[:, start:stop] = k_KLD, v_KLD
-        self.length = stop
+    def _cache(self, room: int) -> Tensor:
+        return _memory(self.kv_heads, room, self.head_dim, dtype=self.dtype, device=self.device)
+
+    @property
+    def size(self) -> int:
+        return 3 + self.kv_heads
+
+    def publish(self) -> None:
+        self.words[:3] = self.k.data_ptr(), self.v.data_ptr(), self.capacity
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[1]
+
+    def reserve(self, length: int) -> None:
+        """Have room for so many tokens, and by half as much more than there are: growing costs a copy."""
+        if length > self.capacity:
+            used = min(self.length, self.capacity)
+            room = -(-max(length, used + used // 2, 64) // TILE) * TILE
+            for name in ("k", "v"):
+                longer = self._cache(room)
+                longer[:, :used] = getattr(self, name)[:, :used]
+                setattr(self, name, longer)
+            self.publish()
+
+    def extend(self, k_KLP: Tensor, v_KLP: Tensor) -> tuple[Tensor, Tensor]:
+        """Add L tokens; all keys and values so far, (K, T, P)."""
+        start, stop = self.length, self.length + k_KLP.shape[1]
+        self.k[:, start:stop], self.v[:, start:stop] = k_KLP, v_KLP
         return self.k[:, :stop], self.v[:, :stop]
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        return {"k": self.k, "v": self.v}
 
     def tensors(self) -> dict[str, Tensor]:
         return {"k": self.k[:, : self.length], "v": self.v[:, : self.length]}
 
     def adopt(self, tensors: dict[str, Tensor], length: int, base: int) -> None:
-        self.k, self.v, self.length = tensors["k"].clone(), tensors["v"].clone(), length
+        self.k[:, :length], self.v[:, :length] = tensors["k"], tensors["v"]
 
     def shapes(self, length: int, base: int) -> dict[str, tuple[int, ...]]:
-        heads, _, dim = self.k.shape
-        return {"k": (heads, length, dim), "v": (heads, length, dim)}
-
-    @property
-    def buffers(self) -> Sequence[Tensor]:
-        return (self.k, self.v)
+        if base != 0:
+            raise ValueError("keys and values begin at the first token")
+        return dict.fromkeys(("k", "v"), (self.kv_heads, length, self.head_dim))
 
 
 class RecurrentState(LayerState):
-    """What Mamba-1 and Mamba-2 share: open inputs since `base`, and the K − 1 columns before them.
+    """What Mamba-1 and Mamba-2 share: S before token `base`, open inputs since, and the K − 1 columns before them.
 
     `columns` row i is the pre-conv input of token base − (K − 1) + i; the other inputs start at base.
+    Two chunks of inputs are the most that a call leaves open.
     """
 
-    inputs: tuple[str, ...] = ("columns",)
+    BASE, DONE, FIRST_ADDRESS = 0, 1, 2
+    history: int
+    chunk: int
+    columns: Tensor
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    S: Tensor
 
-    def __init__(self, kernel: int, channels: int, chunk: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.history, self.chunk = kernel - 1, chunk
-        self.columns = torch.zeros(self.history, channels, dtype=dtype, device=device)
+    def __init__(
+        self,
+        config: Mamba1Config | Mamba2Config,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        channels: int,
+        x: tuple[int, ...],
+        dt: tuple[int, ...],
+        B: tuple[int, ...],
+        S: tuple[int, ...],
+    ) -> None:
+        super().__init__(config, dtype, device)
+        self.history, self.chunk = config.conv - 1, min(config.chunk, LONGEST_CHUNK)
+        rows = 2 * self.chunk
+        self.columns = _memory(self.history + rows, channels, dtype=dtype, device=device)
+        # of one head's or group's tokens, one after another; named (L, H, P) and (L, G, N) like the ops' arguments
+        self.x = _memory(*x[:-1], rows, x[-1], dtype=dtype, device=device).movedim(-2, 0)
+        self.B = _memory(*B[:-1], rows, B[-1], dtype=dtype, device=device).movedim(-2, 0)
+        self.dt = _memory(rows, *dt, dtype=torch.float32, device=device)
+        self.S = _memory(*S, dtype=torch.float32, device=device).zero_()
+        self.columns[: self.history] = 0
+        self._with_new: dict[str, Tensor] = {}
+
+    @property
+    def size(self) -> int:
+        return self.FIRST_ADDRESS + len(self.buffers)
+
+    def publish(self) -> None:
+        addresses = [buffer.data_ptr() for buffer in self.buffers.values()]
+        self.words[self.FIRST_ADDRESS : self.FIRST_ADDRESS + len(addresses)] = addresses
+
+    @property
+    def base(self) -> int:
+        return int(self.words[self.BASE])
+
+    @base.setter
+    def base(self, base: int) -> None:
+        self.words[self.BASE] = base
 
     @property
     def open(self) -> int:
         """How many inputs are kept since the boundary."""
         return self.length - self.base
 
-    def window(self, columns_LC: Tensor) -> Tensor:
-        """Remember L pre-conv columns; those and the K − 1 before them, (K − 1 + L, C), for the convolution."""
-        return self._append("columns", columns_LC, self.history)[self.open :]
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        return {"columns": self.columns, **self._inputs, "S": self.S}
 
-    def _append(self, name: str, new: Tensor, history: int = 0) -> Tensor:
-        """Write new rows behind the open ones; everything since the boundary (and `history` rows before it)."""
-        used = history + self.open
-        buffer = _grown(getattr(self, name), used, used + new.shape[0], 0)
-        buffer[used : used + new.shape[0]] = new
-        setattr(self, name, buffer)
-        return buffer[: used + new.shape[0]]
+    @property
+    def _inputs(self) -> dict[str, Tensor]:
+        return {"x": self.x, "dt": self.dt, "B": self.B}
+
+    def window(self, columns_LC: Tensor) -> Tensor:
+        """Take L pre-conv columns; those and the K − 1 before them, (K − 1 + L, C), for the convolution."""
+        return self._append("columns", self.columns, columns_LC, self.history)[self.open :]
+
+    def _append(self, name: str, buffer: Tensor, new: Tensor, history: int = 0) -> Tensor:
+        """Everything since the boundary (and `history` rows before it), the new rows included.
+
+        Where they fit they are written behind the open ones; `_advance` sees to the rest.
+        """
+        used, count = history + self.open, new.shape[0]
+        if used + count <= buffer.shape[0]:
+            buffer[used : used + count] = new
+            whole = buffer[: used + count]
+        else:
+            whole = torch.cat((buffer[:used], new.to(buffer.dtype)))
+        self._with_new[name] = whole
+        return whole
 
     def _next_base(self, added: int) -> int:
         """The boundary after adding so many tokens: as late as it may be while all of them can still be cut."""
         keep = min(added, self.chunk)
         return max(self.base, (self.length + added - keep) // self.chunk * self.chunk)
 
-    def _advance(self, added: int, base: int) -> None:
-        """Take note of the new tokens and forget the inputs before the new boundary."""
-        shift, self.length, self.base = base - self.base, self.length + added, base
-        if shift:
-            for name in self.inputs:
-                kept = getattr(self, name)[shift:][: self.open + (self.history if name == "columns" else 0)]
-                setattr(self, name, kept.clone())
+    def _advance(self, base: int, S: Tensor) -> None:
+        """S is the state before token `base`, the new boundary: forget the inputs before it."""
+        shift = base - self.base
+        self.base = LARGEST  # interrupted in the middle of this, the state is of no use, and `settle` will say so
+        if S is not self.S:
+            self.S.copy_(S)
+        for name, whole in self._with_new.items():
+            buffer, kept = self.buffers[name], whole[shift:]
+            if whole.data_ptr() != buffer.data_ptr():
+                buffer[: len(kept)] = kept
+            elif shift:
+                buffer[: len(kept)] = kept.clone()
+        self._with_new = {}
+        self.base = base
 
     def tensors(self) -> dict[str, Tensor]:
-        return {
-            name: getattr(self, name)[: self.open + (self.history if name == "columns" else 0)] for name in self.inputs
-        }
+        inputs = {name: tensor[: self.open] for name, tensor in self._inputs.items()}
+        return {"columns": self.columns[: self.history + self.open], **inputs, "S": self.S}
 
     def adopt(self, tensors: dict[str, Tensor], length: int, base: int) -> None:
-        self.length, self.base = length, base
+        self.base = LARGEST
         for name, tensor in tensors.items():
-            setattr(self, name, tensor.clone())
+            self.buffers[name][: len(tensor)] = tensor
+        self.base = base
 
     def shapes(self, length: int, base: int) -> dict[str, tuple[int, ...]]:
-        rows = {name: length - base + (self.history if name == "columns" else 0) for name in self.inputs}
-        return {name: (rows[name], *getattr(self, name).shape[1:]) for name in self.inputs}
-
-    @property
-    def buffers(self) -> Sequence[Tensor]:
-        return [getattr(self, name) for name in self.inputs]
+        if base % self.chunk or not 0 <= length - base <= 2 * self.chunk:
+            raise ValueError("a boundary is where none can be")
+        rows = dict.fromkeys(self._inputs, length - base) | {"columns": self.history + length - base}
+        rows["S"] = self.S.shape[0]
+        return {name: (rows[name], *tensor.shape[1:]) for name, tensor in self.tensors().items()}
 
 
 class Mamba2State(RecurrentState):
-    """The committed state (H, P, N) float32 and the open chunk; trims by length down to `base`."""
-
-    inputs = ("columns", "x", "dt", "B")
+    """The committed state (H, N, P) float32 and the open chunk; trims by length down to `base`."""
 
     def __init__(self, config: Mamba2Config, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(config.conv, config.channels, config.chunk, dtype, device)
         H, P, N, G = config.heads, config.head_dim, config.state, config.groups
-        self.S = torch.zeros(H, P, N, device=device)
-        self.x = torch.empty(0, H, P, dtype=dtype, device=device)
-        self.B = torch.empty(0, G, N, dtype=dtype, device=device)
-        self.dt = torch.empty(0, H, device=device)
+        super().__init__(
+            config, dtype, device, channels=config.channels, x=(H, P), dt=(H,), B=(G, N), S=(H, N, P)
+        )  # fmt: skip
 
     def extend(self, x_LHP: Tensor, dt_LH: Tensor, B_LGN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         """Add L tokens (after `window`): x, dt, B of all open tokens, S before them, how many of them to commit."""
         commit = self._next_base(x_LHP.shape[0]) - self.base
-        return self._append("x", x_LHP), self._append("dt", dt_LH), self._append("B", B_LGN), self.S, commit
+        x, dt = self._append("x", self.x, x_LHP), self._append("dt", self.dt, dt_LH)
+        return x, dt, self._append("B", self.B, B_LGN), self.S, commit
 
-    def commit(self, S_HPN: Tensor, added: int, commit: int) -> None:
-        """S is the state after `commit` of the open tokens; `added` tokens are new."""
-        self.S = S_HPN
-        self._advance(added, self.base + commit)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return super().tensors() | {"S": self.S}
-
-    def shapes(self, length: int, base: int) -> dict[str, tuple[int, ...]]:
-        return super().shapes(length, base) | {"S": tuple(self.S.shape)}
-
-    @property
-    def buffers(self) -> Sequence[Tensor]:
-        return [*super().buffers, self.S]
+    def commit(self, S_HNP: Tensor, commit: int) -> None:
+        """S is the state after `commit` of the open tokens."""
+        self._advance(self.base + commit, S_HNP)
 
 
 class Mamba1State(RecurrentState):
-    """The running state (I, N), the state at `base` and the open inputs; trims by replay down to `base`."""
+    """The running state (N, I), the state at `base` and the open inputs; trims by replay down to `base`."""
 
-    inputs = ("columns", "x", "dt", "B")
+    RUNNING_LENGTH = -1
 
     def __init__(self, config: Mamba1Config, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(config.conv, config.inner, config.chunk, dtype, device)
         I, N = config.inner, config.state
-        self.S = torch.zeros(I, N, device=device)  # before token `base`
-        self.running, self.running_length = self.S, 0
-        self.x = torch.empty(0, I, dtype=dtype, device=device)
-        self.dt = torch.empty(0, I, device=device)
-        self.B = torch.empty(0, N, dtype=dtype, device=device)
+        super().__init__(config, dtype, device, channels=I, x=(I,), dt=(I,), B=(N,), S=(N, I))
+        self.running = _memory(N, I, dtype=torch.float32, device=device).zero_()
+
+    @property
+    def size(self) -> int:
+        return super().size + 1
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        return {**super().buffers, "running": self.running}
 
     def scan(self, C_LN: Tensor, x_LI: Tensor, dt_LI: Tensor, A_IN: Tensor, B_LN: Tensor) -> Tensor:
         """Add L tokens (after `window`) and return their outputs (L, I) float32."""
         added, start = x_LI.shape[0], self.open
-        base = self._next_base(added)
-        x, dt, B = self._append("x", x_LI), self._append("dt", dt_LI), self._append("B", B_LN)
+        base, length = self._next_base(added), self.length + added
+        x, dt = self._append("x", self.x, x_LI), self._append("dt", self.dt, dt_LI)
+        B = self._append("B", self.B, B_LN)
 
         def advance(S: Tensor, first: int, last: int) -> Tensor:
             return selective_scan(None, x[first:last], dt[first:last], A_IN, B[first:last], S)[1]
 
-        if self.running_length != self.length:  # it was cut: replay
-            self.running = advance(self.S, 0, start)
+        S, running = self.S, self.running
+        if self.words[self.RUNNING_LENGTH] != self.length:  # it was cut: replay
+            running = advance(S, 0, start)
         cut = base - self.base  # the new boundary, counted in open inputs
         if 0 < cut <= start:
-            self.S = advance(self.S, 0, cut)
+            S = advance(S, 0, cut)
         middle = max(cut - start, 0)  # it may lie among the new tokens: stop there on the way
         ys = []
         for part in (slice(0, middle), slice(middle, added)):
             if part.start < part.stop:
-                y, self.running = selective_scan(C_LN[part], x_LI[part], dt_LI[part], A_IN, B_LN[part], self.running)
+                y, running = selective_scan(C_LN[part], x_LI[part], dt_LI[part], A_IN, B_LN[part], running)
                 ys.append(y)
                 if part.stop == middle:
-                    self.S = self.running
-        self._advance(added, base)
-        self.running_length = self.length
+                    S = running
+        self.words[self.RUNNING_LENGTH] = -1
+        self.running.copy_(running)
+        self._advance(base, S)
+        self.words[self.RUNNING_LENGTH] = length
         return torch.cat(ys)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return super().tensors() | {"S": self.S}
 
     def adopt(self, tensors: dict[str, Tensor], length: int, base: int) -> None:
         super().adopt(tensors, length, base)
-        self.running, self.running_length = self.S, self.base
-
-    def shapes(self, length: int, base: int) -> dict[str, tuple[int, ...]]:
-        return super().shapes(length, base) | {"S": tuple(self.S.shape)}
-
-    @property
-    def buffers(self) -> Sequence[Tensor]:
-        return [*super().buffers, self.S, self.running]
+        self.running.copy_(self.S)
+        self.words[self.RUNNING_LENGTH] = base
 
 
 def layer_state(config: Mixer, dtype: torch.dtype, device: torch.device) -> LayerState:
-    """An empty memory for one mixer."""
+    """An empty memory for one mixer; keys, values and inputs in `dtype`, S and dt in float32."""
     if isinstance(config, AttentionConfig):
         return AttentionState(config, dtype, device)
     if isinstance(config, Mamba2Config):
@@ -278,40 +389,78 @@ class Snapshot:
 class State:
     """What a network remembers of one text: one `LayerState` per mixer of every layer."""
 
-    FORMAT = "tiercel-state-1"
+    FORMAT = "tiercel-state-2"
+    LENGTH, PARTIALS, SEGMENTS, HEADER = 0, 1, 2, 3
 
     def __init__(self, layers: Sequence[Sequence[LayerState]], model: str) -> None:
-        self.layers, self.model, self.length = layers, model, 0
+        self.layers, self.model = layers, model
+        self.words = np.zeros(self.HEADER + sum(part.size for part in self._parts), dtype=np.int64)
+        at = self.HEADER
+        for part in self._parts:
+            part.attach(self.words, at)
+            at += part.size
+        self._caches = [part for part in self._parts if isinstance(part, AttentionState)]
+        self._bases = [part.at for part in self._parts if isinstance(part, RecurrentState)]
+        self._partials = _memory(0, dtype=torch.float32, device=torch.device("cpu"))
 
     @property
     def _parts(self) -> list[LayerState]:
         return [part for layer in self.layers for part in layer]
 
     @property
+    def length(self) -> int:
+        """How many tokens."""
+        return int(self.words[self.LENGTH])
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.words[self.LENGTH] = length
+
+    @property
+    def address(self) -> int:
+        """Where the words are; the same as long as the state lives."""
+        return self.words.ctypes.data
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys, values and inputs."""
+        return self._parts[0].dtype
+
+    @property
     def oldest(self) -> int:
         """The shortest length `trim` can reach."""
-        return max(part.base for part in self._parts)
+        return int(self.words[self._bases].max()) if self._bases else 0
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(buffer.nbytes for part in self._parts for buffer in part.buffers)
+        return sum(b.nbytes for part in self._parts for b in part.buffers.values()) + self._partials.nbytes
+
+    def reserve(self, added: int) -> None:
+        """Have room for so many more tokens; before every forward."""
+        length = self.length + added
+        if self._caches and length > self._caches[0].capacity:
+            for part in self._caches:
+                part.reserve(length)
+            segments = -(-self._caches[0].capacity // SEGMENT)
+            if (
+                segments > 1
+            ):  # a segment's result is, for each new token and head, a vector, its sum and its largest score
+                row = max(part.heads * (part.head_dim + 2) for part in self._caches)
+                self._partials = _memory(segments * SPLIT * row, dtype=torch.float32, device=self._caches[0].device)
+            self.words[self.PARTIALS : self.HEADER] = self._partials.data_ptr(), segments
 
     def trim(self, length: int) -> bool:
         """Forget all but the first `length` tokens.  False, and nothing changed, where that is not kept."""
         if not self.oldest <= length <= self.length:
             return False
         self.length = length
-        self.settle()
         return True
 
     def settle(self) -> None:
-        """Bring every layer to `length`: after a trim, or after a forward that was interrupted half way."""
-        for part in self._parts:
-            if part.length != self.length:
-                if not part.base <= self.length <= part.length:
-                    raise RequestError("this state was interrupted while it grew and cannot go on: start a new one")
-                part.length = self.length
+        """Make sure that a forward can go on from here: that none was interrupted after its inputs were folded in."""
+        if self.oldest > self.length:
+            raise RequestError("this state was interrupted while it grew and cannot go on: start a new one")
 
     def snapshot(self) -> Snapshot:
         """A copy to come back to."""
@@ -331,23 +480,18 @@ class State:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Be as when the snapshot (or bookmark) was taken."""
-        for part, (tensors, _) in zip(self._parts, snapshot.layers, strict=True):
-            if tensors is None and part.length < snapshot.length:
-                raise RequestError("this bookmark lies beyond what the state still holds")
-        self.length = snapshot.length
+        if self.length < snapshot.length and any(tensors is None for tensors, _ in snapshot.layers):
+            raise RequestError("this bookmark lies beyond what the state still holds")
+        self.reserve(max(snapshot.length - self.length, 0))
         for part, (tensors, base) in zip(self._parts, snapshot.layers, strict=True):
-            if tensors is None:
-                part.length = snapshot.length
-            else:
+            if tensors is not None:
                 part.adopt(tensors, snapshot.length, base)
+        self.length = snapshot.length
 
     def fork(self) -> State:
         """A second state that continues from here on its own."""
-        twin = State([[part.__class__.__new__(part.__class__) for part in layer] for layer in self.layers], self.model)
-        twin.length = self.length
-        for new, part in zip(twin._parts, self._parts, strict=True):
-            new.__dict__.update(part.__dict__)
-            new.adopt(part.tensors(), part.length, part.base)
+        twin = State([[layer_state(p.config, p.dtype, p.device) for p in layer] for layer in self.layers], self.model)
+        twin.restore(Snapshot(self.length, tuple((part.tensors(), part.base) for part in self._parts)))
         return twin
 
     def save(self, path: str | Path) -> None:

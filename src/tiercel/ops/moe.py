@@ -7,11 +7,15 @@ w are the chosen probabilities, renormalised to sum 1 (Mixtral) or as they are (
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from tiercel.ops.linear import QTensor, linear
+from tiercel.ops.pointwise import gate, gate_reference
+
+Experts = Tensor | Sequence[QTensor]  # one matrix for each
 
 
 def route(scores_LE: Tensor, active: int, renormalize: bool) -> tuple[Tensor, Tensor]:
@@ -24,18 +28,18 @@ def moe(
     x_LD: Tensor,
     weights_LK: Tensor,
     chosen_LK: Tensor,
-    gate_EFD: Tensor,
-    up_EFD: Tensor,
-    down_EDF: Tensor,
-    act: Callable[[Tensor], Tensor],
+    gate_EFD: Experts,
+    up_EFD: Experts,
+    down_EDF: Experts,
+    activation: str,
 ) -> Tensor:
     """Each expert sees its own tokens in one product; sums in float32 → (L, D) float32."""
     y_LD = torch.zeros(x_LD.shape, dtype=torch.float32, device=x_LD.device)
     for expert in chosen_LK.unique().tolist():
         rows, slots = torch.nonzero(chosen_LK == expert, as_tuple=True)
         x = x_LD[rows]
-        h = act(F.linear(x, gate_EFD[expert])) * F.linear(x, up_EFD[expert])
-        answer = F.linear(h, down_EDF[expert]).float() * weights_LK[rows, slots].unsqueeze(1)
+        h = gate(linear(x, gate_EFD[expert]), linear(x, up_EFD[expert]), activation)
+        answer = linear(h, down_EDF[expert]).float() * weights_LK[rows, slots].unsqueeze(1)
         y_LD = y_LD.index_add(0, rows, answer)
     return y_LD
 
@@ -47,12 +51,12 @@ def moe_reference(
     gate_EFD: Tensor,
     up_EFD: Tensor,
     down_EDF: Tensor,
-    act: Callable[[Tensor], Tensor],
+    activation: str,
 ) -> Tensor:
     """One token and one expert at a time, in float64."""
     y_LD = torch.zeros(x_LD.shape, dtype=torch.float64)
     for t, x_D in enumerate(x_LD.double()):
         for weight, e in zip(weights_LK[t].double(), chosen_LK[t].tolist(), strict=True):
-            h_F = act(gate_EFD[e].double() @ x_D) * (up_EFD[e].double() @ x_D)
+            h_F = gate_reference(gate_EFD[e].double() @ x_D, up_EFD[e].double() @ x_D, activation)
             y_LD[t] += weight * (down_EDF[e].double() @ h_F)
     return y_LD

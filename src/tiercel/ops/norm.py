@@ -10,9 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiercel.ops import cpu
+
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x: (…, D) any float dtype → (…, D) in the dtype of x."""
+    if cpu.takes(x, weight_D):
+        return cpu.rms_norm(x, weight_D, eps)
+    return rms_norm_reference(x, weight_D, eps)
+
+
+def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The formula in torch: also the one with gradients."""
     h = x.float()
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     return (h * weight_D).to(x.dtype)

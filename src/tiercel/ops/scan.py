@@ -17,10 +17,10 @@ BLOCK = 64  # tokens whose states are held at once: BLOCK · I · N floats
 
 
 def selective_scan(
-    C_LN: Tensor | None, x_LI: Tensor, dt_LI: Tensor, A_IN: Tensor, B_LN: Tensor, S_IN: Tensor
+    C_LN: Tensor | None, x_LI: Tensor, dt_LI: Tensor, A_IN: Tensor, B_LN: Tensor, S_NI: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (L, I) float32 and the last state (I, N) float32.  Without C only the state is advanced."""
-    outputs = []
+    """Outputs (L, I) float32 and the last state (N, I) float32.  Without C only the state is advanced."""
+    outputs, S_IN = [], S_NI.t()
     for start in range(0, x_LI.shape[0], BLOCK):
         block = slice(start, start + BLOCK)
         dt, B_LN_ = dt_LI[block].float(), B_LN[block].float()
@@ -33,15 +33,15 @@ def selective_scan(
         if C_LN is not None:
             outputs.append((torch.stack(states) * C_LN[block].float().unsqueeze(1)).sum(2))
     y_LI = torch.cat(outputs) if outputs else x_LI.new_zeros(0, x_LI.shape[1], dtype=torch.float32)
-    return y_LI, S_IN
+    return y_LI, S_IN.t().contiguous()
 
 
 def selective_scan_reference(
-    C_LN: Tensor, x_LI: Tensor, dt_LI: Tensor, A_IN: Tensor, B_LN: Tensor, S_IN: Tensor
+    C_LN: Tensor, x_LI: Tensor, dt_LI: Tensor, A_IN: Tensor, B_LN: Tensor, S_NI: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The recurrence as written above, in float64."""
-    S, ys = S_IN.double(), []
+    S, ys = S_NI.double().t(), []
     for C_N, x_I, dt_I, B_N in zip(C_LN.double(), x_LI.double(), dt_LI.double(), B_LN.double(), strict=True):
         S = (dt_I.unsqueeze(1) * A_IN.double()).exp() * S + torch.outer(dt_I * x_I, B_N)
         ys.append(S @ C_N)
-    return torch.stack(ys), S
+    return torch.stack(ys), S.t()

@@ -20,9 +20,10 @@ from torch import Tensor
 from tiercel.errors import DoesNotFit, RequestError
 from tiercel.families.family import Layout, Row
 from tiercel.model.decoder import Decoder
+from tiercel.model.layers import named_weights
 from tiercel.quant import PACKED_TYPES
 from tiercel.text import Text
-from tiercel.weights.load import Source, build, fill, row_blocks
+from tiercel.weights.load import Source, build, fill, put, row_blocks
 from tiercel.weights.quantize import Quantized
 
 MARKS = (512, 8192)
@@ -142,18 +143,17 @@ def _network(base: Source) -> tuple[Decoder, str]:
     except DoesNotFit:
         network = build(source.layout, torch.bfloat16, source)
     fill(network, source)
-    network.eval().unpack()
+    network.eval()
     return network, str(network.dtype).removeprefix("torch.")
 
 
 @torch.no_grad()
 def _put(network: Decoder, source: Source, rows: Sequence[Row]) -> None:
     """The values of these tensors as a source has them."""
-    parameters = dict(network.named_parameters())
+    weights = dict(named_weights(network))
     for row in rows:
-        target = parameters[row.ours]
-        for start, stop in row_blocks(target, row):
-            target[start:stop] = source.read(row, start, stop)
+        for start, stop in row_blocks(weights[row.ours], row):
+            put(weights[row.ours], source, row, start, stop)
 
 
 def _log_probs(network: Decoder, ids: Tensor, report: Callable[[int], None]) -> Tensor:

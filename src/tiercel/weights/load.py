@@ -11,6 +11,7 @@ Shapes are compared with the files before that memory is taken.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,10 +29,12 @@ from tiercel.families.pattern import PATTERN, read_file
 from tiercel.families.pattern import rows as pattern_rows
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import Linear, dense, fast_bf16, initialize
+from tiercel.model.layers import fast_bf16, hold, initialize, named_weights
+from tiercel.ops import cpu
+from tiercel.ops.linear import NUMBERS, QTensor
 from tiercel.ops.rotary import frequencies
 from tiercel.plan import check_fits, parameter_count
-from tiercel.quant import PACKED_TYPES, PACKINGS, dequantize, recipes
+from tiercel.quant import PACKED_TYPES, PACKINGS, dequantize, recipes, row_bytes
 from tiercel.quant.recipes import file_type
 from tiercel.text import Text
 from tiercel.text.vocab_gguf import GGUF_TYPES
@@ -40,7 +43,7 @@ from tiercel.weights.atomic import atomic_write
 from tiercel.weights.forms import foreign_shape, scaled, scaled_rows, to_foreign, to_ours
 from tiercel.weights.gguf import GGUFFile, Typed, write_gguf
 from tiercel.weights.safetensors import open_safetensors, write_safetensors
-from tiercel.weights.stored import OutTensor, Stored
+from tiercel.weights.stored import PLAIN, OutTensor, Stored, torch_dtype
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -208,16 +211,28 @@ class NetworkSource:
     words: Text | None = None
 
     def __post_init__(self) -> None:
-        self._state = dict(self.network.named_parameters())
+        self._state = dict(named_weights(self.network))
 
     def read(self, row: Row, start: int, stop: int) -> Tensor:
-        return dense(self._state[row.ours].detach())[start:stop]
-
-    def stored(self, row: Row) -> str:
-        return STORED[self._state[row.ours].dtype]
+        weight = self._state[row.ours]
+        if isinstance(weight, QTensor):
+            return weight.numbers(start, stop)
+        if isinstance(weight, list):
+            return torch.stack([expert.numbers() for expert in weight[start:stop]])
+        return weight.detach()[start:stop]
 
     def raw(self, row: Row, start: int, stop: int) -> Tensor:
-        raise AssertionError(f"{row.ours} is not packed")
+        weight = self._state[row.ours]
+        if isinstance(weight, QTensor):
+            return weight.raw(start, stop)
+        assert isinstance(weight, list), f"{row.ours} is not packed"
+        return torch.stack([expert.raw() for expert in weight[start:stop]])
+
+    def stored(self, row: Row) -> str:
+        weight = self._state[row.ours]
+        if isinstance(weight, list):
+            weight = weight[0]
+        return weight.type if isinstance(weight, QTensor) else STORED[weight.dtype]
 
     def text(self) -> Text | None:
         return self.words
@@ -295,26 +310,53 @@ def read_json(path: Path) -> Any:
 
 
 def load(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", progress: Progress | None = None
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    exact: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Decoder, Text | None, Layout]:
     """The network (in eval mode), its text side if it has one, and the layout it came in.
 
-    dtype: "auto" (as stored; packed types and float16 become what this CPU multiplies well), or a float type.
+    dtype: "auto" (as stored, packed types packed; float16 becomes what this CPU multiplies well), or a float type.
+    quantize: a recipe such as "q4_k_m", "int8", "nf4": packed on the way in, a few rows at a time.
+    exact: products with packed matrices take their inputs as they are and not rounded to eight bits; slower.
     Raises FormatError, UnsupportedError, ModelNotFound, DoesNotFit.
     """
     path = Path(path)
     if path.suffix in (".json", ".toml") and path.is_file():
+        if quantize is not None:
+            raise RequestError("a pattern file has fresh weights, to be trained: there is nothing to quantize")
         return _fresh(read_file(path), dtype)
     checkpoint = open_checkpoint(path)
-    wanted = pick_dtype(dtype, checkpoint)
-    network = build(checkpoint.layout, wanted, checkpoint)
-    fill(network, checkpoint, progress)
-    return network.eval(), checkpoint.text(), checkpoint.layout
+    source: Source = checkpoint
+    if quantize is not None:
+        from tiercel.weights.quantize import quantized
+
+        if dtype != "auto":
+            raise RequestError(f"choose one: dtype={dtype!r} or quantize={quantize!r}")
+        source = quantized(checkpoint, quantize)
+    return of_source(source, dtype, progress, exact=exact), checkpoint.text(), checkpoint.layout
+
+
+def of_source(
+    source: Source, dtype: str | torch.dtype = "auto", progress: Progress | None = None, *, exact: bool = False
+) -> Decoder:
+    """The network of any source, filled and ready to run."""
+    network = build(source.layout, pick_dtype(dtype, source), source, packed=dtype == "auto")
+    fill(network, source, progress)
+    for _, weight in named_weights(network):
+        for matrix in weight if isinstance(weight, list) else [weight]:
+            if isinstance(matrix, QTensor):
+                matrix.exact = exact
+    return network.eval()
 
 
 def _fresh(config: ModelConfig, dtype: str | torch.dtype, seed: int = 0) -> tuple[Decoder, Text | None, Layout]:
     layout = Layout(PATTERN, config, pattern_rows(config))
-    network = build(layout, torch.float32 if dtype == "auto" else as_dtype(dtype))
+    check_fits(4 * parameter_count(config), "a network of float32 weights")
+    network = Decoder(config).to(torch.float32 if dtype == "auto" else as_dtype(dtype)).requires_grad_(False)
     initialize(network, seed)
     network.pack()
     return network.eval(), None, layout
@@ -327,62 +369,102 @@ def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def pick_dtype(dtype: str | torch.dtype, source: Checkpoint) -> torch.dtype:
-    """What the matrices will be held in."""
+def pick_dtype(dtype: str | torch.dtype, source: Source) -> torch.dtype:
+    """What matrices that are not packed will be held in; "auto" goes by the largest matrix of all."""
     if dtype != "auto":
         return as_dtype(dtype)
-    largest = max(source.layout.rows, key=lambda row: sum(t.nbytes for t in source._stored(row)))
-    stored = source.stored(largest)
-    if stored in ("F32", "F64"):
+    shapes = parameter_shapes(source.layout)
+    stored = source.stored(max(source.layout.rows, key=lambda row: math.prod(shapes[row.ours])))
+    if stored in ("F32", "F64") or stored in PACKED_TYPES:
         return torch.float32
     return torch.bfloat16 if stored == "BF16" or fast_bf16() else torch.float32
 
 
-def build(layout: Layout, dtype: torch.dtype, source: Source | None = None) -> Decoder:
-    """A network of that layout with its memory allocated and not yet filled."""
+def build(layout: Layout, dtype: torch.dtype, source: Source | None = None, *, packed: bool = True) -> Decoder:
+    """A network of that layout with its memory allocated and not yet filled.
+
+    Matrices are laid out for running where there are kernels; packed: those the source has in a packed type keep it.
+    """
     network = outline(layout)
-    meta = dict(network.named_parameters())
-    kept = {row.ours: _kept_dtype(row, dtype, source) for row in layout.rows}
-    needed = sum(p.numel() * kept[name].itemsize for name, p in meta.items())
+    shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    matrices = {row.ours for row in layout.rows if not row.precise and len(shapes[row.ours]) > 1}
+    kinds = {row.ours: _kind(row, shapes[row.ours], dtype, source, packed) for row in layout.rows}
+    needed = sum(_bytes(kinds[name], shape) for name, shape in shapes.items())
     check_fits(needed, f"a network of {str(dtype).removeprefix('torch.')} weights")
-    for name, p in meta.items():
+    for name, shape in shapes.items():
         owner, _, leaf = name.rpartition(".")
-        empty = nn.Parameter(torch.empty(p.shape, dtype=kept[name]), requires_grad=False)
-        setattr(network.get_submodule(owner), leaf, empty)
-    if layout.config.tied:
-        network.head.weight = network.embed.weight
+        hold(network.get_submodule(owner), leaf, _empty(kinds[name], shape, name in matrices))
+    network._tie()
     return network
 
 
-def _kept_dtype(row: Row, dtype: torch.dtype, source: Source | None) -> torch.dtype:
-    """Matrices in the dtype asked for; norms, convolutions and decays never narrower than they are stored."""
-    if not row.precise or source is None or dtype == torch.float32:
-        return dtype
-    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(source.stored(row), torch.float32)
+def _kind(row: Row, shape: tuple[int, ...], dtype: torch.dtype, source: Source | None, packed: bool) -> str:
+    """The type a tensor is held in.  Norms, convolutions and decays are never held narrower than they are stored."""
+    stored = "F32" if source is None else source.stored(row)
+    if row.precise or len(shape) < 2:
+        exact = dtype == torch.float32 or cpu.there  # the kernels read these in float32
+        return "F32" if exact or stored not in STORED.values() else stored
+    return stored if packed and stored in PACKED_TYPES else STORED[dtype]
+
+
+def _bytes(kind: str, shape: tuple[int, ...]) -> int:
+    return (
+        math.prod(shape[:-1]) * row_bytes(kind, shape[-1])
+        if kind in PACKED_TYPES
+        else math.prod(shape) * PLAIN[kind][1]
+    )
+
+
+def _empty(kind: str, shape: tuple[int, ...], matrix: bool) -> nn.Parameter | QTensor | list[QTensor]:
+    """Memory for one tensor: a QTensor for what is packed or read by kernels, a list of them for experts."""
+    if matrix and (kind in PACKED_TYPES or (cpu.there and kind in NUMBERS)):
+        *experts, N, K = shape
+        return [QTensor(kind, (N, K)) for _ in range(experts[0])] if experts else QTensor(kind, (N, K))
+    return nn.Parameter(torch.empty(shape, dtype=torch_dtype(kind)), requires_grad=False)
 
 
 @torch.no_grad()
 def fill(network: Decoder, source: Source, progress: Progress | None = None) -> None:
-    """Copy every tensor into place, a few rows at a time; a matrix is packed as soon as it is whole."""
-    parameters = dict(network.named_parameters())
-    total, done = sum(p.nbytes for p in parameters.values()), 0
+    """Copy every tensor into place, a few rows at a time."""
+    weights = dict(named_weights(network))
+    total, done = sum(_held(weight) for weight in weights.values()), 0
     for row in source.layout.rows:
-        target = parameters[row.ours]
+        target = weights[row.ours]
         for start, stop in row_blocks(target, row):
-            target[start:stop] = source.read(row, start, stop)
-            done += target[start:stop].nbytes
+            put(target, source, row, start, stop)
             if progress is not None:
+                done += _held(target) * (stop - start) // _rows(target)
                 progress(done, total)
-        owner = network.get_submodule(row.ours.rpartition(".")[0])
-        del parameters[row.ours], target
-        if isinstance(owner, Linear) and row.ours.endswith(".weight"):
-            owner.pack()
 
 
-def row_blocks(target: Tensor, row: Row) -> Iterator[tuple[int, int]]:
-    """Row ranges of about BLOCK_BYTES; a tensor in a form that cannot be cut is one range."""
-    count = target.shape[0]
-    step = max(1, BLOCK_BYTES * count // max(target.numel() * 4, 1))
+def put(target: nn.Parameter | QTensor | list[QTensor], source: Source, row: Row, start: int, stop: int) -> None:
+    """Rows start … stop of one tensor from the source into the network."""
+    if isinstance(target, nn.Parameter):
+        target[start:stop] = source.read(row, start, stop)
+        return
+    first = target[0] if isinstance(target, list) else target
+    new = source.raw(row, start, stop) if first.packed else source.read(row, start, stop)
+    if isinstance(target, QTensor):
+        target.put(start, new)
+    else:
+        for expert, matrix in zip(target[start:stop], new, strict=True):
+            expert.put(0, matrix)
+
+
+def _held(weight: nn.Parameter | QTensor | list[QTensor]) -> int:
+    return sum(map(_held, weight)) if isinstance(weight, list) else weight.nbytes
+
+
+def _rows(weight: nn.Parameter | QTensor | list[QTensor]) -> int:
+    return len(weight) if isinstance(weight, list) else weight.shape[0]
+
+
+def row_blocks(target: nn.Parameter | QTensor | list[QTensor], row: Row) -> Iterator[tuple[int, int]]:
+    """Row ranges of about BLOCK_BYTES, a multiple of sixteen rows; what has a form that cannot be cut is one range."""
+    count = _rows(target)
+    step = max(1, BLOCK_BYTES * count // max(_held(target), 1))
+    if isinstance(target, QTensor):
+        step = max(16, step // 16 * 16)
     if any(form.name in WHOLE for form in row.gguf_forms):
         step = count
     for start in range(0, count, step):

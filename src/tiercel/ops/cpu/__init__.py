@@ -10,16 +10,22 @@ addresses, and outputs come from memory that stays: the step can then be run aga
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tiercel import quant
 from tiercel.errors import RequestError
 
+if TYPE_CHECKING:
+    from tiercel.ops.cpu.tape import Tape
+
 try:
-    from tiercel.ops.cpu import _native
+    from tiercel.ops.cpu import _native  # type: ignore[attr-defined]
 except ImportError:  # not built for this interpreter or machine
-    _native = None  # type: ignore[assignment]
+    _native = None
 
 WANTED = os.environ.get("TIERCEL_ISA", "")
 
@@ -41,9 +47,19 @@ isa = _choose()
 there = isa != "torch"
 
 
+recorder: Tape | None = None  # the tape that records
+
+
 def empty(*shape: int) -> Tensor:
     """Memory for an output, float32."""
-    return torch.empty(shape)
+    return torch.empty(shape) if recorder is None else recorder.empty(*shape)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether a kernel can be given these: plain float32 in this machine's memory, and no gradient is wanted."""
+    if not there or torch.is_grad_enabled():
+        return False
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -69,11 +85,73 @@ def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return y
 
 
-SUPER_BLOCKS = {"Q2_K": 0, "Q3_K": 1, "Q4_K": 2, "Q5_K": 3, "Q6_K": 4}
+# ── matrices: see ops/linear.py
+
+FORMATS = {} if _native is None else {name: i for i, name in enumerate(_native.formats)}
+SUPER_BLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 
 def quantize(type: str, x: Tensor, weights: Tensor | None, out: Tensor) -> None:
     """`quant.quantize` for SUPER_BLOCKS, bit for bit; all tensors contiguous, weights (n) float32."""
     rows, width = x.shape
     at = 0 if weights is None else weights.data_ptr()
-    _native.quantize(SUPER_BLOCKS[type], x.data_ptr(), at, out.data_ptr(), rows, width, out.shape[1])
+    _native.quantize(FORMATS[type], x.data_ptr(), at, out.data_ptr(), rows, width, out.shape[1])
+
+
+def panel_bytes(type: str, outputs: int, inputs: int) -> int:
+    """What a matrix takes in panels: its rows filled up to sixteen, rows of numbers to whole vectors."""
+    panels = -(-outputs // 16)
+    if type == "INT8":
+        return panels * (64 + -(-inputs // 32) * 512)
+    if type in ("BF16", "F32"):
+        return panels * (-(-inputs // 2) * 64 if type == "BF16" else inputs * 64)
+    return panels * 16 * quant.row_bytes(type, inputs)
+
+
+def to_panels(type: str, raw_NB: Tensor, panels: Tensor, shape: Sequence[int], start: int) -> None:
+    """Put rows from `start`, a multiple of sixteen, in their place."""
+    N, K = shape
+    assert start % 16 == 0 and start + len(raw_NB) <= N and (len(raw_NB) % 16 == 0 or start + len(raw_NB) == N)
+    _native.to_panels(raw_NB.data_ptr(), panels.data_ptr(), K, N, start, len(raw_NB), FORMATS[type])
+
+
+def from_panels(type: str, raw_NB: Tensor, panels: Tensor, shape: Sequence[int], start: int) -> None:
+    """The way back."""
+    N, K = shape
+    assert start % 16 == 0 and start + len(raw_NB) <= N
+    _native.from_panels(raw_NB.data_ptr(), panels.data_ptr(), K, N, start, len(raw_NB), FORMATS[type])
+
+
+def rows(type: str, panels: Tensor, shape: Sequence[int], which_T: Tensor) -> Tensor:
+    y_TK = empty(len(which_T), shape[1])
+    _native.rows(
+        panels.data_ptr(), which_T.data_ptr(), y_TK.data_ptr(), shape[1], len(which_T), 1.0, FORMATS[type]
+    )  # fmt: skip
+    return y_TK
+
+
+# type: inputs that share a scale, where its unsigned quants have their zero; what the rounding of inputs has to know
+ROUNDED = {
+    "Q4_0": (32, 8), "Q4_1": (32, 0), "Q5_0": (32, 16), "Q5_1": (32, 0), "Q8_0": (32, 128), "Q2_K": (16, 0),
+    "Q3_K": (16, 4), "Q4_K": (32, 0), "Q5_K": (32, 0), "Q6_K": (16, 32), "INT8": (32, 128), "NF4": (32, 128),
+}  # fmt: skip
+
+
+def linear(
+    type: str, panels: Tensor, shape: Sequence[int], x_TK: Tensor, bias_N: Tensor | None, scale: float, exact: bool
+) -> Tensor:
+    N, K = shape
+    T = x_TK.shape[0]
+    y_TN, rounded = empty(T, N), None
+    if type == "BF16" and not exact and T > 1:
+        rounded = empty(T, -(-K // 2))
+        _native.round_bf16(x_TK.data_ptr(), rounded.data_ptr(), T, K)
+    elif type in ROUNDED and not exact and T > 1:
+        sub, zero = ROUNDED[type]
+        rounded = empty(T, -(-K // 32) * (9 + 64 // sub))
+        _native.round_inputs(x_TK.data_ptr(), rounded.data_ptr(), T, K, sub, zero)
+    _native.linear(
+        panels.data_ptr(), panels.nbytes, x_TK.data_ptr(), 0 if rounded is None else rounded.data_ptr(),
+        0 if bias_N is None else bias_N.data_ptr(), y_TN.data_ptr(), K, N, T, scale, FORMATS[type], exact,
+    )  # fmt: skip
+    return y_TN

@@ -5,7 +5,13 @@
 namespace ISA {
 
 void pointwise(tiercel::Kernels&);
+void linears(tiercel::Kernels&);
+void panels(tiercel::Kernels&);
 void packing(tiercel::Kernels&);
+void attention(tiercel::Kernels&);
+void conv(tiercel::Kernels&);
+void ssd(tiercel::Kernels&);
+void scan(tiercel::Kernels&);
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
@@ -15,7 +21,13 @@ const tiercel::Kernels& table() {
         tiercel::Kernels k{};
         k.name = TEXT(ISA);
         pointwise(k);
+        linears(k);
+        panels(k);
         packing(k);
+        attention(k);
+        conv(k);
+        ssd(k);
+        scan(k);
         return k;
     }();
     return k;

@@ -28,14 +28,120 @@ struct Add { const float *a, *b; float* y; i64 count; };  // y = a + b
 struct Gate { const float *gate, *up; float* y; i64 count; int activation; };  // y = act(gate) · up
 enum Activation { SILU, GELU, GELU_TANH, RELU };
 
+// ── matrices ──
+
+enum Format {
+    FORMAT_Q4_0, FORMAT_Q4_1, FORMAT_Q5_0, FORMAT_Q5_1, FORMAT_Q8_0, FORMAT_Q2_K, FORMAT_Q3_K, FORMAT_Q4_K, FORMAT_Q5_K,
+    FORMAT_Q6_K, FORMAT_INT8, FORMAT_NF4, FORMAT_BF16, FORMAT_F32
+};
+
+// y (tokens, outputs) = scale · x (tokens, inputs) Wᵀ + bias.  `rounded`: what round_inputs or round_bf16 made of x,
+// for more than one token
+struct Linear {
+    const uint8_t* weight;
+    const float* x;
+    const uint8_t* rounded;
+    const float* bias;
+    float* y;
+    i64 inputs, outputs, tokens;
+    float scale;
+    int format;
+};
+struct RoundInputs { const float* x; uint8_t* out; i64 tokens, inputs; int sub, zero; };
+// rows of W as float32, those of `which` or the first `count`
+struct Rows { const uint8_t* weight; const i64* which; float* y; i64 inputs, count; float scale; int format; };
+// rows first … first + count − 1 (first a multiple of 16) between a file's blocks and panels
+struct Panels { uint8_t *blocks, *panels; i64 inputs, outputs, first, count; int format; };
 // (rows, width) → super-blocks, width a multiple of 256; importance (width) or nullptr
 struct Quantize { const float *x, *importance; uint8_t* out; i64 rows, width; int type; };
-enum Super { Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
+// ── what depends on a row's own past ──
+
+struct StateWords {  // what a state's words say
+    i64 length;      // tokens
+    float* partials; // (segments, SPLIT, H, 2 + P): largest score, sum and vector of each key segment
+    i64 segments;
+};
+struct AttentionWords {  // an attention part's, from its offset
+    void *k, *v;         // (K, capacity, P)
+    i64 capacity;        // whole tiles of keys
+    i64 finished[1];     // pieces done, for each kv head; 0 between ops
+};
+struct RecurrentWords {  // a Mamba part's, from its offset
+    i64 base;            // the token S stands before
+    i64 finished;        // pieces done; 0 between ops
+    void *columns, *x;   // (K − 1 + 2 chunk, C);  Mamba-2 (H, 2 chunk, P), Mamba-1 (2 chunk, I)
+    float* dt;           // (2 chunk, H or I)
+    void* B;             // (G, 2 chunk, N) or (2 chunk, N)
+    float* S;            // (H, N, P) or (N, I)
+    float* running;      // Mamba-1: (N, I), the state before token `running_length`
+    i64 running_length;
+};
+
+constexpr i64 KEYS = 32;       // keys of a tile
+constexpr i64 SEGMENT = 1024;  // keys summed by themselves, then merged in order
+constexpr i64 SPLIT = 8;       // new tokens up to which segments may go to different threads
+
+struct Texts {
+    const Row* rows;
+    i64 count;
+    i64 part;  // offset of the layer part in the words
+    int bf16;  // keys, values and inputs are kept as bf16, else float32
+};
+
+struct Rotary { Texts texts; const float* f; float *cos, *sin; i64 half; float scale; };  // (T, half): half the turned dims
+struct Remember {  // k and v (T, K · P), rows `stride` apart, into the caches, k turned
+    Texts texts;
+    const float *k, *v, *cos, *sin;
+    i64 stride, half, kv_heads, head_dim;
+};
+struct Attend {  // y (T, H · P); window 0: none
+    Texts texts;
+    const float *q, *cos, *sin;
+    float* y;
+    i64 stride, half, heads, kv_heads, head_dim, window;
+    float scale;
+};
+struct Conv {  // y (T, channels) = silu(conv x), rounded to the state's type; dts (T, heads) = softplus(dt + bias), clamped
+    Texts texts;
+    const float *x, *weight, *bias, *dt, *dt_bias;  // weight (taps, channels); x and dt rows are `stride` apart
+    float *y, *dts;
+    i64 stride, channels, taps, heads;
+    float low, high;
+};
+struct Ssd {  // y (T, H · P) from xBC and dt as Conv left them; columns: what Conv was given
+    Texts texts;
+    const float *xBC, *dt, *A, *D, *columns;
+    float* y;
+    i64 stride, heads, head_dim, groups, state, taps, chunk;
+};
+struct Select {  // Mamba-1: (T, widths summed) into dt, B, C, each with an RMS norm where it has a weight; B as kept
+    const float* x;
+    const float* weight[3];
+    float* y[3];
+    i64 tokens, width[3];
+    float eps;
+    int bf16;
+};
+struct Scan {  // Mamba-1: y (T, I) = (scan + D x) · silu(z); A (N, I); dt before bias and softplus
+    Texts texts;
+    const float *x, *dt, *dt_bias, *B, *C, *A, *D, *z, *columns;
+    float* y;
+    i64 stride, inner, state, taps, chunk;  // z and columns rows are `stride` apart
+};
+struct GatedNorm {  // z rows are `stride` apart; weight nullptr: y · silu(z)
+    const float *x, *z, *weight;
+    float* y;
+    i64 tokens, width, stride, groups;
+    float eps;
+    int gate_first;
+};
 
 struct Kernels {
     const char* name;
     Kernel rms_norm, add, gate;
+    Kernel linear, linear_f32, linear_bf16, round_inputs, round_bf16, rows, to_panels, from_panels;
     Kernel quantize;
+    Kernel rotary, remember, attend, conv, ssd, select, scan, gated_norm;
 };
 
 const Kernels& kernels();  // those of the instruction set in use

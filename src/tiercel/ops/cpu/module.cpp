@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "bind.h"
 
 namespace nb = nanobind;
 using namespace tiercel;
@@ -51,22 +51,6 @@ std::vector<std::string> available() {
     return out;
 }
 
-using at = uintptr_t;
-
-template <class T> T* ptr(at a) { return (T*)a; }
-
-template <class Args>
-void go(Kernel kernel, const Args& args, bool alone, const std::vector<Range>& reads, const std::vector<Range>& writes) {
-    static_assert(sizeof(Args) <= Op::MOST);
-    nb::gil_scoped_release free;
-    submit(kernel, &args, sizeof args, alone, reads, writes);
-}
-
-constexpr size_t f32 = sizeof(float);
-
-// below so many values, waking other threads costs more than it saves
-constexpr i64 SMALL = 16384;
-
 }  // namespace
 
 const Kernels& kernels() { return *chosen; }
@@ -74,6 +58,7 @@ const Kernels& kernels() { return *chosen; }
 }  // namespace tiercel
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // recordings live as long as the networks of a process
     choose(available().front());
     m.def("available", available, "Instruction sets of this build that this machine has, the best first.");
     m.def("isa", [] { return std::string(kernels().name); });
@@ -89,6 +74,8 @@ NB_MODULE(_native, m) {
     m.def("record", [](Ops& ops) { record(&ops); });
     m.def("stop", [] { record(nullptr); });
 
+    bind_mixers(m);
+
     m.def("rms_norm", [](at x, at weight, at y, i64 T, i64 D, float eps) {
         go(kernels().rms_norm, RmsNorm{ptr<float>(x), ptr<float>(weight), ptr<float>(y), T, D, eps}, T * D < SMALL,
            {{ptr<void>(x), T * D * f32}}, {{ptr<void>(y), T * D * f32}});
@@ -101,10 +88,48 @@ NB_MODULE(_native, m) {
         go(kernels().gate, Gate{ptr<float>(gate), ptr<float>(up), ptr<float>(y), n, activation}, n < SMALL,
            {{ptr<void>(gate), n * f32}, {ptr<void>(up), n * f32}}, {{ptr<void>(y), n * f32}});
     });
+
+    // ── matrices ──
+
+    m.attr("formats") = std::vector<std::string>{"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
+                                                 "Q6_K", "INT8", "NF4", "BF16", "F32"};
+    m.def("linear", [](at weight, i64 weight_bytes, at x, at rounded, at bias, at y, i64 inputs, i64 outputs, i64 tokens,
+                       float scale, int format, bool exact) {
+        const Kernel k = format == FORMAT_BF16 && !exact ? kernels().linear_bf16
+                         : format == FORMAT_F32 || exact ? kernels().linear_f32
+                                                         : kernels().linear;
+        std::vector<Range> reads{{ptr<void>(x), tokens * inputs * f32}};
+        if (rounded) reads.push_back({ptr<void>(rounded), 1});
+        go(k, Linear{ptr<uint8_t>(weight), ptr<float>(x), ptr<uint8_t>(rounded), ptr<float>(bias), ptr<float>(y), inputs,
+                     outputs, tokens, scale, format},
+           weight_bytes * tokens < SMALL, reads, {{ptr<void>(y), tokens * outputs * f32}});
+    });
+    m.def("round_inputs", [](at x, at out, i64 tokens, i64 inputs, int sub, int zero) {
+        go(kernels().round_inputs, RoundInputs{ptr<float>(x), ptr<uint8_t>(out), tokens, inputs, sub, zero},
+           tokens * inputs < SMALL, {{ptr<void>(x), tokens * inputs * f32}}, {{ptr<void>(out), 1}});
+    });
+    m.def("round_bf16", [](at x, at out, i64 tokens, i64 inputs) {
+        go(kernels().round_bf16, RoundInputs{ptr<float>(x), ptr<uint8_t>(out), tokens, inputs, 0, 0},
+           tokens * inputs < SMALL, {{ptr<void>(x), tokens * inputs * f32}}, {{ptr<void>(out), 1}});
+    });
+    m.def("rows", [](at weight, at which, at y, i64 inputs, i64 count, float scale, int format) {
+        std::vector<Range> reads;
+        if (which) reads.push_back({ptr<void>(which), count * sizeof(i64)});
+        go(kernels().rows, Rows{ptr<uint8_t>(weight), ptr<i64>(which), ptr<float>(y), inputs, count, scale, format},
+           count * inputs < SMALL, reads, {{ptr<void>(y), count * inputs * f32}});
+    });
+    m.def("to_panels", [](at blocks, at panels, i64 inputs, i64 outputs, i64 first, i64 count, int format) {
+        go(kernels().to_panels, Panels{ptr<uint8_t>(blocks), ptr<uint8_t>(panels), inputs, outputs, first, count, format},
+           false, {}, {});
+    });
+    m.def("from_panels", [](at blocks, at panels, i64 inputs, i64 outputs, i64 first, i64 count, int format) {
+        go(kernels().from_panels, Panels{ptr<uint8_t>(blocks), ptr<uint8_t>(panels), inputs, outputs, first, count, format},
+           false, {}, {});
+    });
     m.def("quantize", [](int type, at x, at importance, at out, i64 rows, i64 width, i64 row_bytes) {
         const auto noted = importance ? std::vector<Range>{{ptr<void>(x), rows * width * f32}, {ptr<void>(importance), width * f32}}
                                       : std::vector<Range>{{ptr<void>(x), rows * width * f32}};
         go(kernels().quantize, Quantize{ptr<float>(x), ptr<float>(importance), ptr<uint8_t>(out), rows, width, type},
-           rows * width < SMALL, noted, {{ptr<void>(out), rows * row_bytes}});
+           rows * width < SMALL, noted, {{ptr<void>(out), (size_t)(rows * row_bytes)}});
     });
 }

@@ -43,9 +43,6 @@ template <class Body> INLINE void each_sixteen(i64 count, Team& team, Body body)
     }
 }
 
-INLINE F load_n(const float* a, int n) { return n == 16 ? load(a) : load_some(a, n); }
-INLINE void store_n(float* a, F x, int n) { n == 16 ? store(a, x) : store_some(a, x, n); }
-
 void add(const void* args, Team& team) {
     const Add& a = *(const Add*)args;
     each_sixteen(a.count, team, [&](i64 i, int n) { store_n(a.y + i, load_n(a.a + i, n) + load_n(a.b + i, n), n); });

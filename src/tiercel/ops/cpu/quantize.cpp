@@ -363,33 +363,33 @@ void write_block(int type, const Fields& f, int lane, uint8_t* out) {
     const uint8_t *q = f.q[lane], *s = f.scales[lane], *m = f.mins[lane];
     const uint16_t *d = &f.d.bits[lane], *dmin = &f.dmin.bits[lane];
     switch (type) {
-    case Q2_K:
+    case FORMAT_Q2_K:
         for (int j = 0; j < 16; j++) out[j] = (uint8_t)(s[j] | m[j] << 4);
         join_fields(q, 0, 2, 32, BLOCK, out + 16);
         memcpy(out + 80, d, 2);
         memcpy(out + 82, dmin, 2);
         return;
-    case Q3_K:
+    case FORMAT_Q3_K:
         join_fields(q, 2, 1, 32, BLOCK, out);
         join_fields(q, 0, 2, 32, BLOCK, out + 32);
         join_fields(s, 0, 4, 8, 16, out + 96);
         join_fields(s, 4, 2, 4, 16, out + 104);
         memcpy(out + 108, d, 2);
         return;
-    case Q4_K:
+    case FORMAT_Q4_K:
         memcpy(out, d, 2);
         memcpy(out + 2, dmin, 2);
         scales_and_mins(s, m, out + 4);
         join_fields(q, 0, 4, 32, BLOCK, out + 16);
         return;
-    case Q5_K:
+    case FORMAT_Q5_K:
         memcpy(out, d, 2);
         memcpy(out + 2, dmin, 2);
         scales_and_mins(s, m, out + 4);
         join_fields(q, 4, 1, 32, BLOCK, out + 16);
         join_fields(q, 0, 4, 32, BLOCK, out + 48);
         return;
-    case Q6_K:
+    case FORMAT_Q6_K:
         join_fields(q, 0, 4, 64, BLOCK, out);
         join_fields(q, 4, 2, 32, BLOCK, out + 128);
         memcpy(out + 192, s, 16);
@@ -402,11 +402,11 @@ template <bool WEIGHTED> void quantize_tile(int type, const F* x, const F* w, Fi
     using Small = Tile<16, 16, WEIGHTED>;
     using Large = Tile<8, 32, WEIGHTED>;
     switch (type) {
-    case Q2_K: return affine_fields(Small{x, w}, 3, 15, f);
-    case Q3_K: return symmetric_fields(Small{x, w}, 4, 32, 32, f);
-    case Q4_K: return affine_fields(Large{x, w}, 15, 63, f);
-    case Q5_K: return affine_fields(Large{x, w}, 31, 63, f);
-    case Q6_K: return symmetric_fields(Small{x, w}, 32, 128, 0, f);
+    case FORMAT_Q2_K: return affine_fields(Small{x, w}, 3, 15, f);
+    case FORMAT_Q3_K: return symmetric_fields(Small{x, w}, 4, 32, 32, f);
+    case FORMAT_Q4_K: return affine_fields(Large{x, w}, 15, 63, f);
+    case FORMAT_Q5_K: return affine_fields(Large{x, w}, 31, 63, f);
+    case FORMAT_Q6_K: return symmetric_fields(Small{x, w}, 32, 128, 0, f);
     }
 }
 
@@ -419,7 +419,7 @@ template <class At> INLINE void gather(F* into, int count, At at) {
     }
 }
 
-constexpr int BYTES[] = {84, 110, 144, 176, 210};  // in the order of Super
+constexpr int BYTES[] = {84, 110, 144, 176, 210};  // Q2_K … Q6_K, in the order of Format
 
 struct Room { F x[BLOCK], w[BLOCK]; Fields fields; };
 
@@ -440,7 +440,7 @@ void quantize(const void* args, Team& team) {
             quantize_tile<false>(a.type, room.x, room.w, room.fields);
         }
         for (int lane = 0; lane < count; lane++)
-            write_block(a.type, room.fields, lane, a.out + (first + lane) * BYTES[a.type]);
+            write_block(a.type, room.fields, lane, a.out + (first + lane) * BYTES[a.type - FORMAT_Q2_K]);
     }
 }
 

@@ -56,17 +56,21 @@ public:
         std::lock_guard<std::mutex> one(entry_);  // one run at a time: the cores are shared anyway
         if (ops.empty()) return;
         if (ops.size() > capacity_) {
-            counters_.reset(new std::atomic<int64_t>[ops.size()]);
+            progress_.reset(new Progress[ops.size()]);
             capacity_ = ops.size();
+        } else {
+            for (size_t i = 0; i < ops.size(); i++) {
+                progress_[i].next.store(0, std::memory_order_relaxed);
+                progress_[i].total.store(-1, std::memory_order_relaxed);
+                progress_[i].done.store(0, std::memory_order_relaxed);
+                progress_[i].owner.store(0, std::memory_order_relaxed);
+            }
         }
-        for (size_t i = 0; i < ops.size(); i++) counters_[i].store(0, std::memory_order_relaxed);
-        grow(size - 1);
         ops_ = &ops;
         size_ = size;
-        arrived_.store(0, std::memory_order_relaxed);
-        phase_.store(0, std::memory_order_relaxed);
-        finished_.store(0, std::memory_order_relaxed);
         if (size > 1) {
+            grow(size - 1);
+            open_.store(true, std::memory_order_seq_cst);
             {
                 std::lock_guard<std::mutex> lock(sleep_);
                 round_.fetch_add(1, std::memory_order_release);
@@ -74,40 +78,43 @@ public:
             wake_.notify_all();
         }
         work(0);
-        int turns = 0;
-        // all of them, also those that had nothing to do: nobody may see the next run's fields in this one
-        while (size > 1 && finished_.load(std::memory_order_acquire) != workers_) pause_or_yield(turns);
+        if (size > 1) {  // who has not come by now need not come
+            open_.store(false, std::memory_order_seq_cst);
+            int turns = 0;
+            while (inside_.load(std::memory_order_seq_cst) != 0) pause_or_yield(turns);
+        }
     }
 
 private:
     void work(int id) {
-        Team team{id, size_, nullptr};
-        int64_t waits = 0;
-        for (size_t i = 0; i < ops_->size(); i++) {
-            const Op& op = (*ops_)[i];
-            if (op.wait) barrier(++waits);
-            if (op.alone) {
-                if (id != 0) continue;
-                team.size = 1;
-            }
-            team.next = &counters_[i];
-            op.kernel(op.args, team);
-            team.size = size_;
+        size_t complete = 0;  // so many ops are known to be
+        const std::vector<Op>& ops = *ops_;
+        for (size_t i = 0; i < ops.size(); i++) {
+            if (ops[i].wait)
+                for (; complete < i; complete++) await(complete, id);
+            if (!ops[i].alone || id == 0) execute(i, id);
         }
+        if (id == 0)
+            for (; complete < ops.size(); complete++) await(complete, id);
     }
 
-    void barrier(int64_t number) {
-        if (size_ == 1) return;
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == number * size_) {
-            phase_.store(number, std::memory_order_release);
-            return;
-        }
+    void execute(size_t i, int id) {
+        const Op& op = (*ops_)[i];
+        if (op.alone && progress_[i].owner.exchange(1, std::memory_order_acq_rel)) return;
+        Team team{id, op.alone ? 1 : size_, &progress_[i], false};
+        op.kernel(op.args, team);
+    }
+
+    void await(size_t i, int id) {
         int turns = 0;
-        while (phase_.load(std::memory_order_acquire) < number) pause_or_yield(turns);
+        while (!progress_[i].complete()) {
+            pause_or_yield(turns);
+            if (turns == SPIN / 8 && (*ops_)[i].alone) execute(i, id);  // the thread that should is not there
+        }
     }
 
     void grow(int workers) {
-        while ((int)workers_ < workers) {
+        while (workers_ < workers) {
             const int id = ++workers_;
             std::thread([this, id, seen = round_.load()] { live(id, seen); }).detach();
         }
@@ -124,9 +131,10 @@ private:
                 std::unique_lock<std::mutex> lock(sleep_);
                 wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
             }
-            seen++;
-            if (id < size_) work(id);
-            finished_.fetch_add(1, std::memory_order_release);
+            seen = round_.load(std::memory_order_acquire);
+            inside_.fetch_add(1, std::memory_order_seq_cst);
+            if (open_.load(std::memory_order_seq_cst) && id < size_) work(id);
+            inside_.fetch_sub(1, std::memory_order_seq_cst);
         }
     }
 
@@ -135,17 +143,17 @@ private:
     std::condition_variable wake_;
     int workers_ = 0, size_ = 1;
     const std::vector<Op>* ops_ = nullptr;
-    std::unique_ptr<std::atomic<int64_t>[]> counters_;
+    std::unique_ptr<Progress[]> progress_;
     size_t capacity_ = 0;
     alignas(64) std::atomic<int64_t> round_{0};
-    alignas(64) std::atomic<int64_t> arrived_{0};
-    alignas(64) std::atomic<int64_t> phase_{0};
-    alignas(64) std::atomic<int> finished_{0};
+    alignas(64) std::atomic<bool> open_{false};
+    alignas(64) std::atomic<int> inside_{0};
 };
 
 Pool* Pool::pool_ = nullptr;
 int threads_ = 1;
 
+// Hazards: an op has to wait when it reads or writes what an earlier one wrote since the last wait, or writes what one reads.
 bool meet(const std::vector<Range>& a, const std::vector<Range>& b) {
     for (const Range& x : a)
         for (const Range& y : b) {

@@ -1,9 +1,10 @@
 // Threads that stay, and ops that run on them one after another.
 //
-// An op is a kernel and its arguments.  Every thread of the team runs every op and takes pieces of it from a shared
-// counter; which thread computes a piece never changes the piece.  Between two ops the team waits for its last thread
-// only where the second touches what the first wrote (see Hazards).  A list of ops that was recorded once can be run
-// again and again without Python: that is how a decode step costs no call overhead.
+// An op is a kernel and its arguments.  The threads of a team run through the ops and take pieces of each from a shared
+// counter; which thread computes a piece never changes the piece.  Before an op that touches what earlier ones wrote
+// (see Hazards in team.cpp) a thread waits until the pieces of those are done, not until the other threads have come:
+// one that the system has taken off its core holds nobody up unless it has a piece in hand.  A list of ops that was
+// recorded once can be run again and again without Python: that is how a decode step costs no call overhead.
 #pragma once
 
 #include <atomic>
@@ -13,14 +14,27 @@
 
 namespace tiercel {
 
+struct Progress {  // of one op in one run
+    std::atomic<int32_t> next{0}, total{-1}, done{0}, owner{0};
+
+    bool complete() const {
+        const int32_t all = total.load(std::memory_order_acquire);
+        return all >= 0 && done.load(std::memory_order_acquire) >= all;
+    }
+};
+
 struct Team {
     int id, size;
-    std::atomic<int64_t>* next;  // the running op's counter
+    Progress* op;
+    bool holds;  // a piece
 
-    // the next piece of `count`, or −1 when none is left
+    // the next piece of `count`, or −1 when none is left; asking says that the last one is done
     int64_t take(int64_t count) {
-        const int64_t i = next->fetch_add(1, std::memory_order_relaxed);
-        return i < count ? i : -1;
+        if (holds) op->done.fetch_add(1, std::memory_order_release);
+        const int32_t i = op->next.fetch_add(1, std::memory_order_acq_rel);
+        if (i == 0) op->total.store((int32_t)count, std::memory_order_release);
+        holds = i < count;
+        return holds ? i : -1;
     }
     // 64-byte aligned memory of this thread, valid until the next call; contents are not kept
     void* scratch(size_t bytes);
@@ -37,7 +51,7 @@ struct Op {
     static constexpr size_t MOST = 256;
     Kernel kernel;
     bool wait;  // for all earlier ops to be complete on all threads
-    bool alone; // small: thread 0 does it all
+    bool alone;  // small: one thread does it all
     alignas(16) unsigned char args[MOST];
 };
 

@@ -148,17 +148,28 @@ INLINE I dot4(I acc, I w, I a) {
 INLINE float sum(F a) {
 #if defined(TIERCEL_AVX512)
     return _mm512_reduce_add_ps((__m512)a.p[0]);  // this very tree
-#endif
+#elif defined(TIERCEL_AVX2)
+    const __m256 eight = (__m256)(a.p[0] + a.p[1]);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     float x[16];
     store(x, a);
     for (int n = 8; n > 0; n /= 2)
         for (int i = 0; i < n; i++) x[i] += x[i + n];
     return x[0];
+#endif
 }
 
 INLINE float maximum(F a) {
 #if defined(TIERCEL_AVX512)
     return _mm512_reduce_max_ps((__m512)a.p[0]);
+#elif defined(TIERCEL_AVX2)
+    const __m256 eight = _mm256_max_ps((__m256)a.p[0], (__m256)a.p[1]);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 #else
     float x[16], m;
     store(x, a);
@@ -168,7 +179,58 @@ INLINE float maximum(F a) {
 #endif
 }
 
+INLINE I max(I a, I b) {
+#if defined(TIERCEL_AVX512)
+    a.p[0] = (vi)_mm512_max_epi32((__m512i)a.p[0], (__m512i)b.p[0]);
+#elif defined(TIERCEL_AVX2)
+    EACH a.p[i] = (vi)_mm256_max_epi32((__m256i)a.p[i], (__m256i)b.p[i]);
+#else
+    EACH a.p[i] = a.p[i] > b.p[i] ? a.p[i] : b.p[i];
+#endif
+    return a;
+}
+
+INLINE int32_t sum(I a) {
+#if defined(TIERCEL_AVX512)
+    return _mm512_reduce_add_epi32((__m512i)a.p[0]);
+#else
+    vi s = a.p[0];
+    for (int i = 1; i < PARTS; i++) s += a.p[i];
+    int32_t r = 0;
+    for (int i = 0; i < WIDTH; i++) r += s[i];
+    return r;
+#endif
+}
+
+INLINE int32_t maximum(I a) {
+#if defined(TIERCEL_AVX512)
+    return _mm512_reduce_max_epi32((__m512i)a.p[0]);
+#elif defined(TIERCEL_AVX2)
+    const __m256i m = _mm256_max_epi32((__m256i)a.p[0], (__m256i)a.p[1]);
+    __m128i n = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    n = _mm_max_epi32(n, _mm_shuffle_epi32(n, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(n, _mm_shuffle_epi32(n, 0xb1)));
+#else
+    int32_t x[16], m;
+    memcpy(x, &a, 64);
+    m = x[0];
+    for (int i = 1; i < 16; i++) m = x[i] > m ? x[i] : m;
+    return m;
+#endif
+}
+
 // ── narrow types ──
+
+INLINE void store_bytes(int8_t* to, I a) {  // −128 … 127
+#if defined(TIERCEL_AVX512)
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)a.p[0]));
+#elif defined(TIERCEL_AVX2)
+    const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)a.p[0], (__m256i)a.p[1]), 0xd8);
+    _mm_storeu_si128((__m128i*)to, _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+#else
+    for (int i = 0; i < 16; i++) to[i] = (int8_t)a.p[i / WIDTH][i % WIDTH];
+#endif
+}
 
 INLINE float from_bf16(bf16 x) { uint32_t u = (uint32_t)x << 16; float f; memcpy(&f, &u, 4); return f; }
 
@@ -177,6 +239,13 @@ INLINE bf16 to_bf16(float f) {  // nearest, ties to even; NaN stays NaN
     memcpy(&u, &f, 4);
     if ((u & 0x7fffffffu) > 0x7f800000u) return (bf16)((u >> 16) | 64);
     return (bf16)((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+
+INLINE I bf16_bits(F x) {  // the same for sixteen, in the low half of every lane
+    const I u = as_int(x);
+    I r = shr(u + seti(0x7fff) + (shr(u, 16) & seti(1)), 16);
+    EACH r.p[i] = x.p[i] == x.p[i] ? r.p[i] : (vi)((vu)u.p[i] >> 16) | 64;
+    return r;
 }
 
 INLINE F load(const bf16* a) {
@@ -198,10 +267,27 @@ INLINE F load(const bf16* a) {
 INLINE void store(bf16* a, F x) {
 #if defined(TIERCEL_AVX512)
     _mm256_storeu_si256((__m256i*)a, (__m256i)_mm512_cvtneps_pbh((__m512)x.p[0]));
+#elif defined(TIERCEL_AVX2)
+    const I u = bf16_bits(x);
+    const __m256i mixed = _mm256_packus_epi32((__m256i)u.p[0], (__m256i)u.p[1]);  // 0–3 8–11 4–7 12–15
+    _mm256_storeu_si256((__m256i*)a, _mm256_permute4x64_epi64(mixed, 0xd8));
 #else
-    float f[16];
-    store(f, x);
-    for (int i = 0; i < 16; i++) a[i] = to_bf16(f[i]);
+    const I u = bf16_bits(x);
+    uint32_t bits[16];
+    storei(bits, u);
+    for (int i = 0; i < 16; i++) a[i] = (bf16)bits[i];
+#endif
+}
+
+// as it would come back from memory
+INLINE F rounded(F x, const float*) { return x; }
+INLINE F rounded(F x, const bf16*) {
+#if defined(TIERCEL_AVX512)
+    const __m256i narrow = (__m256i)_mm512_cvtneps_pbh((__m512)x.p[0]);
+    x.p[0] = (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+    return x;
+#else
+    return as_float(shl(bf16_bits(x), 16));
 #endif
 }
 
@@ -251,6 +337,10 @@ template <class T> INLINE void store_some(T* a, F x, int n) {
     memcpy(a, y, n * sizeof(T));
 }
 
+INLINE F load_n(const float* a, int n) { return n >= 16 ? load(a) : load_some(a, n); }
+INLINE F load_n(const bf16* a, int n) { return n >= 16 ? load(a) : load_some(a, n); }
+template <class T> INLINE void store_n(T* a, F x, int n) { n >= 16 ? store(a, x) : store_some(a, x, n); }
+
 // ── functions ──
 
 // e^x, relative error about 2e-7; 0 below −87.3, where results would be denormal; x above 88.7 gives infinity-like max
@@ -273,6 +363,32 @@ INLINE F exp(F x) {
     EACH out.p[i] = x.p[i] < lowest.p[i] ? vf{} : r.p[i];
     return out;
 }
+
+// log(1 + x) for x in 0 … 1
+INLINE F log1p(F x) {
+    const F one = set(1.0f), w = x + one;
+    F f, e, exact, y;
+    EACH {
+        const vi upper = w.p[i] > (1.41421356f - vf{});
+        f.p[i] = upper ? w.p[i] * 0.5f - one.p[i] : w.p[i] - one.p[i];
+        e.p[i] = upper ? (0.69314718f - vf{}) : vf{};
+    }
+    F p = set(7.0376836292e-2f);  // Cephes logf
+    p = fma(p, f, set(-1.1514610310e-1f));
+    p = fma(p, f, set(1.1676998740e-1f));
+    p = fma(p, f, set(-1.2420140846e-1f));
+    p = fma(p, f, set(1.4249322787e-1f));
+    p = fma(p, f, set(-1.6668057665e-1f));
+    p = fma(p, f, set(2.0000714765e-1f));
+    p = fma(p, f, set(-2.4999993993e-1f));
+    p = fma(p, f, set(3.3333331174e-1f));
+    y = fma(p * f, f * f, fma(f * f, set(-0.5f), f)) + e;
+    exact = y * (x / (w - one));  // what the sum 1 + x lost
+    EACH y.p[i] = w.p[i] == one.p[i] ? x.p[i] : exact.p[i];
+    return y;
+}
+
+INLINE F softplus(F x) { return max(x, zero()) + log1p(exp(zero() - abs(x))); }
 
 INLINE F silu(F x) { return x / (set(1.0f) + exp(zero() - x)); }
 

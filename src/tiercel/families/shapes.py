@@ -1,0 +1,139 @@
+"""Shapes of published models, as their config.json says them: `tiercel bench falcon-h1:7b --random q4_k_m`.
+
+Enough to build a network of the true size with weights of one's own, without a download.  Sources: the files
+themselves for 0.5B, 7B (= H1R-7B) and the 90M; the 1.5B, 1.5B-Deep, 3B and 34B follow TII's table of shapes and the
+closed form of their multipliers, which reproduces every published value (`muP` below).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tiercel.errors import ModelNotFound
+
+R2 = 2**0.5
+
+
+def _falcon_h1(
+    layers: int,
+    width: int,
+    ffn: int,
+    heads: int,
+    head_dim: int,
+    mamba: tuple[int, int, int],
+    vocab: int,
+    context: int,
+    norm: bool,
+    kv_heads: int = 2,
+    groups: int = 1,
+    **multipliers: Any,
+) -> dict[str, Any]:
+    """mamba: heads, head dim, state."""
+    H, P, N = mamba
+    return {
+        "architectures": ["FalconH1ForCausalLM"],
+        "model_type": "falcon_h1",
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "mamba_d_ssm": H * P,
+        "mamba_n_heads": H,
+        "mamba_d_head": P,
+        "mamba_d_state": N,
+        "mamba_n_groups": groups,
+        "mamba_d_conv": 4,
+        "mamba_chunk_size": 128,
+        "mamba_rms_norm": norm,
+        "mamba_norm_before_gate": False,
+        "rope_theta": 1e11,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": False,
+        **_mup(width, ffn, heads * head_dim, head_dim, H * P, N),
+        **multipliers,
+    }
+
+
+def _mup(D: int, F: int, A: int, P: int, I: int, N: int) -> dict[str, Any]:
+    """muP from a tuned base of width 1280: D width, F feed-forward, A = attention heads · P, I Mamba width, N state."""
+    return {
+        "embedding_multiplier": 4 * R2,
+        "lm_head_multiplier": 40 / D,
+        "key_multiplier": 2**-2.5 * (1280 / D) ** 2 * (128 / P) ** 0.5,
+        "attention_out_multiplier": 0.5 * (1280 / D) * (768 / A),
+        "mlp_multipliers": [2**-0.5 * 1280 / D, 0.25 * (1280 / D) * (3840 / F)],
+        "ssm_in_multiplier": 1280 / D,
+        "ssm_out_multiplier": 2**-2.5 * 2048 / I,
+        "ssm_multipliers": [R2 / 4, 0.25, 2**-2.5 * 256 / N, 0.5, R2 / 4],
+    }
+
+
+def _llama(layers: int, width: int, ffn: int, heads: int, kv_heads: int, vocab: int, **others: Any) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": width // heads,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        **others,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "falcon-h1:90m": _falcon_h1(24, 512, 768, 8, 64, (24, 32, 64), 32768, 262144, False, tie_word_embeddings=True,
+                                embedding_multiplier=0.11083984375, lm_head_multiplier=0.078125, key_multiplier=1.0,
+                                attention_out_multiplier=1.0, mlp_multipliers=[1.0, 1.0], ssm_in_multiplier=1.0,
+                                ssm_out_multiplier=1.0, ssm_multipliers=[1.0] * 5),
+    "falcon-h1:0.5b": _falcon_h1(36, 1024, 2048, 8, 64, (24, 64, 128), 32784, 16384, False),
+    "falcon-h1:1.5b": _falcon_h1(24, 2048, 4608, 8, 128, (48, 64, 256), 65537, 131072, True),
+    "falcon-h1:1.5b-deep": _falcon_h1(66, 1280, 3072, 6, 128, (24, 64, 256), 65537, 131072, False),
+    "falcon-h1:3b": _falcon_h1(32, 2560, 6144, 10, 128, (32, 128, 256), 65537, 131072, False),
+    "falcon-h1:7b": _falcon_h1(44, 3072, 12288, 12, 128, (24, 128, 256), 130048, 262144, True),
+    "falcon-h1:34b": _falcon_h1(72, 5120, 21504, 20, 128, (32, 128, 256), 261120, 262144, True, kv_heads=4, groups=2),
+    "mamba:2.8b": {
+        "architectures": ["MambaForCausalLM"], "model_type": "mamba", "vocab_size": 50280, "hidden_size": 2560,
+        "num_hidden_layers": 64, "state_size": 16, "expand": 2, "conv_kernel": 4, "time_step_rank": 160,
+        "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+    },
+    "mamba2:2.7b": {
+        "architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "vocab_size": 50288, "hidden_size": 2560,
+        "num_hidden_layers": 64, "state_size": 128, "expand": 2, "conv_kernel": 4, "num_heads": 80, "head_dim": 64,
+        "n_groups": 1, "chunk_size": 256, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+    },
+    "bamba:9b": {
+        "architectures": ["BambaForCausalLM"], "model_type": "bamba", "vocab_size": 128256, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "attn_layer_indices": [9, 18, 27], "mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128,
+        "mamba_n_groups": 1, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 256,
+        "max_position_embeddings": 262144, "tie_word_embeddings": False,
+    },
+    "jamba:mini": {
+        "architectures": ["JambaForCausalLM"], "model_type": "jamba", "vocab_size": 65536, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "attn_layer_period": 8, "attn_layer_offset": 4, "expert_layer_period": 2, "expert_layer_offset": 1,
+        "num_experts": 16, "num_experts_per_tok": 2, "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2,
+        "mamba_dt_rank": 256, "max_position_embeddings": 262144, "tie_word_embeddings": False,
+    },
+    "llama:7b": _llama(32, 4096, 11008, 32, 32, 32000),
+    "smollm2:135m": _llama(30, 576, 1536, 9, 3, 49152, rope_theta=100_000.0, max_position_embeddings=8192,
+                           tie_word_embeddings=True),
+}  # fmt: skip
+SHAPES["falcon-h1r:7b"] = SHAPES["falcon-h1:7b"]  # only weights and training differ
+
+
+def shape(name: str) -> dict[str, Any]:
+    """The config.json of a published shape; ModelNotFound names the known ones."""
+    if name not in SHAPES:
+        raise ModelNotFound(f"no shape {name!r}; known: {', '.join(SHAPES)}")
+    return SHAPES[name]

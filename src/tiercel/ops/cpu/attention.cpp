@@ -1,0 +1,376 @@
+// Rotary positions, the key and value caches, and causal grouped-query attention.
+//
+// A query meets the keys in tiles of KEYS at absolute positions, each tile one step of the running softmax; after every
+// SEGMENT keys the sums are set aside and begun anew, and the segments merged in order.  So the result of a query is
+// the same whoever computes it: in a prompt a thread takes a block of queries through all segments, in decode each
+// thread takes some segments of the one query.
+#include "texts.h"
+
+#include <math.h>
+
+namespace ISA {
+
+void rotary(const void* args, Team& team) {
+    const Rotary& a = *(const Rotary*)args;
+    constexpr i64 TOKENS = 8;
+    each_piece(a.texts, team, [](const Row& row) { return parts(row.tokens, TOKENS); }, [&](const Row& row, i64 piece) {
+        const i64 length = length_of(row), stop = least(row.tokens, (piece + 1) * TOKENS);
+        for (i64 t = piece * TOKENS; t < stop; t++) {
+            float* cos = a.cos + (row.first + t) * a.half;
+            float* sin = a.sin + (row.first + t) * a.half;
+            for (i64 i = 0; i < a.half; i++) {
+                const float angle = (float)(length + t) * a.f[i];
+                cos[i] = cosf(angle) * a.scale;
+                sin[i] = sinf(angle) * a.scale;
+            }
+        }
+    });
+}
+
+template <class T> INLINE void remember_as(const Remember& a, Team& team) {
+    constexpr i64 TOKENS = 16;
+    const i64 P = a.head_dim;
+    each_piece(a.texts, team, [](const Row& row) { return parts(row.tokens, TOKENS); }, [&](const Row& row, i64 piece) {
+        const AttentionWords& words = attention_of(a.texts, row);
+        const i64 length = length_of(row), stop = least(row.tokens, (piece + 1) * TOKENS);
+        for (i64 t = piece * TOKENS; t < stop; t++)
+            for (i64 h = 0; h < a.kv_heads; h++) {
+                const i64 at = (h * words.capacity + length + t) * P, token = row.first + t;
+                const float *cos = a.cos + token * a.half, *sin = a.sin + token * a.half;
+                rotate((T*)words.k + at, a.k + token * a.stride + h * P, cos, sin, a.half, P, 1.0f);
+                copy((T*)words.v + at, a.v + token * a.stride + h * P, P);
+            }
+    });
+}
+
+void remember(const void* args, Team& team) {
+    const Remember& a = *(const Remember*)args;
+    if (a.texts.bf16) remember_as<bf16>(a, team);
+    else remember_as<float>(a, team);
+}
+
+// ── a tile of keys ──
+
+constexpr int VECTORS = KEYS / 16;  // of a tile's keys
+
+// A tile turned so that keys are lanes: one row of KEYS for every dim, or, of bf16, for every two dims, each lane a pair
+// as it lies in memory (the even dim in the low half).  Sixteen keys, rows of P, become columns of `out`.
+
+INLINE void turn_plainly(const float* k, uint32_t* out, i64 from, i64 P) {
+    for (i64 p = from; p < P; p++)
+        for (int j = 0; j < 16; j++) memcpy(out + p * KEYS + j, k + j * P + p, 4);
+}
+
+INLINE void turn_plainly(const bf16* k, uint32_t* out, i64 from, i64 P) {
+    for (i64 p = from; p < P; p += 2)
+        for (int j = 0; j < 16; j++)
+            out[p / 2 * KEYS + j] = k[j * P + p] | (p + 1 < P ? (uint32_t)k[j * P + p + 1] << 16 : 0);
+}
+
+#if defined(TIERCEL_AVX2) || defined(TIERCEL_AVX512)
+// four words of sixteen keys, `stride` bytes apart, by their words
+INLINE void turn_four(const char* k, i64 stride, uint32_t* out) {
+    for (int half = 0; half < 2; half++, k += 8 * stride) {
+        __m256i r[4], s[4];
+        for (int i = 0; i < 4; i++) {
+            const __m256i low = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(k + i * stride)));
+            r[i] = _mm256_inserti128_si256(low, _mm_loadu_si128((const __m128i*)(k + (i + 4) * stride)), 1);
+        }
+        for (int i = 0; i < 2; i++) {
+            s[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+            s[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+        }
+        for (int i = 0; i < 2; i++) {
+            _mm256_storeu_si256((__m256i*)(out + 2 * i * KEYS + 8 * half), _mm256_unpacklo_epi64(s[i], s[i + 2]));
+            _mm256_storeu_si256((__m256i*)(out + (2 * i + 1) * KEYS + 8 * half), _mm256_unpackhi_epi64(s[i], s[i + 2]));
+        }
+    }
+}
+
+template <class T> INLINE void turn(const T* k, uint32_t* out, i64 P) {
+    constexpr i64 DIMS = 16 / sizeof(T);
+    i64 p = 0;
+    for (; p + DIMS <= P; p += DIMS) turn_four((const char*)(k + p), P * sizeof(T), out + p * 4 / DIMS * KEYS);
+    turn_plainly(k, out, p, P);
+}
+#else
+template <class T> INLINE void turn(const T* k, uint32_t* out, i64 P) { turn_plainly(k, out, 0, P); }
+#endif
+
+// pairs become two rows of floats
+INLINE void widen(const uint32_t* pairs, float* out, i64 P) {
+    for (i64 p = 0; p < P; p += 2)
+        for (int v = 0; v < KEYS; v += 16) {
+            const I pair = loadi(pairs + p / 2 * KEYS + v);
+            store(out + p * KEYS + v, as_float(shl(pair, 16)));
+            if (p + 1 < P) store(out + (p + 1) * KEYS + v, as_float(pair & seti(0xffff0000)));
+        }
+}
+
+// scores of R queries with a tile's keys: Σ_p q_p k_p, p in order
+template <int R> INLINE void add_scores(F (&sum)[R], const float* q, i64 stride, F k) {
+    for (int r = 0; r < R; r++) sum[r] = fma(set(q[r * stride]), k, sum[r]);
+}
+
+template <int R> INLINE void scores_of(const float* q, i64 stride, const float* keys, i64 P, float* s) {
+    for (int v = 0; v < KEYS; v += 16) {
+        F sum[R];
+        for (int r = 0; r < R; r++) sum[r] = zero();
+        for (i64 p = 0; p < P; p++) add_scores<R>(sum, q + p, stride, load(keys + p * KEYS + v));
+        for (int r = 0; r < R; r++) store(s + r * KEYS + v, sum[r]);
+    }
+}
+
+template <int R> INLINE void scores_of(const float* q, i64 stride, const uint32_t* pairs, i64 P, float* s) {
+    for (int v = 0; v < KEYS; v += 16) {
+        F sum[R];
+        for (int r = 0; r < R; r++) sum[r] = zero();
+        i64 p = 0;
+        for (; p + 2 <= P; p += 2) {
+            const I pair = loadi(pairs + p / 2 * KEYS + v);
+            add_scores<R>(sum, q + p, stride, as_float(shl(pair, 16)));
+            add_scores<R>(sum, q + p + 1, stride, as_float(pair & seti(0xffff0000)));
+        }
+        if (p < P) add_scores<R>(sum, q + p, stride, as_float(shl(loadi(pairs + p / 2 * KEYS + v), 16)));
+        for (int r = 0; r < R; r++) store(s + r * KEYS + v, sum[r]);
+    }
+}
+
+// o = o · decay + Σ_k w_k v_k, k from `first` to `last` in order, for R queries and W · 16 dims
+template <int R, int W, class V>
+INLINE void add_values(const float* w, const float* decay, const V* v, i64 v_stride, float* o, i64 stride, i64 first, i64 last) {
+    F sum[R][W];
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < W; i++) sum[r][i] = load(o + r * stride + 16 * i) * set(decay[r]);
+    for (i64 k = first; k < last; k++) {
+        F value[W];
+        for (int i = 0; i < W; i++) value[i] = load(v + k * v_stride + 16 * i);
+        for (int r = 0; r < R; r++) {
+            const F weight = set(w[r * KEYS + k]);
+            for (int i = 0; i < W; i++) sum[r][i] = fma(weight, value[i], sum[r][i]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < W; i++) store(o + r * stride + 16 * i, sum[r][i]);
+}
+
+template <int R, class V>
+INLINE void add_all_values(const float* w, const float* decay, const V* v, i64 v_stride, float* o, i64 dims, i64 first, i64 last) {
+    constexpr int W = R == 1 ? 4 : R <= 3 ? 2 : 1;
+    i64 p = 0;
+    for (; p + 16 * W <= dims; p += 16 * W) add_values<R, W>(w, decay, v + p, v_stride, o + p, dims, first, last);
+    for (; p < dims; p += 16) add_values<R, 1>(w, decay, v + p, v_stride, o + p, dims, first, last);
+}
+
+// ── one block of queries ──
+
+// Rows are the queries of a block times the heads of a group.  sums: of the keys since the last segment began.
+struct Block {
+    i64 group, rows, dims;      // heads that share keys; queries · group; P in whole vectors
+    float *q, *scores, *decay;  // (rows, dims), (rows, KEYS), (rows)
+    float *most, *sums, *o;     // largest score so far (rows), Σ of weights by lane (rows, 16), Σ of weighted values
+    uint32_t* turned;           // a tile of keys
+    float *keys, *values;       // as float32: (P, KEYS), (KEYS, dims)
+};
+
+INLINE i64 block_floats(i64 rows, i64 dims) { return rows * (2 * dims + KEYS + 32) + 3 * KEYS * dims + 512; }
+
+template <class T> INLINE Block block_in(Scratch& scratch, i64 group, i64 rows, i64 dims) {
+    Block b{group, rows, dims};
+    b.q = scratch.take<float>(rows * dims);
+    b.scores = scratch.take<float>(rows * KEYS);
+    b.decay = scratch.take<float>(rows);
+    b.most = scratch.take<float>(rows);
+    b.sums = scratch.take<float>(rows * 16);
+    b.o = scratch.take<float>(rows * dims);
+    b.turned = scratch.take<uint32_t>(dims * KEYS);
+    b.keys = sizeof(T) == 2 ? scratch.take<float>(dims * KEYS) : (float*)b.turned;
+    b.values = scratch.take<float>(KEYS * dims);
+    return b;
+}
+
+// One step of the running softmax: scores become weights.  Lanes outside of first … last do not count.
+INLINE void weigh(Block& b, i64 r, i64 first, i64 last) {
+    float* s = b.scores + r * KEYS;
+    F score[VECTORS];
+    for (int v = 0; v < VECTORS; v++) score[v] = load(s + 16 * v);
+    if (first > 0 || last < KEYS) {
+        for (int j = 0; j < KEYS; j++)
+            if (j < first || j >= last) s[j] = -INFINITY;
+        for (int v = 0; v < VECTORS; v++) score[v] = load(s + 16 * v);
+    }
+    F top = score[0];
+    for (int v = 1; v < VECTORS; v++) top = max(top, score[v]);
+    const float before = b.most[r], now = maximum(top);
+    F sum = load(b.sums + 16 * r);
+    b.decay[r] = 1.0f;
+    if (now > before) {
+        float decay[16];
+        store(decay, exp(set(before - now)));
+        b.most[r] = now;
+        b.decay[r] = decay[0];
+        sum = sum * set(decay[0]);
+    }
+    const F largest = set(b.most[r]);
+    for (int v = 0; v < VECTORS; v++) {
+        const F w = exp(score[v] - largest);
+        sum = sum + w;
+        store(s + 16 * v, w);
+    }
+    store(b.sums + 16 * r, sum);
+}
+
+// Queries at `first_query` … of one kv head meet the keys from `start` to `stop`.
+template <class T>
+INLINE void meet(Block& b, const T* k, const T* v, i64 P, i64 first_query, i64 window, i64 start, i64 stop) {
+    const i64 last_query = first_query + b.rows / b.group - 1;
+    for (i64 r = 0; r < b.rows; r++) b.most[r] = -INFINITY;
+    memset(b.sums, 0, b.rows * 16 * sizeof(float));
+    memset(b.o, 0, b.rows * b.dims * sizeof(float));
+    const auto oldest = [&](i64 query) { return window > 0 ? most(0, query - window + 1) : 0; };
+    if (oldest(first_query) > start) start = oldest(first_query) / KEYS * KEYS;
+    if (stop > last_query + 1) stop = last_query + 1;
+    for (i64 tile = start; tile < stop; tile += KEYS) {
+        for (int i = 0; i < VECTORS; i++) turn(k + (tile + 16 * i) * P, b.turned + 16 * i, P);
+        const T* value = v + tile * P;
+        const bool whole = tile + KEYS - 1 <= first_query && tile >= oldest(last_query);
+        if (whole && b.rows <= 6 && b.dims == P) {  // few rows: values straight from the cache
+            if (tile + KEYS < stop) {
+                fetch(k + (tile + KEYS) * P, KEYS * P * sizeof(T));
+                fetch(v + (tile + KEYS) * P, KEYS * P * sizeof(T));
+            }
+            by_six(b.rows, [&](i64 r, auto n) {
+                if constexpr (sizeof(T) == 2) scores_of<n>(b.q + r * b.dims, b.dims, b.turned, P, b.scores + r * KEYS);
+                else scores_of<n>(b.q + r * b.dims, b.dims, b.keys, P, b.scores + r * KEYS);
+                for (i64 i = r; i < r + n; i++) weigh(b, i, 0, KEYS);
+                add_all_values<n>(b.scores + r * KEYS, b.decay + r, value, P, b.o + r * b.dims, b.dims, 0, KEYS);
+            });
+            continue;
+        }
+        if constexpr (sizeof(T) == 2) widen(b.turned, b.keys, P);
+        const i64 there = least(KEYS, stop - tile);
+        for (i64 j = 0; j < there; j++)
+            for (i64 p = 0; p < P; p += 16) store(b.values + j * b.dims + p, load_n(value + j * P + p, P - p));
+        if (whole) {
+            by_six(b.rows, [&](i64 r, auto n) {
+                scores_of<n>(b.q + r * b.dims, b.dims, b.keys, P, b.scores + r * KEYS);
+                for (i64 i = r; i < r + n; i++) weigh(b, i, 0, KEYS);
+                add_all_values<n>(b.scores + r * KEYS, b.decay + r, b.values, b.dims, b.o + r * b.dims, b.dims, 0, KEYS);
+            });
+            continue;
+        }
+        for (i64 query = most(first_query, tile); query <= last_query; query++) {  // the heads of one query see the same keys
+            const i64 first = most(oldest(query) - tile, 0), last = least(query + 1 - tile, KEYS);
+            if (first >= last) continue;
+            by_six(b.group, [&](i64 h, auto n) {
+                const i64 r = (query - first_query) * b.group + h;
+                scores_of<n>(b.q + r * b.dims, b.dims, b.keys, P, b.scores + r * KEYS);
+                for (i64 i = r; i < r + n; i++) weigh(b, i, first, last);
+                add_all_values<n>(b.scores + r * KEYS, b.decay + r, b.values, b.dims, b.o + r * b.dims, b.dims, first, last);
+            });
+        }
+    }
+}
+
+// Segments in order: (most, sum, o) += a later segment's.
+INLINE void merge(float& most_a, float& sum_a, float* o_a, float most_b, float sum_b, const float* o_b, i64 dims) {
+    if (most_b == -INFINITY) return;  // met no key
+    if (most_a == -INFINITY) {
+        most_a = most_b;
+        sum_a = sum_b;
+        memcpy(o_a, o_b, dims * sizeof(float));
+        return;
+    }
+    const float top = most_a > most_b ? most_a : most_b;
+    const F a = exp(set(most_a - top)), b = exp(set(most_b - top));
+    float f[16], g[16];
+    store(f, a);
+    store(g, b);
+    most_a = top;
+    sum_a = sum_a * f[0] + sum_b * g[0];
+    for (i64 p = 0; p < dims; p += 16) {
+        const int n = least(16, dims - p);
+        store_n(o_a + p, load_n(o_a + p, n) * a + load_n(o_b + p, n) * b, n);
+    }
+}
+
+INLINE void finish(float* y, const float* o, float sum, i64 P) {
+    const F all = set(sum);
+    for (i64 p = 0; p < P; p += 16) store_n(y + p, load_n(o + p, P - p) / all, P - p);
+}
+
+template <class T> INLINE void attend_as(const Attend& a, Team& team) {
+    const i64 H = a.heads, K = a.kv_heads, P = a.head_dim, dims = padded(P), group = H / K;
+    const i64 block = most(1, 96 / group);  // queries
+    const auto queries = [&](const Row& row) { return row.tokens <= SPLIT ? row.tokens : least(block, row.tokens); };
+    const auto first_segment = [&](const Row& row) {
+        return a.window > 0 ? most(0, length_of(row) - a.window + 1) / SEGMENT : 0;
+    };
+    const auto segments = [&](const Row& row) { return parts(length_of(row) + row.tokens, SEGMENT) - first_segment(row); };
+    i64 rows = 0;
+    for (i64 i = 0; i < a.texts.count; i++) rows = most(rows, queries(a.texts.rows[i]) * group);
+    Scratch scratch{(char*)team.scratch((block_floats(rows, dims) + rows * (dims + 32)) * sizeof(float) + 1024)};
+    float* all_o = scratch.take<float>(rows * dims);
+    float* all_most = scratch.take<float>(rows);
+    float* all_sum = scratch.take<float>(rows);
+    const Scratch rest = scratch;
+
+    each_piece(a.texts, team, [&](const Row& row) {
+        return K * (row.tokens <= SPLIT ? segments(row) : parts(row.tokens, block));
+    }, [&](const Row& row, i64 piece) {
+        const StateWords& state = *(const StateWords*)row.state;
+        AttentionWords& words = attention_of(a.texts, row);
+        const bool split = row.tokens <= SPLIT;
+        const i64 h = piece % K, length = state.length, count = segments(row), first = first_segment(row);
+        // of a prompt the last queries come first: they have the most keys
+        const i64 from = split ? 0 : (parts(row.tokens, block) - 1 - piece / K) * block;
+        const i64 n = split ? row.tokens : least(block, row.tokens - from);
+        Scratch own = rest;
+        Block b = block_in<T>(own, group, n * group, dims);
+        for (i64 r = 0; r < b.rows; r++) {
+            const i64 token = row.first + from + r / group;
+            rotate(b.q + r * dims, a.q + token * a.stride + (h * group + r % group) * P, a.cos + token * a.half,
+                   a.sin + token * a.half, a.half, P, a.scale);
+            all_most[r] = -INFINITY;
+        }
+        const T *k = (const T*)words.k + h * words.capacity * P, *v = (const T*)words.v + h * words.capacity * P;
+        const auto y = [&](i64 r) { return a.y + (row.first + from + r / group) * H * P + (h * group + r % group) * P; };
+        const auto partial = [&](i64 s, i64 r) { return state.partials + ((s * SPLIT + r / group) * H + h * group + r % group) * (2 + P); };
+        const i64 one = split ? first + piece / K : -1, stop = split ? one + 1 : parts(length + from + n, SEGMENT);
+        for (i64 s = split ? one : first; s < stop; s++) {
+            meet(b, k, v, P, length + from, a.window, s * SEGMENT, (s + 1) * SEGMENT);
+            for (i64 r = 0; r < b.rows; r++) {
+                const float sum_r = sum(load(b.sums + 16 * r));
+                if (split && count > 1) {
+                    float* p = partial(s, r);
+                    p[0] = b.most[r];
+                    p[1] = sum_r;
+                    memcpy(p + 2, b.o + r * dims, P * sizeof(float));
+                } else merge(all_most[r], all_sum[r], all_o + r * dims, b.most[r], sum_r, b.o + r * dims, P);
+            }
+        }
+        if (split && count > 1) {
+            if (!last_of(words.finished[h], count)) return;
+            for (i64 r = 0; r < b.rows; r++)
+                for (i64 s = first; s < first + count; s++) {
+                    const float* p = partial(s, r);
+                    merge(all_most[r], all_sum[r], all_o + r * dims, p[0], p[1], p + 2, P);
+                }
+        }
+        for (i64 r = 0; r < b.rows; r++) finish(y(r), all_o + r * dims, all_sum[r], P);
+    });
+}
+
+void attend(const void* args, Team& team) {
+    const Attend& a = *(const Attend*)args;
+    if (a.texts.bf16) attend_as<bf16>(a, team);
+    else attend_as<float>(a, team);
+}
+
+void attention(Kernels& k) {
+    k.rotary = rotary;
+    k.remember = remember;
+    k.attend = attend;
+}
+
+}  // namespace ISA

@@ -1,0 +1,414 @@
+// Matrix products: y = x Wᵀ, W in panels of sixteen rows.
+//
+//   packed   the input is rounded to eight bits, one scale for 32 values:  y = Σ_blocks  a · (s · Σ q x + …)
+//   exact    the same weights as float32 numbers, inputs as they are
+//   bf16     inputs rounded to bfloat16, products and sums in float32
+//   f32
+//
+// One row, few rows and many go through the same operations on every output, in the same order over K: a token's
+// result does not depend on who shares the batch.  One row reads the blocks as they lie; more rows unpack a panel
+// (or several, K_PIECE inputs at a time) into the cache first.
+#include "dots.h"
+#include "formats.h"
+
+#include <math.h>
+
+namespace ISA {
+
+#if defined(TIERCEL_AVX512)
+constexpr int TILE = 12;
+#else
+constexpr int TILE = 4;
+#endif
+
+// tokens t … go through a tile of this many: the largest that fit
+INLINE int tile_at(i64 left) { return left >= TILE ? TILE : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
+// f(std::integral_constant-like M) for a tile size
+template <int N> struct Size { static constexpr int M = N; };
+#define WITH_TILE(m, ...)                                        \
+    do {                                                         \
+        if (TILE > 4 && (m) == TILE) { constexpr int M = TILE; __VA_ARGS__; } \
+        else if ((m) == 4) { constexpr int M = 4; __VA_ARGS__; }  \
+        else if ((m) == 2) { constexpr int M = 2; __VA_ARGS__; }  \
+        else { constexpr int M = 1; __VA_ARGS__; }                \
+    } while (0)
+
+// ── inputs in eight bits ──
+//
+// For a tile of M tokens and every 32 inputs, one after another:
+//     int8 q[M][32] · float a[M] · int32 z[M][Z] · float f[M][Z]        Z = 32 / SUB
+// x ≈ a · q;  z = −ZERO · Σ q  over SUB inputs;  f = a · Σ q,  what o is multiplied by
+
+constexpr i64 token_bytes(int sub) { return 36 + 8 * (32 / sub); }
+
+INLINE void round_block(const float* x, int n, int sub, int zero_point, int8_t* q, float* a, int32_t* z, float* f) {
+    const F v0 = n >= 16 ? load(x) : load_some(x, n), v1 = n >= 32 ? load(x + 16) : n > 16 ? load_some(x + 16, n - 16) : zero();
+    const int32_t most = maximum(max(as_int(abs(v0)), as_int(abs(v1))));  // as integers: NaN is the largest of all
+    float largest;
+    memcpy(&largest, &most, 4);
+    *a = most >= 0x7f800000 ? NAN : largest * (1.0f / 127.0f);
+    const F scale = set(largest > 1e-36f && most < 0x7f800000 ? 127.0f / largest : 0.0f);
+    const I q0 = round(v0 * scale), q1 = round(v1 * scale);
+    store_bytes(q, q0);
+    store_bytes(q + 16, q1);
+    if (sub == 32) {
+        const int32_t total = sum(q0 + q1);
+        z[0] = -zero_point * total;
+        f[0] = *a * (float)total;
+    } else {
+        const int32_t total[2] = {sum(q0), sum(q1)};
+        for (int h = 0; h < 2; h++) {
+            z[h] = -zero_point * total[h];
+            f[h] = *a * (float)total[h];
+        }
+    }
+}
+
+// the tile of M tokens that begins at x (rows `stride` apart)
+INLINE void round_tile(const float* x, i64 stride, i64 K, int M, int sub, int zero_point, uint8_t* out) {
+    const int Z = 32 / sub;
+    for (i64 k = 0; k < K; k += 32, out += M * token_bytes(sub)) {
+        float* a = (float*)(out + 32 * M);
+        int32_t* z = (int32_t*)(a + M);
+        float* f = (float*)(z + Z * M);
+        for (int m = 0; m < M; m++)
+            round_block(x + m * stride + k, K - k < 32 ? K - k : 32, sub, zero_point, (int8_t*)out + 32 * m, a + m, z + Z * m, f + Z * m);
+    }
+}
+
+// ── one block of 32 inputs, sixteen rows, M tokens ──
+
+template <class Q, int M> INLINE void block(const I* q, const F* s, const F* o, const uint8_t* in, F* acc) {
+    constexpr int Z = 32 / Q::SUB;
+    const float* a = (const float*)(in + 32 * M);
+    const int32_t* z = (const int32_t*)(a + M);
+    const float* f = (const float*)(z + Z * M);
+    I sums[M];
+    F total[M];
+    dots<Q::MOST, 0, 8 / Z, M>(q, (const int8_t*)in, sums);
+    for (int m = 0; m < M; m++) total[m] = to_float(Q::ZERO ? sums[m] + seti(z[Z * m]) : sums[m]) * s[0];
+    if constexpr (Z == 2) {
+        dots<Q::MOST, 4, 8, M>(q, (const int8_t*)in, sums);
+        for (int m = 0; m < M; m++) total[m] = fma(to_float(Q::ZERO ? sums[m] + seti(z[2 * m + 1]) : sums[m]), s[1], total[m]);
+    }
+    for (int m = 0; m < M; m++) {
+        acc[m] = fma(total[m], set(a[m]), acc[m]);
+        if constexpr (Q::AFFINE)
+            for (int h = 0; h < Z; h++) acc[m] = fma(o[h], set(f[Z * m + h]), acc[m]);
+    }
+}
+
+// ── out ──
+
+INLINE void finish(const Linear& a, i64 token, i64 panel, F y) {
+    const i64 n = panel * 16, rest = a.outputs - n;
+    if (a.scale != 1.0f) y = y * set(a.scale);
+    if (a.bias) y = y + (rest >= 16 ? load(a.bias + n) : load_some(a.bias + n, rest));
+    float* to = a.y + token * a.outputs + n;
+    if (rest >= 16) store(to, y);
+    else store_some(to, y, rest);
+}
+
+INLINE F partial(const Linear& a, i64 token, i64 panel) {
+    const float* at = a.y + token * a.outputs + panel * 16;
+    const i64 rest = a.outputs - panel * 16;
+    return rest >= 16 ? load(at) : load_some(at, rest);
+}
+
+INLINE void keep(const Linear& a, i64 token, i64 panel, F y) {
+    float* at = a.y + token * a.outputs + panel * 16;
+    const i64 rest = a.outputs - panel * 16;
+    if (rest >= 16) store(at, y);
+    else store_some(at, y, rest);
+}
+
+// ── one row ──
+
+constexpr i64 PANELS = 4;  // taken at a time
+
+template <class Q> void one_row(const Linear& a, Team& team) {
+    constexpr int Z = 32 / Q::SUB, PARTS32 = Q::BLOCK / 32;
+    const i64 panels = (a.outputs + 15) / 16, blocks = (a.inputs + Q::BLOCK - 1) / Q::BLOCK, bytes = panel_bytes<Q>(a.inputs);
+    uint8_t* in = nullptr;
+    for (i64 piece; (piece = team.take((panels + PANELS - 1) / PANELS)) >= 0;) {
+        if (in == nullptr) {  // every thread rounds the row for itself: sooner done than waited for
+            in = (uint8_t*)team.scratch(((a.inputs + 255) / 32) * token_bytes(Q::SUB));
+            round_tile(a.x, 0, a.inputs, 1, Q::SUB, Q::ZERO, in);
+            const i64 done = (a.inputs + 31) / 32, all = blocks * PARTS32;
+            memset(in + done * token_bytes(Q::SUB), 0, (all - done) * token_bytes(Q::SUB));
+        }
+        for (i64 p = piece * PANELS; p < panels && p < (piece + 1) * PANELS; p++) {
+            const uint8_t* panel = a.weight + p * bytes;
+            const uint8_t* x = in;
+            F acc = zero();
+            for (i64 b = 0; b < blocks; b++) {
+                F s[SCALES<Q>], o[SCALES<Q>];
+                block_scales<Q>(panel, b, s, o);
+#pragma GCC unroll 1
+                for (int part = 0; part < PARTS32; part++, x += token_bytes(Q::SUB)) {
+                    I q[8];
+                    block_quants<Q>(panel, b, part, q);
+                    block<Q, 1>(q, s + Z * part, o + Z * part, x, &acc);
+                }
+            }
+            finish(a, 0, p, acc);
+        }
+    }
+}
+
+// ── more rows ──
+
+constexpr i64 K_PIECE = 1024;    // inputs unpacked at a time, 24 KB: a multiple of every block, and at home in L1
+constexpr i64 TOKENS = 16 * 12;  // tokens that share an unpacked panel: whole tiles
+
+struct Unpacked {  // 32 inputs of one panel
+    I q[8];
+    F s[2], o[2];
+};
+
+template <class Q> void unpack(const uint8_t* panel, i64 first, i64 last, Unpacked* out) {
+    constexpr int Z = 32 / Q::SUB;
+    for (i64 b = first; b < last; b++) {
+        F s[SCALES<Q>], o[SCALES<Q>];
+        block_scales<Q>(panel, b, s, o);
+        for (int part = 0; part < Q::BLOCK / 32; part++, out++) {
+            block_quants<Q>(panel, b, part, out->q);
+            for (int h = 0; h < Z; h++) {
+                out->s[h] = s[Z * part + h];
+                if constexpr (Q::AFFINE) out->o[h] = o[Z * part + h];
+            }
+        }
+    }
+}
+
+template <class Q, int M> __attribute__((noinline)) void tile(const Unpacked* w, const uint8_t* in, i64 count, F* acc) {
+    F sum[M];
+    for (int m = 0; m < M; m++) sum[m] = acc[m];
+    for (i64 i = 0; i < count; i++, w++, in += M * token_bytes(Q::SUB)) block<Q, M>(w->q, w->s, w->o, in, sum);
+    for (int m = 0; m < M; m++) acc[m] = sum[m];
+}
+
+template <class Q> void many_rows(const Linear& a, Team& team) {
+    const i64 panels = (a.outputs + 15) / 16, blocks = (a.inputs + Q::BLOCK - 1) / Q::BLOCK, bytes = panel_bytes<Q>(a.inputs);
+    const i64 parts = (a.tokens + TOKENS - 1) / TOKENS, piece_blocks = K_PIECE / Q::BLOCK, all32 = (a.inputs + 31) / 32;
+    Unpacked* w = nullptr;
+    for (i64 piece; (piece = team.take(panels * parts)) >= 0;) {
+        if (w == nullptr) w = (Unpacked*)team.scratch(K_PIECE / 32 * sizeof(Unpacked));
+        const i64 p = piece / parts, begin = piece % parts * TOKENS;
+        const i64 end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
+        for (i64 b = 0; b < blocks; b += piece_blocks) {
+            const i64 stop = b + piece_blocks < blocks ? b + piece_blocks : blocks;
+            const i64 k32 = b * (Q::BLOCK / 32), some = (stop * (Q::BLOCK / 32) < all32 ? stop * (Q::BLOCK / 32) : all32) - k32;
+            unpack<Q>(a.weight + p * bytes, b, stop, w);
+            for (i64 t = begin; t < end;) {
+                const int m = tile_at(a.tokens - t);
+                const uint8_t* in = a.rounded + (t * all32 + m * k32) * token_bytes(Q::SUB);
+                F acc[TILE];
+                for (int i = 0; i < m; i++) acc[i] = b == 0 ? zero() : partial(a, t + i, p);
+                WITH_TILE(m, (tile<Q, M>(w, in, some, acc)));
+                for (int i = 0; i < m; i++) {
+                    if (stop == blocks) finish(a, t + i, p, acc[i]);
+                    else keep(a, t + i, p, acc[i]);
+                }
+                t += m;
+            }
+        }
+    }
+}
+
+void linear(const void* args, Team& team) {
+    const Linear& a = *(const Linear*)args;
+    if (a.tokens == 1) { WITH_FORMAT(a.format, one_row<Q>(a, team)) }
+    else { WITH_FORMAT(a.format, many_rows<Q>(a, team)) }
+}
+
+void round_inputs(const void* args, Team& team) {
+    const RoundInputs& a = *(const RoundInputs*)args;
+    const i64 bytes = (a.inputs + 31) / 32 * token_bytes(a.sub);
+    for (i64 piece; (piece = team.take((a.tokens + 11) / 12)) >= 0;)  // 12: whole tiles of every size but the last
+        for (i64 t = piece * 12; t < a.tokens && t < (piece + 1) * 12;) {
+            const int m = tile_at(a.tokens - t);
+            round_tile(a.x + t * a.inputs, a.inputs, a.inputs, m, a.sub, a.zero, a.out + t * bytes);
+            t += m;
+        }
+}
+
+// ── numbers: float32 and bfloat16 matrices, and packed ones made float32 ──
+//
+// A panel of numbers has sixteen rows' values for one input (f32), or for two (bf16, an odd last one with zero).
+
+template <class Q> INLINE void block_values(const uint8_t* panel, i64 b, int part, const F* s, const F* o, F* v) {
+    I q[8];
+    if constexpr (LEVELS<Q>) {
+        quants<Q::PLANES_>(panel + b * BLOCK_BYTES<Q> + Q::HEAD + part * plane_bytes(Q::PLANES_), q);
+        const F most = load((const float*)(panel + b * BLOCK_BYTES<Q>));
+        for (int k = 0; k < 32; k++) {
+            int32_t n[16];
+            float x[16];
+            storei(n, byte(q[k / 4], k % 4));
+            for (int i = 0; i < 16; i++) x[i] = NF4_LEVELS[n[i]];
+            v[k] = load((const float*)x) * most;
+        }
+        return;
+    }
+    block_quants<Q>(panel, b, part, q);
+    for (int k = 0; k < 32; k++) {
+        const I n = byte(q[k / 4], k % 4);
+        const int h = k / Q::SUB;
+        v[k] = Q::AFFINE ? to_float(n) * s[h] + o[h] : to_float(n - seti(Q::ZERO)) * s[h];
+    }
+}
+
+// inputs first … last − 1 of a panel as float32, sixteen rows for each; first is a multiple of K_PIECE
+void panel_values(int format, const uint8_t* weight, i64 inputs, i64 p, i64 first, i64 last, F* out) {
+    if (format == FORMAT_F32) {
+        const float* from = (const float*)weight + p * 16 * inputs;
+        for (i64 k = first; k < last; k++) *out++ = load(from + 16 * k);
+    } else if (format == FORMAT_BF16) {
+        const uint8_t* from = weight + p * 32 * ((inputs + 1) / 2 * 2);
+        for (i64 k = first; k < last; k++) {
+            const I pair = loadi(from + k / 2 * 64);
+            *out++ = as_float(k % 2 ? pair & seti((int)0xffff0000) : shl(pair, 16));
+        }
+    } else {
+        WITH_FORMAT(format, {
+            constexpr int Z = 32 / Q::SUB;
+            const uint8_t* panel = weight + p * panel_bytes<Q>(inputs);
+            for (i64 b = first / Q::BLOCK; b * Q::BLOCK < last; b++) {
+                F s[SCALES<Q>], o[SCALES<Q>], v[32];
+                block_scales<Q>(panel, b, s, o);
+                for (int part = 0; part < Q::BLOCK / 32; part++) {
+                    block_values<Q>(panel, b, part, s + Z * part, o + Z * part, v);
+                    for (int k = 0; k < 32; k++)
+                        if (b * Q::BLOCK + part * 32 + k < last) *out++ = v[k];
+                }
+            }
+        })
+    }
+}
+
+template <int M> INLINE void f32_tile(const F* w, const float* x, i64 stride, i64 count, F* acc) {
+    F sum[M];
+    for (int m = 0; m < M; m++) sum[m] = acc[m];
+    for (i64 k = 0; k < count; k++)
+        for (int m = 0; m < M; m++) sum[m] = fma(w[k], set(x[m * stride + k]), sum[m]);
+    for (int m = 0; m < M; m++) acc[m] = sum[m];
+}
+
+INLINE float rounded_bf16(float x) { return from_bf16(to_bf16(x)); }
+
+// two inputs at a time; a: pairs of bf16, token after token (`stride` pairs apart)
+template <int M> INLINE void bf16_tile(const uint8_t* w, const uint32_t* x, i64 stride, i64 pairs, F* acc) {
+    F sum[M];
+    for (int m = 0; m < M; m++) sum[m] = acc[m];
+    for (i64 k = 0; k < pairs; k++) {
+        const I pair = loadi(w + 64 * k);
+#if defined(TIERCEL_AVX512)
+        for (int m = 0; m < M; m++)
+            sum[m].p[0] = (vf)_mm512_dpbf16_ps((__m512)sum[m].p[0], (__m512bh)pair.p[0], (__m512bh)_mm512_set1_epi32(x[m * stride + k]));
+#else
+        const F even = as_float(shl(pair, 16)), odd = as_float(pair & seti((int)0xffff0000));
+        for (int m = 0; m < M; m++) {
+            const uint32_t b = x[m * stride + k], low = b << 16, high = b & 0xffff0000u;
+            float e, o;
+            memcpy(&e, &low, 4);
+            memcpy(&o, &high, 4);
+            sum[m] = fma(even, set(e), sum[m]);
+            sum[m] = fma(odd, set(o), sum[m]);
+        }
+#endif
+    }
+    for (int m = 0; m < M; m++) acc[m] = sum[m];
+}
+
+void linear_f32(const void* args, Team& team) {
+    const Linear& a = *(const Linear*)args;
+    const i64 panels = (a.outputs + 15) / 16, parts = (a.tokens + TOKENS - 1) / TOKENS;
+    const bool direct = a.format == FORMAT_F32;  // lies in the form that is multiplied
+    F* values = nullptr;
+    for (i64 piece; (piece = team.take(panels * parts)) >= 0;) {
+        const i64 p = piece / parts, begin = piece % parts * TOKENS;
+        const i64 end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
+        if (values == nullptr && !direct) values = (F*)team.scratch(K_PIECE * sizeof(F));
+        for (i64 k = 0; k < a.inputs; k += K_PIECE) {
+            const i64 stop = k + K_PIECE < a.inputs ? k + K_PIECE : a.inputs;
+            const F* w = direct ? (const F*)((const float*)a.weight + (p * a.inputs + k) * 16) : values;
+            if (!direct) panel_values(a.format, a.weight, a.inputs, p, k, stop, values);
+            for (i64 t = begin; t < end;) {
+                const int m = tile_at(end - t);
+                F acc[TILE];
+                for (int i = 0; i < m; i++) acc[i] = k == 0 ? zero() : partial(a, t + i, p);
+                WITH_TILE(m, (f32_tile<M>(w, a.x + t * a.inputs + k, a.inputs, stop - k, acc)));
+                for (int i = 0; i < m; i++) {
+                    if (stop == a.inputs) finish(a, t + i, p, acc[i]);
+                    else keep(a, t + i, p, acc[i]);
+                }
+                t += m;
+            }
+        }
+    }
+}
+
+void linear_bf16(const void* args, Team& team) {
+    const Linear& a = *(const Linear*)args;
+    const i64 panels = (a.outputs + 15) / 16, parts = (a.tokens + TOKENS - 1) / TOKENS, pairs = (a.inputs + 1) / 2;
+    const uint32_t* x = (const uint32_t*)a.rounded;
+    for (i64 piece; (piece = team.take(panels * parts)) >= 0;) {
+        if (x == nullptr) {  // one row
+            uint32_t* mine = (uint32_t*)team.scratch(pairs * 4 + 4);
+            bf16* to = (bf16*)mine;
+            to[pairs * 2 - 1] = 0;
+            for (i64 k = 0; k < a.inputs; k++) to[k] = to_bf16(a.x[k]);
+            x = mine;
+        }
+        const i64 p = piece / parts, begin = piece % parts * TOKENS;
+        const i64 end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
+        const uint8_t* w = a.weight + p * pairs * 64;
+        for (i64 t = begin; t < end;) {
+            const int m = tile_at(end - t);
+            F acc[TILE];
+            for (int i = 0; i < m; i++) acc[i] = zero();
+            WITH_TILE(m, (bf16_tile<M>(w, x + t * pairs, pairs, pairs, acc)));
+            for (int i = 0; i < m; i++) finish(a, t + i, p, acc[i]);
+            t += m;
+        }
+    }
+}
+
+void round_bf16(const void* args, Team& team) {
+    const RoundInputs& a = *(const RoundInputs*)args;
+    const i64 pairs = (a.inputs + 1) / 2;
+    for (i64 t; (t = team.take(a.tokens)) >= 0;) {
+        bf16* to = (bf16*)a.out + t * pairs * 2;
+        to[pairs * 2 - 1] = 0;
+        for (i64 k = 0; k < a.inputs; k++) to[k] = to_bf16(a.x[t * a.inputs + k]);
+    }
+}
+
+// ── rows of a matrix as numbers: embeddings, and the way back ──
+
+void rows(const void* args, Team& team) {
+    const Rows& a = *(const Rows*)args;
+    F* values = nullptr;
+    for (i64 t; (t = team.take(a.count)) >= 0;) {
+        const i64 row = a.which ? a.which[t] : t;
+        if (values == nullptr) values = (F*)team.scratch(K_PIECE * sizeof(F));
+        for (i64 k = 0; k < a.inputs; k += K_PIECE) {
+            const i64 stop = k + K_PIECE < a.inputs ? k + K_PIECE : a.inputs;
+            panel_values(a.format, a.weight, a.inputs, row / 16, k, stop, values);
+            for (i64 i = k; i < stop; i++) a.y[t * a.inputs + i] = ((const float*)&values[i - k])[row % 16] * a.scale;
+        }
+    }
+}
+
+void linears(Kernels& k) {
+    k.linear = linear;
+    k.linear_f32 = linear_f32;
+    k.linear_bf16 = linear_bf16;
+    k.round_inputs = round_inputs;
+    k.round_bf16 = round_bf16;
+    k.rows = rows;
+}
+
+}  // namespace ISA

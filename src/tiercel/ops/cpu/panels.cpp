@@ -1,0 +1,233 @@
+// A file's blocks ⇄ panels.  The same bits in another order, so the way back gives the very same bytes.
+//
+// Inside a file's block quants lie in runs: `run` bytes hold the lowest fields of run values, then the next higher ones.
+#include "formats.h"
+
+namespace ISA {
+
+// quants of one block, a byte each, from or to `runs` runs of RUN bytes with 8 / WIDTH fields; SHIFT: above what is there
+template <int RUN, int WIDTH, int SHIFT, bool BACK> INLINE void fields(uint8_t* block, uint8_t* q, int runs) {
+    constexpr int FIELDS = 8 / WIDTH, MASK = (1 << WIDTH) - 1;
+    for (int r = 0; r < runs; r++, block += RUN, q += RUN * FIELDS)
+        for (int f = 0; f < FIELDS; f++)
+            for (int i = 0; i < RUN; i++) {
+                if (BACK) block[i] = (uint8_t)((f ? block[i] : 0) | ((q[f * RUN + i] >> SHIFT) & MASK) << (f * WIDTH));
+                else q[f * RUN + i] = (uint8_t)((SHIFT ? q[f * RUN + i] : 0) | ((block[i] >> (f * WIDTH)) & MASK) << SHIFT);
+            }
+}
+
+// bit j of a 32-bit word belongs to value j
+template <bool BACK> INLINE void word(uint8_t* block, uint8_t* q) {
+    for (int i = 0; i < 32; i++) {
+        if (BACK) block[i / 8] = (uint8_t)((i % 8 ? block[i / 8] : 0) | ((q[i] >> 4) & 1) << (i % 8));
+        else q[i] = (uint8_t)(q[i] | ((block[i / 8] >> (i % 8)) & 1) << 4);
+    }
+}
+
+// the same bytes at `step` bytes from row to row in the panel
+template <bool BACK> INLINE void copy(uint8_t* block, uint8_t* panel, int bytes) {
+    if (BACK) memcpy(block, panel, bytes);
+    else memcpy(panel, block, bytes);
+}
+
+// What differs between the formats: `head` moves the scales of row `r`, `values` the quants.
+template <class Q, bool BACK> struct Block;
+
+#define HEAD_D(at) copy<BACK>(b + (at), h + 2 * r, 2)
+#define HEAD_M(at) copy<BACK>(b + (at), h + 32 + 2 * r, 2)
+
+template <bool BACK> struct Block<Q4_0, BACK> {
+    static constexpr int BYTES_ = 18;
+    INLINE void head(uint8_t* b, uint8_t* h, int r) { HEAD_D(0); }
+    INLINE void values(uint8_t* b, uint8_t* q) { fields<16, 4, 0, BACK>(b + 2, q, 1); }
+};
+template <bool BACK> struct Block<Q4_1, BACK> {
+    static constexpr int BYTES_ = 20;
+    INLINE void head(uint8_t* b, uint8_t* h, int r) { HEAD_D(0); HEAD_M(2); }
+    INLINE void values(uint8_t* b, uint8_t* q) { fields<16, 4, 0, BACK>(b + 4, q, 1); }
+};
+template <bool BACK> struct Block<Q5_0, BACK> {
+    static constexpr int BYTES_ = 22;
+    INLINE void head(uint8_t* b, uint8_t* h, int r) { HEAD_D(0); }
+    INLINE void values(uint8_t* b, uint8_t* q) { fields<16, 4, 0, BACK>(b + 6, q, 1); word<BACK>(b + 2, q); }
+};
+template <bool BACK> struct Block<Q5_1, BACK> {
+    static constexpr int BYTES_ = 24;
+    INLINE void head(uint8_t* b, uint8_t* h, int r) { HEAD_D(0); HEAD_M(2); }
+    INLINE void values(uint8_t* b, uint8_t* q) { fields<16, 4, 0, BACK>(b + 8, q, 1); word<BACK>(b + 4, q); }
+};
+template <bool BACK> INLINE void signed_bytes(uint8_t* b, uint8_t* q) {
+    for (int i = 0; i < 32; i++) {
+        if (BACK) b[i] = q[i] ^ 128;
+        else q[i] = b[i] ^ 128;
+    }
+}
+template <bool BACK> struct Block<Q8_0, BACK> {
+    static constexpr int BYTES_ = 34;
+    INLINE void head(uint8_t* b, uint8_t* h, int r) { HEAD_D(0); }
+    INLINE void values(uint8_t* b, uint8_t* q) { signed_bytes<BACK>(b + 2, q); }
+};
+template <bool BACK> struct Block<Q4_K, BACK> {
+    static constexpr int BYTES_ = 144;
+    INLINE void head(uint8_t* b, uint8_t* h, int r) {
+        HEAD_D(0); HEAD_M(2);
+        for (int i = 0; i < 3; i++) copy<BACK>(b + 4 + 4 * i, h + 64 + 64 * i + 4 * r, 4);
+    }
+    INLINE void values(uint8_t* b, uint8_t* q) { fields<32, 4, 0, BACK>(b + 16, q, 4); }
+};
+template <bool BACK> struct Block<Q5_K, BACK> {
+    static constexpr int BYTES_ = 176;
+    INLINE void head(uint8_t* b, uint8_t* h, int r) { Block<Q4_K, BACK>::head(b, h, r); }
+    INLINE void values(uint8_t* b, uint8_t* q) { fields<32, 4, 0, BACK>(b + 48, q, 4); fields<32, 1, 4, BACK>(b + 16, q, 1); }
+};
+template <bool BACK> struct Block<Q6_K, BACK> {
+    static constexpr int BYTES_ = 210;
+    INLINE void head(uint8_t* b, uint8_t* h, int r) {
+        HEAD_D(208);
+        for (int i = 0; i < 4; i++) copy<BACK>(b + 192 + 4 * i, h + 32 + 64 * i + 4 * r, 4);
+    }
+    INLINE void values(uint8_t* b, uint8_t* q) { fields<64, 4, 0, BACK>(b, q, 2); fields<32, 2, 4, BACK>(b + 128, q, 2); }
+};
+template <bool BACK> struct Block<Q3_K, BACK> {
+    static constexpr int BYTES_ = 110;
+    INLINE void head(uint8_t* b, uint8_t* h, int r) {
+        HEAD_D(108);
+        for (int i = 0; i < 3; i++) copy<BACK>(b + 96 + 4 * i, h + 32 + 64 * i + 4 * r, 4);
+    }
+    INLINE void values(uint8_t* b, uint8_t* q) { fields<32, 2, 0, BACK>(b + 32, q, 2); fields<32, 1, 2, BACK>(b, q, 1); }
+};
+template <bool BACK> struct Block<Q2_K, BACK> {
+    static constexpr int BYTES_ = 84;
+    INLINE void head(uint8_t* b, uint8_t* h, int r) {
+        HEAD_D(80); HEAD_M(82);
+        for (int i = 0; i < 4; i++) copy<BACK>(b + 4 * i, h + 64 + 64 * i + 4 * r, 4);
+    }
+    INLINE void values(uint8_t* b, uint8_t* q) { fields<32, 2, 0, BACK>(b + 16, q, 2); }
+};
+template <bool BACK> struct Block<Int8, BACK> {
+    static constexpr int BYTES_ = 32;
+    INLINE void head(uint8_t*, uint8_t*, int) {}
+    INLINE void values(uint8_t* b, uint8_t* q) { signed_bytes<BACK>(b, q); }
+};
+template <bool BACK> struct Block<NF4, BACK> {  // the first of two values in the high nibble, as bitsandbytes has them
+    static constexpr int BYTES_ = 36;
+    INLINE void head(uint8_t* b, uint8_t* h, int r) { copy<BACK>(b, h + 4 * r, 4); }
+    INLINE void values(uint8_t* b, uint8_t* q) {
+        for (int i = 0; i < 32; i++) {
+            if (BACK) b[4 + i] = (uint8_t)(q[2 * i] << 4 | q[2 * i + 1]);
+            else { q[2 * i] = b[4 + i] >> 4; q[2 * i + 1] = b[4 + i] & 15; }
+        }
+    }
+};
+
+// quants of sixteen rows (256 bytes apart) ⇄ the planes of 32 inputs
+template <int PLANES, bool BACK> INLINE void planes(uint8_t* q, uint8_t* p) {
+    constexpr int low = PLANES & NIBBLES ? 4 : PLANES & CRUMBS ? 2 : 0;
+    for (int r = 0; r < 16; r++, q += 256, p += 4) {
+        uint32_t v[8];
+        uint8_t* at = p;
+        memcpy(v, q, 32);
+        if (BACK) memset(v, 0, 32);
+        if constexpr (PLANES & BYTES) {
+            for (int g = 0; g < 8; g++) BACK ? memcpy(v + g, at + 64 * g, 4) : memcpy(at + 64 * g, v + g, 4);
+        } else if constexpr (PLANES & NIBBLES) {
+            for (int i = 0; i < 4; i++) {
+                uint32_t x = (v[i] & 0x0f0f0f0fu) | (v[i + 4] & 0x0f0f0f0fu) << 4;
+                if (BACK) {
+                    memcpy(&x, at + 64 * i, 4);
+                    v[i] = x & 0x0f0f0f0fu;
+                    v[i + 4] = (x >> 4) & 0x0f0f0f0fu;
+                } else memcpy(at + 64 * i, &x, 4);
+            }
+            at += 256;
+        }
+        if constexpr (PLANES & CRUMBS) {
+            constexpr int shift = PLANES & NIBBLES ? 4 : 0;
+            for (int h = 0; h < 2; h++) {
+                uint32_t x = 0;
+                if (BACK) memcpy(&x, at + 64 * h, 4);
+                for (int f = 0; f < 4; f++) {
+                    if (BACK) v[4 * h + f] |= ((x >> 2 * f) & 0x03030303u) << shift;
+                    else x |= ((v[4 * h + f] >> shift) & 0x03030303u) << 2 * f;
+                }
+                if (!BACK) memcpy(at + 64 * h, &x, 4);
+            }
+            at += 128;
+        }
+        if constexpr (PLANES & BITS) {
+            uint32_t x = 0;
+            if (BACK) memcpy(&x, at, 4);
+            for (int g = 0; g < 8; g++) {
+                if (BACK) v[g] |= ((x >> g) & 0x01010101u) << low;
+                else x |= ((v[g] >> low) & 0x01010101u) << g;
+            }
+            if (!BACK) memcpy(at, &x, 4);
+        }
+        if (BACK) memcpy(q, v, 32);
+    }
+}
+
+template <class Q, bool BACK> void convert(const Panels& a, Team& team) {
+    using B = Block<Q, BACK>;
+    const i64 blocks = (a.inputs + Q::BLOCK - 1) / Q::BLOCK, bytes = panel_bytes<Q>(a.inputs);
+    const i64 row = ROW_SCALE<Q> ? 4 + a.inputs : blocks * B::BYTES_;
+    alignas(64) uint8_t q[16 * 256];
+    for (i64 piece; (piece = team.take((a.count + 15) / 16)) >= 0;) {
+        uint8_t* panel = a.panels + (a.first / 16 + piece) * bytes;
+        const int there = a.count - piece * 16 < 16 ? a.count - piece * 16 : 16;
+        uint8_t* from = a.blocks + piece * 16 * row;
+        if (there < 16 && !BACK) memset(panel, 0, bytes);
+        if (ROW_SCALE<Q>)
+            for (int r = 0; r < there; r++) copy<BACK>(from + r * row, panel + 4 * r, 4);
+        for (i64 b = 0; b < blocks; b++) {
+            uint8_t* to = panel + PANEL_HEAD<Q> + b * BLOCK_BYTES<Q>;
+            if (there < 16 || ROW_SCALE<Q>) memset(q, 0, sizeof q);
+            if (BACK)
+                for (int part = 0; part < Q::BLOCK / 32; part++) planes<Q::PLANES_, true>(q + 32 * part, to + Q::HEAD + part * plane_bytes(Q::PLANES_));
+            for (int r = 0; r < there; r++) {
+                uint8_t* at = from + r * row + (ROW_SCALE<Q> ? 4 : 0) + b * B::BYTES_;
+                B::head(at, to, r);
+                if (ROW_SCALE<Q> && (b + 1) * 32 > a.inputs) {  // a last block that is not full
+                    uint8_t some[32] = {};
+                    const i64 n = a.inputs - b * 32;
+                    if (!BACK) memcpy(some, at, n);
+                    B::values(some, q + 256 * r);
+                    if (BACK) memcpy(at, some, n);
+                } else B::values(at, q + 256 * r);
+            }
+            if (!BACK)
+                for (int part = 0; part < Q::BLOCK / 32; part++) planes<Q::PLANES_, false>(q + 32 * part, to + Q::HEAD + part * plane_bytes(Q::PLANES_));
+        }
+    }
+}
+
+// numbers: sixteen rows' values for one input (f32) or two (bf16)
+template <class T, int PAIR, bool BACK> void convert_numbers(const Panels& a, Team& team) {
+    const i64 padded = (a.inputs + PAIR - 1) / PAIR * PAIR;
+    for (i64 piece; (piece = team.take((a.count + 15) / 16)) >= 0;) {
+        T* panel = (T*)a.panels + (a.first / 16 + piece) * 16 * padded;
+        T* from = (T*)a.blocks + piece * 16 * a.inputs;
+        const int there = a.count - piece * 16 < 16 ? a.count - piece * 16 : 16;
+        if (!BACK && (there < 16 || padded != a.inputs)) memset(panel, 0, 16 * padded * sizeof(T));
+        for (int r = 0; r < there; r++)
+            for (i64 k = 0; k < a.inputs; k++) {
+                T& there_ = panel[k / PAIR * PAIR * 16 + r * PAIR + k % PAIR];
+                if (BACK) from[r * a.inputs + k] = there_;
+                else there_ = from[r * a.inputs + k];
+            }
+    }
+}
+
+template <bool BACK> void any(const void* args, Team& team) {
+    const Panels& a = *(const Panels*)args;
+    if (a.format == FORMAT_F32) convert_numbers<uint32_t, 1, BACK>(a, team);
+    else if (a.format == FORMAT_BF16) convert_numbers<uint16_t, 2, BACK>(a, team);
+    else { WITH_FORMAT(a.format, (convert<Q, BACK>(a, team))) }
+}
+
+void panels(Kernels& k) {
+    k.to_panels = any<false>;
+    k.from_panels = any<true>;
+}
+
+}  // namespace ISA

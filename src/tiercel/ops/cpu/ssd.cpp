@@ -1,0 +1,270 @@
+// The Mamba-2 scan: y_t = exp(a_t) C_t S + Σ_{j≤t} exp(a_t − a_j) dt_j (C_t · B_j) x_j + D x_t, see ops/ssd.py.
+//
+// Every output is the same chain of operations whether its token comes alone or with a whole prompt: n in order, then
+// j in order from the start of the chunk; C_t · B_j in sixteen lanes over n.  One token reads S where it lies; more
+// go six at a time through panels of sixteen channels.
+#include "texts.h"
+
+namespace ISA {
+
+template <class T> struct Inputs {  // open inputs of the state, then the new ones
+    const Ssd& a;
+    const Row& row;
+    const RecurrentWords& words;
+    i64 open, rows;
+    const float* added(i64 j) const { return a.xBC + (row.first + j - open) * (a.heads * a.head_dim + 2 * a.groups * a.state); }
+    const T* x(i64 j, i64 h) const { return (const T*)words.x + (h * rows + j) * a.head_dim; }
+    const T* B(i64 j, i64 g) const { return (const T*)words.B + (g * rows + j) * a.state; }
+    const float* dt(i64 j) const { return j < open ? words.dt + j * a.heads : a.dt + (row.first + j - open) * a.heads; }
+    const float* new_x(i64 j, i64 h) const { return added(j) + h * a.head_dim; }
+    const float* new_B(i64 j, i64 g) const { return added(j) + a.heads * a.head_dim + g * a.state; }
+    const float* C(i64 j, i64 g) const { return added(j) + a.heads * a.head_dim + (a.groups + g) * a.state; }
+};
+
+// C · B for J rows of B, each in sixteen lanes over n and then summed in the tree of sum()
+template <int J, class V> INLINE void dots(const float* C, const V* B, i64 stride, i64 N, float* out) {
+    F s[J];
+    for (int j = 0; j < J; j++) s[j] = zero();
+    i64 n = 0;
+    for (; n + 16 <= N; n += 16) {
+        const F c = load(C + n);
+        for (int j = 0; j < J; j++) s[j] = fma(c, load(B + j * stride + n), s[j]);
+    }
+    if (n < N) {
+        const F c = load_some(C + n, N - n);
+        for (int j = 0; j < J; j++) s[j] = fma(c, load_some(B + j * stride + n, N - n), s[j]);
+    }
+    for (int j = 0; j < J; j++) out[j] = sum(s[j]);
+}
+
+template <class V> INLINE void all_dots(const float* C, const V* B, i64 stride, i64 N, i64 count, float* out) {
+    i64 j = 0;
+    for (; j + 4 <= count; j += 4) dots<4>(C, B + j * stride, stride, N, out + j);
+    for (; j < count; j++) dots<1>(C, B + j * stride, stride, N, out + j);
+}
+
+// exp(now − a_j) for sixteen j; a in float64, as differences of long sums are taken
+INLINE F exp_since(const double* a, double now) {
+    float lag[16];
+    for (int i = 0; i < 16; i++) lag[i] = (float)(now - a[i]);
+    return exp(min(load(lag), zero()));
+}
+
+INLINE void exps_of(float* out, const double* a, i64 count) {  // exp(a_j)
+    for (i64 j = 0; j < count; j += 16) {
+        float x[16];
+        for (int i = 0; i < 16; i++) x[i] = (float)a[j + i];
+        store(out + j, exp(load(x)));
+    }
+}
+
+// Decay from every input to the end of its sixteen, times dt: what queries beyond these share.
+INLINE void to_sixteens(float* out, const double* a, const float* dt, i64 count) {
+    for (i64 j = 0; j + 16 <= count; j += 16) store(out + j, exp_since(a + j, a[j + 15]) * load(dt + j));
+}
+
+// w_j = exp(a_t − a_j) dt_j s_j for j ≤ t, in whole vectors.  Over whole sixteens before t the exponential is a product
+// of two, so that not every pair of tokens needs its own.
+INLINE void weights_of(float* w, const double* a, i64 t, const float* shared, const float* dt, const float* s) {
+    const F tiny = set(1.1754944e-38f);  // less would be denormal: no contribution, and slow
+    for (i64 many = 0; many < t / 16; many += 16) {
+        const i64 stop = least(16, t / 16 - many);
+        float lag[16] = {}, since[16];
+        for (i64 i = 0; i < stop; i++) lag[i] = (float)(a[t] - a[(many + i) * 16 + 15]);
+        store(since, exp(min(load(lag), zero())));
+        for (i64 k = 0; k < stop; k++) {
+            const i64 j = (many + k) * 16;
+            F v = load(shared + j) * set(since[k]);
+            EACH v.p[i] = v.p[i] < tiny.p[i] ? vf{} : v.p[i];
+            store(w + j, v * load(s + j));
+        }
+    }
+    const i64 j = t / 16 * 16;
+    store(w + j, exp_since(a + j, a[t]) * load(dt + j) * load(s + j));
+}
+
+// ── one token: vectors of P, S where it lies ──
+
+template <int W, class T, class Lanes>
+INLINE void one(const float* C, const float* S, i64 N, i64 P, float decay, const float* w, const T* x, i64 kept,
+                const float* new_x, i64 stride, i64 count, float D, float* y, Lanes n) {
+    F s[W];
+    for (int i = 0; i < W; i++) s[i] = zero();
+    for (i64 k = 0; k < N; k++) {
+        const F c = set(C[k]);
+        for (int i = 0; i < W; i++) s[i] = fma(c, load_n(S + k * P + 16 * i, n), s[i]);
+    }
+    for (int i = 0; i < W; i++) s[i] = s[i] * set(decay);
+    for (i64 j = 0; j < kept; j++) {
+        const F v = set(w[j]);
+        for (int i = 0; i < W; i++) s[i] = fma(v, load_n(x + j * P + 16 * i, n), s[i]);
+    }
+    const float* last = new_x;
+    for (i64 j = kept; j < count; j++, new_x += stride) {
+        const F v = set(w[j]);
+        for (int i = 0; i < W; i++) s[i] = fma(v, load_n(new_x + 16 * i, n), s[i]);
+        last = new_x;
+    }
+    for (int i = 0; i < W; i++) store_n(y + 16 * i, fma(set(D), load_n(last + 16 * i, n), s[i]), n);
+}
+
+// ── many: six tokens by sixteen channels ──
+
+// sums (R rows of 16) += Σ_k rows[r][k] panel[k], k in order
+template <int R> INLINE void panel_product(F (&sum)[R], const float* rows, i64 stride, i64 step, const float* panel, i64 count) {
+    for (i64 k = 0; k < count; k++) {
+        const F v = load(panel + 16 * k);
+        for (int r = 0; r < R; r++) sum[r] = fma(set(rows[r * stride + k * step]), v, sum[r]);
+    }
+}
+
+template <class T> INLINE void gather(float* panel, const T* x, i64 stride, i64 count, int n) {
+    for (i64 k = 0; k < count; k++) store(panel + 16 * k, load_n(x + k * stride, n));
+}
+
+template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
+    const i64 H = a.heads, P = a.head_dim, G = a.groups, N = a.state, R = H / G, chunk = a.chunk, history = a.taps - 1;
+    // heads of a piece: all compute the same dots, so no more pieces than keep every thread busy
+    const i64 each = most(1, least(least(8, R), a.texts.count * H / (4 * team.size))), blocks = parts(R, each);
+    const i64 channels = H * P + 2 * G * N, width = padded(chunk), lanes = padded(N);
+    i64 most_new = 1;
+    for (i64 i = 0; i < a.texts.count; i++) most_new = most(most_new, least(chunk, a.texts.rows[i].tokens));
+    const i64 floats = chunk * lanes + 2 * most_new * width + each * width + each * N * P + 2 * 16 * most(N, chunk) + 3 * width;
+    Scratch scratch{(char*)team.scratch(floats * sizeof(float) + each * width * sizeof(double) + 16 * 64)};
+    float* Bs = scratch.take<float>(chunk * lanes);        // B of the chunk
+    float* dots_of = scratch.take<float>(most_new * width);  // C_t · B_j
+    float* w = scratch.take<float>(most_new * width);        // the same with decay and dt, for one head
+    float* dts = scratch.take<float>(each * width);          // by head
+    double* as = scratch.take<double>(each * width);
+    float* next = scratch.take<float>(each * N * P);         // states beyond the boundary
+    float* S_panel = scratch.take<float>(16 * most(N, chunk));
+    float* x_panel = scratch.take<float>(16 * most(N, chunk));
+    float* from_start = scratch.take<float>(width);
+    float* shared = scratch.take<float>(width);
+    float* to_end = scratch.take<float>(width);
+
+    each_piece(a.texts, team, [&](const Row&) { return G * blocks; }, [&](const Row& row, i64 piece) {
+        RecurrentWords& words = recurrent_of(a.texts, row);
+        const i64 length = length_of(row), open = length - words.base, all = open + row.tokens;
+        const i64 commit = next_base(words.base, length, row.tokens, chunk) - words.base;
+        const i64 g = piece / blocks, first_head = g * R + piece % blocks * each;
+        const i64 heads = least(each, (g + 1) * R - first_head);
+        const Inputs<T> in{a, row, words, open, 2 * chunk};
+
+        for (i64 start = 0; start < all; start += chunk) {
+            const i64 count = least(chunk, all - start), kept = most(0, least(open - start, count));
+            const i64 first = kept, queries = count - kept;  // tokens of this chunk that are new
+            const bool advance = count == chunk && (start + count < all || start + count == commit);
+            const bool panels = queries > 3 || advance;
+            // log decay from the chunk's start through each input
+            if (!panels) fetch(in.B(start, g), kept * N * sizeof(T));
+            by_six(heads, [&](i64 h, auto some) {
+                double sums[some] = {};
+                for (i64 j = 0; j < count; j++) {
+                    const float* dt = in.dt(start + j) + first_head + h;
+                    for (int i = 0; i < some; i++) {
+                        sums[i] += (double)dt[i] * (double)a.A[first_head + h + i];
+                        as[(h + i) * width + j] = sums[i];
+                        dts[(h + i) * width + j] = dt[i];
+                    }
+                }
+            });
+            for (i64 h = 0; h < heads; h++)
+                for (i64 j = count; j < padded(count); j++) {
+                    as[h * width + j] = 0;
+                    dts[h * width + j] = 0;
+                }
+            if (panels)
+                for (i64 j = 0; j < count; j++)
+                    for (i64 n = 0; n < N; n += 16) {
+                        const i64 i = start + j;
+                        store(Bs + j * lanes + n, i < open ? load_n(in.B(i, g) + n, N - n) : load_n(in.new_B(i, g) + n, N - n));
+                    }
+            for (i64 q = 0; q < queries; q++) {
+                const i64 t = first + q;
+                const float* C = in.C(start + t, g);
+                float* s = dots_of + q * width;
+                if (panels) all_dots(C, Bs, lanes, N, t + 1, s);
+                else {
+                    all_dots(C, in.B(start, g), N, N, kept, s);
+                    all_dots(C, in.new_B(start + kept, g), channels, N, t + 1 - kept, s + kept);
+                }
+                for (i64 j = t + 1; j < padded(t + 1); j++) s[j] = 0;
+            }
+            for (i64 h = 0; h < heads; h++) {
+                const i64 head = first_head + h;
+                // beyond the boundary the state is needed, but not to be kept
+                float* S = start > commit ? next + h * N * P : words.S + head * N * P;
+                float* after = start + count <= commit ? S : next + h * N * P;
+                const double* decay = as + h * width;
+                exps_of(from_start, decay, count);
+                to_sixteens(shared, decay, dts + h * width, count);
+                for (i64 q = 0; q < queries; q++)
+                    weights_of(w + q * width, decay, first + q, shared, dts + h * width, dots_of + q * width);
+                float* y = a.y + ((row.first + start + first - open) * H + head) * P;
+                if (!panels) {
+                    fetch(in.x(start, head), kept * P * sizeof(T));
+                    for (i64 q = 0; q < queries; q++) {
+                        i64 p = 0;
+                        const auto go = [&](auto W, auto n) {
+                            one<W>(in.C(start + first + q, g), S + p, N, P, from_start[first + q], w + q * width,
+                                   in.x(start, head) + p, kept, in.new_x(start + kept, head) + p, channels, first + q + 1,
+                                   a.D[head], y + q * H * P + p, n);
+                        };
+                        for (; p + 64 <= P; p += 64) go(Constant<4>(), Constant<16>());
+                        for (; p + 16 <= P; p += 16) go(Constant<1>(), Constant<16>());
+                        if (p < P) go(Constant<1>(), (int)(P - p));
+                    }
+                    continue;
+                }
+                for (i64 j = 0; advance && j < count; j += 16)
+                    store(to_end + j, exp_since(decay + j, decay[count - 1]) * load(dts + h * width + j));
+                for (i64 p = 0; p < P; p += 16) {
+                    const int n = least(16, P - p);
+                    gather(S_panel, S + p, P, N, n);
+                    gather(x_panel, in.x(start, head) + p, P, kept, n);
+                    if (kept < count) gather(x_panel + 16 * kept, in.new_x(start + kept, head) + p, channels, count - kept, n);
+                    by_six(queries, [&](i64 q, auto rows) {
+                        F s[rows];
+                        for (int r = 0; r < rows; r++) s[r] = zero();
+                        panel_product<rows>(s, in.C(start + first + q, g), channels, 1, S_panel, N);
+                        for (int r = 0; r < rows; r++) s[r] = s[r] * set(from_start[first + q + r]);
+                        const i64 t = first + q;
+                        panel_product<rows>(s, w + q * width, width, 1, x_panel, t + 1);
+                        for (int r = 0; r < rows; r++) {
+                            for (i64 j = t + 1; j <= t + r; j++) s[r] = fma(set(w[(q + r) * width + j]), load(x_panel + 16 * j), s[r]);
+                            store_n(y + (q + r) * H * P + p, fma(set(a.D[head]), load(x_panel + 16 * (t + r)), s[r]), n);
+                        }
+                    });
+                    if (!advance) continue;
+                    for (i64 j = 0; j < count; j++) store(x_panel + 16 * j, load(x_panel + 16 * j) * set(to_end[j]));
+                    by_six(N, [&](i64 k, auto rows) {
+                        F s[rows];
+                        for (int r = 0; r < rows; r++) s[r] = load(S_panel + 16 * (k + r)) * set(from_start[count - 1]);
+                        panel_product<rows>(s, Bs + k, 1, lanes, x_panel, count);
+                        for (int r = 0; r < rows; r++) store_n(after + (k + r) * P + p, s[r], n);
+                    });
+                }
+            }
+        }
+        // what only this piece reads moves on at once, the rest when all pieces of the row are done
+        for (i64 h = first_head; h < first_head + heads; h++)
+            carry((T*)words.x + h * 2 * chunk * P, P, open, commit, in.new_x(open, h), channels, row.tokens, P);
+        carry(words.dt + first_head, H, open, commit, a.dt + row.first * H + first_head, H, row.tokens, heads);
+        if (!last_of(words.finished, G * blocks)) return;
+        for (i64 i = 0; i < G; i++)
+            carry((T*)words.B + i * 2 * chunk * N, N, open, commit, in.new_B(open, i), channels, row.tokens, N);
+        carry((T*)words.columns, channels, history + open, commit, a.columns + row.first * a.stride, a.stride, row.tokens, channels);
+        words.base += commit;
+    });
+}
+
+void scan_chunks(const void* args, Team& team) {
+    const Ssd& a = *(const Ssd*)args;
+    if (a.texts.bf16) ssd_as<bf16>(a, team);
+    else ssd_as<float>(a, team);
+}
+
+void ssd(Kernels& k) { k.ssd = scan_chunks; }
+
+}  // namespace ISA

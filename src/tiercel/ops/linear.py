@@ -1,0 +1,131 @@
+"""Products with a matrix that stays: y = x Wᵀ + b, W (N, K) as a plain tensor or packed.
+
+    QTensor    W in one of the block types of `quant`, or in rows of bfloat16 or float32
+    linear     the product, whichever W is
+
+The native kernels read W in panels of sixteen rows (ops/cpu/formats.h), the same bytes in another order; without them
+the blocks of the file are kept and unpacked for every product, which is slow and believable.  A kernel rounds its
+inputs to eight bits, one scale for 32 of them, where W is packed (about 0.5 % of the norm of y), and to bfloat16 where
+W is; `exact` keeps them float32.
+
+Letters: T tokens, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiercel import quant
+from tiercel.ops import cpu
+
+NUMBERS = {"BF16": torch.bfloat16, "F32": torch.float32}
+SLAB = 1 << 22  # values unpacked at a time where there are no kernels
+
+
+def row_bytes(type: str, inputs: int) -> int:
+    return inputs * NUMBERS[type].itemsize if type in NUMBERS else quant.row_bytes(type, inputs)
+
+
+class QTensor:
+    """A matrix (N, K) of a type of `quant.PACKED_TYPES`, "BF16" or "F32", made to be multiplied with.
+
+    Filled with `put`, read back with `raw` (the very bytes that went in) or `rows` (float32).
+    """
+
+    requires_grad = False
+    device = torch.device("cpu")
+
+    def __init__(self, type: str, shape: tuple[int, int], *, exact: bool = False) -> None:
+        self.type, self.shape, self.exact = type, torch.Size(shape), exact
+        self.in_panels = cpu.there
+        N, K = shape
+        count = cpu.panel_bytes(type, N, K) if self.in_panels else N * row_bytes(type, K)
+        self.data = torch.empty(count, dtype=torch.uint8)
+
+    def __repr__(self) -> str:
+        return f"QTensor({self.type}, {self.shape[0]} × {self.shape[1]})"
+
+    @property
+    def packed(self) -> bool:
+        """Whether it holds less than the numbers themselves."""
+        return self.type not in NUMBERS
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the numbers it holds; float32 for packed types."""
+        return NUMBERS.get(self.type, torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    # ── in and out ──
+
+    def put(self, start: int, raw_NB: Tensor) -> None:
+        """Rows from `start` (a multiple of 16) as uint8 bytes (rows, row_bytes), or as numbers to be rounded."""
+        raw = raw_NB if raw_NB.dtype == torch.uint8 else raw_NB.to(self.dtype).contiguous().view(torch.uint8)
+        raw = raw.contiguous()
+        if self.in_panels:
+            cpu.to_panels(self.type, raw, self.data, self.shape, start)
+        else:
+            self.data.view(self.shape[0], -1)[start : start + len(raw)] = raw
+
+    def raw(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start … stop as bytes, (rows, row_bytes) uint8."""
+        stop = self.shape[0] if stop is None else stop
+        if not self.in_panels:
+            return self.data.view(self.shape[0], -1)[start:stop]
+        first = start // 16 * 16
+        out = torch.empty(stop - first, row_bytes(self.type, self.shape[1]), dtype=torch.uint8)
+        cpu.from_panels(self.type, out, self.data, self.shape, first)
+        return out[start - first :]
+
+    def numbers(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start … stop as what they stand for, in `dtype`."""
+        raw = self.raw(start, stop)
+        return quant.dequantize(self.type, raw) if self.packed else raw.view(self.dtype)
+
+    def rows(self, which_T: Tensor) -> Tensor:
+        """Rows by number, (T, K) float32: an embedding."""
+        if self.in_panels:
+            return cpu.rows(self.type, self.data, self.shape, which_T)
+        raw = self.data.view(self.shape[0], -1)[which_T]
+        return quant.dequantize(self.type, raw) if self.packed else raw.view(self.dtype).float()
+
+    # ── product ──
+
+    def multiply(self, x: Tensor, bias_N: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """scale · x Wᵀ + b, (…, K) → (…, N) float32.  Gradients reach x, never W."""
+        if not self.in_panels or (torch.is_grad_enabled() and x.requires_grad):
+            return multiply_reference(x, self, bias_N, scale)
+        x = x.float().contiguous()
+        y_TN = cpu.linear(self.type, self.data, self.shape, x.view(-1, x.shape[-1]), bias_N, scale, self.exact)
+        return y_TN.view(*x.shape[:-1], self.shape[0])
+
+
+def multiply_reference(x: Tensor, weight: QTensor, bias_N: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """`QTensor.multiply` on float32 numbers, a slab of rows at a time."""
+    N, K = weight.shape
+    x, step = x.float(), max(16, SLAB // K // 16 * 16)
+    slabs = [F.linear(x, weight.numbers(start, min(start + step, N)).float()) for start in range(0, N, step)]
+    y = slabs[0] if len(slabs) == 1 else torch.cat(slabs, -1)
+    y = y * scale if scale != 1.0 else y
+    return y if bias_N is None else y + bias_N.float()
+
+
+def linear(x: Tensor, weight: Tensor | QTensor, bias_N: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """scale · x Wᵀ + b: a plain W computes in its own dtype, a QTensor answers in float32."""
+    if isinstance(weight, QTensor):
+        return weight.multiply(x, bias_N, scale)
+    y = F.linear(x.to(weight.dtype), weight, bias_N if scale == 1.0 else None)
+    if scale != 1.0:
+        y = y.float() * scale
+        y = y if bias_N is None else y + bias_N.float()
+    return y

@@ -1,0 +1,36 @@
+"""Value by value: the residual sum, and the gate of a gated MLP.
+
+add    y = a + b
+gate   y = act(g) · u            act: silu, gelu (exact or by tanh), relu
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiercel.ops import cpu
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """Tensors of one shape."""
+    return cpu.add(a, b) if cpu.takes(a, b) and a.shape == b.shape else a + b
+
+
+def gate(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    """Tensors of one shape; `activation` is a name of ACTIVATIONS."""
+    return cpu.gate(g, u, activation) if cpu.takes(g, u) else gate_reference(g, u, activation)
+
+
+def gate_reference(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    return ACTIVATIONS[activation](g) * u

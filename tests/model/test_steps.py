@@ -1,0 +1,114 @@
+"""Steps run from a recording are the steps themselves: same bits, other states, grown states, changed networks."""
+
+import pytest
+import torch
+
+import tiny
+from tiercel.model.steps import Step
+from tiercel.ops import cpu
+
+pytestmark = pytest.mark.skipif(not cpu.there, reason="no native kernels here")
+DENSE = "attention+mamba2 mamba2 attention mamba1"  # experts are chosen in Python: such layers are not recorded
+
+
+def recordings(network) -> list[Step]:
+    return [step for step in network._steps.seen.values() if isinstance(step, Step)]
+
+
+def live(network, tokens, state, keep=None):
+    """The forward as Python runs it."""
+    network._steps.clear()
+    return network(tokens, state, keep=keep)
+
+
+def test_a_text_of_recorded_steps_is_the_text_of_live_ones():
+    network = tiny.network(DENSE)
+    tokens = torch.randint(0, 300, (90,))
+    recorded, alone = network.new_state(), network.new_state()
+    expected = [live(network, token, alone) for token in tokens.split(1)]
+    got = [network(token, recorded) for token in tokens.split(1)]  # past chunk borders (16) and a cache that grows (64)
+    assert len(recordings(network)) == 1
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_one_recording_serves_all_texts():
+    network = tiny.network(DENSE)
+    states, twins = [network.new_state() for _ in range(5)], [network.new_state() for _ in range(5)]
+    for i, (state, twin) in enumerate(zip(states, twins, strict=True)):
+        prompt = torch.arange(10 + 7 * i)
+        network(prompt, state), network(prompt, twin)
+    for step in range(40):
+        for state, twin in zip(states, twins, strict=True):
+            token = torch.tensor([step * 3 % 300])
+            got = network(token, state, keep=1)
+            batch = network._steps
+            assert torch.equal(got, live(network, token, twin, keep=1))
+            network._steps = batch
+            network._steps.seen.update(batch.seen)
+
+
+def test_rows_of_a_batch_are_recorded_together_and_may_change_places():
+    network = tiny.network(DENSE)
+    states = [network.new_state() for _ in range(3)]
+    alone = [network.new_state() for _ in range(3)]
+    for step in range(30):
+        order = [(i + step) % 3 for i in range(3)]
+        tokens = [torch.tensor([(7 * step + i) % 300]) for i in order]
+        got = network(tokens, [states[i] for i in order])
+        for i, token, row in zip(order, tokens, got, strict=True):
+            assert torch.equal(row, network(token, alone[i]))
+    assert len(recordings(network)) == 2
+
+
+def test_trim_and_restore_between_recorded_steps():
+    network = tiny.network(DENSE)
+    state, twin = network.new_state(), network.new_state()
+    for token in range(20):
+        network(torch.tensor([token]), state), network(torch.tensor([token]), twin)
+    mark = state.snapshot()
+    after = [network(torch.tensor([t]), state) for t in (1, 2, 3, 4)]
+    assert state.trim(22)
+    assert torch.equal(network(torch.tensor([3]), state), after[2])
+    state.restore(mark)
+    assert [torch.equal(network(torch.tensor([t]), state), a) for t, a in zip((1, 2, 3, 4), after, strict=True)] == [True] * 4
+
+
+def test_answers_are_the_callers_own():
+    network = tiny.network(DENSE)
+    state = network.new_state()
+    answers = [network(torch.tensor([5]), state) for _ in range(6)]
+    kept = [a.clone() for a in answers]
+    network(torch.tensor([9]), state)
+    assert all(torch.equal(a, b) for a, b in zip(answers, kept, strict=True))
+
+
+def test_hooks_and_exchanged_modules_are_seen():
+    network = tiny.network(DENSE)
+    state, heard = network.new_state(), []
+    for _ in range(3):
+        network(torch.tensor([5]), state)
+    assert len(recordings(network)) == 1
+    part = network.layers[1].mixers["mamba2"].out_proj
+    handle = part.register_forward_hook(lambda *_: heard.append(1))
+    network(torch.tensor([5]), state)
+    assert heard
+    handle.remove()
+    network.layers[1].mixers["mamba2"].out_proj = torch.nn.Identity() if part.in_features == part.out_features else part
+    network(torch.tensor([5]), state)
+
+
+def test_what_torch_computes_is_never_left_out():
+    network = tiny.network("attention/moe")
+    state, twin = network.new_state(), network.new_state()
+    got = [network(torch.tensor([t]), state) for t in range(8)]
+    assert not recordings(network)
+    assert all(torch.equal(live(network, torch.tensor([t]), twin), a) for t, a in enumerate(got))
+
+
+def test_memory_of_a_recording_is_used_again():
+    network = tiny.network("attention+mamba2 " * 12)
+    state = network.new_state()
+    for _ in range(3):
+        network(torch.tensor([5]), state)
+    (step,) = recordings(network)
+    assert len(step.tape.memory) < len(step.tape.ops) / 4
