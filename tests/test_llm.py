@@ -137,11 +137,11 @@ def test_arguments_that_ask_for_nothing_are_silent_and_unknown_ones_refused(fold
 
 def test_n_answers_fork_one_reading_of_the_prompt(folder):
     llm = LLM(model=folder, seed=7)
-    params = SamplingParams(temperature=1.0, n=3, max_tokens=10, ignore_eos=True)
+    params = SamplingParams(temperature=4.0, n=3, max_tokens=10, ignore_eos=True)
     (three,) = llm.generate("Once upon a time", params)
     assert [o.index for o in three.outputs] == [0, 1, 2]
     assert len({tuple(o.token_ids) for o in three.outputs}) == 3
-    (one,) = llm.generate("Once upon a time", SamplingParams(temperature=1.0, max_tokens=10, ignore_eos=True))
+    (one,) = llm.generate("Once upon a time", SamplingParams(temperature=4.0, max_tokens=10, ignore_eos=True))
     assert one.outputs[0].token_ids == three.outputs[0].token_ids
 
 

@@ -73,7 +73,7 @@ def test_products(type, T, isa):
     for N, K in shapes(type):
         q, x, b = matrix(type, N, K), torch.randn(T, K), torch.randn(N)
         exact = x.double() @ q.numbers().double().T * 0.7 + b
-        tolerance = 2e-2 if N * T < 10 else 1e-2  # of the norm; of a handful of values it says little
+        tolerance = 1e-2 if N > 1 else 4e-2  # of the norm: of one output it says little
         got = q.multiply(x, b, 0.7)
         assert got.dtype == torch.float32 and (got - exact).norm() <= tolerance * exact.norm()
         torch.testing.assert_close(multiply_reference(x, q, b, 0.7).double(), exact, atol=1e-4, rtol=1e-5)

@@ -22,4 +22,4 @@ def quantize(x: Tensor) -> Tensor:
 
 def dequantize(raw: Tensor) -> Tensor:
     """(rows, 4 + n) uint8 → (rows, n) float32."""
-    return raw[:, 4:].view(torch.int8) * raw[:, :4].contiguous().view(torch.float32)
+    return raw[:, 4:].view(torch.int8) * raw[:, :4].clone(memory_format=torch.contiguous_format).view(torch.float32)
