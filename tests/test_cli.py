@@ -592,3 +592,48 @@ print(json.dumps(describe(Path({gguf!r})) | {{"torch": "torch" in sys.modules}})
     assert found["parameters"] == 134_515_008 and found["template"] and found["licence"] == "apache-2.0"
     assert found["types"] == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
     assert found["torch"] is False
+
+
+# ── quantize
+
+
+def test_quantize_writes_measures_and_says_what_it_did(tiercel: Run, tmp_path: Path) -> None:
+    import tiny
+
+    tiny.checkpoint(tmp_path / "model", max_length=640)
+    words = tmp_path / "words.txt"
+    words.write_text("The falcon can not hear the falconer; things fall apart. " * 12)
+    base = ["quantize", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "INT8"]
+    done = tiercel(*base, "--importance", str(words), "--save-importance", str(tmp_path / "i.safetensors"))
+    assert done.returncode == 0, done.stderr
+    assert "as int8" in done.stdout and "kept unpacked: layers." in done.stdout
+    assert re.search(r"importance from 684 tokens, for \d+ matrices", done.stdout)
+    done = tiercel(*base, "--force", "--json", "--report", "--text", str(words),
+                   "--importance", str(tmp_path / "i.safetensors"))  # fmt: skip
+    found = json.loads(done.stdout)
+    assert found["recipe"] == "int8" and found["importance_tokens"] == 684 and found["types"]["INT8"] > 10
+    first = found["report"]["costs"][0]
+    assert first["packed"] == "all" and first["position"] == 512 and 0 <= first["kl"] < 0.1
+    assert "640" in found["report"]["skipped"]["8192"]
+    assert tiercel("show", str(tmp_path / "out"), "--json").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["--to", "int8"], "out exists; choose another name"),
+        (["--to", "int8", "--force", "--report"], "name a file with --text"),
+        (["--to", "q9", "--force"], "there is no recipe 'q9'; choose one of q4_0"),
+        (["--to", "int8", "--force", "--importance", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--to", "int8", "--force", "--save-importance", "i"], "--importance learns from a text; name one"),
+    ],
+)
+def test_quantize_refuses_in_one_line(words, says, tiercel: Run, tmp_path: Path) -> None:
+    import tiny
+
+    tiny.checkpoint(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    done = tiercel("quantize", str(tmp_path / "model"), str(tmp_path / "out"), *words)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]

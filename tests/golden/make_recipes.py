@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 RECIPES = """q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k""".split()
@@ -54,15 +55,25 @@ def write(name: str, folder: Path) -> tuple[Path, dict[str, str]]:
     import torch
 
     from tiercel.families import from_hf
-    from tiercel.model.layers import initialize
-    from tiercel.weights.load import NetworkSource, build, export
+    from tiercel.weights.load import NetworkSource, export
 
     layout = from_hf(CONFIGS[name])
-    network = build(layout, torch.bfloat16)
-    initialize(network)
     path = folder / f"{name}.gguf"
-    export(NetworkSource(network, layout), path)
+    export(NetworkSource(fresh_network(layout, torch.bfloat16), layout), path)
     return path, {row.gguf: row.ours for row in layout.rows}
+
+
+def fresh_network(layout: Any, dtype: Any) -> Any:
+    """A network of plain parameters with random weights."""
+    import torch
+
+    from tiercel.model.decoder import Decoder
+    from tiercel.model.layers import initialize
+
+    with torch.no_grad():
+        network = Decoder(layout.config)
+        initialize(network)
+    return network.to(dtype).requires_grad_(False)
 
 
 def ask(program: str, path: Path, recipe: str) -> dict[str, str]:

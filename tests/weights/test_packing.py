@@ -12,14 +12,13 @@ from safetensors.torch import load_file, save_file
 import tiercel
 from tiercel.errors import FormatError, RequestError, UnsupportedError
 from tiercel.families import from_hf
-from tiercel.model.layers import initialize
 from tiercel.quant import PACKED_TYPES, dequantize
 from tiercel.weights import fidelity, importance
-from tiercel.weights.load import NetworkSource, build, export, load, open_checkpoint, parameter_shapes
+from tiercel.weights.load import NetworkSource, export, load, open_checkpoint, parameter_shapes
 from tiercel.weights.quantize import quantize, quantized
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
-from make_recipes import CONFIGS
+from make_recipes import CONFIGS, fresh_network
 
 MUP = dict(
     lm_head_multiplier=1.37, embedding_multiplier=0.61, mlp_multipliers=[1.73, 0.57], key_multiplier=2.3,
@@ -43,9 +42,7 @@ def folders(tmp_path_factory):
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name) / "model"
             layout = from_hf(MODELS[name])
-            network = build(layout, torch.bfloat16)
-            initialize(network)
-            export(NetworkSource(network, layout), made[name])
+            export(NetworkSource(fresh_network(layout, torch.bfloat16), layout), made[name])
         return made[name]
 
     return make
@@ -143,8 +140,7 @@ def test_what_is_packed_already_is_taken_as_it_is_or_packed_again(folders, tmp_p
 def test_what_cannot_be_packed_is_refused_and_leaves_nothing(folders, tmp_path):
     folder = tmp_path / "bad"
     layout = from_hf(MODELS["llama"])
-    network = build(layout, torch.float32)
-    initialize(network)
+    network = fresh_network(layout, torch.float32)
     network.layers[1].feed_forward.up.weight[3, 5] = float("inf")
     export(NetworkSource(network, layout), folder)
     for recipe, out in (("q4_k_m", "m.gguf"), ("q4_0", "m.gguf"), ("int8", "out"), ("nf4", "out")):
