@@ -22,13 +22,15 @@ constexpr int TILE = 4;
 #endif
 
 // tokens t … go through a tile of this many: the largest that fit
-INLINE int tile_at(i64 left) { return left >= TILE ? TILE : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+INLINE int tile_at(i64 left) {
+    return left >= TILE ? TILE : left >= 8 && TILE > 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
 
-// f(std::integral_constant-like M) for a tile size
-template <int N> struct Size { static constexpr int M = N; };
+// the code with M = m, one of these sizes
 #define WITH_TILE(m, ...)                                        \
     do {                                                         \
-        if (TILE > 4 && (m) == TILE) { constexpr int M = TILE; __VA_ARGS__; } \
+        if (TILE > 8 && (m) == TILE) { constexpr int M = TILE; __VA_ARGS__; } \
+        else if (TILE > 8 && (m) == 8) { constexpr int M = TILE > 8 ? 8 : 1; __VA_ARGS__; } \
         else if ((m) == 4) { constexpr int M = 4; __VA_ARGS__; }  \
         else if ((m) == 2) { constexpr int M = 2; __VA_ARGS__; }  \
         else { constexpr int M = 1; __VA_ARGS__; }                \
@@ -162,6 +164,8 @@ template <class Q> void one_row(const Linear& a, Team& team) {
 constexpr i64 K_PIECE = 1024;    // inputs unpacked at a time, 24 KB: a multiple of every block, and at home in L1
 constexpr i64 TOKENS = 16 * 12;  // tokens that share an unpacked panel: whole tiles
 
+constexpr int AHEAD = 6;         // lines fetched during 32 inputs of a tile: what is unpacked next, while there is time
+
 struct Unpacked {  // 32 inputs of one panel
     I q[8];
     F s[2], o[2];
@@ -182,10 +186,14 @@ template <class Q> void unpack(const uint8_t* panel, i64 first, i64 last, Unpack
     }
 }
 
-template <class Q, int M> __attribute__((noinline)) void tile(const Unpacked* w, const uint8_t* in, i64 count, F* acc) {
+template <class Q, int M>
+__attribute__((noinline)) void tile(const Unpacked* w, const uint8_t* in, i64 count, F* acc, const char* later, int ahead) {
     F sum[M];
     for (int m = 0; m < M; m++) sum[m] = acc[m];
-    for (i64 i = 0; i < count; i++, w++, in += M * token_bytes(Q::SUB)) block<Q, M>(w->q, w->s, w->o, in, sum);
+    for (i64 i = 0; i < count; i++, w++, in += M * token_bytes(Q::SUB)) {
+        for (int j = 0; j < ahead; j++) __builtin_prefetch(later + (i * ahead + j) * 64, 0, 2);
+        block<Q, M>(w->q, w->s, w->o, in, sum);
+    }
     for (int m = 0; m < M; m++) acc[m] = sum[m];
 }
 
@@ -204,9 +212,10 @@ template <class Q> void many_rows(const Linear& a, Team& team) {
             for (i64 t = begin; t < end;) {
                 const int m = tile_at(a.tokens - t);
                 const uint8_t* in = a.rounded + (t * all32 + m * k32) * token_bytes(Q::SUB);
+                const char* later = (const char*)a.weight + p * bytes + stop * BLOCK_BYTES<Q>;
                 F acc[TILE];
                 for (int i = 0; i < m; i++) acc[i] = b == 0 ? zero() : partial(a, t + i, p);
-                WITH_TILE(m, (tile<Q, M>(w, in, some, acc)));
+                WITH_TILE(m, (tile<Q, M>(w, in, some, acc, later, t < begin + 8 ? AHEAD : 0)));
                 for (int i = 0; i < m; i++) {
                     if (stop == blocks) finish(a, t + i, p, acc[i]);
                     else keep(a, t + i, p, acc[i]);
