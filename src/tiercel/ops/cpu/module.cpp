@@ -51,6 +51,22 @@ std::vector<std::string> available() {
     return out;
 }
 
+std::vector<std::string> names(const Ops& ops) {
+    const Kernels& k = kernels();
+#define NAME(x) {k.x, #x}
+    const std::vector<std::pair<Kernel, const char*>> known{
+        NAME(rms_norm), NAME(add), NAME(gate), NAME(linear), NAME(linear_f32), NAME(linear_bf16), NAME(round_inputs),
+        NAME(round_bf16), NAME(rows), NAME(rotary), NAME(remember), NAME(attend), NAME(conv), NAME(ssd), NAME(select),
+        NAME(scan), NAME(gated_norm)};
+    std::vector<std::string> out;
+    for (const Op& op : ops.all()) {
+        out.push_back("?");
+        for (const auto& [kernel, name] : known)
+            if (op.kernel == kernel) out.back() = name;
+    }
+    return out;
+}
+
 }  // namespace
 
 const Kernels& kernels() { return *chosen; }
@@ -69,6 +85,9 @@ NB_MODULE(_native, m) {
     nb::class_<Ops>(m, "Ops")
         .def(nb::init<>())
         .def("run", [](Ops& ops) { nb::gil_scoped_release free; ops.run(threads()); })
+        .def("profile", [](Ops& ops) { nb::gil_scoped_release free; return ops.profile(threads()); },
+             "Seconds of every op in one run, each waited for.")
+        .def("names", names)
         .def("__len__", &Ops::size)
         .def("waits", &Ops::waits);
     m.def("record", [](Ops& ops) { record(&ops); });

@@ -1,6 +1,7 @@
 #include "team.h"
 
 #include <cassert>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <condition_variable>
@@ -52,7 +53,7 @@ public:
         return *pool_;
     }
 
-    void run(const std::vector<Op>& ops, int size) {
+    void run(const std::vector<Op>& ops, int size, std::vector<double>* seconds = nullptr) {
         std::lock_guard<std::mutex> one(entry_);  // one run at a time: the cores are shared anyway
         if (ops.empty()) return;
         if (ops.size() > capacity_) {
@@ -68,6 +69,7 @@ public:
         }
         ops_ = &ops;
         size_ = size;
+        seconds_ = seconds;
         if (size > 1) {
             grow(size - 1);
             open_.store(true, std::memory_order_seq_cst);
@@ -93,6 +95,10 @@ private:
             if (ops[i].wait)
                 for (; complete < i; complete++) await(complete, id);
             if (!ops[i].alone || id == 0) execute(i, id);
+            if (id == 0 && seconds_) {
+                for (; complete <= i; complete++) await(complete, id);
+                seconds_->push_back(std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count());
+            }
         }
         if (id == 0)
             for (; complete < ops.size(); complete++) await(complete, id);
@@ -143,6 +149,7 @@ private:
     std::condition_variable wake_;
     int workers_ = 0, size_ = 1;
     const std::vector<Op>* ops_ = nullptr;
+    std::vector<double>* seconds_ = nullptr;
     std::unique_ptr<Progress[]> progress_;
     size_t capacity_ = 0;
     alignas(64) std::atomic<int64_t> round_{0};
@@ -193,6 +200,15 @@ void Ops::add(Kernel kernel, const void* args, size_t bytes, bool alone, const s
 }
 
 void Ops::run(int threads) { Pool::get().run(ops_, threads); }
+
+std::vector<double> Ops::profile(int threads) {
+    std::vector<double> at;
+    const double begin = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    Pool::get().run(ops_, threads, &at);
+    for (size_t i = at.size(); i-- > 1;) at[i] -= at[i - 1];
+    if (!at.empty()) at[0] -= begin;
+    return at;
+}
 
 size_t Ops::waits() const {
     size_t n = 0;

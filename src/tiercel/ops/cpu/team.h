@@ -60,6 +60,8 @@ public:
     void add(Kernel kernel, const void* args, size_t bytes, bool alone, const std::vector<Range>& reads,
              const std::vector<Range>& writes);
     void run(int threads);
+    std::vector<double> profile(int threads);  // seconds of each op, every one waited for
+    const std::vector<Op>& all() const { return ops_; }
     size_t size() const { return ops_.size(); }
     size_t waits() const;
     void clear();
