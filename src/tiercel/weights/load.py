@@ -383,11 +383,12 @@ def pick_dtype(dtype: str | torch.dtype, source: Source) -> torch.dtype:
 def build(layout: Layout, dtype: torch.dtype, source: Source | None = None, *, packed: bool = True) -> Decoder:
     """A network of that layout with its memory allocated and not yet filled.
 
-    Matrices are laid out for running where there are kernels; packed: those the source has in a packed type keep it.
+    Matrices of a source are laid out for running where there are kernels, without one they are plain, to be trained.
+    packed: matrices that the source has in a packed type keep it.
     """
     network = outline(layout)
     shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
-    matrices = {row.ours for row in layout.rows if not row.precise and len(shapes[row.ours]) > 1}
+    matrices = {row.ours for row in layout.rows if source and not row.precise and len(shapes[row.ours]) > 1}
     kinds = {row.ours: _kind(row, shapes[row.ours], dtype, source, packed) for row in layout.rows}
     needed = sum(_bytes(kinds[name], shape) for name, shape in shapes.items())
     check_fits(needed, f"a network of {str(dtype).removeprefix('torch.')} weights")
