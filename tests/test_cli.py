@@ -615,7 +615,10 @@ def test_quantize_writes_measures_and_says_what_it_did(tiercel: Run, tmp_path: P
     first = found["report"]["costs"][0]
     assert first["packed"] == "all" and first["position"] == 512 and 0 <= first["kl"] < 0.1
     assert "640" in found["report"]["skipped"]["8192"]
-    assert tiercel("show", str(tmp_path / "out"), "--json").returncode == 0
+    shown = json.loads(tiercel("show", str(tmp_path / "out"), "--json").stdout)
+    assert shown["types"] == found["types"]
+    assert tiercel("quantize", str(tmp_path / "model"), str(tmp_path / "nf4"), "--to", "nf4").returncode == 0
+    assert tiercel("show", str(tmp_path / "nf4"), "--json").returncode == 0
 
 
 @pytest.mark.parametrize(

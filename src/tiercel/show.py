@@ -17,6 +17,8 @@ from tiercel.plan import human_bytes, kv_bytes_per_token, parameter_count, patte
 from tiercel.weights.fetch import read_json, shards_of
 
 HEADER_LIMIT = 100 << 20  # the safetensors format's own
+NF4_STATE = ".quant_state.bitsandbytes__nf4"  # what belongs to an NF4 matrix beside its values (weights.bitsandbytes)
+NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", NF4_STATE[1:])
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -33,7 +35,8 @@ def describe(path: Path) -> dict[str, Any]:
 def _folder(path: Path) -> dict[str, Any]:
     from tiercel.families import from_hf
 
-    layout = from_hf(read_json(path / "config.json"))
+    config = read_json(path / "config.json")
+    layout = from_hf({key: value for key, value in config.items() if key != "quantization_config"})
     shards = shards_of(read_json(path / "model.safetensors.index.json"))
     files = [path / name for name in shards] or sorted(path.glob("*.safetensors"))
     settings = read_json(path / "tokenizer_config.json")
@@ -101,7 +104,12 @@ def _safetensors_types(path: Path) -> Counter[str]:
             if size > min(HEADER_LIMIT, path.stat().st_size):
                 raise ValueError("the header is longer than the file")
             header: dict[str, dict[str, Any]] = json.loads(file.read(size))
-        return Counter(str(entry["dtype"])[:16] for name, entry in header.items() if name != "__metadata__")
+        packed = json.loads(header.pop("__metadata__", {}).get("tiercel.packed", "{}"))  # weights.packed_folder
+        nf4 = tuple(name.removesuffix(NF4_STATE) for name in header if name.endswith(NF4_STATE))
+        packed |= dict.fromkeys(nf4, "NF4")
+        parts = {f"{name}.{part}" for name in nf4 for part in NF4_PARTS}
+        kinds = [str(packed.get(name, entry["dtype"]))[:16] for name, entry in header.items() if name not in parts]
+        return Counter(kinds)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise FormatError(f"{path} is not a safetensors file, or not all of it; fetch it again") from error
 

@@ -31,7 +31,8 @@ HARD = {
     "the largest there is": torch.full((2, 512), LARGEST) * torch.tensor([1.0, -1.0]).repeat(256),
     "tiny": torch.randn(2, 512, generator=torch.Generator().manual_seed(2)) * 1e-6,
     "denormal": torch.randn(2, 512, generator=torch.Generator().manual_seed(3)) * 1e-40,
-    "one loud block": torch.cat([torch.randn(2, 256), torch.randn(2, 256) * 1e4], 1),
+    "one loud block": torch.randn(2, 512, generator=torch.Generator().manual_seed(4))
+    * torch.tensor([1.0, 1e4]).repeat_interleave(256),
 }
 
 
@@ -67,7 +68,7 @@ def test_hard_values_come_back_near_or_as_zero(name: str, type: str):
     x = HARD[name]
     y = dequantize(type, quantize(type, x))
     assert y.isfinite().all()
-    step = 1 / (3 if type in ("Q2_K", "Q3_K", "NF4") else 7)  # of the largest magnitude, and float16 ends at 6e-8
+    step = 1 / (2 if type in ("Q2_K", "Q3_K", "NF4") else 7)  # of the largest magnitude, and float16 ends at 6e-8
     assert (y - x).abs().max() <= step * x.abs().max() + 5e-6
     if name == "zeros":
         assert not y.any()
