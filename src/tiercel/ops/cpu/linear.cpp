@@ -127,21 +127,23 @@ INLINE void keep(const Linear& a, i64 token, i64 panel, F y) {
 
 // ── one row ──
 
-constexpr i64 PANELS = 4;          // taken at a time
+constexpr i64 PANELS = 16;         // taken at a time: at the start of a piece nothing has been fetched yet
 constexpr i64 DISTANCE = 1024;     // bytes fetched ahead: the processor's own fetching stops at every page
 
 template <class Q> void one_row(const Linear& a, Team& team) {
     constexpr int Z = 32 / Q::SUB, PARTS32 = Q::BLOCK / 32;
     const i64 panels = (a.outputs + 15) / 16, blocks = (a.inputs + Q::BLOCK - 1) / Q::BLOCK, bytes = panel_bytes<Q>(a.inputs);
+    i64 each = panels / (2 * team.size);
+    each = each < 1 ? 1 : each > PANELS ? PANELS : each;
     uint8_t* in = nullptr;
-    for (i64 piece; (piece = team.take((panels + PANELS - 1) / PANELS)) >= 0;) {
+    for (i64 piece; (piece = team.take((panels + each - 1) / each)) >= 0;) {
         if (in == nullptr) {  // every thread rounds the row for itself: sooner done than waited for
             in = (uint8_t*)team.scratch(((a.inputs + 255) / 32) * token_bytes(Q::SUB));
             round_tile(a.x, 0, a.inputs, 1, Q::SUB, Q::ZERO, in);
             const i64 done = (a.inputs + 31) / 32, all = blocks * PARTS32;
             memset(in + done * token_bytes(Q::SUB), 0, (all - done) * token_bytes(Q::SUB));
         }
-        for (i64 p = piece * PANELS; p < panels && p < (piece + 1) * PANELS; p++) {
+        for (i64 p = piece * each; p < panels && p < (piece + 1) * each; p++) {
             const uint8_t* panel = a.weight + p * bytes;
             const uint8_t* x = in;
             F acc = zero();
