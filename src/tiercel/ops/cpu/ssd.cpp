@@ -157,7 +157,6 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
             const bool advance = count == chunk && (start + count < all || start + count == commit);
             const bool panels = queries > 3 || advance;
             // log decay from the chunk's start through each input
-            if (!panels) fetch(in.B(start, g), kept * N * sizeof(T));
             by_six(heads, [&](i64 h, auto some) {
                 double sums[some] = {};
                 for (i64 j = 0; j < count; j++) {
@@ -203,7 +202,6 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
                     weights_of(w + q * width, decay, first + q, shared, dts + h * width, dots_of + q * width);
                 float* y = a.y + ((row.first + start + first - open) * H + head) * P;
                 if (!panels) {
-                    fetch(in.x(start, head), kept * P * sizeof(T));
                     for (i64 q = 0; q < queries; q++) {
                         i64 p = 0;
                         const auto go = [&](auto W, auto n) {
