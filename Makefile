@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help install test slow fuzz lint format bench goldens ci
+.PHONY: help install test slow fuzz isas sanitize lint format bench goldens ci
 
 help:     ## this list
 	@grep -E '^[a-z]+: ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,18 @@ slow:     ## the slow ones: SmolLM2 against llama.cpp's words (tiercel pull smol
 
 fuzz:     ## 20,000 broken files and configs of each kind instead of 2,000
 	TIERCEL_FUZZ=20000 $(BIN)/pytest tests/weights/test_mutated_files.py tests/families/test_configs.py
+
+isas:     ## the tests of the kernels and the network on torch alone and on the portable path
+	for isa in torch portable; do TIERCEL_ISA=$$isa $(BIN)/pytest tests/model tests/ops tests/test_generate.py || exit 1; done
+
+sanitize: ## the tests of the kernels under the address and undefined behaviour sanitizers (ten minutes)
+	cmake -S . -B build/sanitize -G Ninja -DTIERCEL_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	cmake --build build/sanitize
+	mkdir -p build/sanitized && cp -r src/tiercel build/sanitized/ && cp build/sanitize/_native*.so build/sanitized/tiercel/ops/cpu/
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(BIN)/python -c "import sys, pytest; \
+	  sys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]; \
+	  sys.path.insert(0, 'build/sanitized'); sys.exit(pytest.main(['tests/ops', 'tests/model']))"
 
 lint:     ## ruff and mypy
 	$(BIN)/ruff check .

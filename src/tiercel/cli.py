@@ -122,6 +122,8 @@ def run(
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: go on from the prompt.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, f32, bf16 or f16.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="Pack while loading: q4_k_m, q8_0, int8, nf4, ….")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Do not round inputs of packed matrices; slower.")] = False,
     context: Annotated[int | None, typer.Option(help="Length of the context in tokens.")] = None,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thoughts first, or not.")] = None,
     hide_thinking: Annotated[bool, typer.Option("--hidethinking", help="Do not show the thoughts.")] = False,
@@ -140,7 +142,8 @@ def run(
     if text is None and (json or raw or not sys.stdout.isatty()):
         raise RequestError("a conversation needs a terminal; give a prompt, or pipe a text in")
     began = time.perf_counter()
-    talker = _open(model, dtype, context)
+    packing = ({"quantize": quantize} if quantize else {}) | ({"exact": True} if exact else {})
+    talker = _open(model, dtype, context, **packing)
     load = time.perf_counter() - began
     params = dataclasses.replace(talker.default_params(), **given)
     if text is None:
@@ -176,24 +179,30 @@ def _messages(system: str | None, text: str) -> list[dict[str, str]]:
     return [*first, {"role": "user", "content": text}]
 
 
-def open_talker(name: str, dtype: str, context: int | None, report: Callable[[str, int, int], None]) -> Talker:
-    """The model behind a name, loaded, with a memory of its conversation."""
+def open_talker(
+    name: str, dtype: str, context: int | None, report: Callable[[str, int, int], None], **packing: Any
+) -> Talker:
+    """The model behind a name, loaded, with a memory of its conversation; packing: `load`'s quantize and exact."""
     import tiercel
     from tiercel.console import ModelTalker
     from tiercel.weights import hub
 
     hub.resolve(name, pull=True, progress=report)
     loaded = tiercel.load(
-        name, dtype=dtype, max_length=context, progress=lambda done, total: report(f"loading {name}", done, total)
+        name,
+        dtype=dtype,
+        max_length=context,
+        progress=lambda done, total: report(f"loading {name}", done, total),
+        **packing,
     )
     return ModelTalker(loaded)
 
 
-def _open(name: str, dtype: str, context: int | None) -> Talker:
+def _open(name: str, dtype: str, context: int | None, **packing: Any) -> Talker:
     from tiercel.console import waiting
 
     with waiting(f"loading {name}") as report:
-        return open_talker(name, dtype, context, report)
+        return open_talker(name, dtype, context, report, **packing)
 
 
 def _converse(talker: Talker, name: str, params: SamplingParams, **settings: Any) -> None:

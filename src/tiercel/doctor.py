@@ -54,17 +54,41 @@ def _torch() -> dict[str, Any] | None:
     }
 
 
+# op: how each instruction set does it
+OPS = {
+    "packed products": {
+        "avx512": "VNNI: sixteen rows, four bytes each, in one instruction",
+        "avx2": "pairs of bytes in sixteen-bit sums (no VNNI here)",
+        "portable": "sixteen-bit products, as the compiler vectorises them",
+    },
+    "bf16 products": {
+        "avx512": "bfloat16 dot products",
+        "avx2": "widened to float32, fused multiply-add",
+        "portable": "widened to float32",
+    },
+    "attention, scans, norms": {
+        "avx512": "float32, sixteen lanes in one register",
+        "avx2": "float32, sixteen lanes in two registers",
+        "portable": "float32, sixteen lanes in four registers",
+    },
+}
+
+
 def op_paths() -> dict[str, str]:
     """{op: the path it takes, and why}; "all" where they agree."""
     try:
         from tiercel.ops import cpu
     except (ImportError, RequestError) as error:  # no torch, or TIERCEL_ISA names what is not here
         return {"all": f"none: {error}"}
-    if cpu.there:
-        asked = f", as TIERCEL_ISA={cpu.WANTED} asks" if cpu.WANTED else ", the best this machine has"
-        return {"all": f"native {cpu.isa}{asked}"}
-    why = "as TIERCEL_ISA=torch asks" if cpu.WANTED else "the native extension is not built here"
-    return {"all": f"torch reference, {why}"}
+    if not cpu.there:
+        why = "as TIERCEL_ISA=torch asks" if cpu.WANTED else "the native extension is not built here"
+        return {"all": f"torch reference, {why}"}
+    asked = f"as TIERCEL_ISA={cpu.WANTED} asks" if cpu.WANTED else "the best this machine has"
+    return {
+        "all": f"native {cpu.isa}, {asked}",
+        **{op: how[cpu.isa] for op, how in OPS.items()},
+        "experts, training, gradients": "torch",
+    }
 
 
 def cpu_name() -> str:
@@ -124,7 +148,10 @@ def report(found: dict[str, Any]) -> str:
         ("torch", f"{torch['version']}, {torch['threads']} thread(s), {torch['cpu']}{gpu}" if torch else "missing"),
         ("cpu", f"{cpu['name']}, {cpu['cores']} core(s): {' '.join(cpu['features']) or 'features unknown'}"),
         ("memory", f"{human_bytes(memory['available'])} free of {human_bytes(memory['total'])}"),
-        ("ops", ", ".join(f"{name}: {path}" for name, path in found["ops"].items())),
+        *(
+            ("ops" if name == "all" else "", path if name == "all" else f"  {name}: {path}")
+            for name, path in found["ops"].items()
+        ),
         ("models", f"{models['folder']}: {', '.join(models['models']) or 'none yet'}"),
         ("hub", f"{hub['endpoint']}{' (offline)' if hub['offline'] else ''}, cache {hub['cache']}"),
         ("pip", found["pip"] or "missing"),
