@@ -38,7 +38,7 @@ def test_one_recording_serves_all_texts():
     network = tiny.network(DENSE)
     states, twins = [network.new_state() for _ in range(5)], [network.new_state() for _ in range(5)]
     for i, (state, twin) in enumerate(zip(states, twins, strict=True)):
-        prompt = torch.arange(10 + 7 * i)
+        prompt = torch.arange(20 + 7 * i)
         network(prompt, state), network(prompt, twin)
     for step in range(40):
         for state, twin in zip(states, twins, strict=True):

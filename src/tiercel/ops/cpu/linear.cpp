@@ -130,11 +130,15 @@ INLINE void keep(const Linear& a, i64 token, i64 panel, F y) {
 constexpr i64 PANELS = 16;         // taken at a time: at the start of a piece nothing has been fetched yet
 constexpr i64 DISTANCE = 1024;     // bytes fetched ahead: the processor's own fetching stops at every page
 
+INLINE i64 pieces_of(i64 panels, const Team& team) {
+    const i64 each = panels / (2 * team.size);
+    return each < 1 ? 1 : each > PANELS ? PANELS : each;
+}
+
 template <class Q> void one_row(const Linear& a, Team& team) {
     constexpr int Z = 32 / Q::SUB, PARTS32 = Q::BLOCK / 32;
     const i64 panels = (a.outputs + 15) / 16, blocks = (a.inputs + Q::BLOCK - 1) / Q::BLOCK, bytes = panel_bytes<Q>(a.inputs);
-    i64 each = panels / (2 * team.size);
-    each = each < 1 ? 1 : each > PANELS ? PANELS : each;
+    const i64 each = pieces_of(panels, team);
     uint8_t* in = nullptr;
     for (i64 piece; (piece = team.take((panels + each - 1) / each)) >= 0;) {
         if (in == nullptr) {  // every thread rounds the row for itself: sooner done than waited for
@@ -206,29 +210,33 @@ __attribute__((noinline)) void tile(const Unpacked* w, const uint8_t* in, i64 co
 template <class Q> void many_rows(const Linear& a, Team& team) {
     const i64 panels = (a.outputs + 15) / 16, blocks = (a.inputs + Q::BLOCK - 1) / Q::BLOCK, bytes = panel_bytes<Q>(a.inputs);
     const i64 parts = (a.tokens + TOKENS - 1) / TOKENS, piece_blocks = K_PIECE / Q::BLOCK, all32 = (a.inputs + 31) / 32;
+    // few tokens: several panels in a row, so that what is fetched ahead is this thread's own
+    const i64 each = a.tokens > 32 ? 1 : pieces_of(panels, team), groups = (panels + each - 1) / each;
     Unpacked* w = nullptr;
-    for (i64 piece; (piece = team.take(panels * parts)) >= 0;) {
+    for (i64 piece; (piece = team.take(groups * parts)) >= 0;) {
         if (w == nullptr) w = (Unpacked*)team.scratch(K_PIECE / 32 * sizeof(Unpacked));
-        const i64 p = piece / parts, begin = piece % parts * TOKENS;
-        const i64 end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
-        for (i64 b = 0; b < blocks; b += piece_blocks) {
-            const i64 stop = b + piece_blocks < blocks ? b + piece_blocks : blocks;
-            const i64 k32 = b * (Q::BLOCK / 32), some = (stop * (Q::BLOCK / 32) < all32 ? stop * (Q::BLOCK / 32) : all32) - k32;
-            unpack<Q>(a.weight + p * bytes, b, stop, w);
-            for (i64 t = begin; t < end;) {
-                const int m = tile_at(a.tokens - t);
-                const uint8_t* in = a.rounded + (t * all32 + m * k32) * token_bytes(Q::SUB);
+        const i64 begin = piece % parts * TOKENS, end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
+        const i64 first = piece / parts * each, last = first + each < panels ? first + each : panels;
+        for (i64 p = first; p < last; p++)
+            for (i64 b = 0; b < blocks; b += piece_blocks) {
+                const i64 stop = b + piece_blocks < blocks ? b + piece_blocks : blocks;
+                const i64 k32 = b * (Q::BLOCK / 32);
+                const i64 some = (stop * (Q::BLOCK / 32) < all32 ? stop * (Q::BLOCK / 32) : all32) - k32;
                 const char* later = (const char*)a.weight + p * bytes + stop * BLOCK_BYTES<Q>;
-                F acc[TILE];
-                for (int i = 0; i < m; i++) acc[i] = b == 0 ? zero() : partial(a, t + i, p);
-                WITH_TILE(m, (tile<Q, M>(w, in, some, acc, later, t < begin + 8 ? AHEAD : 0)));
-                for (int i = 0; i < m; i++) {
-                    if (stop == blocks) finish(a, t + i, p, acc[i]);
-                    else keep(a, t + i, p, acc[i]);
+                unpack<Q>(a.weight + p * bytes, b, stop, w);
+                for (i64 t = begin; t < end;) {
+                    const int m = tile_at(a.tokens - t);
+                    const uint8_t* in = a.rounded + (t * all32 + m * k32) * token_bytes(Q::SUB);
+                    F acc[TILE];
+                    for (int i = 0; i < m; i++) acc[i] = b == 0 ? zero() : partial(a, t + i, p);
+                    WITH_TILE(m, (tile<Q, M>(w, in, some, acc, later, t == begin ? AHEAD : 0)));
+                    for (int i = 0; i < m; i++) {
+                        if (stop == blocks) finish(a, t + i, p, acc[i]);
+                        else keep(a, t + i, p, acc[i]);
+                    }
+                    t += m;
                 }
-                t += m;
             }
-        }
     }
 }
 
@@ -241,8 +249,8 @@ void linear(const void* args, Team& team) {
 void round_inputs(const void* args, Team& team) {
     const RoundInputs& a = *(const RoundInputs*)args;
     const i64 bytes = (a.inputs + 31) / 32 * token_bytes(a.sub);
-    for (i64 piece; (piece = team.take((a.tokens + 11) / 12)) >= 0;)  // 12: whole tiles of every size but the last
-        for (i64 t = piece * 12; t < a.tokens && t < (piece + 1) * 12;) {
+    for (i64 piece; (piece = team.take((a.tokens + TILE - 1) / TILE)) >= 0;)
+        for (i64 t = piece * TILE; t < a.tokens && t < (piece + 1) * TILE;) {
             const int m = tile_at(a.tokens - t);
             round_tile(a.x + t * a.inputs, a.inputs, a.inputs, m, a.sub, a.zero, a.out + t * bytes);
             t += m;

@@ -125,11 +125,11 @@ NB_MODULE(_native, m) {
     });
     m.def("round_inputs", [](at x, at out, i64 tokens, i64 inputs, int sub, int zero) {
         go(kernels().round_inputs, RoundInputs{ptr<float>(x), ptr<uint8_t>(out), tokens, inputs, sub, zero},
-           tokens * inputs < SMALL, {{ptr<void>(x), tokens * inputs * f32}}, {{ptr<void>(out), 1}});
+           tokens * inputs < SMALL / 4, {{ptr<void>(x), tokens * inputs * f32}}, {{ptr<void>(out), 1}});
     });
     m.def("round_bf16", [](at x, at out, i64 tokens, i64 inputs) {
         go(kernels().round_bf16, RoundInputs{ptr<float>(x), ptr<uint8_t>(out), tokens, inputs, 0, 0},
-           tokens * inputs < SMALL, {{ptr<void>(x), tokens * inputs * f32}}, {{ptr<void>(out), 1}});
+           tokens * inputs < SMALL / 4, {{ptr<void>(x), tokens * inputs * f32}}, {{ptr<void>(out), 1}});
     });
     m.def("rows", [](at weight, at which, at y, i64 inputs, i64 count, float scale, int format) {
         std::vector<Range> reads;
