@@ -35,9 +35,7 @@ def weight_reads(network: Decoder, rows: int) -> int:
     for name, count in _holdings(network).items():
         if name.startswith("embed.") and not config.tied:
             count = count * rows // config.vocab_size
-        elif name.startswith("layers.") and name.endswith(
-            ("feed_forward.gate", "feed_forward.up", "feed_forward.down")
-        ):
+        elif name.startswith("layers.") and name.endswith(EXPERTS):
             moe = config.layers[int(name.split(".")[1])].feed_forward
             if isinstance(moe, MoEConfig):
                 count = count * min(moe.experts, rows * moe.active) // moe.experts

@@ -73,7 +73,6 @@ class Steps:
     ) -> list[Tensor]:
         """Logits of each row, from a recording where there is one."""
         key = (tuple(lengths), keep, states[0].dtype)
-        batch = None
         if not network.native or len(tokens_T) > MOST_TOKENS:
             return network._run(tokens_T, Batch(lengths, states, tokens_T.device), states, keep)
         known = self.seen.get(key)

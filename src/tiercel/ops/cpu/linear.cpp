@@ -7,7 +7,7 @@
 //
 // One row, few rows and many go through the same operations on every output, in the same order over K: a token's
 // result does not depend on who shares the batch.  One row reads the blocks as they lie; more rows unpack a panel
-// (or several, K_PIECE inputs at a time) into the cache first.
+// into the cache first, K_PIECE inputs at a time.
 #include "dots.h"
 #include "formats.h"
 
