@@ -47,7 +47,7 @@ from tiercel.ops.scan import selective_scan
 TILE = 32  # keys that kernels read together: caches are allocated in whole tiles
 SEGMENT = 1024  # keys of one partial sum, where few queries meet many keys (SEGMENT in ops/cpu/kernels.h)
 SPLIT = 8  # new tokens up to which that is done
-LONGEST_CHUNK = 256  # S is rewritten at least this often, whatever chunk the model was trained with: the form is exact
+LONGEST_CHUNK = 64  # S is rewritten at least this often, whatever chunk the model was trained with: the form is exact
 
 Words = np.ndarray
 
