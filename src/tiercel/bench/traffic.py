@@ -59,6 +59,5 @@ def _kv_reads(network: Decoder, context: int) -> int:
         for mixer, memory in zip(layer.mixers, state, strict=True):
             if isinstance(mixer, AttentionConfig):
                 tokens = min(context, mixer.window or context)
-                item: Any = memory
-                total += 2 * mixer.kv_heads * mixer.head_dim * tokens * item.k.element_size()
+                total += 2 * mixer.kv_heads * mixer.head_dim * tokens * memory.dtype.itemsize
     return total
