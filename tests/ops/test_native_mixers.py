@@ -329,7 +329,7 @@ def test_long_texts_in_segments_have_the_same_bits(window: int | None) -> None:
 def test_kernels_and_states_agree_on_sizes() -> None:
     native = cpu._native
     sizes = state_module.TILE, pages.PAGE, state_module.SEGMENT, state_module.SPLIT
-    assert (native.KEYS, native.PAGE, native.SEGMENT, native.SPLIT) == sizes
+    assert sizes == (native.KEYS, native.PAGE, native.SEGMENT, native.SPLIT)
 
 
 @pytest.mark.parametrize("start", [0, 5, 100_000])

@@ -9,8 +9,6 @@ nothing: one token's keys and values, and inputs of the open chunk (the state it
 
 from __future__ import annotations
 
-from typing import Any
-
 from tiercel.model.config import AttentionConfig, MoEConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import named_weights

@@ -110,17 +110,13 @@ class Pages(Sequence[Page]):
         """Tokens."""
         return len(self.held) * PAGE
 
-    @property
-    def nbytes(self) -> int:
-        """Of all pages and the table."""
-        return sum(page.nbytes for page in self.held) + self.table.nbytes
-
     def ready(self, used: int, length: int) -> bool:
         """Whether tokens from `used` up to `length` can be written."""
         return length <= len(self.held) * PAGE and self.shared * PAGE <= used
 
     def reserve(self, used: int, length: int) -> None:
         """See to that: add pages, and copy the page of token `used` where it is shared.  Nothing else is copied."""
+        self.cut(used)
         if self.shared * PAGE > used:
             last = used // PAGE
             page = self._new()
@@ -145,8 +141,9 @@ class Pages(Sequence[Page]):
 
     def share(self, length: int) -> tuple[Page, ...]:
         """The pages of the first `length` tokens, for somebody else too."""
-        self.shared = -(-length // PAGE)
-        return tuple(self.held[: self.shared])
+        self.cut(length)
+        self.shared = len(self.held)
+        return tuple(self.held)
 
     def adopt(self, shared: Sequence[Page]) -> None:
         """Hold these instead, which others hold too."""

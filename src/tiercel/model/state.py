@@ -1,8 +1,8 @@
 """What a layer remembers, and how far back it can be cut.
 
-Attention remembers keys and values: a cache that can be cut at any token, in pages that texts share (pages.py).
-A recurrent state cannot be cut: it exists only where somebody kept it.  Mamba-2's chunked form needs the state only where a chunk starts, so
-its layer keeps
+Attention remembers keys and values: a cache that can be cut at any token, in pages that texts share (pages.py).  A
+recurrent state cannot: it exists only where somebody kept it.  Mamba-2's chunked form needs the state only where a
+chunk starts, so its layer keeps
 
     the committed state S at a chunk boundary `base`, and the open inputs since then (pre-conv columns, x, B, dt)
 
@@ -155,6 +155,7 @@ class AttentionState(LayerState):
         """Add L tokens; all keys and values so far, (K, T, P)."""
         start, stop = self.length, self.length + k_KLP.shape[1]
         self._write(k_KLP, v_KLP, start)
+        self.cut(start)  # of a forward that was interrupted
         if stop > self.whole.shape[2]:  # by half as much more than there are: growing costs a copy
             longer = self._row(-(-max(stop, start + start // 2, PAGE) // TILE) * TILE)
             longer[:, :, : self.gathered] = self.whole[:, :, : self.gathered]
@@ -419,7 +420,8 @@ class Snapshot:
 
 def nbytes_together(held: Iterable[State | Snapshot]) -> int:
     """What several states and snapshots take, pages that they share counted once.  Free pages in pools do not count."""
-    pages, own = set(), 0
+    pages: set[Page] = set()
+    own = 0
     for one in held:
         own += one.own_nbytes
         pages.update(one.pages)
@@ -539,10 +541,11 @@ class State:
         layers = [({k: t.clone() for k, t in part.tensors().items()}, part.base) for part in self._recurrent]
         return Snapshot(self.length, self._pages.share(self.length), tuple(layers))
 
-    bookmark = snapshot
+    bookmark = snapshot  # one was cheaper once, and could be lost
 
     def restore(self, snapshot: Snapshot) -> None:
         """Be as when the snapshot was taken."""
+        self.length = 0
         self._cut(0)  # also what torch's attention has in a row: it may be another text's
         self._pages.adopt(snapshot.pages)
         if self._caches:
@@ -598,8 +601,8 @@ class State:
             raise FormatError(f"{path} cannot be read as a saved state: {error}") from error
         if meta.pop("sha256", None) != _digest(tensors, meta):
             raise FormatError(f"{path} is damaged: its checksum does not match")
-        self._cut(0)
         self.length = 0
+        self._cut(0)
         self.reserve(length)
         for i, (part, base) in enumerate(zip(self._parts, bases, strict=True)):
             part.adopt({k: tensors[f"{i}.{k}"] for k in part.shapes(length, base)}, length, base)
