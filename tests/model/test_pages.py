@@ -97,7 +97,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(operations=OPERATIONS)
 def test_texts_that_share_pages_never_see_each_others_tokens(
     operations: list[Any], tmp_path_factory: pytest.TempPathFactory
