@@ -53,6 +53,7 @@ void remember(const void* args, Team& team) {
 // ── a tile of keys ──
 
 constexpr int VECTORS = KEYS / 16;  // of a tile's keys
+constexpr i64 AHEAD = 2 * KEYS;     // keys that are asked for before they are read: the next page is somewhere else
 
 // A tile turned so that keys are lanes: one row of KEYS for every dim, or, of bf16, for every two dims, each lane a pair
 // as it lies in memory (the even dim in the low half).  Sixteen keys, rows of P, become columns of `out`.
@@ -238,9 +239,9 @@ INLINE void meet(Block& b, const Cache<T>& cache, i64 first_query, i64 window, i
         for (int i = 0; i < VECTORS; i++) turn(key + 16 * i * P, b.turned + 16 * i, P);
         const bool whole = tile + KEYS - 1 <= first_query && tile >= oldest(last_query);
         if (whole && b.rows <= 6 && b.dims == P) {  // few rows: values straight from the cache
-            if (tile + KEYS < stop) {
-                fetch(cache.k(tile + KEYS), KEYS * P * sizeof(T));
-                fetch(cache.v(tile + KEYS), KEYS * P * sizeof(T));
+            if (tile + AHEAD < stop) {
+                fetch(cache.k(tile + AHEAD), KEYS * P * sizeof(T));
+                fetch(cache.v(tile + AHEAD), KEYS * P * sizeof(T));
             }
             by_six(b.rows, [&](i64 r, auto n) {
                 if constexpr (sizeof(T) == 2) scores_of<n>(b.q + r * b.dims, b.dims, b.turned, P, b.scores + r * KEYS);
