@@ -222,6 +222,10 @@ class RecurrentState(LayerState):
     def base(self, base: int) -> None:
         self.words[self.BASE] = base
 
+    def base_after(self, added: int) -> int:
+        """What `base` will be when so many more tokens have been read."""
+        return self._next_base(added) if added else self.base
+
     @property
     def open(self) -> int:
         """How many inputs are kept since the boundary."""
@@ -382,6 +386,11 @@ class Snapshot:
     layers: tuple[tuple[dict[str, Tensor] | None, int], ...]  # tensors and base of every layer state
 
     @property
+    def oldest(self) -> int:
+        """The shortest length a state restored from it can be trimmed to."""
+        return max(base for _, base in self.layers)
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for tensors, _ in self.layers for t in (tensors or {}).values())
 
@@ -430,6 +439,15 @@ class State:
     def oldest(self) -> int:
         """The shortest length `trim` can reach."""
         return int(self.words[self._bases].max()) if self._bases else 0
+
+    def oldest_after(self, added: int) -> int:
+        """What `oldest` will be when so many more tokens have been read in one forward."""
+        return max((part.base_after(added) for part in self._parts if isinstance(part, RecurrentState)), default=0)
+
+    @property
+    def grid(self) -> int:
+        """The smallest chunk of a layer: what a forward added last can be cut off, up to this; 0 means all of it."""
+        return min((part.chunk for part in self._parts if isinstance(part, RecurrentState)), default=0)
 
     @property
     def nbytes(self) -> int:
