@@ -87,7 +87,7 @@ class Life:
             step_tokens=dice.choice([4, 16, 64, 512]),
             cache_bytes=dice.choice([0, 200_000, 1 << 20, 1 << 26, 1 << 26]),
             spill=folder / str(seed) if dice.random() < 0.3 else None,
-            state_bytes=dice.choice([None, None, 400_000]),
+            state_bytes=dice.choice([None, None, 100_000]),
             drafter=(lambda choice: Guesser(dice)) if dice.random() < 0.5 else None,
         )
         self.texts = [self.words(dice.randrange(1, 120))]

@@ -346,7 +346,6 @@ def of_source(
     """The network of any source, filled and ready to run."""
     network = build(source.layout, pick_dtype(dtype, source), source, packed=dtype == "auto")
     fill(network, source, progress)
-    network.pack()  # what was filled as precise numbers, a router's: its products too are the same however rows are cut
     for _, weight in named_weights(network):
         for matrix in weight if isinstance(weight, list) else [weight]:
             if isinstance(matrix, QTensor):
@@ -389,7 +388,7 @@ def build(layout: Layout, dtype: torch.dtype, source: Source | None = None, *, p
     """
     network = outline(layout)
     shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
-    matrices = {row.ours for row in layout.rows if source and not row.precise and len(shapes[row.ours]) > 1}
+    matrices = {row.ours for row in layout.rows if source and _is_matrix(row) and len(shapes[row.ours]) > 1}
     kinds = {row.ours: _kind(row, shapes[row.ours], dtype, source, packed) for row in layout.rows}
     needed = sum(_bytes(kinds[name], shape) for name, shape in shapes.items())
     check_fits(needed, f"a network of {str(dtype).removeprefix('torch.')} weights")
@@ -415,6 +414,11 @@ def _bytes(kind: str, shape: tuple[int, ...]) -> int:
         if kind in PACKED_TYPES
         else math.prod(shape) * PLAIN[kind][1]
     )
+
+
+def _is_matrix(row: Row) -> bool:
+    """Whether it is multiplied with; routers are, precise as they are: by our kernels, the same however rows are cut."""
+    return not row.precise or row.ours.endswith(".router.weight")
 
 
 def _empty(kind: str, shape: tuple[int, ...], matrix: bool) -> nn.Parameter | QTensor | list[QTensor]:
