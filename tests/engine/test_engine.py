@@ -268,7 +268,9 @@ def test_a_row_of_nan_ends_with_an_error_and_its_neighbours_go_on(net):
 
     def poisoned(rows, states, **more):
         logits = forward(rows, states, **more)
-        return [torch.full_like(row, torch.nan) if 99 in tokens else row for row, tokens in zip(logits, rows, strict=True)]
+        return [
+            torch.full_like(row, torch.nan) if 99 in tokens else row for row, tokens in zip(logits, rows, strict=True)
+        ]
 
     e.network = poisoned_network(net, poisoned)
     good = e.add([token for token in ids(40) if token != 99], greedy(6))

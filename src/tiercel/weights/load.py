@@ -417,7 +417,7 @@ def _bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 
 def _is_matrix(row: Row) -> bool:
-    """Whether it is multiplied with; routers are, precise as they are: by our kernels, the same however rows are cut."""
+    """Whether it is multiplied with.  Routers are, precise as they are, by our kernels: however rows are cut."""
     return not row.precise or row.ours.endswith(".router.weight")
 
 
