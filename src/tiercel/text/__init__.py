@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -170,18 +170,20 @@ class Text:
         starts_in_thinking: bool = False,
         continues: bool = False,
         special: bool = False,
+        shown: Collection[str] = (),
     ) -> TextStream:
         """A decoder to push ids into, one by one; see `stream.py`.
 
         thinking: "auto" tells thoughts from answer, "off" does not.  starts_in_thinking: the prompt opened the block
         (`opens_thinking`).  continues: the ids go on with a text, whose first space is then its own.
-        special: control tokens appear as their text.
+        special: control tokens appear as their text.  shown: these do (the markers of tool calls).
         """
+        visible = {self._ids[marker] for marker in shown if marker in self._ids}
         opening, closing = (self._ids.get(tag) for tag in THINK_TAGS)
         return TextStream(
             None if self._kind == "words" else self.piece,
-            lambda ids: self.decode(ids, special=special),
-            skipped=frozenset() if special else self._special,
+            lambda ids: self.decode([id for id in ids if special or id not in self._special - visible], special=True),
+            skipped=frozenset() if special else self._special - visible,
             drop_space=self._drop_space and not continues,
             tags=THINK_TAGS,
             tag_ids=(opening, closing),
