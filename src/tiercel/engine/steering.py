@@ -140,15 +140,14 @@ class Steering:
         assert self.text is not None and self._stream is not None
         return _as_mask(opening_tokens(self.text, self._stream.held), V)
 
-    def _thoughts_end_clean(self, V: int) -> Tensor | None:
-        """Within the last letters of the closing tag: no token that brings letters of the answer with it."""
+    def _thoughts_end_clean(self, V: int) -> Tensor:
+        """Thoughts lead to an answer: they do not end the text, and their tag brings no letters of the answer along."""
         assert self.text is not None and self._stream is not None
-        if not self._stream.held:
-            return None
-        banned = [
-            id for id, piece in tokens_from(self.text, THINK_TAGS[1][len(self._stream.held) :]) if piece.strip(SPACE)
-        ]
-        return ~_as_mask(banned, V) if banned else None
+        banned = list(self.text.eos)
+        if self._stream.held:
+            after = tokens_from(self.text, THINK_TAGS[1][len(self._stream.held) :])
+            banned += [id for id, piece in after if piece.strip(SPACE)]
+        return ~_as_mask(banned, V)
 
 
 def opening_tokens(text: Text, held: str) -> list[int]:
