@@ -11,15 +11,17 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import torch
 
-from tiercel.engine.engine import Engine
+from tiercel.engine.engine import Engine, Stats
 from tiercel.engine.request import Request, Update
 from tiercel.errors import Busy, TiercelError
 from tiercel.sampling import SamplingParams
@@ -77,6 +79,7 @@ class AsyncEngine:
         self.engine = engine
         self.streams: dict[Request, Stream] = {}
         self._abandoned: list[str] = []
+        self._calls: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
         self._awake = threading.Event()
         self._closing = self._stopped = False
         self._thread: threading.Thread | None = None
@@ -110,6 +113,17 @@ class AsyncEngine:
             await asyncio.to_thread(self._thread.join)
             self._thread = None
 
+    @property
+    def stats(self) -> Stats:
+        return self.engine.stats
+
+    async def call(self, work: Callable[[], Any]) -> Any:
+        """Run this between two steps, on the engine's thread: the network is the engine's, and nobody else's."""
+        done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self._calls.append((work, done))
+        self.wake()
+        return await asyncio.wrap_future(done)
+
     def wake(self) -> None:
         self._awake.set()
 
@@ -128,6 +142,13 @@ class AsyncEngine:
             self._awake.clear()
             while self._abandoned:
                 self.engine.abort(self._abandoned.pop())
+            while self._calls:
+                work, done = self._calls.popleft()
+                if done.set_running_or_notify_cancel():
+                    try:
+                        done.set_result(work())
+                    except BaseException as error:
+                        done.set_exception(error)
             if not self.engine.idle:
                 self._send(self._step())
             elif self._stopped:
