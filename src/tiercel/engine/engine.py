@@ -361,6 +361,7 @@ class Engine:
         """Each row with the logits of its last tokens: as many as were drafted, and one."""
         device = self.network.embed.weight.device
         tokens = [torch.tensor(row.tokens, device=device) for row in rows]
+        count = sum(map(len, tokens))
         keep = 1 + max(len(row.drafts) for row in rows)
         began = time.perf_counter()
         try:
@@ -371,7 +372,7 @@ class Engine:
         except BaseException:  # Ctrl+C in the middle of a layer
             self._start_again(rows)
             raise
-        count, seconds = sum(len(row.tokens) for row in rows), time.perf_counter() - began
+        seconds = time.perf_counter() - began
         self._speed += 0.05 * (count / seconds - self._speed)
         if all(row.count == 1 for row in rows):
             self.costs.note(count, seconds)
