@@ -8,9 +8,9 @@ import random
 import pytest
 import torch
 
+from engine.test_speculative import accepted
 from test_text_stream import make, spell
 from tiercel.engine.constraint import Grammars
-from tiercel.engine.speculative import accepted
 from tiercel.errors import RequestError
 from tiercel.sampling import Repetition, Sampler, SamplingParams, Structured
 from tiercel.steering import Circles, Steering

@@ -3,9 +3,9 @@
     spec = Speculation(NgramDrafter(), costs)
     draft = spec.draft(tokens, rows)                      [] where guessing does not pay
     logits = network([[last, *draft]], [state], keep=len(draft) + 1)
-    kept = list(accepted(logits, draft, sampler))         what would have been said without a draft, greedy or not
-    state.trim(state.length - surplus(draft, kept))       guesses that were wrong are forgotten
-    spec.note(len(draft), len(kept) - 1)
+    ...                                                   sample row after row, up to the first that is not the guess
+    state.trim(…)                                         guesses that were wrong are forgotten
+    spec.note(len(draft), right)
 
 The sampler's draw is a function of (seed, choice, position) alone, so every row is sampled as if it came alone, and a
 guess counts while it equals the sample: the answer is the same with and without speculation, sampled ones too.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -290,21 +290,6 @@ class Speculation:
             record.rest, record.next_rest = 0, FIRST_REST
 
 
-def accepted(logits_KV: Tensor, draft: Sequence[int], sampler: Sampler) -> Iterator[int]:
-    """The tokens that a row of [token, *draft] yields: guesses while they are what is sampled, and one more.
-
-    logits_KV: rows after the token and after every guess, (len(draft) + 1, V).  Each token is accepted by the sampler
-    before it is handed out (its log-probabilities are in `sampler.last_logprobs`); leave the loop where the answer
-    ends.
-    """
-    for place, logits_V in enumerate(logits_KV):
-        token = sampler.sample(logits_V)
-        sampler.accept(token)
-        yield token
-        if place == len(draft) or token != draft[place]:
-            return
-
-
-def surplus(draft: Sequence[int], kept: Sequence[int]) -> int:
-    """How many tokens the state has read too many: trim it by so much."""
-    return len(draft) + 1 - len(kept)
+def prompt_lookup(choice: object) -> Drafter:
+    """What guesses where nothing else was asked for: costs nothing, and is right where text is copied."""
+    return NgramDrafter()
