@@ -346,6 +346,7 @@ def of_source(
     """The network of any source, filled and ready to run."""
     network = build(source.layout, pick_dtype(dtype, source), source, packed=dtype == "auto")
     fill(network, source, progress)
+    network.pack()  # what was filled as precise numbers, a router's: its products too are the same however rows are cut
     for _, weight in named_weights(network):
         for matrix in weight if isinstance(weight, list) else [weight]:
             if isinstance(matrix, QTensor):
