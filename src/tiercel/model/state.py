@@ -156,7 +156,6 @@ class AttentionState(LayerState):
         """Add L tokens; all keys and values so far, (K, T, P)."""
         start, stop = self.length, self.length + k_KLP.shape[1]
         self._write(k_KLP, v_KLP, start)
-        self.cut(start)  # of a forward that was interrupted
         if stop > self.whole.shape[2]:  # by half as much more than there are: growing costs a copy
             longer = self._row(-(-max(stop, start + start // 2, PAGE) // TILE) * TILE)
             longer[:, :, : self.gathered] = self.whole[:, :, : self.gathered]
@@ -520,6 +519,8 @@ class State:
     def reserve(self, added: int) -> None:
         """Have room for so many more tokens; before every forward."""
         used = self.length
+        for part in self._caches:
+            part.cut(used)  # what a forward added that was interrupted
         if self._caches and not self._pages.ready(used, used + added):
             self._pages.reserve(used, used + added)
             self._publish()
