@@ -42,7 +42,7 @@ def _remember(
         c, s = tl.load(cos + angle, turned, 1.0), tl.load(sin + angle, turned, 0.0)
         x = x * c + tl.where(p < R, -other, other) * s
     if n < H:
-        tl.store(q_out + (t * H + n) * P + p, x.to(q_out.dtype.element_ty), live)
+        tl.store(q_out + (t * H + n) * P + p, x.to(q_out.dtype.element_ty), (t < T) & (p < P))
     else:
         page = tl.load(table + slot * stride_table + position // PAGE, slot >= 0, 0).to(tl.int64)
         head = tl.where(n < H + K, n - H, n - H - K)
@@ -138,6 +138,9 @@ def _join(sums, most, total, slot_T, y, H, P, SPLITS: tl.constexpr, BS: tl.const
         both = (s < SPLITS)[:, None] & (p < P)[None, :]
         y_P = tl.sum(tl.load(sums + part[:, None] * P + p[None, :], both, 0.0) * share[:, None], 0) / sum_
         tl.store(y + (t * H + h) * P + p, y_P.to(y.dtype.element_ty), p < P)
+    else:
+        p = tl.arange(0, BP)
+        tl.store(y + (t * H + h) * P + p, tl.zeros((BP,), y.dtype.element_ty), p < P)
 
 
 def attention_step(

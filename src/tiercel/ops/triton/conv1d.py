@@ -37,7 +37,7 @@ def _conv(
         sum_ += w * tl.where(inside, new, old).to(tl.float32)
         if STORE and back == 0:
             tl.store(ring + (position % R) * C, new, live)
-    tl.store(y + t * stride_y + c, (sum_ * tl.sigmoid(sum_)).to(y.dtype.element_ty), live)
+    tl.store(y + t * stride_y + c, (sum_ * tl.sigmoid(sum_)).to(y.dtype.element_ty), (t < T) & (c < C))
 
 
 def conv1d(
@@ -54,7 +54,7 @@ def conv1d(
 ) -> None:
     """y = silu of the convolution, rounded to y's dtype; the rows of x and y may lie apart.
 
-    slot_T: the ring of each token (−1: nobody's, y is not written) · position_T: its place in the text · first_T: the
+    slot_T: the ring of each token (−1: nobody's, its y is anything finite) · position_T: its place in the text · first_T: the
     number of the first token here that belongs to the same text.  store: also put x into the rings; only for one new
     token of each text, as others might be read meanwhile.
     """

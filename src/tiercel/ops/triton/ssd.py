@@ -82,6 +82,9 @@ def _step(
         tl.store(x_ring + here * P + p, x_P.to(x_ring.dtype.element_ty), inside)
         if tl.program_id(2) == 0:
             tl.store(dt_ring + here, dt_new)
+    else:
+        p = tl.program_id(2) * BP + tl.arange(0, BP)
+        tl.store(y + t * stride_y + h * P + p, tl.zeros((BP,), y.dtype.element_ty), p < P)
 
 
 def ssd_step(
@@ -100,7 +103,7 @@ def ssd_step(
     """y + D x (T, H · P) float32 of one new token of each text; its input joins the ring, and where a chunk is full S
     is rewritten (its base and all lengths are the caller's to move on).
 
-    memory: `model.slots.Mamba2Slots`, with at most a chunk of open inputs.  slot_T: −1 for rows that are nobody's.
+    memory: `model.slots.Mamba2Slots`, with at most a chunk of open inputs.  slot_T: −1 for rows that are nobody's; their y is 0.
     """
     T = xBC_TC.shape[0]
     _, H, N, P = memory.S.shape
