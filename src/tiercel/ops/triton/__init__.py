@@ -11,9 +11,11 @@ as they are.  Kernels are launched with fixed block sizes: no request waits for 
 from __future__ import annotations
 
 import importlib.util
+import os
 
 from torch import Tensor
 
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # it does not multiply bfloat16 matrices
 there = importlib.util.find_spec("triton") is not None
 
 

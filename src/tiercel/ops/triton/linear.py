@@ -1,0 +1,232 @@
+"""Products with packed matrices on a GPU, y = x Wᵀ + b.
+
+    few rows     (up to FEW) every weight is unpacked in registers and meets the rows at once: the speed of the memory
+    some rows    (up to SOME) tiles are unpacked to bfloat16 for the tensor cores
+    many rows    the whole matrix is unpacked to bfloat16 first; that is little beside the product
+
+The bits of a file's blocks lie in planes, nothing is rounded:
+
+    Q4_K   q (N, K / 2) · scale and minimum of 32 values, a byte each (N, K / 32, 2) · d, dmin float16 (N, K / 256, 2)
+    NF4    q (N, K / 2) · absmax float32 (N, K / 64)
+    Q8_0   q (N, K) int8 · d float16 (N, K / 32)
+    INT8   q (N, K) int8 · scale float32 (N)
+
+Four-bit values in Q4_K's order: of each 64 values the first 32 are the low nibbles of 32 bytes, the others the high ones.
+Other types are unpacked when they come to the device.
+
+Letters: T rows of x, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tiercel import quant
+from tiercel.ops.linear import QTensor
+from tiercel.ops.triton import interpreted
+from tiercel.quant.nf4 import LEVELS
+
+TYPES = ("Q4_K", "NF4", "Q8_0", "INT8")
+FEW, SOME = 4, 64
+
+
+@triton.jit
+def _values(q, scales, d, levels, n, k, K, seen, TYPE: tl.constexpr):
+    """W[n, k] float32 for index tensors that broadcast."""
+    if TYPE == "Q4_K" or TYPE == "NF4":
+        byte = tl.load(q + n * (K // 2) + k // 64 * 32 + k % 32, seen, 0).to(tl.int32)
+        bits = (byte >> (k % 64 // 32 * 4)) & 15
+        if TYPE == "NF4":
+            return tl.load(levels + bits) * tl.load(scales + n * (K // 64) + k // 64, seen, 0.0)
+        pair, ends = scales + (n * (K // 32) + k // 32) * 2, d + (n * (K // 256) + k // 256) * 2
+        scale = tl.load(ends, seen, 0.0).to(tl.float32) * tl.load(pair, seen, 0).to(tl.float32)
+        least = tl.load(ends + 1, seen, 0.0).to(tl.float32) * tl.load(pair + 1, seen, 0).to(tl.float32)
+        return bits.to(tl.float32) * scale - least
+    else:
+        number = tl.load(q + n * K + k, seen, 0).to(tl.float32)
+        if TYPE == "INT8":
+            return number * tl.load(scales + n)
+        return number * tl.load(scales + n * (K // 32) + k // 32, seen, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _few(
+    x, q, scales, d, levels, bias, y, N, K, scale, stride_x,
+    TYPE: tl.constexpr, T: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """BG groups of 64 values (four bits) or 32 (eight) at a time, each summed before it meets its scale."""
+    FOUR: tl.constexpr = TYPE == "Q4_K" or TYPE == "NF4"
+    WIDTH: tl.constexpr = 64 if FOUR else 32
+    n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    rows = tl.arange(0, T)
+    j = tl.arange(0, 32)[None, None, :]
+    sums = tl.zeros((T, BN, BG), tl.float32)
+    for g0 in range(0, K // WIDTH, BG):
+        g = g0 + tl.arange(0, BG)
+        inside = g < K // WIDTH
+        here = (n < N)[:, None] & inside[None, :]
+        packed = tl.load(
+            q + n[:, None, None] * (K // 2 if FOUR else K) + g[None, :, None] * 32 + j, here[:, :, None], 0
+        )  # fmt: skip
+        if TYPE == "Q4_K":
+            pair = scales + (n[:, None] * (K // 32) + g[None, :] * 2) * 2
+            ends = d + (n[:, None] * (K // 256) + g[None, :] // 4) * 2
+            d_, dmin = tl.load(ends, here, 0.0).to(tl.float32), tl.load(ends + 1, here, 0.0).to(tl.float32)
+            s0, m0 = tl.load(pair, here, 0).to(tl.float32) * d_, tl.load(pair + 1, here, 0).to(tl.float32) * dmin
+            s1, m1 = tl.load(pair + 2, here, 0).to(tl.float32) * d_, tl.load(pair + 3, here, 0).to(tl.float32) * dmin
+        elif TYPE == "NF4":
+            s0 = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0.0)
+        elif TYPE == "Q8_0":
+            s0 = tl.load(scales + n[:, None] * (K // 32) + g[None, :], here, 0.0).to(tl.float32)
+        for t in tl.static_range(T):
+            at = x + t * stride_x + g[None, :, None] * WIDTH + j
+            x0 = tl.load(at, inside[None, :, None], 0.0).to(tl.float32)
+            if FOUR:
+                x1 = tl.load(at + 32, inside[None, :, None], 0.0).to(tl.float32)
+                low, high = packed & 15, packed >> 4
+                if TYPE == "NF4":
+                    part = tl.sum(tl.load(levels + low.to(tl.int32)) * x0 + tl.load(levels + high.to(tl.int32)) * x1, 2)
+                    part = part * s0
+                else:
+                    part = tl.sum(low.to(tl.float32) * x0, 2) * s0 + tl.sum(high.to(tl.float32) * x1, 2) * s1
+                    part -= tl.sum(x0, 2) * m0 + tl.sum(x1, 2) * m1
+            else:
+                part = tl.sum(packed.to(tl.float32) * x0, 2)
+                if TYPE == "Q8_0":
+                    part = part * s0
+            sums += tl.where((rows == t)[:, None, None], part[None, :, :], 0.0) if T > 1 else part[None, :, :]
+    out = tl.sum(sums, 2) * scale
+    if TYPE == "INT8":
+        out = out * tl.load(scales + n, n < N, 0.0)[None, :]
+    if BIAS:
+        out += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
+    tl.store(y + rows[:, None] * N + n[None, :], out.to(y.dtype.element_ty), (n < N)[None, :])
+
+
+@triton.jit
+def _some(
+    x, q, scales, d, levels, bias, y, T, N, K, scale, stride_x,
+    TYPE: tl.constexpr, BIAS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    sum_ = tl.zeros((BT, BN), tl.float32)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        seen = (k < K)[:, None] & (n < N)[None, :]
+        w_KN = _values(q, scales, d, levels, tl.where(n < N, n, 0)[None, :], k[:, None], K, seen, TYPE)
+        x_TK = tl.load(x + t[:, None] * stride_x + k[None, :], (t < T)[:, None] & (k < K)[None, :], 0.0)
+        if EXACT:
+            sum_ += tl.dot(x_TK.to(tl.float32), w_KN, input_precision="ieee")
+        else:
+            sum_ += tl.dot(x_TK.to(tl.bfloat16), w_KN.to(tl.bfloat16))
+    sum_ = sum_ * scale
+    if BIAS:
+        sum_ += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
+    at = y + t[:, None] * N + n[None, :]
+    tl.store(at, sum_.to(y.dtype.element_ty), (t < T)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _rows(q, scales, d, levels, which, out, K, TYPE: tl.constexpr, BK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    n = tl.load(which + t).to(tl.int64)
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    w = _values(q, scales, d, levels, n + tl.zeros((BK,), tl.int64), k, K, k < K, TYPE)
+    tl.store(out + t * K + k, w.to(out.dtype.element_ty), k < K)
+
+
+class DeviceQTensor(QTensor):
+    """A packed matrix on a GPU: of TYPES, made by `on_device`.  Answers in the dtype of its inputs."""
+
+    in_panels = False
+
+    def __init__(self, type: str, shape: tuple[int, int], q: Tensor, scales: Tensor, d: Tensor | None = None) -> None:
+        self.type, self.shape, self.exact = type, torch.Size(shape), False
+        self.q, self.scales, self.d = q, scales, scales if d is None else d
+        self.device = q.device
+        self.levels = torch.tensor(LEVELS, device=q.device) if type == "NF4" else scales
+        self.data = q
+
+    @property
+    def nbytes(self) -> int:
+        return self.q.nbytes + self.scales.nbytes + (self.d.nbytes if self.d is not self.scales else 0)
+
+    @property
+    def planes(self) -> tuple[Tensor, ...]:
+        return self.q, self.scales, self.d, self.levels
+
+    def rows(self, which_T: Tensor) -> Tensor:
+        return self._unpack(which_T.flatten(), torch.float32).view(*which_T.shape, -1)
+
+    def numbers(self, start: int = 0, stop: int | None = None) -> Tensor:
+        which = torch.arange(start, self.shape[0] if stop is None else stop, device=self.device)
+        return self._unpack(which, torch.float32)
+
+    def _unpack(self, which: Tensor, dtype: torch.dtype) -> Tensor:
+        K = self.shape[1]
+        out = torch.empty(len(which), K, dtype=dtype, device=self.device)
+        _rows[(len(which), triton.cdiv(K, 1024))](*self.planes, which, out, K, TYPE=self.type, BK=1024)
+        return out
+
+    def multiply(self, x: Tensor, bias_N: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """scale · x Wᵀ + b, (…, K) → (…, N).  No gradients."""
+        N, K = self.shape
+        x_TK = x.reshape(-1, K)
+        T = x_TK.shape[0]
+        if T > SOME:
+            W = self._unpack(torch.arange(N, device=self.device), torch.float32 if self.exact else torch.bfloat16)
+            y_TN = F.linear(x_TK.to(W.dtype), W).to(x.dtype)
+            y_TN = y_TN * scale if scale != 1.0 else y_TN
+            y_TN = y_TN if bias_N is None else y_TN + bias_N.to(y_TN.dtype)
+            return y_TN.view(*x.shape[:-1], N)
+        y_TN = torch.empty(T, N, dtype=x.dtype, device=x.device)
+        bias = x_TK if bias_N is None else bias_N
+        if T <= FEW and T & (T - 1) == 0:
+            groups = K // (64 if self.type in ("Q4_K", "NF4") else 32)
+            BN, BG = 4, min(32, triton.next_power_of_2(groups))
+            _few[(triton.cdiv(N, BN),)](
+                x_TK, *self.planes, bias, y_TN, N, K, scale, x_TK.stride(0), TYPE=self.type, T=T,
+                BIAS=bias_N is not None, BN=BN, BG=BG, num_warps=4,
+            )  # fmt: skip
+        else:
+            BT, BN = max(16, min(64, triton.next_power_of_2(T))), 32
+            _some[(triton.cdiv(N, BN), triton.cdiv(T, BT))](
+                x_TK, *self.planes, bias, y_TN, T, N, K, scale, x_TK.stride(0), TYPE=self.type,
+                BIAS=bias_N is not None, BT=BT, BN=BN, BK=128, EXACT=self.exact or interpreted, num_warps=4,
+            )  # fmt: skip
+        return y_TN.view(*x.shape[:-1], N)
+
+
+def on_device(weight: QTensor, device: torch.device | str) -> DeviceQTensor | Tensor:
+    """The same matrix for a GPU; a bfloat16 tensor where its type has no kernel there."""
+    if weight.type not in TYPES:
+        return weight.numbers().to(torch.bfloat16).to(device)
+    parts = planes(weight.type, weight.raw(), weight.shape[1])
+    return DeviceQTensor(weight.type, tuple(weight.shape), *(t.to(device) for t in parts))  # type: ignore[arg-type]
+
+
+def planes(type: str, raw_NB: Tensor, K: int) -> tuple[Tensor, ...]:
+    """Rows as a file has them (N, row_bytes) → q, scales and, for Q4_K, d."""
+    N = len(raw_NB)
+    if type == "INT8":
+        return raw_NB[:, 4:].contiguous().view(torch.int8), raw_NB[:, :4].contiguous().view(torch.float32).view(N)
+    blocks = raw_NB.view(N, K // quant.BLOCKS[type].values, quant.BLOCKS[type].bytes)
+    if type == "Q8_0":
+        q, d = blocks[:, :, 2:].contiguous().view(torch.int8), blocks[:, :, :2].contiguous().view(torch.float16)
+        return q.view(N, K), d.view(N, -1)
+    if type == "NF4":
+        absmax, pairs = blocks[:, :, :4].contiguous().view(torch.float32), blocks[:, :, 4:]
+        bits = torch.stack((pairs >> 4, pairs & 15), -1).flatten(2)  # 64 values in order
+        return (bits[..., :32] | (bits[..., 32:] << 4)).reshape(N, K // 2), absmax.view(N, -1)
+    packed = blocks[:, :, 4:16]
+    low, high, rest = packed.split(4, -1)
+    scales = torch.cat((low & 63, (rest & 15) | ((low >> 6) << 4)), -1)
+    least = torch.cat((high & 63, (rest >> 4) | ((high >> 6) << 4)), -1)
+    d = blocks[:, :, :4].contiguous().view(torch.float16)
+    return blocks[:, :, 16:].contiguous().view(N, K // 2), torch.stack((scales, least), -1).view(N, -1, 2), d

@@ -1,0 +1,54 @@
+"""Packed products on a GPU against the numbers that the packed bytes stand for."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="pip install triton")
+
+from ops.triton.conftest import DEVICE  # noqa: E402
+from tiercel import quant  # noqa: E402
+from tiercel.ops.linear import QTensor  # noqa: E402
+from tiercel.ops.triton.linear import TYPES, on_device  # noqa: E402
+
+
+def pair(type, N, K):
+    q = QTensor(type, (N, K))
+    q.put(0, quant.quantize(type, torch.randn(N, K) * torch.rand(N, 1)))
+    return q, on_device(q, DEVICE)
+
+
+@pytest.mark.parametrize("type", TYPES)
+def test_the_same_numbers(type):
+    q, there = pair(type, 17, 768)
+    assert torch.equal(there.numbers().cpu(), q.numbers())
+    which = torch.tensor([[3, 16], [0, 3]], device=DEVICE)
+    assert torch.equal(there.rows(which).cpu(), q.numbers()[which.cpu()])
+
+
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 19, 70])
+@pytest.mark.parametrize("N, K", [(5, 256), (33, 2304)])
+def test_products(type, T, N, K):
+    q, there = pair(type, N, K)
+    x, b = torch.randn(T, K), torch.randn(N)
+    exact = x.double() @ q.numbers().double().T * 0.7 + b
+    for name, tolerance in ((False, 1e-2), (True, 1e-5)):
+        there.exact = name
+        got = there.multiply(x.to(DEVICE), b.to(DEVICE), 0.7).cpu()
+        assert got.dtype == torch.float32 and (got - exact).norm() <= tolerance * exact.norm()
+
+
+def test_rows_of_x_may_lie_apart_and_outputs_follow_their_dtype():
+    q, there = pair("Q4_K", 8, 256)
+    x = torch.randn(3, 600, device=DEVICE).to(torch.bfloat16)[:, :256]
+    got = there.multiply(x)
+    expected = x.cpu().float() @ q.numbers().T
+    assert got.dtype == torch.bfloat16 and (got.cpu().float() - expected).norm() <= 1e-2 * expected.norm()
+
+
+def test_other_types_are_unpacked():
+    q = QTensor("Q6_K", (4, 256))
+    q.put(0, quant.quantize("Q6_K", torch.randn(4, 256)))
+    there = on_device(q, DEVICE)
+    assert there.dtype == torch.bfloat16
+    torch.testing.assert_close(there.cpu().float(), q.numbers(), atol=0, rtol=4e-3)
