@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiercel import quant
-from tiercel.ops import cpu
+from tiercel.ops import cpu, triton
 
 NUMBERS = {"BF16": torch.bfloat16, "F32": torch.float32}
 SLAB = 1 << 22  # values unpacked at a time where there are no kernels
@@ -124,7 +124,12 @@ def linear(x: Tensor, weight: Tensor | QTensor, bias_N: Tensor | None = None, sc
     """scale · x Wᵀ + b: a plain W computes in its own dtype, a QTensor answers in float32."""
     if isinstance(weight, QTensor):
         return weight.multiply(x, bias_N, scale)
-    y = F.linear(x.to(weight.dtype), weight, bias_N if scale == 1.0 else None)
+    if x.is_cuda and triton.there and x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+        from tiercel.ops.triton import linear as kernels
+
+        y = kernels.plain(x, weight, bias_N if scale == 1.0 else None)
+    else:
+        y = F.linear(x.to(weight.dtype), weight, bias_N if scale == 1.0 else None)
     if scale != 1.0:
         y = y.float() * scale
         y = y if bias_N is None else y + bias_N.float()

@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="pip install triton")
 from ops.triton.conftest import DEVICE  # noqa: E402
 from tiercel import quant  # noqa: E402
 from tiercel.ops.linear import QTensor  # noqa: E402
-from tiercel.ops.triton.linear import TYPES, on_device  # noqa: E402
+from tiercel.ops.triton.linear import TYPES, on_device, plain  # noqa: E402
 
 
 def pair(type, N, K):
@@ -52,3 +52,12 @@ def test_other_types_are_unpacked():
     there = on_device(q, DEVICE)
     assert there.dtype == torch.bfloat16
     torch.testing.assert_close(there.cpu().float(), q.numbers(), atol=0, rtol=4e-3)
+
+
+@pytest.mark.parametrize("N, K", [(1, 1), (7, 1100), (130, 64)])
+@pytest.mark.parametrize("T", [1, 2])
+def test_a_plain_matrix_of_few_rows(N, K, T):
+    x, w, b = (torch.randn(*shape, device=DEVICE) for shape in ((T, K), (N, 2 * K), (N,)))
+    w = w[:, :K]
+    torch.testing.assert_close(plain(x, w, b), x @ w.T + b, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(plain(x, w, None), x @ w.T, atol=1e-4, rtol=1e-4)

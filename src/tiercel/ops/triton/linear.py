@@ -32,6 +32,7 @@ from tiercel.quant.nf4 import LEVELS
 
 TYPES = ("Q4_K", "NF4", "Q8_0", "INT8")
 FEW, SOME = 4, 64
+PLAIN = 4, 1024  # outputs and inputs of a plain matrix that a program takes at a time
 
 
 @triton.jit
@@ -139,6 +140,36 @@ def _rows(q, scales, d, levels, which, out, K, TYPE: tl.constexpr, BK: tl.conste
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     w = _values(q, scales, d, levels, n + tl.zeros((BK,), tl.int64), k, K, k < K, TYPE)
     tl.store(out + t * K + k, w.to(out.dtype.element_ty), k < K)
+
+
+@triton.jit
+def _plain(x, w, bias, y, N, K, stride_x, stride_w, T: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    rows = tl.arange(0, T)
+    sums = tl.zeros((T, BN, BK), tl.float32)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        seen = (n < N)[:, None] & (k < K)[None, :]
+        w_NK = tl.load(w + n[:, None] * stride_w + k[None, :], seen, 0.0).to(tl.float32)
+        x_TK = tl.load(x + rows[:, None] * stride_x + k[None, :], (k < K)[None, :], 0.0).to(tl.float32)
+        sums += x_TK[:, None, :] * w_NK[None, :, :]
+    out = tl.sum(sums, 2)
+    if BIAS:
+        out += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
+    tl.store(y + rows[:, None] * N + n[None, :], out.to(y.dtype.element_ty), (n < N)[None, :])
+
+
+def plain(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x Wᵀ + b for one or two rows (…, K) of a plain W, in its dtype: W is read once, at the speed of the memory."""
+    N, K = weight_NK.shape
+    x_TK = x.reshape(-1, K)
+    y_TN = torch.empty(x_TK.shape[0], N, dtype=weight_NK.dtype, device=x.device)
+    BN, BK = PLAIN
+    _plain[(triton.cdiv(N, BN),)](
+        x_TK, weight_NK, x_TK if bias_N is None else bias_N, y_TN, N, K, x_TK.stride(0), weight_NK.stride(0),
+        T=x_TK.shape[0], BIAS=bias_N is not None, BN=BN, BK=BK, num_warps=4,
+    )  # fmt: skip
+    return y_TN.view(*x.shape[:-1], N)
 
 
 class DeviceQTensor(QTensor):
