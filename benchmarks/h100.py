@@ -88,7 +88,9 @@ def network(name: str, kind: str = "bf16") -> Decoder:
                 hold(module, leaf, packed(kind, tuple(p.shape), deviation(full, p.shape, depth)))
                 continue
             if matrix:
-                w = torch.empty(p.shape, dtype=torch.bfloat16, device="cuda").normal_(0, deviation(full, p.shape, depth))
+                w = torch.empty(p.shape, dtype=torch.bfloat16, device="cuda").normal_(
+                    0, deviation(full, p.shape, depth)
+                )
             else:
                 precise = leaf in ("A_log", "D", "dt_bias")
                 w = fresh(full, p.shape, depth, g).to("cuda", torch.float32 if precise else torch.bfloat16)
@@ -170,7 +172,6 @@ def roofline() -> None:
     a = torch.empty(1 << 31, dtype=torch.int8, device="cuda")
     b = torch.empty_like(a)
     note(copy_GBps=2 * a.nbytes / seconds(lambda: b.copy_(a), 10) / 1e9)
-    del a, b
     x, w = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     note(matmul_TFLOPS=2 * 8192**3 / seconds(lambda: x @ w, 20, 5) / 1e12)
 
@@ -277,7 +278,10 @@ def prefill() -> None:
         time_ = seconds(run, 3)
         matrices = sum(m.weight.numel() for m in net.modules() if isinstance(m, Linear) and m is not net.head)
         attention = sum(
-            2 * length**2 * m.heads * m.head_dim for lay in net.config.layers for m in lay.mixers if m.kind == "attention"
+            2 * length**2 * m.heads * m.head_dim
+            for lay in net.config.layers
+            for m in lay.mixers
+            if m.kind == "attention"
         )
         rate = (2 * matrices * length + attention) / time_ / 1e12
         note(**{f"prefill_{length}_tok_s": length / time_, f"prefill_{length}_TFLOPS": rate})
@@ -339,7 +343,10 @@ def transformers_() -> None:
         for length in (512, 2048, 8192):
             ids = torch.randint(0, config.vocab_size, (1, length), device="cuda")
             note(
-                **{f"transformers_prefill_{length}_tok_s": length / seconds(lambda i=ids: model(i, logits_to_keep=1), 1, 1)}
+                **{
+                    f"transformers_prefill_{length}_tok_s": length
+                    / seconds(lambda i=ids: model(i, logits_to_keep=1), 1, 1)
+                }
             )
 
 

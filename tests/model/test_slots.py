@@ -8,11 +8,11 @@ import torch
 
 pytest.importorskip("triton", reason="pip install triton")
 
-import tiny  # noqa: E402
-from ops.triton.conftest import DEVICE  # noqa: E402
-from tiercel.errors import RequestError  # noqa: E402
-from tiercel.model.graphs import StepGraphs  # noqa: E402
-from tiercel.model.slots import PAGE, Slots  # noqa: E402
+import tiny
+from ops.triton.conftest import DEVICE
+from tiercel.errors import RequestError
+from tiercel.model.graphs import StepGraphs
+from tiercel.model.slots import PAGE, Slots
 
 WORDS = "attention+mamba2 mamba2/moe attention/-"
 

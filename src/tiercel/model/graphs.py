@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ LADDER = (1, 2, 4, 8, 16, 32)
 class StepGraph:
     """One recorded step: tokens (B) and slot_B in, logits (B, V) out; all three stay where they are."""
 
-    def __init__(self, network: Decoder, slots: Slots, rows: int, pool: object = None) -> None:
+    def __init__(self, network: Decoder, slots: Slots, rows: int, pool: Any = None) -> None:
         self.network, self.slots = network, slots
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=slots.device)
         self.slot_B = torch.full((rows,), -1, dtype=torch.int32, device=slots.device)
@@ -33,7 +33,7 @@ class StepGraph:
         if slots.device.type == "cuda":
             self._record(pool)
 
-    def _record(self, pool: object) -> None:
+    def _record(self, pool: Any) -> None:
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside), torch.no_grad():

@@ -216,7 +216,7 @@ class Slots:
 class Texts(NamedTuple):
     """One layer part's memory, and where the tokens of a batch belong in it."""
 
-    memory: AttentionSlots | Mamba2Slots
+    memory: Any
     batch: SlotBatch
 
 
@@ -239,6 +239,7 @@ class SlotBatch:
         self.position_T = self.position_T.to(slots.device)
         counts = torch.tensor(self.lengths)
         self.slot_T = torch.tensor(self.rows, dtype=torch.int32).repeat_interleave(counts).to(slots.device)
+        self.first_T = torch.zeros_like(self.slot_T)
         self._rotary: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = {}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The kernels for GPUs equal their references: odd lengths, several groups and head sizes, outputs full of NaN before."""
+"""The kernels for GPUs equal their references: odd lengths, several groups and head sizes, outputs of NaN."""
 
 import math
 
@@ -8,19 +8,19 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="pip install triton")
 
-from ops.triton.conftest import DEVICE  # noqa: E402
-from tiercel.model.config import AttentionConfig, Mamba2Config  # noqa: E402
-from tiercel.model.slots import AttentionSlots, Mamba2Slots  # noqa: E402
-from tiercel.ops.attention import attention_reference  # noqa: E402
-from tiercel.ops.conv1d import conv1d_reference  # noqa: E402
-from tiercel.ops.norm import gated_rms_norm, rms_norm_reference  # noqa: E402
-from tiercel.ops.pointwise import gate_reference  # noqa: E402
-from tiercel.ops.rotary import rotate  # noqa: E402
-from tiercel.ops.ssd import ssd_reference  # noqa: E402
-from tiercel.ops.triton import attention as attention_kernels  # noqa: E402
-from tiercel.ops.triton import conv1d as conv_kernels  # noqa: E402
-from tiercel.ops.triton import norm as norm_kernels  # noqa: E402
-from tiercel.ops.triton import ssd as ssd_kernels  # noqa: E402
+from ops.triton.conftest import DEVICE
+from tiercel.model.config import AttentionConfig, Mamba2Config
+from tiercel.model.slots import AttentionSlots, Mamba2Slots
+from tiercel.ops.attention import attention_reference
+from tiercel.ops.conv1d import conv1d_reference
+from tiercel.ops.norm import gated_rms_norm, rms_norm_reference
+from tiercel.ops.pointwise import gate_reference
+from tiercel.ops.rotary import rotate
+from tiercel.ops.ssd import ssd_reference
+from tiercel.ops.triton import attention as attention_kernels
+from tiercel.ops.triton import conv1d as conv_kernels
+from tiercel.ops.triton import norm as norm_kernels
+from tiercel.ops.triton import ssd as ssd_kernels
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -118,7 +118,7 @@ def test_the_scan_of_a_prompt_is_the_recurrence(L, H, P, G, N):
     expected, _ = ssd_reference(C, x, dt, A, B, S)
     expected = (expected + D.unsqueeze(1) * x).flatten(1)
     for commit, skip in {(0, 0), (L // 64 * 64, L // 3), ((L - 1) // 64 * 64, 0), (L, L - 1)}:
-        if L - commit > 256 or L - commit > 64 and L <= 128:
+        if L - commit > 256 or (L - commit > 64 and L <= 128):
             continue
         now = S.clone()
         y = ssd_kernels.ssd(xBC, dt, A, D, now, groups=G, skip=skip, commit=commit)
@@ -153,7 +153,9 @@ def test_steps_of_several_texts_are_the_recurrence(H, P, G, N):
     for i in range(L):
         rows = [0, -1, 2] if i % 3 else [2, -1, -1]  # slot 0 rests now and then
         at = [0 if slot < 0 else int(length[slot]) for slot in rows]
-        xBC = torch.stack([rand(streams[0].shape[1]) if s < 0 else streams[s][n] for s, n in zip(rows, at, strict=True)])
+        xBC = torch.stack(
+            [rand(streams[0].shape[1]) if s < 0 else streams[s][n] for s, n in zip(rows, at, strict=True)]
+        )
         dt = torch.stack([rand(H) if s < 0 else raw[s][n] for s, n in zip(rows, at, strict=True)])
         y = ssd_kernels.ssd_step(xBC, dt, bias, A, D, memory, whole(*rows), length, base, dt_limit=(0.01, 2.0))
         for row, slot in enumerate(rows):
@@ -166,7 +168,9 @@ def test_steps_of_several_texts_are_the_recurrence(H, P, G, N):
         C, x, B = parts(streams[slot][:n], H, P, G, N)
         dts = F.softplus(raw[slot][:n] + bias).clamp(0.01, 2.0)
         expected, _ = ssd_reference(C, x, dts, A, B, torch.zeros(H, N, P, device=DEVICE))
-        torch.testing.assert_close(torch.stack(ys).double(), (expected + D.unsqueeze(1) * x).flatten(1), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.stack(ys).double(), (expected + D.unsqueeze(1) * x).flatten(1), atol=1e-4, rtol=1e-4
+        )
 
 
 # ── attention
@@ -188,7 +192,10 @@ def test_attention_over_pages(H, K, P, window, R):
         angle = rand(L + 1, R)
         turn = (angle.cos(), angle.sin()) if R else None
         texts[slot] = q, k, v, turn
-        places = torch.full((L,), slot, dtype=torch.int32, device=DEVICE), torch.arange(L, dtype=torch.int32, device=DEVICE)
+        places = (
+            torch.full((L,), slot, dtype=torch.int32, device=DEVICE),
+            torch.arange(L, dtype=torch.int32, device=DEVICE),
+        )
         past = None if turn is None else tuple(t[:L].contiguous() for t in turn)
         attention_kernels.remember(q[:L], k[:L], v[:L], past, memory, table, *places)
     slots, length = whole(2, -1, 0), whole(200, 0, 65)

@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("triton", reason="pip install triton")
 
-from ops.triton.conftest import DEVICE  # noqa: E402
-from tiercel import quant  # noqa: E402
-from tiercel.ops.linear import QTensor  # noqa: E402
-from tiercel.ops.triton.linear import TYPES, on_device, plain  # noqa: E402
+from ops.triton.conftest import DEVICE
+from tiercel import quant
+from tiercel.ops.linear import QTensor
+from tiercel.ops.triton.linear import TYPES, on_device, plain
 
 
 def pair(type, N, K):

@@ -1,11 +1,13 @@
 """Rotary positions and the cache of keys and values in pages; attention of one new token of each text.
 
-    k, v (pages, K, PAGE, P) · table (slots, most pages of a text) int32: page i of a text holds its tokens from i · PAGE
+    k, v (pages, K, PAGE, P) · table (slots, most pages of a text) int32: page i of a text begins at its token i · PAGE
 
 The attention of prompts is PyTorch's; formulas: `ops/attention.py`, `ops/rotary.py`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -18,8 +20,8 @@ PROGRAMS = 264  # as many pieces are made of the work where there are few texts:
 
 @triton.jit
 def _remember(
-    q, k, v, cos, sin, q_out, k_pages, v_pages, table, slot_T, position_T, T, stride_q, stride_k, stride_v, stride_table,
-    H, K, P, R, PAGE: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
+    q, k, v, cos, sin, q_out, k_pages, v_pages, table, slot_T, position_T, T,
+    stride_q, stride_k, stride_v, stride_table, H, K, P, R, PAGE: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     n = tl.program_id(1)
@@ -58,7 +60,7 @@ def remember(
     k_TM: Tensor,
     v_TM: Tensor,
     turn: tuple[Tensor, Tensor] | None,
-    memory: object,
+    memory: Any,
     table: Tensor,
     slot_T: Tensor,
     position_T: Tensor,
@@ -67,7 +69,7 @@ def remember(
 
     memory: `model.slots.AttentionSlots` · rows of q, k and v may lie apart · slot −1: nobody's row.
     """
-    k_pages, v_pages = memory.k, memory.v  # type: ignore[attr-defined]
+    k_pages, v_pages = memory.k, memory.v
     _, K, page, P = k_pages.shape
     T, H = q_TI.shape[0], q_TI.shape[1] // P
     q_THP = torch.empty(T, H, P, dtype=k_pages.dtype, device=q_TI.device)
@@ -144,10 +146,10 @@ def _join(sums, most, total, slot_T, y, H, P, SPLITS: tl.constexpr, BS: tl.const
 
 
 def attention_step(
-    q_THP: Tensor, memory: object, table: Tensor, slot_T: Tensor, length_S: Tensor, *, scale: float, window: int | None
+    q_THP: Tensor, memory: Any, table: Tensor, slot_T: Tensor, length_S: Tensor, *, scale: float, window: int | None
 ) -> Tensor:
     """(T, H · P): the newest token of each text, number `length`, whose key is in its page, over all its keys."""
-    k_pages, v_pages = memory.k, memory.v  # type: ignore[attr-defined]
+    k_pages, v_pages = memory.k, memory.v
     T, H, P = q_THP.shape
     K, page = k_pages.shape[1:3]
     most_pages = table.shape[1] if window is None else min(table.shape[1], window // page + 2)

@@ -11,7 +11,7 @@ The bits of a file's blocks lie in planes, nothing is rounded:
     Q8_0   q (N, K) int8 · d float16 (N, K / 32)
     INT8   q (N, K) int8 · scale float32 (N)
 
-Four-bit values in Q4_K's order: of each 64 values the first 32 are the low nibbles of 32 bytes, the others the high ones.
+Four-bit values in Q4_K's order: of 64 values the first 32 are the low nibbles of 32 bytes, the others the high ones.
 Other types are unpacked when they come to the device.
 
 Letters: T rows of x, N outputs, K inputs.
@@ -143,7 +143,9 @@ def _rows(q, scales, d, levels, which, out, K, TYPE: tl.constexpr, BK: tl.conste
 
 
 @triton.jit
-def _plain(x, w, bias, y, N, K, stride_x, stride_w, T: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+def _plain(
+    x, w, bias, y, N, K, stride_x, stride_w, T: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     rows = tl.arange(0, T)
     sums = tl.zeros((T, BN, BK), tl.float32)

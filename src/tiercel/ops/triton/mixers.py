@@ -87,7 +87,7 @@ def mamba2(
             memory.recall(slot, base, start, out_LC, dt_LH)
         conv1d(
             new_LC, memory.columns, weight_KC, bias_C, batch.slot_T[span], batch.position_T[span],
-            torch.zeros_like(batch.slot_T[span]), out_LC[open_:], store=False,
+            batch.first_T[span], out_LC[open_:], store=False,
         )  # fmt: skip
         y_LI = ssd(
             out_LC, dt_LH, A_H, D_H, memory.S[slot], groups=groups, skip=open_, commit=next_base - base

@@ -103,7 +103,7 @@ def ssd_step(
     """y + D x (T, H · P) float32 of one new token of each text; its input joins the ring, and where a chunk is full S
     is rewritten (its base and all lengths are the caller's to move on).
 
-    memory: `model.slots.Mamba2Slots`, with at most a chunk of open inputs.  slot_T: −1 for rows that are nobody's; their y is 0.
+    memory: `model.slots.Mamba2Slots`, with at most a chunk of open inputs.  slot_T: −1 for nobody's rows, whose y is 0.
     """
     T = xBC_TC.shape[0]
     _, H, N, P = memory.S.shape
