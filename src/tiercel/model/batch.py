@@ -7,7 +7,7 @@ row on its span.  Either way a row gets the same treatment whoever shares the ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -64,6 +64,10 @@ class Batch:
     def mixers(self) -> Any:
         """Where the ops of a native forward are."""
         return mixers
+
+    def side_by_side(self, runs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """What each of a layer's mixers answers."""
+        return [run() for run in runs]
 
     @cached_property
     def positions_T(self) -> Tensor:

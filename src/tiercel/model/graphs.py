@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tiercel.model.moe import MoE
 from tiercel.model.slots import SlotBatch, Slots
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class StepGraph:
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=slots.device)
         self.slot_B = torch.full((rows,), -1, dtype=torch.int32, device=slots.device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        if slots.device.type == "cuda":
+        # experts are chosen on the host still
+        if slots.device.type == "cuda" and not any(isinstance(m, MoE) for m in network.modules()):
             self._record(pool)
 
     def _record(self, pool: Any) -> None:

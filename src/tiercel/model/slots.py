@@ -15,7 +15,7 @@ a full chunk.  The host has its own copy of lengths and bases: it never asks the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -105,6 +105,7 @@ class Slots:
         if len(chunks) > 1:
             raise RequestError(f"all layers must have one chunk to run on a GPU, not {sorted(chunks)}")
         self.chunk = chunks.pop() if chunks else 1
+        self.beside = torch.cuda.Stream() if self.device.type == "cuda" else None
 
     def _memory(self, config: Mixer, pages: int) -> AttentionSlots | Mamba2Slots:
         if isinstance(config, AttentionConfig):
@@ -261,6 +262,18 @@ class SlotBatch:
 
     def texts_of(self, memory: AttentionSlots | Mamba2Slots) -> Texts:
         return Texts(memory, self)
+
+    def side_by_side(self, runs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """What each of a layer's mixers answers; in a step on a GPU at the same time: each alone is small."""
+        if not self.step or self.slots.device.type != "cuda" or len(runs) == 1:
+            return [run() for run in runs]
+        here, beside = torch.cuda.current_stream(), self.slots.beside
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):
+            answers = [run() for run in runs[:-1]]
+        last = runs[-1]()
+        here.wait_stream(beside)
+        return [*answers, last]
 
     def rotary(self, rope: RopeConfig, head_dim: int) -> tuple[Tensor, Tensor]:
         """cos and sin (T, R / 2) float32, computed once for all layers that share them."""

@@ -8,6 +8,7 @@ pytest.importorskip("triton", reason="pip install triton")
 from ops.triton.conftest import DEVICE
 from tiercel import quant
 from tiercel.ops.linear import QTensor
+from tiercel.ops.pointwise import gate_reference
 from tiercel.ops.triton.linear import TYPES, on_device, plain
 
 
@@ -61,3 +62,10 @@ def test_a_plain_matrix_of_few_rows(N, K, T):
     w = w[:, :K]
     torch.testing.assert_close(plain(x, w, b), x @ w.T + b, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(plain(x, w, None), x @ w.T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_gate_and_up_at_once(activation):
+    x, w, u = (torch.randn(*shape, device=DEVICE) / 4 for shape in ((1, 70), (9, 70), (9, 70)))
+    expected = gate_reference(x @ w.T, x @ u.T, activation)
+    torch.testing.assert_close(plain(x, w, None, u, activation), expected, atol=1e-4, rtol=1e-4)

@@ -28,6 +28,7 @@ from torch import Tensor
 from tiercel import quant
 from tiercel.ops.linear import QTensor
 from tiercel.ops.triton import interpreted
+from tiercel.ops.triton.norm import activated
 from tiercel.quant.nf4 import LEVELS
 
 TYPES = ("Q4_K", "NF4", "Q8_0", "INT8")
@@ -144,32 +145,56 @@ def _rows(q, scales, d, levels, which, out, K, TYPE: tl.constexpr, BK: tl.conste
 
 @triton.jit
 def _plain(
-    x, w, bias, y, N, K, stride_x, stride_w, T: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    x,
+    w,
+    up,
+    bias,
+    y,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    T: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
 ):
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     rows = tl.arange(0, T)
-    sums = tl.zeros((T, BN, BK), tl.float32)
+    sums, others = tl.zeros((T, BN, BK), tl.float32), tl.zeros((T, BN, BK), tl.float32)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
         seen = (n < N)[:, None] & (k < K)[None, :]
         w_NK = tl.load(w + n[:, None] * stride_w + k[None, :], seen, 0.0).to(tl.float32)
         x_TK = tl.load(x + rows[:, None] * stride_x + k[None, :], (k < K)[None, :], 0.0).to(tl.float32)
         sums += x_TK[:, None, :] * w_NK[None, :, :]
+        if ACTIVATION is not None:
+            u_NK = tl.load(up + n[:, None] * stride_w + k[None, :], seen, 0.0).to(tl.float32)
+            others += x_TK[:, None, :] * u_NK[None, :, :]
     out = tl.sum(sums, 2)
+    if ACTIVATION is not None:
+        out = activated(out, ACTIVATION) * tl.sum(others, 2)
     if BIAS:
         out += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
     tl.store(y + rows[:, None] * N + n[None, :], out.to(y.dtype.element_ty), (n < N)[None, :])
 
 
-def plain(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """x Wᵀ + b for one or two rows (…, K) of a plain W, in its dtype: W is read once, at the speed of the memory."""
+def plain(
+    x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, up_NK: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """x Wᵀ + b for one or two rows (…, K) of a plain W, in its dtype: W is read once, at the speed of the memory.
+
+    With `up`, a matrix like W: act(x Wᵀ) · (x Uᵀ).
+    """
     N, K = weight_NK.shape
     x_TK = x.reshape(-1, K)
     y_TN = torch.empty(x_TK.shape[0], N, dtype=weight_NK.dtype, device=x.device)
     BN, BK = PLAIN
     _plain[(triton.cdiv(N, BN),)](
-        x_TK, weight_NK, x_TK if bias_N is None else bias_N, y_TN, N, K, x_TK.stride(0), weight_NK.stride(0),
-        T=x_TK.shape[0], BIAS=bias_N is not None, BN=BN, BK=BK, num_warps=4,
+        x_TK, weight_NK, weight_NK if up_NK is None else up_NK, x_TK if bias_N is None else bias_N, y_TN, N, K,
+        x_TK.stride(0), weight_NK.stride(0), T=x_TK.shape[0], BIAS=bias_N is not None, ACTIVATION=activation,
+        BN=BN, BK=BK, num_warps=4,
     )  # fmt: skip
     return y_TN.view(*x.shape[:-1], N)
 

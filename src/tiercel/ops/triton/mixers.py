@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from tiercel.ops.triton.conv1d import conv1d, remember_columns
 from tiercel.ops.triton.norm import gated_norm
 from tiercel.ops.triton.ssd import ssd, ssd_step
 
-if TYPE_CHECKING:
-    from tiercel.model.slots import Texts
+Texts = tuple[Any, Any]  # what `model.slots.SlotBatch.texts_of` returns: one part's memory, and the batch
 
 __all__ = ["attention", "gated_norm", "mamba2"]
 

@@ -86,12 +86,7 @@ def gated_norm(
 
 
 @triton.jit
-def _gate(g, u, y, width, stride_g, stride_u, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    seen = i < width
-    x = tl.load(g + t * stride_g + i, seen, 0.0).to(tl.float32)
-    other = tl.load(u + t * stride_u + i, seen, 0.0).to(tl.float32)
+def activated(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         x = x * tl.sigmoid(x)
     elif ACTIVATION == "gelu":
@@ -100,6 +95,17 @@ def _gate(g, u, y, width, stride_g, stride_u, ACTIVATION: tl.constexpr, BLOCK: t
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     else:
         x = tl.where(x > 0, x, 0.0 * x)  # NaN stays NaN
+    return x
+
+
+@triton.jit
+def _gate(g, u, y, width, stride_g, stride_u, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    seen = i < width
+    x = tl.load(g + t * stride_g + i, seen, 0.0).to(tl.float32)
+    other = tl.load(u + t * stride_u + i, seen, 0.0).to(tl.float32)
+    x = activated(x, ACTIVATION)
     tl.store(y + t * width + i, (x * other).to(y.dtype.element_ty), seen)
 
 
