@@ -33,7 +33,8 @@ from tiercel.quant.nf4 import LEVELS
 
 TYPES = ("Q4_K", "NF4", "Q8_0", "INT8")
 FEW, SOME = 4, 64
-PLAIN = 4, 1024  # outputs and inputs of a plain matrix that a program takes at a time
+PLAIN = 4, 1024, 4, 1  # outputs and inputs that a program takes at a time, its warps, loads under way
+FEW_SHAPE = 4, 64, 4, 1  # the same, inputs in groups of 64 or 32
 
 
 @triton.jit
@@ -59,6 +60,7 @@ def _values(q, scales, d, levels, n, k, K, seen, TYPE: tl.constexpr):
 def _few(
     x, q, scales, d, levels, bias, y, N, K, scale, stride_x,
     TYPE: tl.constexpr, T: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """BG groups of 64 values (four bits) or 32 (eight) at a time, each summed before it meets its scale."""
     FOUR: tl.constexpr = TYPE == "Q4_K" or TYPE == "NF4"
@@ -67,19 +69,20 @@ def _few(
     rows = tl.arange(0, T)
     j = tl.arange(0, 32)[None, None, :]
     sums = tl.zeros((T, BN, BG), tl.float32)
-    for g0 in range(0, K // WIDTH, BG):
+    for g0 in tl.range(0, K // WIDTH, BG, num_stages=STAGES):
         g = g0 + tl.arange(0, BG)
         inside = g < K // WIDTH
         here = (n < N)[:, None] & inside[None, :]
         packed = tl.load(
             q + n[:, None, None] * (K // 2 if FOUR else K) + g[None, :, None] * 32 + j, here[:, :, None], 0
         )  # fmt: skip
-        if TYPE == "Q4_K":
-            pair = scales + (n[:, None] * (K // 32) + g[None, :] * 2) * 2
-            ends = d + (n[:, None] * (K // 256) + g[None, :] // 4) * 2
-            d_, dmin = tl.load(ends, here, 0.0).to(tl.float32), tl.load(ends + 1, here, 0.0).to(tl.float32)
-            s0, m0 = tl.load(pair, here, 0).to(tl.float32) * d_, tl.load(pair + 1, here, 0).to(tl.float32) * dmin
-            s1, m1 = tl.load(pair + 2, here, 0).to(tl.float32) * d_, tl.load(pair + 3, here, 0).to(tl.float32) * dmin
+        if TYPE == "Q4_K":  # four bytes: scale, minimum, scale, minimum; d and dmin are two halves of a word
+            four = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0)
+            ends = tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0)
+            d_ = (ends & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            dmin = (ends >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            s0, m0 = (four & 255).to(tl.float32) * d_, ((four >> 8) & 255).to(tl.float32) * dmin
+            s1, m1 = ((four >> 16) & 255).to(tl.float32) * d_, ((four >> 24) & 255).to(tl.float32) * dmin
         elif TYPE == "NF4":
             s0 = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0.0)
         elif TYPE == "Q8_0":
@@ -159,11 +162,12 @@ def _plain(
     ACTIVATION: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     rows = tl.arange(0, T)
     sums, others = tl.zeros((T, BN, BK), tl.float32), tl.zeros((T, BN, BK), tl.float32)
-    for k0 in range(0, K, BK):
+    for k0 in tl.range(0, K, BK, num_stages=STAGES):
         k = k0 + tl.arange(0, BK)
         seen = (n < N)[:, None] & (k < K)[None, :]
         w_NK = tl.load(w + n[:, None] * stride_w + k[None, :], seen, 0.0).to(tl.float32)
@@ -190,11 +194,11 @@ def plain(
     N, K = weight_NK.shape
     x_TK = x.reshape(-1, K)
     y_TN = torch.empty(x_TK.shape[0], N, dtype=weight_NK.dtype, device=x.device)
-    BN, BK = PLAIN
+    BN, BK, warps, stages = PLAIN
     _plain[(triton.cdiv(N, BN),)](
         x_TK, weight_NK, weight_NK if up_NK is None else up_NK, x_TK if bias_N is None else bias_N, y_TN, N, K,
         x_TK.stride(0), weight_NK.stride(0), T=x_TK.shape[0], BIAS=bias_N is not None, ACTIVATION=activation,
-        BN=BN, BK=BK, num_warps=4,
+        BN=BN, BK=BK, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y_TN.view(*x.shape[:-1], N)
 
@@ -247,10 +251,14 @@ class DeviceQTensor(QTensor):
         bias = x_TK if bias_N is None else bias_N
         if T <= FEW and T & (T - 1) == 0:
             groups = K // (64 if self.type in ("Q4_K", "NF4") else 32)
-            BN, BG = 4, min(32, triton.next_power_of_2(groups))
+            BN, BG, warps, stages = FEW_SHAPE
+            planes = self.planes
+            if self.type == "Q4_K":
+                planes = self.q, self.scales.flatten().view(torch.int32), self.d.flatten().view(torch.int32), self.levels
             _few[(triton.cdiv(N, BN),)](
-                x_TK, *self.planes, bias, y_TN, N, K, scale, x_TK.stride(0), TYPE=self.type, T=T,
-                BIAS=bias_N is not None, BN=BN, BG=BG, num_warps=4,
+                x_TK, *planes, bias, y_TN, N, K, scale, x_TK.stride(0), TYPE=self.type, T=T,
+                BIAS=bias_N is not None, BN=BN, BG=min(BG, triton.next_power_of_2(groups)), STAGES=stages,
+                num_warps=warps,
             )  # fmt: skip
         else:
             BT, BN = max(16, min(64, triton.next_power_of_2(T))), 32
