@@ -1,6 +1,7 @@
 """Products with packed matrices on a GPU, y = x Wᵀ + b.
 
-    few rows     (up to FEW) every weight is unpacked in registers and meets the rows at once: the speed of the memory
+    few rows     (up to FEW) every weight is unpacked in registers and meets the rows at once; Q4_K meets inputs rounded
+                 to eight bits, one scale for 32 of them (about 0.5 % of the norm of y), four at a time
     some rows    (up to SOME) tiles are unpacked to bfloat16 for the tensor cores
     many rows    the whole matrix is unpacked to bfloat16 first; that is little beside the product
 
@@ -33,8 +34,9 @@ from tiercel.quant.nf4 import LEVELS
 
 TYPES = ("Q4_K", "NF4", "Q8_0", "INT8")
 FEW, SOME = 4, 64
-PLAIN = 4, 1024, 4, 1  # outputs and inputs that a program takes at a time, its warps, loads under way
-FEW_SHAPE = 4, 64, 4, 1  # the same, inputs in groups of 64 or 32
+PLAIN = 4, 512, 4, 3  # outputs and inputs that a program takes at a time, its warps, loads under way
+FEW_SHAPE = 1, 64, 2, 1  # the same, inputs in groups of 64 or 32
+ROUNDED_SHAPE = 2, 64, 2  # the same for Q4_K
 
 
 @triton.jit
@@ -203,6 +205,85 @@ def plain(
     return y_TN.view(*x.shape[:-1], N)
 
 
+@triton.jit
+def _round(x, q, scales, sums, K, stride_x, BLOCK: tl.constexpr):
+    """Eight bits for each input, one scale for 32 of them; also the sum of what that leaves."""
+    t, b = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = b[:, None] * 32 + tl.arange(0, 32)[None, :]
+    seen = b < K // 32
+    h = tl.load(x + t * stride_x + at, seen[:, None], 0.0).to(tl.float32)
+    scale = tl.max(tl.abs(h), 1) / 127
+    level = h / tl.where(scale > 0, scale, 1.0)[:, None]
+    level = tl.floor(level + 0.5)
+    tl.store(q + t * K + at, level.to(tl.int8), seen[:, None])
+    tl.store(scales + t * (K // 32) + b, scale, seen)
+    tl.store(sums + t * (K // 32) + b, scale * tl.sum(level, 1), seen)
+
+
+@triton.jit
+def _four_products(a, b, ASM: tl.constexpr):
+    """Σ of the products of four bytes, a's 0 … 15, b's signed."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+    sum_ = (a & 255) * ((b << 24) >> 24) + ((a >> 8) & 255) * ((b << 16) >> 24)
+    return sum_ + ((a >> 16) & 255) * ((b << 8) >> 24) + ((a >> 24) & 255) * (b >> 24)
+
+
+@triton.jit
+def _rounded(
+    x, x_scales, x_sums, q, scales, d, bias, y, N, K, scale,
+    BIAS: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Q4_K times one row of rounded inputs, both as words of four bytes."""
+    n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    t = tl.program_id(1)
+    j = tl.arange(0, 8)[None, None, :]
+    sums = tl.zeros((BN, BG), tl.float32)
+    for g0 in range(0, K // 64, BG):
+        g = g0 + tl.arange(0, BG)
+        inside = g < K // 64
+        here = (n < N)[:, None] & inside[None, :]
+        bits = tl.load(q + n[:, None, None] * (K // 8) + g[None, :, None] * 8 + j, here[:, :, None], 0)
+        at = x + t * (K // 4) + g[None, :, None] * 16 + j
+        x0, x1 = tl.load(at, inside[None, :, None], 0), tl.load(at + 8, inside[None, :, None], 0)
+        zero = tl.zeros((BN, BG, 8), tl.int32)
+        p0 = tl.sum(_four_products(bits & 0x0F0F0F0F, x0 + zero, ASM), 2).to(tl.float32)
+        p1 = tl.sum(_four_products((bits >> 4) & 0x0F0F0F0F, x1 + zero, ASM), 2).to(tl.float32)
+        four = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0)
+        ends = tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0)
+        d_ = (ends & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        dmin = (ends >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        block = t * (K // 32) + g * 2
+        xs0, xs1 = tl.load(x_scales + block, inside, 0.0), tl.load(x_scales + block + 1, inside, 0.0)
+        X0, X1 = tl.load(x_sums + block, inside, 0.0), tl.load(x_sums + block + 1, inside, 0.0)
+        s0, m0 = (four & 255).to(tl.float32), ((four >> 8) & 255).to(tl.float32)
+        s1, m1 = ((four >> 16) & 255).to(tl.float32), ((four >> 24) & 255).to(tl.float32)
+        sums += d_ * (s0 * (p0 * xs0[None, :]) + s1 * (p1 * xs1[None, :]))
+        sums -= dmin * (m0 * X0[None, :] + m1 * X1[None, :])
+    out = tl.sum(sums, 1) * scale
+    if BIAS:
+        out += tl.load(bias + n, n < N, 0.0).to(tl.float32)
+    tl.store(y + t * N + n, out.to(y.dtype.element_ty), n < N)
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(…, K) → bytes (T, K), their scales and sums (T, K / 32); kept with x, as several matrices meet it.
+
+    Each stream has its own: none would wait for what another made.
+    """
+    stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
+    if getattr(x, "_rounded_on", None) != stream:
+        K = x.shape[-1]
+        x_TK = x.reshape(-1, K)
+        q = torch.empty(x_TK.shape, dtype=torch.int8, device=x.device)
+        scales, sums = (torch.empty(len(q), K // 32, device=x.device) for _ in range(2))
+        _round[(len(q), triton.cdiv(K, 1024))](x_TK, q, scales, sums, K, x_TK.stride(0), BLOCK=32)
+        x._rounded, x._rounded_on = (q, scales, sums), stream  # type: ignore[attr-defined]
+    return x._rounded  # type: ignore[attr-defined, no-any-return]
+
+
 class DeviceQTensor(QTensor):
     """A packed matrix on a GPU: of TYPES, made by `on_device`.  Answers in the dtype of its inputs."""
 
@@ -249,12 +330,25 @@ class DeviceQTensor(QTensor):
             return y_TN.view(*x.shape[:-1], N)
         y_TN = torch.empty(T, N, dtype=x.dtype, device=x.device)
         bias = x_TK if bias_N is None else bias_N
-        if T <= FEW and T & (T - 1) == 0:
+        if self.type == "Q4_K" and T <= FEW and not self.exact:
+            q, scales, sums = rounded(x)
+            BN, BG, warps = ROUNDED_SHAPE
+            words = (plane.flatten().view(torch.int32) for plane in (self.q, self.scales, self.d))
+            _rounded[(triton.cdiv(N, BN), T)](
+                q.view(torch.int32), scales, sums, *words, bias, y_TN, N, K, scale, BIAS=bias_N is not None,
+                BN=BN, BG=min(BG, triton.next_power_of_2(K // 64)), ASM=not interpreted, num_warps=warps,
+            )  # fmt: skip
+        elif T <= FEW and T & (T - 1) == 0:
             groups = K // (64 if self.type in ("Q4_K", "NF4") else 32)
             BN, BG, warps, stages = FEW_SHAPE
             planes = self.planes
             if self.type == "Q4_K":
-                planes = self.q, self.scales.flatten().view(torch.int32), self.d.flatten().view(torch.int32), self.levels
+                planes = (
+                    self.q,
+                    self.scales.flatten().view(torch.int32),
+                    self.d.flatten().view(torch.int32),
+                    self.levels,
+                )
             _few[(triton.cdiv(N, BN),)](
                 x_TK, *planes, bias, y_TN, N, K, scale, x_TK.stride(0), TYPE=self.type, T=T,
                 BIAS=bias_N is not None, BN=BN, BG=min(BG, triton.next_power_of_2(groups)), STAGES=stages,
