@@ -265,9 +265,10 @@ class SlotBatch:
 
     def side_by_side(self, runs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
         """What each of a layer's mixers answers; in a step on a GPU at the same time: each alone is small."""
-        if not self.step or self.slots.device.type != "cuda" or len(runs) == 1:
+        beside = self.slots.beside
+        if not self.step or beside is None or len(runs) == 1:
             return [run() for run in runs]
-        here, beside = torch.cuda.current_stream(), self.slots.beside
+        here = torch.cuda.current_stream()
         beside.wait_stream(here)
         with torch.cuda.stream(beside):
             answers = [run() for run in runs[:-1]]

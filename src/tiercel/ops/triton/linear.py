@@ -36,7 +36,7 @@ TYPES = ("Q4_K", "NF4", "Q8_0", "INT8")
 FEW, SOME = 4, 64
 PLAIN = 4, 512, 4, 3  # outputs and inputs that a program takes at a time, its warps, loads under way
 FEW_SHAPE = 1, 64, 2, 1  # the same, inputs in groups of 64 or 32
-ROUNDED_SHAPE = 2, 64, 2  # the same for Q4_K
+ROUNDED_SHAPE = 1, 64, 1  # the same for Q4_K
 
 
 @triton.jit
@@ -232,39 +232,48 @@ def _four_products(a, b, ASM: tl.constexpr):
 
 
 @triton.jit
+def _groups(q, scales, d, n, g, here, K, x0, x1, xs0, xs1, X0, X1, ASM: tl.constexpr):
+    """What some groups of 64 inputs add to some outputs of a Q4_K matrix, (outputs, groups)."""
+    j = tl.arange(0, 8)[None, None, :]
+    bits = tl.load(q + n[:, None, None] * (K // 8) + g[None, :, None] * 8 + j, here[:, :, None], 0)
+    p0 = tl.sum(_four_products(bits & 0x0F0F0F0F, x0 + bits * 0, ASM), 2).to(tl.float32)
+    p1 = tl.sum(_four_products((bits >> 4) & 0x0F0F0F0F, x1 + bits * 0, ASM), 2).to(tl.float32)
+    four = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0)
+    ends = tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0)
+    d_ = (ends & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    dmin = (ends >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    s0, m0 = (four & 255).to(tl.float32), ((four >> 8) & 255).to(tl.float32)
+    s1, m1 = ((four >> 16) & 255).to(tl.float32), ((four >> 24) & 255).to(tl.float32)
+    return d_ * (s0 * (p0 * xs0) + s1 * (p1 * xs1)) - dmin * (m0 * X0 + m1 * X1)
+
+
+@triton.jit
 def _rounded(
-    x, x_scales, x_sums, q, scales, d, bias, y, N, K, scale,
-    BIAS: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, ASM: tl.constexpr,
+    x, x_scales, x_sums, q, scales, d, q_up, scales_up, d_up, bias, y, N, K, scale,
+    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Q4_K times one row of rounded inputs, both as words of four bytes."""
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     t = tl.program_id(1)
     j = tl.arange(0, 8)[None, None, :]
-    sums = tl.zeros((BN, BG), tl.float32)
+    sums, others = tl.zeros((BN, BG), tl.float32), tl.zeros((BN, BG), tl.float32)
     for g0 in range(0, K // 64, BG):
         g = g0 + tl.arange(0, BG)
         inside = g < K // 64
         here = (n < N)[:, None] & inside[None, :]
-        bits = tl.load(q + n[:, None, None] * (K // 8) + g[None, :, None] * 8 + j, here[:, :, None], 0)
         at = x + t * (K // 4) + g[None, :, None] * 16 + j
         x0, x1 = tl.load(at, inside[None, :, None], 0), tl.load(at + 8, inside[None, :, None], 0)
-        zero = tl.zeros((BN, BG, 8), tl.int32)
-        p0 = tl.sum(_four_products(bits & 0x0F0F0F0F, x0 + zero, ASM), 2).to(tl.float32)
-        p1 = tl.sum(_four_products((bits >> 4) & 0x0F0F0F0F, x1 + zero, ASM), 2).to(tl.float32)
-        four = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0)
-        ends = tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0)
-        d_ = (ends & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        dmin = (ends >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         block = t * (K // 32) + g * 2
-        xs0, xs1 = tl.load(x_scales + block, inside, 0.0), tl.load(x_scales + block + 1, inside, 0.0)
-        X0, X1 = tl.load(x_sums + block, inside, 0.0), tl.load(x_sums + block + 1, inside, 0.0)
-        s0, m0 = (four & 255).to(tl.float32), ((four >> 8) & 255).to(tl.float32)
-        s1, m1 = ((four >> 16) & 255).to(tl.float32), ((four >> 24) & 255).to(tl.float32)
-        sums += d_ * (s0 * (p0 * xs0[None, :]) + s1 * (p1 * xs1[None, :]))
-        sums -= dmin * (m0 * X0[None, :] + m1 * X1[None, :])
+        xs0, xs1 = tl.load(x_scales + block, inside, 0.0)[None, :], tl.load(x_scales + block + 1, inside, 0.0)[None, :]
+        X0, X1 = tl.load(x_sums + block, inside, 0.0)[None, :], tl.load(x_sums + block + 1, inside, 0.0)[None, :]
+        sums += _groups(q, scales, d, n, g, here, K, x0, x1, xs0, xs1, X0, X1, ASM)
+        if ACTIVATION is not None:
+            others += _groups(q_up, scales_up, d_up, n, g, here, K, x0, x1, xs0, xs1, X0, X1, ASM)
     out = tl.sum(sums, 1) * scale
     if BIAS:
         out += tl.load(bias + n, n < N, 0.0).to(tl.float32)
+    if ACTIVATION is not None:
+        out = activated(out, ACTIVATION) * tl.sum(others, 1)
     tl.store(y + t * N + n, out.to(y.dtype.element_ty), n < N)
 
 
@@ -281,7 +290,7 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scales, sums = (torch.empty(len(q), K // 32, device=x.device) for _ in range(2))
         _round[(len(q), triton.cdiv(K, 1024))](x_TK, q, scales, sums, K, x_TK.stride(0), BLOCK=32)
         x._rounded, x._rounded_on = (q, scales, sums), stream  # type: ignore[attr-defined]
-    return x._rounded  # type: ignore[attr-defined, no-any-return]
+    return x._rounded  # type: ignore[attr-defined]
 
 
 class DeviceQTensor(QTensor):
@@ -301,6 +310,11 @@ class DeviceQTensor(QTensor):
         return self.q.nbytes + self.scales.nbytes + (self.d.nbytes if self.d is not self.scales else 0)
 
     @property
+    def meets_rounded(self) -> bool:
+        """Whether few rows are rounded to eight bits to be multiplied with it."""
+        return self.type == "Q4_K" and not self.exact
+
+    @property
     def planes(self) -> tuple[Tensor, ...]:
         return self.q, self.scales, self.d, self.levels
 
@@ -317,6 +331,26 @@ class DeviceQTensor(QTensor):
         _rows[(len(which), triton.cdiv(K, 1024))](*self.planes, which, out, K, TYPE=self.type, BK=1024)
         return out
 
+    def _meet_rounded(
+        self,
+        x: Tensor,
+        bias_N: Tensor | None,
+        scale: float,
+        up: DeviceQTensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        N, K = self.shape
+        q, scales, sums = rounded(x)
+        y_TN = torch.empty(len(q), N, dtype=x.dtype, device=x.device)
+        BN, BG, warps = ROUNDED_SHAPE
+        planes = [t.flatten().view(torch.int32) for m in (self, up or self) for t in (m.q, m.scales, m.d)]
+        _rounded[(triton.cdiv(N, BN), len(q))](
+            q.view(torch.int32), scales, sums, *planes, q if bias_N is None else bias_N, y_TN, N, K, scale,
+            BIAS=bias_N is not None, ACTIVATION=activation, BN=BN, BG=min(BG, triton.next_power_of_2(K // 64)),
+            ASM=not interpreted, num_warps=warps,
+        )  # fmt: skip
+        return y_TN.view(*x.shape[:-1], N)
+
     def multiply(self, x: Tensor, bias_N: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """scale · x Wᵀ + b, (…, K) → (…, N).  No gradients."""
         N, K = self.shape
@@ -330,15 +364,9 @@ class DeviceQTensor(QTensor):
             return y_TN.view(*x.shape[:-1], N)
         y_TN = torch.empty(T, N, dtype=x.dtype, device=x.device)
         bias = x_TK if bias_N is None else bias_N
-        if self.type == "Q4_K" and T <= FEW and not self.exact:
-            q, scales, sums = rounded(x)
-            BN, BG, warps = ROUNDED_SHAPE
-            words = (plane.flatten().view(torch.int32) for plane in (self.q, self.scales, self.d))
-            _rounded[(triton.cdiv(N, BN), T)](
-                q.view(torch.int32), scales, sums, *words, bias, y_TN, N, K, scale, BIAS=bias_N is not None,
-                BN=BN, BG=min(BG, triton.next_power_of_2(K // 64)), ASM=not interpreted, num_warps=warps,
-            )  # fmt: skip
-        elif T <= FEW and T & (T - 1) == 0:
+        if self.meets_rounded and T <= FEW:
+            return self._meet_rounded(x, bias_N, scale)
+        if T <= FEW and T & (T - 1) == 0:
             groups = K // (64 if self.type in ("Q4_K", "NF4") else 32)
             BN, BG, warps, stages = FEW_SHAPE
             planes = self.planes
@@ -361,6 +389,11 @@ class DeviceQTensor(QTensor):
                 BIAS=bias_N is not None, BT=BT, BN=BN, BK=128, EXACT=self.exact or interpreted, num_warps=4,
             )  # fmt: skip
         return y_TN.view(*x.shape[:-1], N)
+
+
+def gated(x: Tensor, gate: DeviceQTensor, up: DeviceQTensor, activation: str) -> Tensor:
+    """act(gate x) · up x of few rows and two matrices of Q4_K."""
+    return gate._meet_rounded(x, None, 1.0, up, activation)
 
 
 def on_device(weight: QTensor, device: torch.device | str) -> DeviceQTensor | Tensor:

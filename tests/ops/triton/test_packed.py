@@ -9,7 +9,7 @@ from ops.triton.conftest import DEVICE
 from tiercel import quant
 from tiercel.ops.linear import QTensor
 from tiercel.ops.pointwise import gate_reference
-from tiercel.ops.triton.linear import TYPES, on_device, plain
+from tiercel.ops.triton.linear import TYPES, gated, on_device, plain
 
 
 def pair(type, N, K):
@@ -69,3 +69,11 @@ def test_gate_and_up_at_once(activation):
     x, w, u = (torch.randn(*shape, device=DEVICE) / 4 for shape in ((1, 70), (9, 70), (9, 70)))
     expected = gate_reference(x @ w.T, x @ u.T, activation)
     torch.testing.assert_close(plain(x, w, None, u, activation), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gate_and_up_of_packed_matrices():
+    (a, gate), (b, up) = pair("Q4_K", 9, 768), pair("Q4_K", 9, 768)
+    x = torch.randn(2, 768) / 8
+    got = gated(x.to(DEVICE), gate, up, "silu").cpu()
+    expected = gate_reference(x @ a.numbers().T, x @ b.numbers().T, "silu")
+    assert (got - expected).norm() <= 2e-2 * expected.norm()
