@@ -131,7 +131,7 @@ def gated(x: Tensor, gate_: nn.Linear, up: nn.Linear, activation: str) -> Tensor
     if few and all(getattr(m.weight, "meets_rounded", False) for m in (gate_, up)):
         from tiercel.ops.triton import linear as kernels
 
-        return kernels.gated(x, gate_.weight, up.weight, activation)
+        return kernels.gated(x, gate_.weight, up.weight, activation)  # type: ignore[arg-type]
     return gate(gate_(x), up(x), activation)
 
 
