@@ -17,7 +17,6 @@ from tiercel.model.config import AttentionConfig
 from tiercel.model.layers import Linear
 from tiercel.model.state import AttentionState
 from tiercel.ops.attention import attention
-from tiercel.ops.cpu import mixers
 from tiercel.ops.rotary import rotate
 
 
@@ -55,11 +54,11 @@ class Attention(nn.Module):
     def _natively(self, h_TD: Tensor, batch: Batch, memories: Sequence[AttentionState | None]) -> Tensor:
         c = self.config
         assert memories[0] is not None
-        return mixers.attention(
-            batch.texts(memories[0].at),
-            self.q(h_TD).float(),
-            self.k(h_TD).float(),
-            self.v(h_TD).float(),
+        return batch.mixers.attention(
+            batch.texts_of(memories[0]),
+            self.q(h_TD),
+            self.k(h_TD),
+            self.v(h_TD),
             None if c.rope is None else batch.rotary(c.rope, c.head_dim),
             heads=c.heads,
             kv_heads=c.kv_heads,

@@ -7,15 +7,16 @@ row on its span.  Either way a row gets the same treatment whoever shares the ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tiercel.model.config import RopeConfig
-from tiercel.model.state import State
+from tiercel.model.state import LayerState, State
 from tiercel.ops import cpu
 from tiercel.ops.cpu import mixers
 from tiercel.ops.rotary import frequencies
@@ -54,6 +55,19 @@ class Batch:
     def texts(self, part: int) -> mixers.Texts:
         """What native kernels need to know of the rows and of the layer part at this word of their states."""
         return mixers.Texts(self.rows.data_ptr(), len(self.lengths), part, self.half, self.tokens)
+
+    def texts_of(self, memory: LayerState) -> mixers.Texts:
+        """The same, for what one mixer remembers."""
+        return self.texts(memory.at)
+
+    @property
+    def mixers(self) -> Any:
+        """Where the ops of a native forward are."""
+        return mixers
+
+    def side_by_side(self, runs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        """What each of a layer's mixers answers."""
+        return [run() for run in runs]
 
     @cached_property
     def positions_T(self) -> Tensor:

@@ -1,12 +1,12 @@
 """One layer: norm → mixers, summed → residual → norm → feed-forward → residual.
 
-The hybrid idea is the line with `reduce`: mixers of different kinds read one normalised input side by side.
+The hybrid idea is the line with `runs`: mixers of different kinds read one normalised input side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,7 +42,9 @@ class Block(nn.Module):
     def forward(self, x_TD: Tensor, batch: Batch, memories: Sequence[Sequence[Any]]) -> Tensor:
         """x: (T, D) → (T, D).  memories: for each mixer, what every row remembers (None: nothing)."""
         h_TD = self.mixer_norm(x_TD)
-        x_TD = reduce(add, (mix(h_TD, batch, m) for mix, m in zip(self.mixers.values(), memories, strict=True)), x_TD)
-        if self.feed_forward is not None:
-            x_TD = add(x_TD, self.feed_forward(self.ffn_norm(x_TD)))
-        return x_TD
+        runs = [partial(mix, h_TD, batch, m) for mix, m in zip(self.mixers.values(), memories, strict=True)]
+        mixed = batch.side_by_side(runs)
+        if self.feed_forward is None:
+            return reduce(add, mixed, x_TD)
+        x_TD, h_TD = self.ffn_norm.after(x_TD, mixed)
+        return add(x_TD, self.feed_forward(h_TD))

@@ -21,6 +21,7 @@ from tiercel.model.block import Block
 from tiercel.model.config import ModelConfig
 from tiercel.model.layers import Embedding, Linear, RMSNorm, hold, pack
 from tiercel.model.pages import Pool
+from tiercel.model.slots import SlotBatch, Slots
 from tiercel.model.state import State, layer_state
 from tiercel.model.steps import Steps
 from tiercel.ops import cpu
@@ -80,6 +81,20 @@ class Decoder(nn.Module):
             return logits
 
     def _run(self, tokens_T: Tensor, batch: Batch, states: Sequence[State] | None, keep: int | None) -> list[Tensor]:
+        lengths = [length if keep is None else min(keep, length) for length in batch.lengths]
+        return list(self.run(tokens_T, batch, states, keep).split(lengths))
+
+    def run(
+        self,
+        tokens_T: Tensor,
+        batch: Batch | SlotBatch,
+        states: Sequence[State] | Sequence[Slots] | None,
+        keep: int | None = None,
+    ) -> Tensor:
+        """Logits (T, V) float32 of all rows' tokens one after another, of the last `keep` of each where it is given.
+
+        states: what the batch was made for, one for each row, or the one `Slots` that holds them all.
+        """
         lengths = batch.lengths
         # with states there are no gradients; the logits, made outside of the mode, are tensors like any other
         with nullcontext() if states is None else torch.inference_mode():
@@ -87,12 +102,10 @@ class Decoder(nn.Module):
             if self.config.residual_fp32 or batch.native:
                 x_TD = x_TD.float()
             for i, block in enumerate(self.layers):
-                x_TD = block(x_TD, batch, self._memories(i, states, len(lengths)))
+                x_TD = block(x_TD, batch, self._memories(i, states, len(lengths)))  # type: ignore[arg-type]
         if keep is not None and any(length > keep for length in lengths):
             x_TD = torch.cat([x_TD[span][-keep:] for span in batch.spans])
-            lengths = [min(keep, length) for length in lengths]
-        logits_TV = self.head(self.norm(x_TD), self.config.logit_scale).float()
-        return list(logits_TV.split(lengths))
+        return self.head(self.norm(x_TD), self.config.logit_scale).float()
 
     def _memories(self, layer: int, states: Sequence[State] | None, rows: int) -> list[list[object]]:
         """For every mixer of a layer, what each row remembers."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tiercel.model.config import GatedMLPConfig
 from tiercel.model.layers import Linear
-from tiercel.ops.pointwise import gate
+from tiercel.ops.linear import gated
 
 
 class GatedMLP(nn.Module):
@@ -18,4 +18,4 @@ class GatedMLP(nn.Module):
         self.down = Linear(config.width, width, config.bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down(gate(self.gate(x_TD), self.up(x_TD), self.activation))
+        return self.down(gated(x_TD, self.gate, self.up, self.activation))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tiercel.ops import cpu
 from tiercel.ops.linear import QTensor, linear
-from tiercel.ops.norm import rms_norm
+from tiercel.ops.norm import add_rms_norm, rms_norm
 
 Matrix = Tensor | QTensor
 
@@ -54,6 +54,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def after(self, x: Tensor, added: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """x + all of `added`, and its norm."""
+        return add_rms_norm(x, added, self.weight, self.eps)
 
 
 def hold(module: nn.Module, name: str, weight: nn.Parameter | QTensor | list[QTensor]) -> None:

@@ -25,7 +25,6 @@ from tiercel.model.derived import Derived, float32
 from tiercel.model.layers import Linear
 from tiercel.model.state import Mamba2State
 from tiercel.ops.conv1d import conv1d
-from tiercel.ops.cpu import mixers
 from tiercel.ops.norm import gated_rms_norm
 from tiercel.ops.ssd import ssd
 
@@ -68,12 +67,12 @@ class Mamba2(nn.Module):
         assert memory is not None
         parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, self.out_norm
         weight_KC, bias_C, dt_bias_H, A_H, D_H, norm_I = self._derived(parameters, self._derive)
-        zxBCdt_TD = self.in_proj(u_TD).float()
-        y_TI = mixers.mamba2(
-            batch.texts(memory.at), zxBCdt_TD, weight_KC, bias_C, dt_bias_H, A_H, D_H,
+        zxBCdt_TD = self.in_proj(u_TD)
+        y_TI = batch.mixers.mamba2(
+            batch.texts_of(memory), zxBCdt_TD, weight_KC, bias_C, dt_bias_H, A_H, D_H,
             head_dim=c.head_dim, groups=c.groups, state=c.state, chunk=memory.chunk, dt_limit=c.dt_limit,
         )  # fmt: skip
-        return mixers.gated_norm(y_TI, zxBCdt_TD, norm_I, self.eps, c.groups, c.gated_norm == "gate_first")
+        return batch.mixers.gated_norm(y_TI, zxBCdt_TD, norm_I, self.eps, c.groups, c.gated_norm == "gate_first")
 
     def _derive(self) -> tuple[Tensor | None, ...]:
         """The small parameters as the kernels read them."""

@@ -17,10 +17,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tiercel import quant
-from tiercel.ops import cpu
+from tiercel.ops import cpu, triton
+from tiercel.ops.pointwise import gate
 
 NUMBERS = {"BF16": torch.bfloat16, "F32": torch.float32}
 SLAB = 1 << 22  # values unpacked at a time where there are no kernels
@@ -120,11 +121,35 @@ def multiply_reference(x: Tensor, weight: QTensor, bias_N: Tensor | None = None,
     return y if bias_N is None else y + bias_N.float()
 
 
+def gated(x: Tensor, gate_: nn.Linear, up: nn.Linear, activation: str) -> Tensor:
+    """act(gate x) · up x"""
+    if _one_row(x) and gate_.bias is None and all(isinstance(m.weight, Tensor) for m in (gate_, up)):
+        from tiercel.ops.triton import linear as kernels
+
+        return kernels.plain(x, gate_.weight, None, up.weight, activation)
+    few = x.is_cuda and x.numel() <= 4 * x.shape[-1] and gate_.bias is None
+    if few and all(getattr(m.weight, "meets_rounded", False) for m in (gate_, up)):
+        from tiercel.ops.triton import linear as kernels
+
+        return kernels.gated(x, gate_.weight, up.weight, activation)  # type: ignore[arg-type]
+    return gate(gate_(x), up(x), activation)
+
+
+def _one_row(x: Tensor) -> bool:
+    """On a GPU, where a kernel of ours reads a plain matrix faster than PyTorch's."""
+    return x.is_cuda and triton.there and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
+
+
 def linear(x: Tensor, weight: Tensor | QTensor, bias_N: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """scale · x Wᵀ + b: a plain W computes in its own dtype, a QTensor answers in float32."""
     if isinstance(weight, QTensor):
         return weight.multiply(x, bias_N, scale)
-    y = F.linear(x.to(weight.dtype), weight, bias_N if scale == 1.0 else None)
+    if _one_row(x):
+        from tiercel.ops.triton import linear as kernels
+
+        y = kernels.plain(x, weight, bias_N if scale == 1.0 else None)
+    else:
+        y = F.linear(x.to(weight.dtype), weight, bias_N if scale == 1.0 else None)
     if scale != 1.0:
         y = y.float() * scale
         y = y if bias_N is None else y + bias_N.float()

@@ -6,18 +6,36 @@ gated_rms_norm  the Mamba-2 output norm, over groups of channels, with the gate 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiercel.ops import cpu
+from tiercel.ops import cpu, triton
+from tiercel.ops.pointwise import add
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x: (…, D) any float dtype → (…, D) in the dtype of x."""
+    """x: (…, D) any float dtype → (…, D) in the dtype of x; in that of the weight on a GPU, where a matrix follows."""
     if cpu.takes(x, weight_D):
         return cpu.rms_norm(x, weight_D, eps)
+    if triton.takes(x, weight_D):
+        from tiercel.ops.triton import norm
+
+        return norm.rms_norm(x, weight_D, eps)
     return rms_norm_reference(x, weight_D, eps)
+
+
+def add_rms_norm(x: Tensor, added: Sequence[Tensor], weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + all of `added`, one after another, and its norm."""
+    if len(added) <= 2 and triton.takes(x, *added, weight_D):
+        from tiercel.ops.triton import norm
+
+        return norm.add_rms_norm(x, list(added), weight_D, eps)
+    x = reduce(add, added, x)
+    return x, rms_norm(x, weight_D, eps)
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

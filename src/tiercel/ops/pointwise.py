@@ -12,7 +12,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiercel.ops import cpu
+from tiercel.ops import cpu, triton
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -29,7 +29,13 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 def gate(g: Tensor, u: Tensor, activation: str) -> Tensor:
     """Tensors of one shape; `activation` is a name of ACTIVATIONS."""
-    return cpu.gate(g, u, activation) if cpu.takes(g, u) else gate_reference(g, u, activation)
+    if cpu.takes(g, u):
+        return cpu.gate(g, u, activation)
+    if triton.takes(g, u):
+        from tiercel.ops.triton import norm
+
+        return norm.gate(g, u, activation)
+    return gate_reference(g, u, activation)
 
 
 def gate_reference(g: Tensor, u: Tensor, activation: str) -> Tensor:

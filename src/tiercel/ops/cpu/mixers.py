@@ -51,6 +51,7 @@ def attention(
     window: int | None,
 ) -> Tensor:
     """Turn q (T, H · P) and k (T, K · P), remember k and v, attend → (T, H · P)."""
+    q_TI, k_TM, v_TM = q_TI.float(), k_TM.float(), v_TM.float()
     cos_TR, sin_TR = turn if turn is not None else (None, None)
     R = 0 if cos_TR is None else cos_TR.shape[1]
     P = q_TI.shape[1] // heads
@@ -79,6 +80,7 @@ def mamba2(
     dt_limit: tuple[float, float],
 ) -> Tensor:
     """From z | x B C | dt, one row per token: convolution, dt, scan, D x → (T, H · P)."""
+    zxBCdt_TD = zxBCdt_TD.float()
     K, C = weight_KC.shape
     H, stride = A_H.shape[0], zxBCdt_TD.stride(0)
     I = H * head_dim
@@ -99,6 +101,7 @@ def gated_norm(
     y_TI: Tensor, z_TI: Tensor, weight_I: Tensor | None, eps: float, groups: int, gate_first: bool
 ) -> Tensor:
     """norm(y · silu(z)), norm(y) · silu(z) or, without a weight, y · silu(z); z's rows may lie apart."""
+    z_TI = z_TI.float()
     T, I = y_TI.shape
     out_TI = cpu.empty(T, I)
     cpu._native.gated_norm(

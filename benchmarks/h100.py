@@ -1,0 +1,391 @@
+"""One GPU: Falcon-H1R-7B's exact shape with random weights made on the device; one table and a JSON file.
+
+    PYTHONPATH=src OUT=out python benchmarks/h100.py                      everything, about ten minutes on an H100
+    PYTHONPATH=src OUT=out python benchmarks/h100.py --rows correct,decode1 --budget 150
+
+A row that fails prints its traceback and the others go on; no row begins when --budget seconds are over.  Rooflines
+are measured here too: a copy of 4 GB (bytes read and written) and a bfloat16 product of 8192³.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiercel.families import from_hf
+from tiercel.families.pattern import pattern
+from tiercel.families.shapes import shape
+from tiercel.model.config import ModelConfig
+from tiercel.model.decoder import Decoder
+from tiercel.model.graphs import StepGraphs
+from tiercel.model.layers import Embedding, Linear, deviation, fresh, hold, initialize
+from tiercel.model.slots import PAGE, Mamba2Slots, Slots
+from tiercel.ops.triton.linear import DeviceQTensor
+
+MODEL = "falcon-h1r:7b"
+# about as many parameters and the context of today: 32 layers, eight key/value heads
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 65536, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 5e5, "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+RESULT: dict[str, Any] = {}
+
+
+def config_of(name: str) -> ModelConfig:
+    return from_hf(LLAMA if name == "llama" else shape(name)).config
+
+
+def seconds(run: Callable[[], Any], times: int, warm: int = 2) -> float:
+    """Of one run, on the device's clock."""
+    for _ in range(warm):
+        run()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(times):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3 / times
+
+
+def note(**values: Any) -> None:
+    for key, value in values.items():
+        RESULT[key] = value
+        print(f"    {key:44s} {value:,.4g}" if isinstance(value, float) else f"    {key:44s} {value}", flush=True)
+
+
+# ── networks
+
+
+def network(name: str, kind: str = "bf16") -> Decoder:
+    """A network of a published shape with random weights, made on the device.  kind: bf16, Q4_K, Q8_0, NF4, INT8"""
+    config = config_of(name)
+    with torch.device("meta"):
+        net = Decoder(config).eval().requires_grad_(False)
+    depth, g = len(config.layers), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    for owner, module in net.named_modules():
+        for leaf, p in list(module._parameters.items()):
+            if p is None or (module is net.head and config.tied):
+                continue
+            full = f"{owner}.{leaf}" if owner else leaf
+            matrix = isinstance(module, (Linear, Embedding)) and leaf == "weight"
+            if matrix and kind != "bf16":
+                hold(module, leaf, packed(kind, tuple(p.shape), deviation(full, p.shape, depth)))
+                continue
+            if matrix:
+                w = torch.empty(p.shape, dtype=torch.bfloat16, device="cuda").normal_(
+                    0, deviation(full, p.shape, depth)
+                )
+            else:
+                precise = leaf in ("A_log", "D", "dt_bias")
+                w = fresh(full, p.shape, depth, g).to("cuda", torch.float32 if precise else torch.bfloat16)
+            hold(module, leaf, torch.nn.Parameter(w, requires_grad=False))
+    net._tie()
+    return net
+
+
+def packed(kind: str, size: tuple[int, int], spread: float) -> DeviceQTensor:
+    """Random bits whose values have mean 0 and this spread."""
+    N, K = size
+
+    def bits(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+
+    def same(value: float, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.full(shape, value, dtype=dtype, device="cuda")
+
+    if kind == "Q4_K":  # scales 40 ± 8, minima 7.5 of them
+        scales = torch.full((N, K // 32, 2), 40, dtype=torch.uint8, device="cuda")
+        d = spread / (40 * 4.6)
+        ends = torch.tensor([d, 7.5 * d], dtype=torch.float16, device="cuda").expand(N, K // 256, 2).contiguous()
+        return DeviceQTensor(kind, size, bits(N, K // 2), scales, ends)
+    if kind == "NF4":
+        return DeviceQTensor(kind, size, bits(N, K // 2), same(spread / 0.6, torch.float32, N, K // 64))
+    q = bits(N, K).view(torch.int8)
+    if kind == "Q8_0":
+        return DeviceQTensor(kind, size, q, same(spread / 74, torch.float16, N, K // 32))
+    return DeviceQTensor(kind, size, q, same(spread / 74, torch.float32, N))
+
+
+def weight_bytes(net: Decoder) -> int:
+    """What a step reads: everything but the embedding."""
+    total = 0
+    for module in net.modules():
+        for leaf in [*module._parameters, *vars(module)]:
+            w = getattr(module, leaf, None)
+            if module is not net.embed and isinstance(w, (torch.nn.Parameter, DeviceQTensor)):
+                total += w.nbytes
+    return total
+
+
+def filled(net: Decoder, rows: int, context: int, room: int, pages: int | None = None) -> tuple[Slots, list[int]]:
+    """Texts of so many random tokens: the memory's contents do not change the time, so nothing is computed."""
+    slots = Slots(net, rows, context + room, pages)
+    for layer in slots.layers:
+        for memory in layer:
+            for t in vars(memory).values():
+                if isinstance(t, torch.Tensor):
+                    t.normal_() if not isinstance(memory, Mamba2Slots) else t.uniform_(0, 0.1)
+    numbers = [slots.take() for _ in range(rows)]
+    for slot in numbers:
+        slots.reserve(slot, context + room)
+        slots._set(slot, context, (context - 1) // slots.chunk * slots.chunk)
+    return slots, numbers
+
+
+def decode(net: Decoder, rows: int, context: int, steps: int, pages: int | None = None) -> tuple[float, int]:
+    """Seconds of a step, greedy tokens fed back on the device, and the bytes of the memories."""
+    slots, numbers = filled(net, rows, context, steps + 8, pages)
+    graph = StepGraphs(net, slots, (rows,)).of(rows)
+    graph.slot_B.copy_(torch.tensor(numbers, dtype=torch.int32))
+
+    def step() -> None:
+        graph.tokens.copy_(graph.run().argmax(-1))
+
+    return seconds(step, steps), slots.nbytes
+
+
+def free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+# ── rows
+
+
+def roofline() -> None:
+    a = torch.empty(1 << 31, dtype=torch.int8, device="cuda")
+    b = torch.empty_like(a)
+    note(copy_GBps=2 * a.nbytes / seconds(lambda: b.copy_(a), 10) / 1e9)
+    x, w = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    note(matmul_TFLOPS=2 * 8192**3 / seconds(lambda: x @ w, 20, 5) / 1e12)
+
+
+NASTY = {
+    "side by side": ("attention+mamba2", dict(heads=6, kv_heads=2, head_dim=10, groups=3, mamba_head_dim=8, state=7)),
+    "in turn, experts": ("mamba2 attention/moe mamba2/-", dict(heads=5, kv_heads=1, head_dim=16, groups=1, state=24)),
+    "attention alone": ("attention", dict(heads=4, kv_heads=4, head_dim=24, window=17)),
+    "long heads": ("attention+mamba2", dict(heads=12, kv_heads=2, head_dim=128, mamba_head_dim=128, state=256)),
+}
+
+
+def correct() -> None:
+    """Logits here against float32 on the CPU: a prompt, pieces, then steps of two texts through the graph."""
+    worst = {"fp32": 0.0, "bf16": 0.0}
+    for name, (layers, sizes) in NASTY.items():
+        sizes = dict(width=96, vocab_size=300, repeat=2, ffn_width=160, chunk=16, norm_eps=1e-3) | sizes
+        for dtype, key in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+            net = Decoder(pattern(layers, **sizes))  # type: ignore[arg-type]
+            initialize(net, 1)
+            net.eval().requires_grad_(False).to(dtype)
+            net.embed.weight.mul_(30)
+            g = torch.Generator().manual_seed(0)
+            texts = [torch.randint(0, 300, (n,), generator=g) for n in (150, 83)]
+            judge = Decoder(net.config).eval().requires_grad_(False)
+            judge.load_state_dict(net.state_dict())
+            expected = [judge(text) for text in texts]
+            net.to("cuda")
+            slots = Slots(net, 4, 200)
+            numbers, got, want = [slots.take() for _ in texts], [], []
+            for slot, text, whole in zip(numbers, texts, expected, strict=True):
+                got.append(slots.prefill(net, [slot], [text[:41].cuda()], keep=41))
+                got.append(slots.prefill(net, [slot], [text[41:60].cuda()], keep=19))
+                want.append(whole[:60])
+            graphs = StepGraphs(net, slots, (4,))
+            for i in range(60, 83):
+                got.append(graphs.step(numbers, torch.stack([t[i] for t in texts]).cuda()).clone())
+                want.append(torch.stack([whole[i] for whole in expected]))
+            got_, want_ = torch.cat(got).float().cpu(), torch.cat(want)
+            error = float((got_ - want_).norm() / want_.norm())
+            worst[key] = max(worst[key], error) if math.isfinite(error) else math.inf
+            print(f"      {name:20s} {key} {error:.2e}", flush=True)
+    note(error_fp32=worst["fp32"], error_bf16=worst["bf16"])
+
+
+def decode1() -> None:
+    net = network(MODEL)
+    note(parameters=sum(p.numel() for p in net.parameters()), bf16_GB=weight_bytes(net) / 1e9)
+    time_, _ = decode(net, 1, 512, 100)
+    note(decode1_bf16_tok_s=1 / time_)
+    if "copy_GBps" in RESULT:
+        note(decode1_bf16_of_bandwidth=weight_bytes(net) / 1e9 / RESULT["copy_GBps"] / time_)
+
+
+def profile() -> None:
+    """Where a step's time goes, kernel by kernel."""
+    for kind, rows, context in (("bf16", 1, 512), ("bf16", 32, 4096), ("Q4_K", 1, 512)):
+        net = network(MODEL, kind)
+        slots, numbers = filled(net, rows, context, 50)
+        graph = StepGraphs(net, slots, (rows,)).of(rows)
+        graph.slot_B.copy_(torch.tensor(numbers, dtype=torch.int32))
+        graph.run()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+            for _ in range(5):
+                graph.run()
+            torch.cuda.synchronize()
+        print(f"── {kind}, {rows} rows")
+        for e in sorted(prof.key_averages(), key=lambda e: -e.self_device_time_total)[:16]:
+            print(f"      {e.self_device_time_total / 5e3:8.3f} ms {e.count // 5:5d} × {e.key[:90]}")
+        del net, slots, graph
+        free()
+
+
+def decode1_packed() -> None:
+    for kind in ("Q4_K", "NF4", "Q8_0", "INT8"):
+        net = network(MODEL, kind)
+        time_, _ = decode(net, 1, 512, 60)
+        note(**{f"decode1_{kind}_tok_s": 1 / time_, f"{kind}_GB": weight_bytes(net) / 1e9})
+        if "copy_GBps" in RESULT:
+            note(**{f"decode1_{kind}_of_bandwidth": weight_bytes(net) / 1e9 / RESULT["copy_GBps"] / time_})
+        del net
+        free()
+
+
+def decode32() -> None:
+    net = network(MODEL)
+    for rows, context in ((8, 16384), (32, 16384)):
+        time_, memory = decode(net, rows, context, 40)
+        note(**{f"decode{rows}_16k_tok_s": rows / time_, f"decode{rows}_16k_memory_GB": memory / 1e9})
+        free()
+
+
+def prefill() -> None:
+    net = network(MODEL)
+    slots = Slots(net, 1, 16384)
+    for length in (512, 2048, 8192):
+        ids = torch.randint(0, net.config.vocab_size, (length,), device="cuda")
+
+        def run(ids: torch.Tensor = ids) -> None:
+            slot = slots.take()
+            slots.prefill(net, [slot], [ids])
+            slots.release(slot)
+
+        time_ = seconds(run, 3)
+        matrices = sum(m.weight.numel() for m in net.modules() if isinstance(m, Linear) and m is not net.head)
+        attention = sum(
+            2 * length**2 * m.heads * m.head_dim
+            for lay in net.config.layers
+            for m in lay.mixers
+            if m.kind == "attention"
+        )
+        rate = (2 * matrices * length + attention) / time_ / 1e12
+        note(**{f"prefill_{length}_tok_s": length / time_, f"prefill_{length}_TFLOPS": rate})
+        if "matmul_TFLOPS" in RESULT:
+            note(**{f"prefill_{length}_of_matmul": rate / RESULT["matmul_TFLOPS"]})
+
+
+def context32k() -> None:
+    """Against a Llama-shaped network of about the same size, 32 texts at 32K; as many as fit where they do not."""
+    for name in (MODEL, "llama"):
+        net = network(name)
+        here = "falcon" if name == MODEL else "llama"
+        room = torch.cuda.get_device_properties(0).total_memory - torch.cuda.memory_allocated() - (6 << 30)
+        probe = Slots(net, 1, PAGE, pages=2)
+        page = sum(m.nbytes // 3 for lay in probe.layers for m in lay if not isinstance(m, Mamba2Slots))
+        fixed = sum(m.nbytes for lay in probe.layers for m in lay if isinstance(m, Mamba2Slots))
+        text = page * (32768 // PAGE + 2) + fixed
+        rows = min(32, room // text)
+        note(**{f"{here}_32k_bytes_of_32_texts_GB": 32 * text / 1e9, f"{here}_32k_texts_that_fit": rows})
+        del probe
+        time_, _ = decode(net, rows, 32768, 30)
+        note(**{f"{here}_32k_tok_s": rows / time_})
+        del net
+        free()
+
+
+def transformers_() -> None:
+    """The same shape in transformers, bfloat16, with whatever kernels it finds here."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    hf = shape(MODEL)
+    config = AutoConfig.for_model(**{k: v for k, v in hf.items() if k != "architectures"})
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    note(transformers=transformers.__version__)
+    for kernel in ("mamba_ssm", "causal_conv1d", "flash_attn"):
+        with contextlib.suppress(ImportError):
+            __import__(kernel)
+            note(**{f"transformers_has_{kernel}": True})
+    ids = torch.randint(0, config.vocab_size, (1, 128), device="cuda")
+    with torch.inference_mode():
+        out = model(ids, use_cache=True)
+        past, token, at = out.past_key_values, ids[:, -1:], 128
+
+        def step() -> None:
+            nonlocal token, at
+            out = model(token, past_key_values=past, use_cache=True, cache_position=torch.tensor([at], device="cuda"))
+            token, at = out.logits[:, -1:].argmax(-1), at + 1
+
+        time_ = seconds(step, 20, 3)
+        note(transformers_decode1_tok_s=1 / time_)
+        if "decode1_bf16_tok_s" in RESULT:
+            note(times_transformers=RESULT["decode1_bf16_tok_s"] * time_)
+        for length in (512, 2048, 8192):
+            ids = torch.randint(0, config.vocab_size, (1, length), device="cuda")
+            note(
+                **{
+                    f"transformers_prefill_{length}_tok_s": length
+                    / seconds(lambda i=ids: model(i, logits_to_keep=1), 1, 1)
+                }
+            )
+
+
+ROWS: dict[str, Callable[[], None]] = {
+    "roofline": roofline, "correct": correct, "decode1": decode1, "packed": decode1_packed, "decode32": decode32,
+    "prefill": prefill, "transformers": transformers_, "context32k": context32k, "profile": profile,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(name for name in ROWS if name != "profile"))
+    parser.add_argument("--budget", type=float, default=580, help="seconds after which no row begins")
+    options = parser.parse_args()
+    begin = time.monotonic()
+    import triton
+
+    note(device=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)
+    failed = []
+    for name in options.rows.split(","):
+        if time.monotonic() - begin > options.budget:
+            failed.append(f"{name}: no time left")
+            continue
+        print(f"── {name}  ({time.monotonic() - begin:.0f} s)", flush=True)
+        try:
+            with torch.no_grad():
+                ROWS[name]()
+        except Exception as error:  # a row that fails must not cost the others
+            traceback.print_exc(file=sys.stdout)
+            failed.append(f"{name}: {type(error).__name__}")
+        free()
+        folder = Path(os.environ.get("OUT", "."))
+        (folder / "h100.json").write_text(json.dumps(RESULT | {"failed": failed, "command": sys.argv[1:]}, indent=1))
+    print("\n| what | value |\n|---|---|")
+    for key, value in RESULT.items():
+        print(f"| {key} | {value:,.4g} |" if isinstance(value, float) else f"| {key} | {value} |")
+    for line in failed:
+        print(f"| {line} | not measured |")
+
+
+if __name__ == "__main__":
+    main()

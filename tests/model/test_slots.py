@@ -1,0 +1,105 @@
+"""Texts in slots on a device give the logits of the plain network, however they come: prompts, pieces, steps, cuts.
+
+Without a GPU the kernels run in Triton's interpreter.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="pip install triton")
+
+import tiny
+from ops.triton.conftest import DEVICE
+from tiercel.errors import RequestError
+from tiercel.model.graphs import StepGraphs
+from tiercel.model.slots import PAGE, Slots
+
+WORDS = "attention+mamba2 mamba2/moe attention/-"
+
+
+@pytest.fixture(scope="module")
+def network():
+    return tiny.network(WORDS, native=False).to(DEVICE)
+
+
+def words(n, seed=0):
+    return torch.randint(0, 300, (n,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def whole(network, ids):
+    """(L, V): no memory, no kernels of ours beyond the norms."""
+    return network(ids)
+
+
+def step(network, slots, numbers, tokens):
+    return StepGraphs(network, slots, (1, 2, 4)).step(numbers, torch.stack(tokens))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("pieces", [(36,), (17, 19), (16, 1, 19)])
+def test_a_prompt_in_pieces_and_steps(network, pieces):
+    slots, ids = Slots(network, 2, 200), words(41)
+    expected, slot, at = whole(network, ids), slots.take(), 0
+    for n in pieces:
+        got = slots.prefill(network, [slot], [ids[at : at + n]], keep=3 if n > 2 else 1)
+        at += n
+        close(got, expected[at - len(got) : at])
+    for i in range(at, 41):
+        close(step(network, slots, [slot], [ids[i]])[0], expected[i])
+    assert slots.length[slot] == 41 and slots.base[slot] == 32
+    assert slots.length_S[slot] == 41 and slots.base_S[slot] == 32
+
+
+def test_texts_share_a_step_and_rows_of_nobody_do_no_harm(network):
+    slots, texts = Slots(network, 4, 100), [words(20, 1), words(35, 2), words(11, 3)]
+    numbers = [slots.take() for _ in texts]
+    got = slots.prefill(network, numbers, [text[:-2] for text in texts])
+    for i, text in enumerate(texts):
+        close(got[i], whole(network, text)[-3])
+    for i in range(2, 0, -1):
+        got = step(network, slots, numbers, [text[-i] for text in texts])  # three rows in a graph of four
+        assert len(got) == 3
+        for row, text in zip(got, texts, strict=True):
+            close(row, whole(network, text)[-i])
+
+
+def test_what_was_cut_is_forgotten(network):
+    slots, ids = Slots(network, 1, 100), words(70)
+    slot = slots.take()
+    slots.prefill(network, [slot], [ids[:50]])
+    for token in words(3, 5):
+        step(network, slots, [slot], [token])
+    assert not slots.trim(slot, 40) and not slots.trim(slot, 54) and slots.length[slot] == 53
+    assert slots.trim(slot, 50)
+    expected = whole(network, ids)
+    for i in range(50, 52):
+        close(step(network, slots, [slot], [ids[i]])[0], expected[i])
+
+
+def test_a_slot_begins_anew(network):
+    slots, ids = Slots(network, 1, 100), words(20)
+    for _ in range(2):
+        slot = slots.take()
+        close(slots.prefill(network, [slot], [ids])[0], whole(network, ids)[-1])
+        slots.release(slot)
+    assert len(slots.free_pages) == 2
+
+
+def test_full_is_said(network):
+    slots = Slots(network, 1, 2 * PAGE, pages=1)
+    slot = slots.take()
+    with pytest.raises(RequestError, match="slots are taken"):
+        slots.take()
+    with pytest.raises(RequestError, match="1 are free"):
+        slots.prefill(network, [slot], [words(PAGE + 1)])
+    with pytest.raises(RequestError, match="do not fit"):
+        slots.prefill(network, [slot], [words(2 * PAGE + 1)])
+    assert slots.length[slot] == 0
+
+
+def test_mamba1_says_that_it_cannot():
+    with pytest.raises(RequestError, match="Mamba-1"):
+        Slots(tiny.network("mamba1", native=False), 1, 100)
