@@ -32,11 +32,13 @@ _HOME = {
     "ContextOverflow": "errors",
     "ModelNotFound": "errors",
     "DoesNotFit": "errors",
+    "Busy": "errors",
     "Offline": "errors",
 }
 
 __all__ = [
     "LLM",
+    "Busy",
     "ContextOverflow",
     "DoesNotFit",
     "FormatError",
@@ -53,6 +55,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from tiercel.errors import (
+        Busy,
         ContextOverflow,
         DoesNotFit,
         FormatError,

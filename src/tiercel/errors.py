@@ -7,6 +7,7 @@
     │   └── ContextOverflow    the prompt does not fit the context (both numbers are named)
     ├── ModelNotFound          no such model here; says what to type next
     ├── DoesNotFit             refused before memory was taken
+    ├── Busy                   the queue is full; says when to come back
     └── Offline                the network was needed and was not there
 
 Each message is one line: what was tried, what was found, what to do next.  Internal promises
@@ -52,6 +53,14 @@ class DoesNotFit(TiercelError):
     """Refused before memory was taken."""
 
     exit_code = 4
+
+
+class Busy(TiercelError):
+    """The queue is full, or the server is leaving; come back in `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Offline(TiercelError):

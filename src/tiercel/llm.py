@@ -14,15 +14,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tiercel.engine.engine import Engine
+from tiercel.engine.request import Request
+from tiercel.engine.session import Session
 from tiercel.errors import RequestError
 from tiercel.families.family import Layout
-from tiercel.generate import Generation, Session, Times, prefill
+from tiercel.generate import Times
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.sampling import Logprob, SamplingParams
@@ -51,12 +55,13 @@ class Answer(str):
     times: Times
 
     @classmethod
-    def of(cls, run: Generation) -> Answer:
-        answer = cls(run.text)
-        answer.thinking, answer.token_ids, answer.logprobs = run.thoughts, run.token_ids, run.logprobs
-        answer.finish_reason, answer.stop_reason = run.finish_reason, run.stop_reason
-        answer.prompt_tokens, answer.cached_tokens = len(run.prompt_ids), run.cached_tokens
-        answer.times = run.times
+    def of(cls, request: Request) -> Answer:
+        said = request.choices[0]
+        answer = cls(said.text)
+        answer.thinking, answer.token_ids, answer.logprobs = said.thoughts, said.token_ids, said.logprobs
+        answer.finish_reason, answer.stop_reason = said.finish_reason, said.stop_reason
+        answer.prompt_tokens, answer.cached_tokens = len(request.prompt_ids), request.cached_tokens
+        answer.times = request.times
         return answer
 
 
@@ -89,14 +94,19 @@ class Model:
     def config(self) -> ModelConfig:
         return self.network.config
 
+    @cached_property
+    def engine(self) -> Engine:
+        """What runs the prompts of `generate`, `stream` and sessions, and remembers them."""
+        return Engine(self)
+
     def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Token ids (L,) → logits of every next token (L, V), float32, no gradients."""
         with torch.no_grad():
             return self.network(torch.as_tensor(ids, dtype=torch.long, device=self.network.embed.weight.device))
 
     def session(self) -> Session:
-        """A conversation's memory; see `generate.Session`."""
-        return Session(self.network, self.text, self.max_length)
+        """A conversation's memory; see `engine.session.Session`."""
+        return Session(self.engine)
 
     def encode(self, prompt: Prompt, *, raw: bool = False, **template: Any) -> list[int]:
         """Token ids of a prompt: messages, or text put as a user's message where the model has a chat template.
@@ -132,7 +142,7 @@ class Model:
         """
         ids = self.encode(prompt, raw=raw, **({} if think is None else {"enable_thinking": think}))
         chat = not raw and self.text is not None and self.text.has_template and not _is_ids(prompt)
-        session = session or self.session()
+        session = session or Session(self.engine, key="")  # remembered with all others
         starts = chat and self.text is not None and self.text.opens_thinking(ids)
         thinking = "auto" if chat else "off"
         return session.generate(
@@ -145,7 +155,7 @@ class Model:
         for _ in pieces:
             pass
         assert session.last is not None
-        return Answer.of(session.last)
+        return Answer.of(session.last.request)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Iterator[str]:
         """The answer's text as it comes (without the thoughts: `pieces` has both)."""
@@ -227,7 +237,7 @@ ELSEWHERE = {
     "cpu_offload_gb": "weights stay on one device",
     "enforce_eager": "nothing is captured or compiled",
     "tokenizer_mode": "the model's own tokenizer is used",
-    "enable_prefix_caching": "each prompt is read on its own",
+    "enable_prefix_caching": "what prompts share is always read once",
     "disable_log_stats": "there are no log statistics",
 }
 HARMLESS_VALUES = {
@@ -235,6 +245,7 @@ HARMLESS_VALUES = {
     "tensor_parallel_size": 1,
     "tokenizer_mode": "auto",
     "enforce_eager": False,
+    "enable_prefix_caching": True,
 }
 
 
@@ -316,42 +327,49 @@ class LLM:
         wanted = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
         if len(wanted) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts need as many sampling params, not {len(wanted)}")
+        engine = self.model.engine
+        requests = []
+        for (_, ids), p in zip(prompts, wanted, strict=True):
+            seeded = p if p.seed is not None or self.seed is None else replace(p, seed=self.seed)
+            requests.append(engine.prepare(ids, seeded))
+        self._run(requests, bar)
+        self._count += len(requests)
+        numbers = range(self._count - len(requests), self._count)
+        return [
+            RequestOutput(str(number), prompt, request.prompt_ids, _outputs(request), True, request.cached_tokens)
+            for number, (prompt, _), request in zip(numbers, prompts, requests, strict=True)
+        ]
+
+    def _run(self, requests: list[Request], bar: bool) -> None:
+        """All of them together; none stays behind when one fails or somebody interrupts."""
         from rich.console import Console
         from rich.progress import track
 
-        out = []
-        steps = zip(prompts, wanted, strict=True)
-        console = Console(stderr=True)
-        shown = bar and console.is_terminal and len(prompts) > 1
-        for (prompt, ids), p in track(list(steps), "generating", console=console, transient=True, disable=not shown):
-            out.append(self._one(prompt, ids, p))
-        return out
+        engine, console = self.model.engine, Console(stderr=True)
+        shown = bar and console.is_terminal and len(requests) > 1
+        for request in requests:
+            engine.queue(request)
+        try:
+            for request in track(requests, "generating", console=console, transient=True, disable=not shown):
+                for _ in engine.run(request):
+                    pass
+                if request.error is not None:
+                    raise request.error
+        finally:
+            for request in requests:
+                engine.abort(request.id)
 
-    def _one(self, prompt: str | None, ids: list[int], params: SamplingParams) -> RequestOutput:
-        """One prompt: read once, forked for each of its `n` answers."""
-        model = self.model
-        if params.seed is None and self.seed is not None:
-            params = replace(params, seed=self.seed)
-        state, logits = model.network.new_state(), None
-        self._count += 1
-        request = RequestOutput(str(self._count - 1), prompt, ids)
-        for index in range(params.n):
-            if index == 0 and params.n > 1 and 0 < len(ids) < model.max_length:
-                logits = prefill(model.network, torch.tensor(ids), state)
-            own = state.fork() if index < params.n - 1 else state
-            run = Generation(
-                model.network, model.text, ids, params, model.max_length, own, first_logits=logits, choice=index
-            )
-            run.finish()
-            request.outputs.append(
-                CompletionOutput(
-                    index,
-                    run.text,
-                    run.token_ids,
-                    run.cumulative_logprob,
-                    run.logprobs,
-                    run.finish_reason,
-                    run.stop_reason,
-                )
-            )
-        return request
+
+def _outputs(request: Request) -> list[CompletionOutput]:
+    return [
+        CompletionOutput(
+            choice.index,
+            choice.text,
+            choice.token_ids,
+            choice.cumulative_logprob,
+            choice.logprobs,
+            choice.finish_reason,
+            choice.stop_reason,
+        )
+        for choice in request.choices
+    ]

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiercel.model import pages
 from tiercel.model import state as state_module
 from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig, Mamba1Config, Mamba2Config, RopeConfig
@@ -43,8 +44,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     before, threads = cpu._native.isa(), cpu._native.threads()
     cpu._native.choose(request.param)
     monkeypatch.setattr(cpu, "empty", lambda *shape: torch.full(shape, math.nan))
-    plain = state_module._memory
-    monkeypatch.setattr(state_module, "_memory", lambda *shape, **kw: plain(*shape, **kw).fill_(math.nan))
+    monkeypatch.setattr(pages, "spoil", True)
     yield request.param
     cpu._native.choose(before)
     cpu._native.set_threads(threads)
@@ -328,7 +328,8 @@ def test_long_texts_in_segments_have_the_same_bits(window: int | None) -> None:
 
 def test_kernels_and_states_agree_on_sizes() -> None:
     native = cpu._native
-    assert (native.KEYS, native.SEGMENT, native.SPLIT) == (state_module.TILE, state_module.SEGMENT, state_module.SPLIT)
+    sizes = state_module.TILE, pages.PAGE, state_module.SEGMENT, state_module.SPLIT
+    assert sizes == (native.KEYS, native.PAGE, native.SEGMENT, native.SPLIT)
 
 
 @pytest.mark.parametrize("start", [0, 5, 100_000])

@@ -9,8 +9,6 @@ nothing: one token's keys and values, and inputs of the open chunk (the state it
 
 from __future__ import annotations
 
-from typing import Any
-
 from tiercel.model.config import AttentionConfig, MoEConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import named_weights
@@ -59,6 +57,5 @@ def _kv_reads(network: Decoder, context: int) -> int:
         for mixer, memory in zip(layer.mixers, state, strict=True):
             if isinstance(mixer, AttentionConfig):
                 tokens = min(context, mixer.window or context)
-                item: Any = memory
-                total += 2 * mixer.kv_heads * mixer.head_dim * tokens * item.k.element_size()
+                total += 2 * mixer.kv_heads * mixer.head_dim * tokens * memory.dtype.itemsize
     return total

@@ -20,6 +20,7 @@ from tiercel.model.batch import Batch
 from tiercel.model.block import Block
 from tiercel.model.config import ModelConfig
 from tiercel.model.layers import Embedding, Linear, RMSNorm, hold, pack
+from tiercel.model.pages import Pool
 from tiercel.model.state import State, layer_state
 from tiercel.model.steps import Steps
 from tiercel.ops import cpu
@@ -36,6 +37,7 @@ class Decoder(nn.Module):
         self.head = Linear(config.width, config.vocab_size, bias=False)
         self._tie()
         self._steps = Steps()
+        self._pool = Pool()
 
     @overload
     def forward(self, tokens: Tensor, states: State | None = None, *, keep: int | None = None) -> Tensor: ...
@@ -189,7 +191,7 @@ class Decoder(nn.Module):
         """An empty memory for one text."""
         device = self.embed.weight.device
         layers = [[layer_state(m, self.dtype, device) for m in layer.mixers] for layer in self.config.layers]
-        return State(layers, self.fingerprint)
+        return State(layers, self.fingerprint, self._pool)
 
     def load_state(self, path: str | Path) -> State:
         """A saved state; FormatError when it is damaged or was saved by another model or dtype."""

@@ -1,8 +1,8 @@
 """What a layer remembers, and how far back it can be cut.
 
-Attention remembers keys and values: a cache that can be cut at any token.  A recurrent state cannot: it
-exists only where somebody kept it.  Mamba-2's chunked form needs the state only where a chunk starts, so
-its layer keeps
+Attention remembers keys and values: a cache that can be cut at any token, in pages that texts share (pages.py).  A
+recurrent state cannot: it exists only where somebody kept it.  Mamba-2's chunked form needs the state only where a
+chunk starts, so its layer keeps
 
     the committed state S at a chunk boundary `base`, and the open inputs since then (pre-conv columns, x, B, dt)
 
@@ -14,7 +14,7 @@ cutting back replays the open inputs (no matrix product is repeated).
 
 Everybody else only asks:
 
-    length · oldest · trim(n) → bool · snapshot() / bookmark() / restore(s) · fork() · nbytes · save(path)
+    length · oldest · trim(n) → bool · snapshot() / restore(s) · fork() · nbytes / pages · save(path)
 
 Boundaries are absolute multiples of the chunk, so prefill, chunked prefill and decode meet the same grid.
 
@@ -22,7 +22,8 @@ Kernels read and write the same memory.  They find it through one run of int64 w
 as the state lives (`Words` in ops/cpu/kernels.h), so a recorded step stays valid while the text grows:
 
     State      length · address of the partial sums of a split attention · how many key segments these have room for
-    attention  addresses of k, v · capacity in tokens · for each kv head a counter of a kernel's finished pieces
+               · address of the table of pages
+    attention  byte of a page where its keys begin · for each kv head a counter of a kernel's finished pieces
     recurrent  base · a counter · addresses of columns, x, dt, B, S · Mamba-1: address of the running state, its length
 
 Letters: K conv kernel or kv heads, C conv channels, H heads, P head dim, N state, G groups, I inner width, T tokens.
@@ -32,7 +33,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,9 +43,10 @@ from torch import Tensor
 
 from tiercel.errors import FormatError, RequestError
 from tiercel.model.config import LARGEST, AttentionConfig, Mamba1Config, Mamba2Config, Mixer
+from tiercel.model.pages import PAGE, Page, Pages, Pool, memory
 from tiercel.ops.scan import selective_scan
 
-TILE = 32  # keys that kernels read together: caches are allocated in whole tiles
+TILE = 32  # keys that kernels read together: pages are whole tiles
 SEGMENT = 1024  # keys of one partial sum, where few queries meet many keys (SEGMENT in ops/cpu/kernels.h)
 SPLIT = 8  # new tokens up to which that is done
 LONGEST_CHUNK = 64  # S is rewritten at least this often, whatever chunk the model was trained with: the form is exact
@@ -52,16 +54,9 @@ LONGEST_CHUNK = 64  # S is rewritten at least this often, whatever chunk the mod
 Words = np.ndarray
 
 
-def _memory(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that can be written to in and out of inference mode."""
-    with torch.inference_mode(False):
-        return torch.empty(shape, dtype=dtype, device=device)
-
-
 class LayerState(ABC):
     """What one mixer remembers of one text; `length` is the whole State's."""
 
-    copied: bool = True  # whether going back needs a copy made in time (not so where every cut is possible)
     words: Words  # its own run of the State's
     at: int  # where that begins
 
@@ -94,11 +89,11 @@ class LayerState(ABC):
     @property
     @abstractmethod
     def buffers(self) -> Mapping[str, Tensor]:
-        """Everything allocated."""
+        """Everything allocated, pages aside."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What is remembered, as views of exactly the valid part."""
+        """What is remembered, exactly the valid part: views, but of pages a copy."""
 
     @abstractmethod
     def adopt(self, tensors: dict[str, Tensor], length: int, base: int) -> None:
@@ -110,55 +105,82 @@ class LayerState(ABC):
 
 
 class AttentionState(LayerState):
-    """Keys and values of every token, (K, T, P); trims by length."""
+    """Keys and values of every token, this layer's part of the text's pages; trims by length.
 
-    copied = False
+    Kernels read pages where they lie.  torch's attention wants all keys in a row: `extend` writes the pages, which
+    are what is shared and saved, and keeps a second copy in a row, `whole`, to which each call adds its new tokens.
+    So on plain torch (no extension, another device, float16) a running text takes its keys and values twice; a
+    snapshot does not, nor does a fork until it runs.
+    """
+
+    pages: Pages  # the text's
+    start: int  # where in a page this layer begins, in numbers
 
     def __init__(self, config: AttentionConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(config, dtype, device)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.k, self.v = self._cache(0), self._cache(0)
+        self.whole, self.gathered = self._row(0), 0  # (2, K, room, P), and how many of its tokens are there
 
-    def _cache(self, room: int) -> Tensor:
-        return _memory(self.kv_heads, room, self.head_dim, dtype=self.dtype, device=self.device)
+    def _row(self, room: int) -> Tensor:
+        return memory(2, self.kv_heads, room, self.head_dim, dtype=self.dtype, device=self.device)
 
     @property
     def size(self) -> int:
-        return 3 + self.kv_heads
-
-    def publish(self) -> None:
-        self.words[:3] = self.k.data_ptr(), self.v.data_ptr(), self.capacity
+        return 1 + self.kv_heads
 
     @property
-    def capacity(self) -> int:
-        return self.k.shape[1]
+    def page_size(self) -> int:
+        """Numbers of one page."""
+        return 2 * self.kv_heads * PAGE * self.head_dim
 
-    def reserve(self, length: int) -> None:
-        """Have room for so many tokens, and by half as much more than there are: growing costs a copy."""
-        if length > self.capacity:
-            used = min(self.length, self.capacity)
-            room = -(-max(length, used + used // 2, 64) // TILE) * TILE
-            for name in ("k", "v"):
-                longer = self._cache(room)
-                longer[:, :used] = getattr(self, name)[:, :used]
-                setattr(self, name, longer)
-            self.publish()
+    def publish(self) -> None:
+        self.words[0] = self.start * self.dtype.itemsize
+
+    def _pieces(self, start: int, stop: int) -> Iterable[tuple[slice, Tensor]]:
+        """Tokens from `start` to `stop`, page by page: which, and their keys and values (2, K, some, P)."""
+        while start < stop:
+            first = start % PAGE
+            count = min(PAGE - first, stop - start)
+            part = self.pages[start // PAGE].memory[self.start : self.start + self.page_size]
+            kv_2KTP = part.view(2, self.kv_heads, PAGE, self.head_dim)
+            yield slice(start, start + count), kv_2KTP[:, :, first : first + count]
+            start += count
+
+    def _write(self, k_KLP: Tensor, v_KLP: Tensor, start: int) -> None:
+        for span, (k, v) in self._pieces(start, start + k_KLP.shape[1]):
+            new = slice(span.start - start, span.stop - start)
+            k.copy_(k_KLP[:, new]), v.copy_(v_KLP[:, new])
 
     def extend(self, k_KLP: Tensor, v_KLP: Tensor) -> tuple[Tensor, Tensor]:
         """Add L tokens; all keys and values so far, (K, T, P)."""
         start, stop = self.length, self.length + k_KLP.shape[1]
-        self.k[:, start:stop], self.v[:, start:stop] = k_KLP, v_KLP
-        return self.k[:, :stop], self.v[:, :stop]
+        self._write(k_KLP, v_KLP, start)
+        self.cut(start)  # of a forward that was interrupted
+        if stop > self.whole.shape[2]:  # by half as much more than there are: growing costs a copy
+            longer = self._row(-(-max(stop, start + start // 2, PAGE) // TILE) * TILE)
+            longer[:, :, : self.gathered] = self.whole[:, :, : self.gathered]
+            self.whole = longer
+        for span, kv_2KTP in self._pieces(self.gathered, stop):
+            self.whole[:, :, span] = kv_2KTP
+        self.gathered = stop
+        return self.whole[0, :, :stop], self.whole[1, :, :stop]
+
+    def cut(self, length: int) -> None:
+        """Tokens from `length` on are not what they were."""
+        self.gathered = min(self.gathered, length)
 
     @property
     def buffers(self) -> Mapping[str, Tensor]:
-        return {"k": self.k, "v": self.v}
+        return {"whole": self.whole}
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"k": self.k[:, : self.length], "v": self.v[:, : self.length]}
+        kv_2KTP = self._row(self.length)
+        for span, part in self._pieces(0, self.length):
+            kv_2KTP[:, :, span] = part
+        return {"k": kv_2KTP[0], "v": kv_2KTP[1]}
 
     def adopt(self, tensors: dict[str, Tensor], length: int, base: int) -> None:
-        self.k[:, :length], self.v[:, :length] = tensors["k"], tensors["v"]
+        self._write(tensors["k"], tensors["v"], 0)
 
     def shapes(self, length: int, base: int) -> dict[str, tuple[int, ...]]:
         if base != 0:
@@ -197,12 +219,12 @@ class RecurrentState(LayerState):
         super().__init__(config, dtype, device)
         self.history, self.chunk = config.conv - 1, min(config.chunk, LONGEST_CHUNK)
         rows = 2 * self.chunk
-        self.columns = _memory(self.history + rows, channels, dtype=dtype, device=device)
+        self.columns = memory(self.history + rows, channels, dtype=dtype, device=device)
         # of one head's or group's tokens, one after another; named (L, H, P) and (L, G, N) like the ops' arguments
-        self.x = _memory(*x[:-1], rows, x[-1], dtype=dtype, device=device).movedim(-2, 0)
-        self.B = _memory(*B[:-1], rows, B[-1], dtype=dtype, device=device).movedim(-2, 0)
-        self.dt = _memory(rows, *dt, dtype=torch.float32, device=device)
-        self.S = _memory(*S, dtype=torch.float32, device=device).zero_()
+        self.x = memory(*x[:-1], rows, x[-1], dtype=dtype, device=device).movedim(-2, 0)
+        self.B = memory(*B[:-1], rows, B[-1], dtype=dtype, device=device).movedim(-2, 0)
+        self.dt = memory(rows, *dt, dtype=torch.float32, device=device)
+        self.S = memory(*S, dtype=torch.float32, device=device).zero_()
         self.columns[: self.history] = 0
         self._with_new: dict[str, Tensor] = {}
 
@@ -221,6 +243,10 @@ class RecurrentState(LayerState):
     @base.setter
     def base(self, base: int) -> None:
         self.words[self.BASE] = base
+
+    def base_after(self, added: int) -> int:
+        """What `base` will be when so many more tokens have been read."""
+        return self._next_base(added) if added else self.base
 
     @property
     def open(self) -> int:
@@ -319,7 +345,7 @@ class Mamba1State(RecurrentState):
     def __init__(self, config: Mamba1Config, dtype: torch.dtype, device: torch.device) -> None:
         I, N = config.inner, config.state
         super().__init__(config, dtype, device, channels=I, x=(I,), dt=(I,), B=(N,), S=(N, I))
-        self.running = _memory(N, I, dtype=torch.float32, device=device).zero_()
+        self.running = memory(N, I, dtype=torch.float32, device=device).zero_()
 
     @property
     def size(self) -> int:
@@ -376,32 +402,67 @@ def layer_state(config: Mixer, dtype: torch.dtype, device: torch.device) -> Laye
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of what was remembered at `length`; immutable, can be restored any number of times."""
+    """What was remembered at `length`; immutable, can be restored any number of times, by any state of the network.
+
+    Keys and values are in pages that are shared, not copied; `layers` are copies of what recurrent layers remember.
+    """
 
     length: int
-    layers: tuple[tuple[dict[str, Tensor] | None, int], ...]  # tensors and base of every layer state
+    pages: tuple[Page, ...]
+    layers: tuple[tuple[dict[str, Tensor], int], ...]  # tensors and base of every recurrent layer state
+
+    @property
+    def own_nbytes(self) -> int:
+        """Without the pages."""
+        return sum(t.nbytes for tensors, _ in self.layers for t in tensors.values())
+
+    @property
+    def oldest(self) -> int:
+        """The shortest length a state restored from it can be trimmed to."""
+        return max(base for _, base in self.layers)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for tensors, _ in self.layers for t in (tensors or {}).values())
+        """With all of them, whoever else holds them; `nbytes_together` counts them once."""
+        return self.own_nbytes + sum(page.nbytes for page in self.pages)
+
+
+def nbytes_together(held: Iterable[State | Snapshot]) -> int:
+    """What several states and snapshots take, pages that they share counted once.  Free pages in pools do not count."""
+    pages: set[Page] = set()
+    own = 0
+    for one in held:
+        own += one.own_nbytes
+        pages.update(one.pages)
+    return own + sum(page.nbytes for page in pages)
 
 
 class State:
-    """What a network remembers of one text: one `LayerState` per mixer of every layer."""
+    """What a network remembers of one text: one `LayerState` per mixer of every layer.
+
+    pool: where its pages come from and go back to; that of the network, so that texts leave each other theirs.
+    """
 
     FORMAT = "tiercel-state-2"
-    LENGTH, PARTIALS, SEGMENTS, HEADER = 0, 1, 2, 3
+    LENGTH, PARTIALS, SEGMENTS, TABLE, HEADER = 0, 1, 2, 3, 4
 
-    def __init__(self, layers: Sequence[Sequence[LayerState]], model: str) -> None:
+    def __init__(self, layers: Sequence[Sequence[LayerState]], model: str, pool: Pool | None = None) -> None:
         self.layers, self.model = layers, model
+        self._caches = [part for part in self._parts if isinstance(part, AttentionState)]
+        self._recurrent = [part for part in self._parts if isinstance(part, RecurrentState)]
+        size, first = sum(part.page_size for part in self._caches), self._parts[0]
+        self._pages = Pages(Pool() if pool is None else pool, size, first.dtype, first.device)
+        start = 0
+        for cache in self._caches:
+            cache.pages, cache.start = self._pages, start
+            start += cache.page_size
         self.words = np.zeros(self.HEADER + sum(part.size for part in self._parts), dtype=np.int64)
         at = self.HEADER
         for part in self._parts:
             part.attach(self.words, at)
             at += part.size
-        self._caches = [part for part in self._parts if isinstance(part, AttentionState)]
-        self._bases = [part.at for part in self._parts if isinstance(part, RecurrentState)]
-        self._partials = _memory(0, dtype=torch.float32, device=torch.device("cpu"))
+        self._bases = [part.at for part in self._recurrent]
+        self._partials = memory(0, dtype=torch.float32, device=torch.device("cpu"))
 
     @property
     def _parts(self) -> list[LayerState]:
@@ -431,31 +492,62 @@ class State:
         """The shortest length `trim` can reach."""
         return int(self.words[self._bases].max()) if self._bases else 0
 
+    def oldest_after(self, added: int) -> int:
+        """What `oldest` will be when so many more tokens have been read in one forward."""
+        return max((part.base_after(added) for part in self._parts if isinstance(part, RecurrentState)), default=0)
+
+    @property
+    def grid(self) -> int:
+        """The smallest chunk of a layer: what a forward added last can be cut off, up to this; 0 means all of it."""
+        return min((part.chunk for part in self._parts if isinstance(part, RecurrentState)), default=0)
+
+    @property
+    def pages(self) -> Sequence[Page]:
+        """Memory that others may share: each a thing of its own, with `nbytes`."""
+        return self._pages
+
+    @property
+    def own_nbytes(self) -> int:
+        """Bytes allocated, without the pages."""
+        return sum(b.nbytes for part in self._parts for b in part.buffers.values()) + self._partials.nbytes
+
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
-        return sum(b.nbytes for part in self._parts for b in part.buffers.values()) + self._partials.nbytes
+        """Bytes allocated, with all its pages, whoever else holds them; `nbytes_together` counts them once."""
+        return self.own_nbytes + sum(page.nbytes for page in self._pages)
 
     def reserve(self, added: int) -> None:
         """Have room for so many more tokens; before every forward."""
-        length = self.length + added
-        if self._caches and length > self._caches[0].capacity:
-            for part in self._caches:
-                part.reserve(length)
-            segments = -(-self._caches[0].capacity // SEGMENT)
-            if (
-                segments > 1
-            ):  # a segment's result is, for each new token and head, a vector, its sum and its largest score
-                row = max(part.heads * (part.head_dim + 2) for part in self._caches)
-                self._partials = _memory(segments * SPLIT * row, dtype=torch.float32, device=self._caches[0].device)
-            self.words[self.PARTIALS : self.HEADER] = self._partials.data_ptr(), segments
+        used = self.length
+        if self._caches and not self._pages.ready(used, used + added):
+            self._pages.reserve(used, used + added)
+            self._publish()
+
+    def _publish(self) -> None:
+        """The pages are others: say where their table is, and have room for partial sums of so many keys."""
+        segments = -(-self._pages.room // SEGMENT)
+        if segments > max(1, self.words[self.SEGMENTS]):
+            # a segment's result is, for each new token and head, a vector, its sum and its largest score
+            row = max(part.heads * (part.head_dim + 2) for part in self._caches)
+            self._partials = memory(segments * SPLIT * row, dtype=torch.float32, device=self._caches[0].device)
+            self.words[self.PARTIALS : self.TABLE] = self._partials.data_ptr(), segments
+        self.words[self.TABLE] = self._pages.table.ctypes.data
 
     def trim(self, length: int) -> bool:
-        """Forget all but the first `length` tokens.  False, and nothing changed, where that is not kept."""
+        """Forget all but the first `length` tokens; pages behind them are free at once.
+
+        False, and nothing changed, where that is not kept.
+        """
         if not self.oldest <= length <= self.length:
             return False
         self.length = length
+        self._cut(length)
         return True
+
+    def _cut(self, length: int) -> None:
+        self._pages.cut(length)
+        for part in self._caches:
+            part.cut(length)
 
     def settle(self) -> None:
         """Make sure that a forward can go on from here: that none was interrupted after its inputs were folded in."""
@@ -463,35 +555,29 @@ class State:
             raise RequestError("this state was interrupted while it grew and cannot go on: start a new one")
 
     def snapshot(self) -> Snapshot:
-        """A copy to come back to."""
-        layers = [({k: t.clone() for k, t in part.tensors().items()}, part.base) for part in self._parts]
-        return Snapshot(self.length, tuple(layers))
+        """A way back to here: pages shared, the rest copied."""
+        layers = [({k: t.clone() for k, t in part.tensors().items()}, part.base) for part in self._recurrent]
+        return Snapshot(self.length, self._pages.share(self.length), tuple(layers))
 
-    def bookmark(self) -> Snapshot:
-        """A snapshot without the copy of what can be cut anyway (keys and values).
-
-        For this state only, and while it has not been trimmed to less: the tokens up to here must still be its own.
-        """
-        layers = [
-            ({k: t.clone() for k, t in part.tensors().items()} if part.copied else None, part.base)
-            for part in self._parts
-        ]
-        return Snapshot(self.length, tuple(layers))
+    bookmark = snapshot  # one was cheaper once, and could be lost
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Be as when the snapshot (or bookmark) was taken."""
-        if self.length < snapshot.length and any(tensors is None for tensors, _ in snapshot.layers):
-            raise RequestError("this bookmark lies beyond what the state still holds")
-        self.reserve(max(snapshot.length - self.length, 0))
-        for part, (tensors, base) in zip(self._parts, snapshot.layers, strict=True):
-            if tensors is not None:
-                part.adopt(tensors, snapshot.length, base)
+        """Be as when the snapshot was taken."""
+        self.length = 0
+        self._cut(0)  # also what torch's attention has in a row: it may be another text's
+        self._pages.adopt(snapshot.pages)
+        if self._caches:
+            self._publish()
+        for part, (tensors, base) in zip(self._recurrent, snapshot.layers, strict=True):
+            part.adopt(tensors, snapshot.length, base)
         self.length = snapshot.length
 
     def fork(self) -> State:
         """A second state that continues from here on its own."""
-        twin = State([[layer_state(p.config, p.dtype, p.device) for p in layer] for layer in self.layers], self.model)
-        twin.restore(Snapshot(self.length, tuple((part.tensors(), part.base) for part in self._parts)))
+        layers = [[layer_state(p.config, p.dtype, p.device) for p in layer] for layer in self.layers]
+        twin = State(layers, self.model, self._pages.pool)
+        recurrent = tuple((part.tensors(), part.base) for part in self._recurrent)
+        twin.restore(Snapshot(self.length, self._pages.share(self.length), recurrent))
         return twin
 
     def save(self, path: str | Path) -> None:
@@ -533,10 +619,12 @@ class State:
             raise FormatError(f"{path} cannot be read as a saved state: {error}") from error
         if meta.pop("sha256", None) != _digest(tensors, meta):
             raise FormatError(f"{path} is damaged: its checksum does not match")
-        layers = []
+        self.length = 0
+        self._cut(0)
+        self.reserve(length)
         for i, (part, base) in enumerate(zip(self._parts, bases, strict=True)):
-            layers.append(({k: tensors[f"{i}.{k}"] for k in part.shapes(length, base)}, base))
-        self.restore(Snapshot(length, tuple(layers)))
+            part.adopt({k: tensors[f"{i}.{k}"] for k in part.shapes(length, base)}, length, base)
+        self.length = length
 
     def _shapes(self, length: int, bases: list[int]) -> dict[str, tuple[int, ...]]:
         if len(bases) != len(self._parts) or not all(0 <= base <= length < LARGEST for base in bases):

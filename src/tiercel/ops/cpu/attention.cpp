@@ -1,4 +1,4 @@
-// Rotary positions, the key and value caches, and causal grouped-query attention.
+// Rotary positions, keys and values in their pages, and causal grouped-query attention.
 //
 // A query meets the keys in tiles of KEYS at absolute positions, each tile one step of the running softmax; after every
 // SEGMENT keys the sums are set aside and begun anew, and the segments merged in order.  So the result of a query is
@@ -31,15 +31,16 @@ template <class T> INLINE void remember_as(const Remember& a, Team& team) {
     constexpr i64 TOKENS = 16;
     const i64 P = a.head_dim;
     each_piece(a.texts, team, [](const Row& row) { return parts(row.tokens, TOKENS); }, [&](const Row& row, i64 piece) {
-        const AttentionWords& words = attention_of(a.texts, row);
         const i64 length = length_of(row), stop = least(row.tokens, (piece + 1) * TOKENS);
-        for (i64 t = piece * TOKENS; t < stop; t++)
-            for (i64 h = 0; h < a.kv_heads; h++) {
-                const i64 at = (h * words.capacity + length + t) * P, token = row.first + t;
+        for (i64 h = 0; h < a.kv_heads; h++) {
+            const Cache<T> cache = cache_of<T>(a.texts, row, h, a.kv_heads, P);
+            for (i64 t = piece * TOKENS; t < stop; t++) {
+                const i64 token = row.first + t;
                 const float *cos = a.cos + token * a.half, *sin = a.sin + token * a.half;
-                rotate((T*)words.k + at, a.k + token * a.stride + h * P, cos, sin, a.half, P, 1.0f);
-                copy((T*)words.v + at, a.v + token * a.stride + h * P, P);
+                rotate(cache.k(length + t), a.k + token * a.stride + h * P, cos, sin, a.half, P, 1.0f);
+                copy(cache.v(length + t), a.v + token * a.stride + h * P, P);
             }
+        }
     });
 }
 
@@ -222,7 +223,9 @@ INLINE void weigh(Block& b, i64 r, i64 first, i64 last) {
 
 // Queries at `first_query` … of one kv head meet the keys from `start` to `stop`.
 template <class T>
-INLINE void meet(Block& b, const T* k, const T* v, i64 P, i64 first_query, i64 window, i64 start, i64 stop) {
+INLINE void meet(Block& b, const Cache<T>& cache, i64 first_query, i64 window, i64 start, i64 stop) {
+    static_assert(PAGE % KEYS == 0);  // a tile lies in one page
+    const i64 P = cache.P;
     const i64 last_query = first_query + b.rows / b.group - 1;
     for (i64 r = 0; r < b.rows; r++) b.most[r] = -INFINITY;
     memset(b.sums, 0, b.rows * 16 * sizeof(float));
@@ -231,13 +234,13 @@ INLINE void meet(Block& b, const T* k, const T* v, i64 P, i64 first_query, i64 w
     if (oldest(first_query) > start) start = oldest(first_query) / KEYS * KEYS;
     if (stop > last_query + 1) stop = last_query + 1;
     for (i64 tile = start; tile < stop; tile += KEYS) {
-        for (int i = 0; i < VECTORS; i++) turn(k + (tile + 16 * i) * P, b.turned + 16 * i, P);
-        const T* value = v + tile * P;
+        const T *key = cache.k(tile), *value = cache.v(tile);
+        for (int i = 0; i < VECTORS; i++) turn(key + 16 * i * P, b.turned + 16 * i, P);
         const bool whole = tile + KEYS - 1 <= first_query && tile >= oldest(last_query);
         if (whole && b.rows <= 6 && b.dims == P) {  // few rows: values straight from the cache
             if (tile + KEYS < stop) {
-                fetch(k + (tile + KEYS) * P, KEYS * P * sizeof(T));
-                fetch(v + (tile + KEYS) * P, KEYS * P * sizeof(T));
+                fetch(cache.k(tile + KEYS), KEYS * P * sizeof(T));
+                fetch(cache.v(tile + KEYS), KEYS * P * sizeof(T));
             }
             by_six(b.rows, [&](i64 r, auto n) {
                 if constexpr (sizeof(T) == 2) scores_of<n>(b.q + r * b.dims, b.dims, b.turned, P, b.scores + r * KEYS);
@@ -333,12 +336,12 @@ template <class T> INLINE void attend_as(const Attend& a, Team& team) {
                    a.sin + token * a.half, a.half, P, a.scale);
             all_most[r] = -INFINITY;
         }
-        const T *k = (const T*)words.k + h * words.capacity * P, *v = (const T*)words.v + h * words.capacity * P;
+        const Cache<T> cache = cache_of<T>(a.texts, row, h, K, P);
         const auto y = [&](i64 r) { return a.y + (row.first + from + r / group) * H * P + (h * group + r % group) * P; };
         const auto partial = [&](i64 s, i64 r) { return state.partials + ((s * SPLIT + r / group) * H + h * group + r % group) * (2 + P); };
         const i64 one = split ? first + piece / K : -1, stop = split ? one + 1 : parts(length + from + n, SEGMENT);
         for (i64 s = split ? one : first; s < stop; s++) {
-            meet(b, k, v, P, length + from, a.window, s * SEGMENT, (s + 1) * SEGMENT);
+            meet(b, cache, length + from, a.window, s * SEGMENT, (s + 1) * SEGMENT);
             for (i64 r = 0; r < b.rows; r++) {
                 const float sum_r = sum(load(b.sums + 16 * r));
                 if (split && count > 1) {

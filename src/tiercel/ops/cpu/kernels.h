@@ -60,10 +60,10 @@ struct StateWords {  // what a state's words say
     i64 length;      // tokens
     float* partials; // (segments, SPLIT, H, 2 + P): largest score, sum and vector of each key segment
     i64 segments;
+    char** pages;    // of every PAGE tokens, what the attention layers remember (model/pages.py)
 };
 struct AttentionWords {  // an attention part's, from its offset
-    void *k, *v;         // (K, capacity, P)
-    i64 capacity;        // whole tiles of keys
+    i64 start;           // byte of a page where the layer's keys begin, (K, PAGE, P); the values follow
     i64 finished[1];     // pieces done, for each kv head; 0 between ops
 };
 struct RecurrentWords {  // a Mamba part's, from its offset
@@ -78,6 +78,7 @@ struct RecurrentWords {  // a Mamba part's, from its offset
 };
 
 constexpr i64 KEYS = 32;       // keys of a tile
+constexpr i64 PAGE = 64;       // tokens of a page, whole tiles
 constexpr i64 SEGMENT = 1024;  // keys summed by themselves, then merged in order
 constexpr i64 SPLIT = 8;       // new tokens up to which segments may go to different threads
 
@@ -89,7 +90,7 @@ struct Texts {
 };
 
 struct Rotary { Texts texts; const float* f; float *cos, *sin; i64 half; float scale; };  // (T, half): half the turned dims
-struct Remember {  // k and v (T, K · P), rows `stride` apart, into the caches, k turned
+struct Remember {  // k and v (T, K · P), rows `stride` apart, into the pages, k turned
     Texts texts;
     const float *k, *v, *cos, *sin;
     i64 stride, half, kv_heads, head_dim;

@@ -27,6 +27,7 @@ Range values(at a, i64 rows, i64 width, i64 stride = 0) {
 
 void bind_mixers(nb::module_& m) {
     m.attr("KEYS") = KEYS;
+    m.attr("PAGE") = PAGE;
     m.attr("SEGMENT") = SEGMENT;
     m.attr("SPLIT") = SPLIT;
 

@@ -16,6 +16,20 @@ INLINE i64 length_of(const Row& row) { return ((const StateWords*)row.state)->le
 INLINE AttentionWords& attention_of(const Texts& texts, const Row& row) { return *(AttentionWords*)(row.state + texts.part); }
 INLINE RecurrentWords& recurrent_of(const Texts& texts, const Row& row) { return *(RecurrentWords*)(row.state + texts.part); }
 
+// Keys and values of one kv head: a row of P for every token, PAGE of them in a row.
+template <class T> struct Cache {
+    char* const* pages;
+    i64 keys, values, P;  // bytes of a page before the head's
+
+    T* at(i64 start, i64 token) const { return (T*)(pages[(uint64_t)token / PAGE] + start) + (uint64_t)token % PAGE * P; }
+    T* k(i64 token) const { return at(keys, token); }
+    T* v(i64 token) const { return at(values, token); }
+};
+template <class T> INLINE Cache<T> cache_of(const Texts& texts, const Row& row, i64 h, i64 kv_heads, i64 P) {
+    const i64 start = attention_of(texts, row).start, head = PAGE * P * sizeof(T);
+    return {((const StateWords*)row.state)->pages, start + h * head, start + (kv_heads + h) * head, P};
+}
+
 // Every piece of every row: `count` says how many a row has, `body` does one.
 template <class Count, class Body> INLINE void each_piece(const Texts& texts, Team& team, Count count, Body body) {
     i64 all = 0;

@@ -1,0 +1,1 @@
+"""Many requests at once, none of them read twice: see engine.py first."""

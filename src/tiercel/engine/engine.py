@@ -1,0 +1,506 @@
+"""Many prompts at once: schedule → run → sample → hand out.
+
+    engine  = Engine(model)
+    request = engine.add(ids, SamplingParams(max_tokens=64))
+    while not engine.idle:
+        for update in engine.step(): ...
+
+No threads and no waiting here: one `step` is one forward of the network for everybody who has something to read, the
+next token of everybody who has read everything, and the news for whoever asked.  `loop.py` runs it behind asyncio.
+
+A text is read once.  Snapshots of its state go into the prefix cache (`prefix_cache.py`) where somebody may come back
+to: the end of the prompt, the start of the last user turn, where two texts parted, every so often in a long prompt,
+and the end of the answer.  A state can be cut back by a chunk, so each is taken as late as it still serves: just
+before a forward would move the committed state past the place.
+
+What a row gets does not depend on who shares the step, on how its prompt was cut, or on whether it was read before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tiercel.engine.prefix_cache import PrefixCache
+from tiercel.engine.request import Choice, Request, Update
+from tiercel.engine.scheduler import Row, Scheduler
+from tiercel.errors import Busy, RequestError, TiercelError
+from tiercel.model.decoder import Decoder
+from tiercel.model.state import State
+from tiercel.sampling import SamplingParams
+from tiercel.text.stream import Piece
+
+if TYPE_CHECKING:
+    from tiercel.text import Text
+
+log = logging.getLogger("tiercel.engine")
+
+CACHE_SHARE, LARGEST_CACHE = 1 / 8, 4 << 30  # of the free memory when the engine starts
+PROMPT_SHARE = 8  # one prompt's snapshots on the way take at most this part of the cache
+CLOSEST = 64  # tokens between them, at least
+LONGEST_DRAFT = 16
+
+
+class Model(Protocol):
+    """What an engine needs of a `tiercel.Model`."""
+
+    network: Decoder
+    text: Text | None
+    max_length: int
+
+
+class Drafter(Protocol):
+    """Guesses what comes next (speculative.py)."""
+
+    def propose(self, choice: Choice, most: int) -> list[int]:
+        """Up to `most` tokens that may follow `choice.tokens`."""
+
+    def learn(self, choice: Choice, proposed: int, accepted: int) -> None:
+        """How it went."""
+
+
+@dataclass
+class Stats:
+    """Counters since the start, and how things stand (bytes, answers) when asked."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_bytes: int = 0  # states of running answers
+    cache_bytes: int = 0
+    cache_disk_bytes: int = 0
+    prompt_tokens: int = 0
+    hit_tokens: int = 0  # of them, not read again
+    generated_tokens: int = 0
+    requests: int = 0
+    aborted: int = 0
+    failed: int = 0
+    preemptions: int = 0
+    evictions: int = 0
+    drafts_proposed: int = 0
+    drafts_accepted: int = 0
+    steps: int = 0
+    not_cached: Counter[str] = field(default_factory=Counter)  # requests that found nothing, by reason
+
+
+class Engine:
+    """
+    slots: answers that run at once · step_tokens: tokens of one forward · max_queue: answers that may wait
+    cache_bytes: budget of the prefix cache, 0 for none; an eighth of the free memory, 4 GiB at most, when left out
+    spill: a folder for snapshots that do not fit · state_bytes: what running answers may take before some have to wait
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        slots: int = 8,
+        step_tokens: int = 512,
+        cache_bytes: int | None = None,
+        spill: Path | None = None,
+        max_queue: int | None = None,
+        state_bytes: int | None = None,
+        drafter: Drafter | None = None,
+    ) -> None:
+        if slots < 1 or step_tokens < slots:
+            raise RequestError(f"an engine needs slots, and as many step tokens, not {slots} and {step_tokens}")
+        self.model, self.network, self.max_queue, self.state_bytes = model, model.network, max_queue, state_bytes
+        self.drafter = drafter
+        self.scheduler = Scheduler(slots, step_tokens)
+        self.cache = PrefixCache(self.network, _cache_budget() if cache_bytes is None else cache_bytes, spill)
+        self._stats = Stats()
+        self._arrivals: deque[Choice] = deque()  # filled by `add` from any thread, emptied by `step`
+        self._news: list[Update] = []
+        self._numbers = itertools.count()
+        self._lock = threading.RLock()
+        self._speed = 100.0  # tokens a second, lately
+
+    # ── what callers ask ──
+
+    def add(self, ids: Sequence[int], params: SamplingParams, **more: Any) -> Request:
+        """Queue a prompt; the arguments are those of `prepare`.  From any thread, without waiting.
+
+        Raises RequestError, ContextOverflow, and Busy when the queue is full.
+        """
+        waiting, free = self.waiting, self.scheduler.slots - self.scheduler.taken
+        if self.max_queue is not None and waiting + params.n > self.max_queue + free:
+            raise Busy(f"{waiting} answers are waiting and the queue holds {self.max_queue}", self._patience())
+        request = self.prepare(ids, params, **more)
+        self.queue(request)
+        return request
+
+    def prepare(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        thinking: str = "off",
+        starts_in_thinking: bool = False,
+        key: str = "",
+        turn: int | None = None,
+        id: str | None = None,
+        constraint: Any = None,
+    ) -> Request:
+        """A request, checked, so that nothing can be wrong with it later.
+
+        key: separates what is remembered (tenant, adapter).  turn: index of the first token of the last user turn.
+        """
+        if constraint is not None:
+            raise RequestError("constraints on the answer are not supported yet; leave them out")
+        if params.n > self.scheduler.slots:
+            raise RequestError(f"n={params.n} answers are asked for and {self.scheduler.slots} can run at once")
+        prompt, V = list(ids), self.network.config.vocab_size
+        if wrong := next((token for token in prompt if not 0 <= token < V), None):
+            raise RequestError(f"token id {wrong} is outside the vocabulary of {V}")
+        request = Request(id or secrets.token_hex(12), next(self._numbers), prompt, params, key, turn)
+        for index in range(params.n):
+            choice = Choice(
+                request, self.model.text, V, prompt, params, self.model.max_length,
+                index=index, thinking=thinking, starts_in_thinking=starts_in_thinking,
+            )  # fmt: skip
+            request.choices.append(choice)
+        return request
+
+    def queue(self, request: Request) -> None:
+        self._arrivals.append(request.choices[0])
+
+    def forget(self, key: str) -> None:
+        """Drop what is remembered for a key."""
+        with self._lock:
+            self.cache.forget(key)
+
+    def abort(self, request_id: str) -> None:
+        """End a request, wherever it is.  Its slots and states are free when this returns; its last updates come
+        with the next step."""
+        with self._lock:
+            self._arrive()
+            everybody = [*self.scheduler.running, *self.scheduler.waiting]
+            request = next((choice.request for choice in everybody if choice.request.id == request_id), None)
+            if request is None:
+                return
+            self._stats.aborted += 1
+            for choice in request.choices:
+                if choice.finish_reason is None:
+                    self._report(choice, choice.end("abort"))
+                self._leave(choice)
+
+    @property
+    def idle(self) -> bool:
+        return not (self._arrivals or self.scheduler.running or self.scheduler.waiting or self._news)
+
+    @property
+    def waiting(self) -> int:
+        """Answers in the queue."""
+        return self.scheduler.queued + sum(choice.places for choice in list(self._arrivals))
+
+    @property
+    def stats(self) -> Stats:
+        stats, running = self._stats, list(self.scheduler.running)
+        stats.running, stats.waiting = len(running), self.waiting
+        stats.kv_bytes = sum(choice.state.nbytes for choice in running if choice.state is not None)
+        stats.cache_bytes, stats.cache_disk_bytes = self.cache.nbytes, self.cache.disk_bytes
+        stats.evictions = self.cache.evictions
+        return stats
+
+    def run(self, request: Request) -> Generator[Update, None, None]:
+        """Step until this request has ended, and give its updates; for use without `loop.py`, also from several
+        threads.  Leaving the iterator ends the request."""
+        try:
+            while True:
+                with self._lock:
+                    for update in self.step() if not request.inbox else ():
+                        update.request.inbox.append(update)
+                while request.inbox:
+                    yield request.inbox.popleft()
+                if request.finished and not request.inbox:
+                    return
+        finally:
+            if not request.finished:
+                self.abort(request.id)
+                with self._lock:
+                    self._news = [update for update in self._news if update.request is not request]
+
+    # ── one step ──
+
+    def step(self) -> list[Update]:
+        """One forward, and what came of it; [] when there was nothing to do."""
+        with self._lock:
+            self._arrive()
+            self._make_room()
+            for choice in self.scheduler.admit():
+                self._start(choice)
+            rows = self.scheduler.plan(self._stop)
+            if rows:
+                self._draft(rows)
+                self._keep(rows)
+                for row, logits_LV in self._forward(rows):
+                    self._hand_out(row, logits_LV)
+                self._stats.steps += 1
+            news, self._news = self._news, []
+            return news
+
+    def _arrive(self) -> None:
+        while self._arrivals:
+            choice = self._arrivals.popleft()
+            self.scheduler.waiting.append(choice)
+            self._stats.requests += 1
+
+    def _make_room(self) -> None:
+        """Send the latest back to the queue while the states take more than they may."""
+        running = self.scheduler.running
+        while self.state_bytes is not None and len(running) > 1 and self.stats.kv_bytes > self.state_bytes:
+            self.preempt(running[-1])
+
+    def preempt(self, choice: Choice) -> None:
+        """Back to the queue.  What it has read stays in the cache, if that has room, or is read again: the tokens,
+        and what was drawn so far, are its own."""
+        self._remember(choice, place=True)
+        choice.state, choice.marks = None, []
+        self.scheduler.back(choice)
+        self.scheduler.crowded = True
+        self._stats.preemptions += 1
+
+    def _start(self, choice: Choice) -> None:
+        """Give it a state that holds as much of its text as is remembered."""
+        request, tokens = choice.request, choice.tokens
+        request.started_now()
+        choice.state = self.network.new_state()
+        found = self.cache.find(request.key, tokens, len(tokens) - 1)
+        if found.snapshot is not None:
+            choice.state.restore(found.snapshot)
+            kept = choice.state.trim(found.length)
+            assert kept, "a snapshot goes back as far as it says"
+        choice.kept = choice.length
+        if not request.looked_up:
+            request.looked_up = True
+            self._tell(request, found.shared, choice.length)
+        self._mark(choice, found.shared)
+
+    def _tell(self, request: Request, shared: int, cached: int) -> None:
+        """Count what was reused, and say why nothing was."""
+        request.cached_tokens = cached
+        self._stats.prompt_tokens += len(request.prompt_ids)
+        self._stats.hit_tokens += cached
+        if cached:
+            return
+        if self.cache.budget == 0:
+            reason, why = "off", "the cache is off"
+        elif shared == 0:
+            reason, why = "new", "no earlier text begins like this one"
+        else:
+            reason = "no snapshot"
+            why = f"{shared} tokens are shared with an earlier text, and no snapshot of it reaches back that far"
+        request.why_not_cached = why
+        self._stats.not_cached[reason] += 1
+        log.info("request %s: none of %d prompt tokens reused: %s", request.id, len(request.prompt_ids), why)
+
+    # ── where snapshots are taken ──
+
+    def _mark(self, choice: Choice, shared: int) -> None:
+        """Note which lengths somebody may come back to.  The end of a prompt is two: to go on, and to ask again."""
+        request, state = choice.request, choice.state
+        assert state is not None
+        if self.cache.budget == 0:
+            return
+        prompt = len(request.prompt_ids)
+        wanted = {prompt - 1, prompt} | ({request.turn} if request.turn else set())
+        if shared > choice.length:
+            wanted.add(shared)  # two texts part here, for the second time
+        choice.marks = sorted(mark for mark in wanted if choice.length < mark <= prompt)
+        if state.grid:
+            cost = (self.cache.largest or state.nbytes) * prompt / state.grid
+            fewest = -(-CLOSEST // state.grid)
+            choice.spacing = state.grid * max(fewest, -int(-cost // max(self.cache.budget / PROMPT_SHARE, 1)))
+
+    def _stop(self, choice: Choice) -> int:
+        """The length a forward must not pass, so that a snapshot can be taken for what is marked."""
+        end, grid, at = len(choice.tokens), choice.state.grid if choice.state else 0, choice.length
+        if not grid or not choice.spacing:
+            return end
+        prompt = len(choice.request.prompt_ids)  # its end needs no stop: it is one
+        stops = [-(-mark // grid) * grid for mark in choice.marks if mark < prompt - 1]
+        stops.append((at // choice.spacing + 1) * choice.spacing)
+        return min(end, *(stop for stop in stops if stop > at))
+
+    def _keep(self, rows: list[Row]) -> None:
+        """Take the snapshots that could not be taken any more after this step."""
+        for row in rows:
+            choice, state = row.choice, row.choice.state
+            assert state is not None
+            at, oldest = state.length, state.oldest_after(len(row.tokens))
+            place = any(state.oldest <= mark <= at and oldest > mark for mark in choice.marks)
+            reading = choice.spacing and at and at % choice.spacing == 0 and at <= len(choice.request.prompt_ids)
+            if place or (reading and oldest >= at):
+                self._remember(choice, place=place)
+
+    def _remember(self, choice: Choice, *, place: bool) -> None:
+        """A snapshot of the state as it is, into the cache."""
+        state = choice.state
+        if state is None or self.cache.budget == 0 or state.length == choice.kept:
+            return
+        choice.kept = state.length
+        snapshot = state.snapshot()
+        choice.kept_by(snapshot.oldest, snapshot.length)
+        self.cache.put(choice.request.key, choice.tokens[: state.length], snapshot, place=place)
+
+    # ── the forward ──
+
+    def _forward(self, rows: list[Row]) -> Iterator[tuple[Row, Tensor]]:
+        """Each row with the logits of its last tokens: as many as were drafted, and one."""
+        device = self.network.embed.weight.device
+        tokens = [torch.tensor(row.tokens, device=device) for row in rows]
+        keep = 1 + max(len(row.drafts) for row in rows)
+        began = time.perf_counter()
+        try:
+            logits = self.network(tokens, [_its(row) for row in rows], keep=keep)
+        except Exception as error:
+            self._forward_failed(rows, error)
+            return
+        except BaseException:  # Ctrl+C in the middle of a layer
+            self._start_again(rows)
+            raise
+        count = sum(len(row.tokens) for row in rows)
+        self._speed += 0.05 * (count / (time.perf_counter() - began) - self._speed)
+        for row, logits_LV in zip(rows, logits, strict=True):
+            yield row, logits_LV[-(1 + len(row.drafts)) :]
+
+    def _forward_failed(self, rows: list[Row], error: Exception) -> None:
+        """Whose fault it was is not known: everybody of this step starts again from what is remembered, alone.
+        Who fails alone has ended; the states of the others may be half written and are given up."""
+        if len(rows) == 1 and rows[0].choice.alone:
+            self._fail(rows[0].choice, error)
+            return
+        what = f"{type(error).__name__}: {error}"
+        log.warning("a step of %d rows failed (%s); its rows are tried one by one", len(rows), what)
+        for row in rows:
+            row.choice.alone = True
+        self._start_again(rows)
+
+    def _start_again(self, rows: list[Row]) -> None:
+        for row in rows:
+            self._start(row.choice)
+
+    def _draft(self, rows: list[Row]) -> None:
+        """Let the drafter guess, for those who answer."""
+        if self.drafter is None:
+            return
+        for row in rows:
+            choice, state = row.choice, row.choice.state
+            assert state is not None
+            room = min(LONGEST_DRAFT, choice.room - len(choice.token_ids) - 1, (state.grid or LONGEST_DRAFT + 1) - 1)
+            if row.count == 1 and choice.pending == 1 and room > 0 and not choice.asleep:
+                row.drafts = self.drafter.propose(choice, room)[:room]
+
+    # ── sampling, and what comes of it ──
+
+    def _hand_out(self, row: Row, logits_LV: Tensor) -> None:
+        leader = row.choice
+        if leader.length < len(leader.tokens):
+            return
+        leader.alone = False
+        leader.request.prompt_read()
+        forked = [choice for choice in leader.request.choices if choice.asleep] if leader.index == 0 else []
+        for choice in forked:
+            choice.asleep, choice.state = False, _its(row).fork()
+            self.scheduler.running.append(choice)
+        self._answer(leader, logits_LV, row.drafts)
+        for choice in forked:
+            self._answer(choice, logits_LV[:1], [])
+
+    def _answer(self, choice: Choice, logits_LV: Tensor, drafts: list[int]) -> None:
+        """The tokens that follow from these logits: one, and one more for every draft that it confirms."""
+        pieces: list[Piece] = []
+        accepted = 0
+        try:
+            for logits_V, draft in zip(logits_LV, [*drafts, None], strict=True):
+                pieces += choice.take(logits_V)
+                choice.tokens.append(choice.token_ids[-1])
+                if choice.finish_reason is not None or choice.token_ids[-1] != draft:
+                    break
+                accepted += 1
+        except Exception as error:
+            self._fail(choice, error)
+            return
+        if drafts:
+            self._settle_drafts(choice, len(drafts), accepted)
+        self._report(choice, pieces)
+        if choice.finish_reason is not None:
+            self._leave(choice)
+
+    def _settle_drafts(self, choice: Choice, proposed: int, accepted: int) -> None:
+        """Take back what was not confirmed; the last token that was chosen has not been read."""
+        assert choice.state is not None
+        kept = choice.state.trim(min(choice.state.length, len(choice.tokens) - 1))
+        assert kept, "what a forward added can be cut off again"
+        self._stats.drafts_proposed += proposed
+        self._stats.drafts_accepted += accepted
+        if self.drafter is not None:
+            self.drafter.learn(choice, proposed, accepted)
+
+    def _report(self, choice: Choice, pieces: list[Piece], error: TiercelError | None = None) -> None:
+        """An update about what is new since the last."""
+        new = choice.token_ids[choice.reported :]
+        logprobs = None if choice.logprobs is None else choice.logprobs[choice.reported :]
+        self._stats.generated_tokens += len(new)
+        choice.reported = len(choice.token_ids)
+        self._news.append(
+            Update(choice.request, choice.index, pieces, new, logprobs, choice.finish_reason, choice.stop_reason, error)
+        )
+
+    def _fail(self, choice: Choice, error: Exception) -> None:
+        """End this one; its state is not to be trusted."""
+        if not isinstance(error, TiercelError):
+            log.exception("request %s failed", choice.request.id, exc_info=error)
+            error = TiercelError(
+                f"this answer failed inside ({type(error).__name__}: {error}); others are not affected"
+            )
+        self._stats.failed += 1
+        choice.request.error = error
+        sleepers = [other for other in choice.request.choices if other.asleep] if choice.index == 0 else []
+        for each in (choice, *sleepers):
+            each.state = None
+            pieces = each.end("error")
+            self._report(each, pieces, error)
+            self._leave(each)
+
+    def fail_all(self, error: TiercelError) -> list[Update]:
+        """End everything with this error: the engine itself has failed.  The updates that say so."""
+        with self._lock:
+            self._arrive()
+            for choice in [*self.scheduler.running, *self.scheduler.waiting]:
+                self._fail(choice, error)
+            news, self._news = self._news, []
+            return news
+
+    def _leave(self, choice: Choice) -> None:
+        """It has ended: its state stays in the cache as far as that has room."""
+        self._remember(choice, place=True)
+        choice.state, choice.asleep = None, False
+        self.scheduler.leave(choice)
+        if choice.request.finished:
+            choice.request.ended()
+
+    def _patience(self) -> float:
+        """Seconds until the queue is likely to be shorter."""
+        return min(max(sum(choice.pending for choice in list(self.scheduler.waiting)) / self._speed, 1.0), 60.0)
+
+
+def _its(row: Row) -> State:
+    assert row.choice.state is not None
+    return row.choice.state
+
+
+def _cache_budget() -> int:
+    import psutil
+
+    return min(int(psutil.virtual_memory().available * CACHE_SHARE), LARGEST_CACHE)

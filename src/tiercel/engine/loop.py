@@ -1,0 +1,156 @@
+"""The engine on a thread of its own, asyncio in front of it.
+
+    engine = AsyncEngine(Engine(model))
+    engine.start()
+    async for update in engine.submit(ids, params): ...
+    await engine.close(drain=30)
+
+`submit` checks the prompt and returns at once.  Leaving the iterator early ends the request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import torch
+
+from tiercel.engine.engine import Engine
+from tiercel.engine.request import Request, Update
+from tiercel.errors import Busy, TiercelError
+from tiercel.sampling import SamplingParams
+
+log = logging.getLogger("tiercel.engine")
+
+
+class Stream:
+    """The updates of one request, as an async iterator; it ends when all its choices have."""
+
+    def __init__(self, engine: AsyncEngine, request: Request) -> None:
+        self.engine, self.request = engine, request
+        self._updates: asyncio.Queue[Update] = asyncio.Queue()
+        self._open = self.undelivered = len(request.choices)
+
+    async def __aiter__(self) -> AsyncIterator[Update]:
+        try:
+            with contextlib.suppress(StopAsyncIteration):
+                while True:
+                    yield await self.__anext__()
+        finally:
+            self._give_up()
+
+    async def __anext__(self) -> Update:
+        if not self._open:
+            raise StopAsyncIteration
+        update = await self._updates.get()
+        self._open -= update.finish_reason is not None
+        return update
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.cancel()
+
+    async def cancel(self) -> None:
+        """End the request; what it held is free when this returns.  Nothing happens where it has ended."""
+        if not self.request.finished:
+            await asyncio.to_thread(self.engine.engine.abort, self.request.id)
+            self.engine.wake()
+        self.engine.streams.pop(self.request, None)
+
+    def _give_up(self) -> None:
+        """The same where one cannot wait: the iterator is being closed, perhaps because its task was cancelled."""
+        if not self.request.finished:
+            self.engine.abandon(self.request)
+        self.engine.streams.pop(self.request, None)
+
+
+class AsyncEngine:
+    """streams: those who wait for updates.  All methods are for the thread of the event loop that called `start`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.streams: dict[Request, Stream] = {}
+        self._abandoned: list[str] = []
+        self._awake = threading.Event()
+        self._closing = self._stopped = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, ids: Sequence[int], params: SamplingParams, **more: Any) -> Stream:
+        """Queue a prompt; arguments and errors are those of `Engine.add`."""
+        if self._closing or self._thread is None:
+            raise Busy("the engine is shutting down", retry_after=5)
+        request = self.engine.add(ids, params, **more)
+        stream = self.streams[request] = Stream(self, request)
+        self.wake()
+        return stream
+
+    async def close(self, drain: float = 0.0) -> None:
+        """Take nothing new, let what runs come to its end for `drain` seconds, end the rest, stop the thread."""
+        self._closing = True
+        end = self._loop_time() + drain
+        while self.streams and not self.engine.idle and self._loop_time() < end:
+            await asyncio.sleep(0.02)
+        for request in list(self.streams):
+            if not request.finished:
+                await asyncio.to_thread(self.engine.abort, request.id)
+        self._stopped = True
+        self.wake()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+
+    def wake(self) -> None:
+        self._awake.set()
+
+    def abandon(self, request: Request) -> None:
+        """End it before the next step, without waiting for that."""
+        self._abandoned.append(request.id)
+        self.wake()
+
+    def _loop_time(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _run(self, threads: int) -> None:
+        """The engine's thread: step while there is something to do, else sleep."""
+        torch.set_num_threads(threads)  # OpenMP counts for each thread that calls it
+        while True:
+            self._awake.clear()
+            while self._abandoned:
+                self.engine.abort(self._abandoned.pop())
+            if not self.engine.idle:
+                self._send(self._step())
+            elif self._stopped:
+                return
+            else:
+                self._awake.wait()
+
+    def _step(self) -> list[Update]:
+        try:
+            return self.engine.step()
+        except Exception as error:  # a mistake of ours: nobody may wait for ever because of it
+            log.exception("the engine failed")
+            return self.engine.fail_all(TiercelError(f"the engine failed ({type(error).__name__}: {error}); try again"))
+
+    def _send(self, updates: list[Update]) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is gone
+            self._loop.call_soon_threadsafe(self._deliver, updates)
+
+    def _deliver(self, updates: list[Update]) -> None:
+        for update in updates:
+            stream = self.streams.get(update.request)
+            if stream is not None:
+                stream._updates.put_nowait(update)
+                stream.undelivered -= update.finish_reason is not None
+                if not stream.undelivered:
+                    self.streams.pop(update.request, None)

@@ -1,0 +1,129 @@
+"""One prompt, and its answers on their way.
+
+`Request` is what a caller holds; a `Choice` is one of its `n` answers, with the state that belongs to it while it runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tiercel.errors import TiercelError
+from tiercel.generate import Times
+from tiercel.reply import Reply
+from tiercel.sampling import Logprob, SamplingParams
+from tiercel.text.stream import Piece
+
+if TYPE_CHECKING:
+    from tiercel.model.state import State
+
+
+@dataclass(eq=False)
+class Request:
+    """id · prompt_ids · params · choices: the n answers · times: seconds
+    key: texts are remembered for requests of the same key only (tenant, adapter)
+    turn: index of the first token of the last user turn, a place to come back to
+    cached_tokens: how many of the prompt's tokens were not read again · why_not_cached: the reason where none was"""
+
+    id: str
+    number: int  # order of arrival
+    prompt_ids: list[int]
+    params: SamplingParams
+    key: str = ""
+    turn: int | None = None
+    choices: list[Choice] = field(default_factory=list)
+    cached_tokens: int = 0
+    why_not_cached: str | None = None
+    error: TiercelError | None = None
+    times: Times = field(default_factory=Times)
+    arrived: float = field(default_factory=time.perf_counter)
+    started: float | None = None  # when its prompt's turn came
+    looked_up: bool = False  # cached_tokens and why_not_cached are known
+    inbox: deque[Update] = field(default_factory=deque)  # for `Engine.run`
+
+    @property
+    def finished(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+    def started_now(self) -> None:
+        if self.started is None:
+            self.started = time.perf_counter()
+            self.times.queue = self.started - self.arrived
+
+    def prompt_read(self) -> None:
+        if not self.times.first_token and self.started is not None:
+            now = time.perf_counter()
+            self.times.first_token, self.times.prompt = now - self.arrived, now - self.started
+
+    def ended(self) -> None:
+        self.times.total = time.perf_counter() - self.arrived
+        self.times.generation = max(self.times.total - self.times.queue - self.times.prompt, 0.0)
+
+
+class Choice(Reply):
+    """One answer of a request, and where it stands.
+
+    tokens: prompt and answer so far.  The state holds the first `state.length` of them; the rest is to be read.
+    asleep: waits for the first choice to read the prompt, then forks from it.
+    """
+
+    def __init__(self, request: Request, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.request = request
+        self.tokens = list(request.prompt_ids)
+        self.state: State | None = None
+        self.asleep = self.index > 0
+        self.alone = False  # runs in a step of its own: it was there when a forward failed
+        self.overtaken = 0  # prompt tokens of others that were read while this one had some to read
+        self.marks: list[int] = []  # lengths that a snapshot must be able to come back to, and none can yet
+        self.spacing = 0  # tokens between snapshots in the prompt; 0: none are made
+        self.kept = 0  # how long the text was when it was last looked up in the cache or put there
+        self.reported = 0  # tokens that updates have told about
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.request.cached_tokens
+
+    @property
+    def times(self) -> Times:
+        return self.request.times
+
+    @property
+    def length(self) -> int:
+        """How many tokens have been read."""
+        return 0 if self.state is None else self.state.length
+
+    @property
+    def pending(self) -> int:
+        """How many tokens are there to read.  1 while it answers."""
+        return len(self.tokens) - self.length
+
+    @property
+    def places(self) -> int:
+        """How many slots it takes: also for those that will fork from it."""
+        return 1 if self.index else 1 + sum(choice.asleep for choice in self.request.choices)
+
+    def kept_by(self, oldest: int, length: int) -> None:
+        """A snapshot can go back to any length from `oldest` to `length`."""
+        self.marks = [mark for mark in self.marks if not oldest <= mark <= length]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step gave to one choice; the last one of a choice has its finish_reason.
+
+    pieces: text in the order it came · token_ids, logprobs: of the tokens that came in this step
+    error: why the choice ended with finish_reason "error"
+    """
+
+    request: Request
+    choice: int
+    pieces: list[Piece]
+    token_ids: Sequence[int]
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    error: TiercelError | None = None

@@ -1,0 +1,108 @@
+"""Who runs in the next step, and how much of each prompt is read in it.
+
+Everybody who answers gets a token in every step.  What is left of the step's tokens goes to prompts, and while
+somebody answers that is little (`BESIDE`), so that a long prompt stretches a stream and does not stop it.
+
+Of the prompts the shortest goes first, but nobody is overtaken by more tokens than its own prompt still has.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from tiercel.engine.request import Choice, Request
+
+BESIDE = 64  # prompt tokens in a step beside running answers: some five steps' time on a CPU
+
+
+@dataclass
+class Row:
+    """One choice's part of a step: `count` of its tokens are read, and `drafts` of what may come after them."""
+
+    choice: Choice
+    count: int
+    drafts: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        start = self.choice.length
+        return self.choice.tokens[start : start + self.count] + self.drafts
+
+    @property
+    def answers(self) -> bool:
+        """Whether it reads to the end, so that the next token can be chosen."""
+        return self.count == self.choice.pending
+
+
+class Scheduler:
+    """waiting, running: choices in order of arrival.  slots: how many may run at once."""
+
+    def __init__(self, slots: int, step_tokens: int) -> None:
+        self.slots, self.step_tokens = slots, step_tokens
+        self.waiting: deque[Choice] = deque()
+        self.running: list[Choice] = []
+        self.crowded = False  # somebody had to go back to the queue: nobody else comes in before somebody leaves
+
+    @property
+    def taken(self) -> int:
+        return sum(choice.places for choice in list(self.running))
+
+    @property
+    def queued(self) -> int:
+        """Answers that wait for a slot."""
+        return sum(choice.places for choice in list(self.waiting))
+
+    def admit(self) -> Iterator[Choice]:
+        """Those whose turn has come.  Nobody passes the first of the queue, also when it wants many slots."""
+        while self.waiting and not (self.crowded and self.running):
+            if self.taken + self.waiting[0].places > self.slots:
+                return
+            choice = self.waiting.popleft()
+            self.running.append(choice)
+            yield choice
+
+    def leave(self, choice: Choice) -> None:
+        """It has finished, or was given up."""
+        if choice in self.running:
+            self.running.remove(choice)
+            self.crowded = False
+        elif choice in self.waiting:
+            self.waiting.remove(choice)
+
+    def back(self, choice: Choice) -> None:
+        """From its slot to the queue, to the place its arrival gives it."""
+        self.running.remove(choice)
+        at = next((i for i, other in enumerate(self.waiting) if _order(other) > _order(choice)), len(self.waiting))
+        self.waiting.insert(at, choice)
+
+    def plan(self, stop: Callable[[Choice], int]) -> list[Row]:
+        """The rows of the next step.  stop(choice): the length that it must not read past in one forward."""
+        if single := next((choice for choice in self.running if choice.alone), None):
+            return [Row(single, min(stop(single) - single.length, self.step_tokens))]
+        rows = [Row(choice, 1) for choice in self.running if choice.pending == 1]
+        budget = max(self.step_tokens - len(rows), 1)
+        if rows:
+            budget = min(budget, BESIDE)
+        readers = [choice for choice in self.running if choice.pending > 1]
+        readers.sort(key=lambda choice: (choice.pending - choice.overtaken, _order(choice)))
+        given = {id(choice): 0 for choice in readers}
+        for choice in readers:
+            count = min(stop(choice) - choice.length, budget)
+            if count > 0:
+                rows.append(Row(choice, count))
+                given[id(choice)] = count
+                budget -= count
+        total = sum(given.values())
+        for choice in readers:
+            choice.overtaken += total - given[id(choice)]
+        return rows
+
+    def of(self, request: Request) -> list[Choice]:
+        """Its choices that run or wait."""
+        return [choice for choice in (*self.running, *self.waiting) if choice.request is request]
+
+
+def _order(choice: Choice) -> tuple[int, int]:
+    return choice.request.number, choice.index

@@ -1,0 +1,125 @@
+"""Many at once through asyncio: everybody gets an own answer, who leaves frees everything, closing ends all."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tiny
+from tiercel.engine.engine import Engine
+from tiercel.engine.loop import AsyncEngine
+from tiercel.errors import Busy, RequestError
+from tiercel.generate import generate_reference
+from tiercel.sampling import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return tiny.network()
+
+
+def ids(length, seed=0):
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def engine(net, **changes):
+    return AsyncEngine(
+        Engine(SimpleNamespace(network=net, text=None, max_length=512), **({"cache_bytes": 1 << 26} | changes))
+    )
+
+
+async def tokens(stream):
+    return [token async for update in stream for token in update.token_ids]
+
+
+def test_twenty_at_once_are_answered_as_each_alone(net):
+    async def main():
+        many = engine(net)
+        many.start()
+        streams = [many.submit(ids(5 + 3 * i, seed=i), GREEDY) for i in range(20)]
+        answers = await asyncio.gather(*map(tokens, streams))
+        await many.close()
+        return answers, many
+
+    answers, many = asyncio.run(main())
+    for i, answer in enumerate(answers):
+        assert answer == generate_reference(net, ids(5 + 3 * i, seed=i), 12)
+    assert many.engine.idle and not many.streams and many.engine.stats.kv_bytes == 0
+
+
+def test_leaving_the_iterator_or_cancelling_the_task_frees_the_slot(net):
+    async def main():
+        many = engine(net)
+        many.start()
+        async for _ in many.submit(ids(20), LONG):
+            break
+        task = asyncio.create_task(tokens(many.submit(ids(30), LONG)))
+        stream = many.submit(ids(40), LONG)
+        await anext(stream)
+        task.cancel()
+        await stream.cancel()
+        assert stream.request.choices[0].state is None
+        for _ in range(200):
+            if many.engine.idle and not many.streams:
+                break
+            await asyncio.sleep(0.01)
+        stats = many.engine.stats
+        assert (stats.running, stats.waiting, stats.kv_bytes) == (0, 0, 0) and not many.streams
+        await many.close()
+
+    asyncio.run(main())
+
+
+def test_closing_lets_what_runs_end_and_ends_what_takes_too_long(net):
+    async def main():
+        many = engine(net, slots=2)
+        many.start()
+        short, long = many.submit(ids(20), GREEDY), many.submit(ids(30), LONG)
+        queued = many.submit(ids(30), LONG)
+        read = [asyncio.create_task(collect(stream)) for stream in (short, long, queued)]
+        await asyncio.sleep(0.05)
+        await many.close(drain=0.1)
+        with pytest.raises(Busy):
+            many.submit(ids(3), GREEDY)
+        return [updates[-1].finish_reason for updates in await asyncio.gather(*read)]
+
+    async def collect(stream):
+        return [update async for update in stream]
+
+    first, second, third = asyncio.run(main())
+    assert first in ("length", "abort") and second in ("length", "abort") and third == "abort"
+
+
+def test_what_is_wrong_is_said_at_once(net):
+    async def main():
+        many = engine(net, slots=1, max_queue=2)
+        many.start()
+        with pytest.raises(RequestError, match="empty"):
+            many.submit([], GREEDY)
+        with pytest.raises(RequestError, match="vocabulary"):
+            many.submit([999], GREEDY)
+        with pytest.raises(Busy, match="queue") as busy:
+            for _ in range(6):
+                many.submit(ids(20), LONG)
+        assert busy.value.retry_after >= 1
+        await many.close()
+
+    asyncio.run(main())
+
+
+def test_a_failure_of_the_engine_itself_is_told_to_everybody(net, monkeypatch):
+    async def main():
+        many = engine(net)
+        many.start()
+        monkeypatch.setattr(many.engine.scheduler, "plan", lambda stop: 1 / 0)
+        updates = [update async for update in many.submit(ids(20), LONG)]
+        monkeypatch.undo()
+        assert updates[-1].finish_reason == "error" and "failed" in str(updates[-1].error)
+        assert await tokens(many.submit(ids(20), GREEDY)) == generate_reference(net, ids(20), 12)
+        await many.close()
+
+    asyncio.run(main())
