@@ -82,8 +82,8 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: object) -> No
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("prompt_logprobs", 1), ("structured_outputs", {}), ("thinking_token_budget", 5), ("output_kind", 1),
-     ("spaces_between_special_tokens", False), ("flat_logprobs", True), ("extra_args", {}), ("repetition_detection", 1),
+    [("prompt_logprobs", 1), ("output_kind", 1),
+     ("spaces_between_special_tokens", False), ("flat_logprobs", True), ("extra_args", {}),
      ("skip_reading_prefix_cache", True), ("logprob_token_ids", [1])],
 )  # fmt: skip
 def test_a_name_not_served_yet_is_refused_and_never_ignored(name: str, value: object) -> None:

@@ -25,7 +25,7 @@ import numbers
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from tiercel.errors import RequestError, TiercelError
 
@@ -158,6 +158,127 @@ def biases(name: str, value: object) -> dict[int, float] | None:
     return found
 
 
+LARGEST_GRAMMAR, DEEPEST_SCHEMA = 512 << 10, 64  # UTF-8 bytes; levels of brackets
+
+
+@dataclass(frozen=True)
+class Structured:
+    """The form an answer must have: exactly one of these (vLLM's names).
+
+    json: a JSON schema, as a table or as text.  json_object: any JSON object.  regex: the whole answer matches it
+    (Rust's dialect, no look-around).  grammar: Lark, beginning at `start`.  choice: one of these texts.
+    Raises RequestError for text of more than 512 KiB, more than 64 levels of brackets, or what is no JSON.
+    """
+
+    json: dict[str, Any] | bool | str | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    json_object: bool = False
+
+    def __post_init__(self) -> None:
+        names = ("json", "regex", "choice", "grammar", "json_object")
+        given = [
+            name
+            for name in names
+            if getattr(self, name) not in (None, False) or (name == "json" and self.json is False)
+        ]
+        if len(given) != 1:
+            raise RequestError(f"structured needs exactly one of {', '.join(names)}, not {shown(given)}")
+        (name,), value = given, getattr(self, given[0])
+        if name == "json":
+            value = self._schema(value)
+            object.__setattr__(self, "json", value)
+        elif name == "choice":
+            if not isinstance(value, (list, tuple)) or not value or not all(isinstance(v, str) and v for v in value):
+                raise refuse("choice", value, "a list of texts, none of them empty")
+            object.__setattr__(self, "choice", tuple(value))
+            value = "".join(value)
+        elif name == "json_object":
+            value = str(switch(False).metadata["check"](name, value))
+        elif not isinstance(value, str):
+            raise refuse(name, value, "text")
+        if len(value.encode(errors="surrogatepass")) > LARGEST_GRAMMAR:
+            raise RequestError(f"{name} is larger than {LARGEST_GRAMMAR >> 10} KiB")
+        if name != "choice" and _depth(value) > DEEPEST_SCHEMA:
+            raise RequestError(f"{name} has more than {DEEPEST_SCHEMA} levels of brackets")
+
+    @staticmethod
+    def _schema(value: Any) -> str:
+        """The schema as JSON text."""
+        import json
+
+        if isinstance(value, str):
+            try:
+                if _depth(value) > DEEPEST_SCHEMA:
+                    raise RequestError(f"json has more than {DEEPEST_SCHEMA} levels of brackets")
+                value = json.loads(value[: LARGEST_GRAMMAR + 1])
+            except ValueError as error:
+                raise RequestError(f"json is not a JSON schema: {error}") from None
+        if not isinstance(value, (dict, bool)):
+            raise refuse("json", value, "a JSON schema: a table, or true")
+        try:
+            return json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"json is not a JSON schema: {error}") from None
+
+
+def _depth(text: str) -> int:
+    """Levels of brackets, counted without looking what they mean."""
+    depth = deepest = 0
+    for char in text:
+        if char in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif char in ")]}" and depth:
+            depth -= 1
+    return deepest
+
+
+def structure(name: str, value: object) -> Structured | None:
+    if value is None or isinstance(value, Structured):
+        return value
+    if isinstance(value, Mapping):
+        names = {part.name for part in dataclasses.fields(Structured)}
+        unknown = next((key for key in value if key not in names), None)
+        if unknown is not None:
+            raise RequestError(f"{name} has no {shown(unknown)}; it takes {', '.join(sorted(names))}")
+        return Structured(**value)
+    raise refuse(name, value, "a Structured, or a table with one of json, regex, choice, grammar, json_object")
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """When an answer goes in circles (vLLM's `repetition_detection`): the same tokens, `min_count` times in a row.
+
+    Runs of min_pattern_size … max_pattern_size tokens are looked for; together they must be `min_tokens` at least,
+    so that a table's line of dashes is no circle.
+    """
+
+    max_pattern_size: int = 256
+    min_pattern_size: int = 1
+    min_count: int = 4
+    min_tokens: int = 96
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("max_pattern_size", 1, 4096), ("min_pattern_size", 1, 4096), ("min_count", 2, 1000),
+                                ("min_tokens", 0, 65_536)):  # fmt: skip
+            integer(low, low, high).metadata["check"](name, getattr(self, name))
+        if self.min_pattern_size > self.max_pattern_size:
+            raise refuse("min_pattern_size", self.min_pattern_size, f"at most {self.max_pattern_size}")
+
+
+def repetition(name: str, value: object) -> Repetition | None:
+    if value is None or value is False or isinstance(value, Repetition):
+        return value or None
+    if value is True:
+        return Repetition()
+    names = {part.name for part in dataclasses.fields(Repetition)}
+    if isinstance(value, Mapping) and set(value) <= names:
+        return Repetition(**value)
+    raise refuse(name, value, f"true, or a table of {', '.join(sorted(names))}")
+
+
 @dataclass
 class SamplingParams:
     """What may be asked of one generation; names and defaults are vLLM's.
@@ -165,6 +286,9 @@ class SamplingParams:
     Raises RequestError naming the field, the value and the range.  Units are tokens unless said otherwise.
     `temperature=0` is greedy, `top_k=0` and `-1` keep all, `max_tokens=None` means what the context leaves,
     `logprobs=k` returns up to k + 1 entries (the chosen token is always among them), `seed=-1` is no seed.
+    `thinking_budget`: after so many tokens of thoughts the block is closed (`thinking_token_budget` is vLLM's name,
+    -1 no limit).  `structured` (vLLM: `structured_outputs`): the form of the answer after them.
+    `repetition_detection`: end an answer that goes in circles, with finish_reason "loop"; thoughts are closed.
     """
 
     n: int = integer(1, 1, 16)
@@ -190,14 +314,16 @@ class SamplingParams:
     spaces_between_special_tokens: bool = later(True)
     include_stop_str_in_output: bool = switch(False)
     output_kind: int = later(0)
-    structured_outputs: Any = later(None)
+    structured_outputs: Any = listed(structure)
     logit_bias: dict[int, float] | None = listed(biases)
     allowed_token_ids: list[int] | None = listed(some_token_ids)
     bad_words: list[str] | None = listed(strings)
     extra_args: dict[str, Any] | None = later(None)
     skip_reading_prefix_cache: bool | None = later(None)
-    thinking_token_budget: int | None = later(None)
-    repetition_detection: Any = later(None)
+    thinking_token_budget: int | None = integer(None, -1, LARGEST_ID)
+    repetition_detection: Repetition | dict[str, int] | bool | None = listed(repetition)
+    structured: Structured | None = listed(structure)
+    thinking_budget: int | None = integer(None, -1, LARGEST_ID)
 
     def __post_init__(self) -> None:
         self.verify()
@@ -211,6 +337,14 @@ class SamplingParams:
             setattr(self, part.name, part.metadata["check"](part.name, value))
         if self.seed == -1:
             self.seed = None
+        for ours, theirs in (("structured", "structured_outputs"), ("thinking_budget", "thinking_token_budget")):
+            if getattr(self, theirs) is not None:
+                if getattr(self, ours) not in (None, getattr(self, theirs)):
+                    raise RequestError(f"{ours} and {theirs} are the same; give one of them")
+                setattr(self, ours, getattr(self, theirs))
+                setattr(self, theirs, None)
+        if self.thinking_budget == -1:
+            self.thinking_budget = None
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise refuse("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
         if self.stop and not self.detokenize:
@@ -304,6 +438,15 @@ def draw(logits_V: Tensor, u: float) -> int:
     return min(token, int(torch.searchsorted(cumulative_V, total)))  # u · total may round up to total
 
 
+class Steering(Protocol):
+    """What a sampler asks of engine/steering.py."""
+
+    def mask(self, V: int) -> Tensor | int | None:
+        """Which tokens may come next, (V,) bool; a token that must come; None: any."""
+
+    def accept(self, token: int) -> None: ...
+
+
 class Sampler:
     """Chooses the tokens of one generation.
 
@@ -312,6 +455,7 @@ class Sampler:
         sampler.accept(token)                # now it counts: penalties, position of the next draw
 
     choice: which of the `n` answers this is; each has its own stream of the same seed.
+    steering: thinking budget, grammar and circles (engine/steering.py), where the request has any of them.
     bad_words: the token sequences of `params.bad_words`, from `bad_word_ids`.
     last_logprobs: {token id: Logprob} of the last `sample`, None unless `params.logprobs` is given.
     """
@@ -325,8 +469,10 @@ class Sampler:
         eos: Collection[int] = (),
         bad_words: Sequence[Sequence[int]] = (),
         choice: int = 0,
+        steering: Steering | None = None,
     ) -> None:
         params.verify()
+        self.steering = steering
         if params.bad_words and not bad_words:
             raise RequestError("bad_words needs a tokenizer, and this model has none; use logit_bias")
         self.params, self.vocab_size, self.choice = params, vocab_size, choice
@@ -374,7 +520,12 @@ class Sampler:
                 f"the network produced {what} at output token {len(self.output_ids)}; "
                 "load it with dtype float32, and check the weights with their publisher's sha256"
             )
-        token = self._choose(self._penalize(self._restrict(raw_V)))
+        mask_V = self.steering.mask(self.vocab_size) if self.steering is not None else None
+        if isinstance(mask_V, int):
+            token = mask_V
+        else:
+            steered_V = raw_V if mask_V is None else raw_V.masked_fill(~mask_V, -math.inf)
+            token = self._choose(self._penalize(self._restrict(steered_V, mask_V is not None)))
         if self.params.logprobs is not None:
             self.last_logprobs = top_logprobs(raw_V, token, self.params.logprobs)
         return token
@@ -382,11 +533,13 @@ class Sampler:
     def accept(self, token: int) -> None:
         """The token is part of the output from now on."""
         self.output_ids.append(token)
+        if self.steering is not None:
+            self.steering.accept(token)
         if self._penalized:
             self._seen_V[token] = True
             self._counts_V[token] += 1
 
-    def _restrict(self, logits_V: Tensor) -> Tensor:
+    def _restrict(self, logits_V: Tensor, steered: bool = False) -> Tensor:
         """allowed_token_ids, bad_words, min_tokens, logit_bias; a new tensor where anything changes."""
         import torch
 
@@ -399,9 +552,10 @@ class Sampler:
         if self.params.logit_bias:
             bias = torch.tensor(list(self.params.logit_bias.values()), dtype=torch.float32)
             logits_V = logits_V.index_add(0, torch.tensor(self._bias_ids), bias)
-        if (self._allowed or banned) and logits_V.max() == -math.inf:
+        if (self._allowed or banned or steered) and logits_V.max() == -math.inf:
             raise RequestError(
-                "no token is left to choose: allowed_token_ids, bad_words and min_tokens exclude every one"
+                "no token is left to choose: allowed_token_ids, bad_words, min_tokens and the form of the answer "
+                "exclude every one"
             )
         return logits_V
 

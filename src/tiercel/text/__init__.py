@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Text:
         ends = {token.id for token in self._controls.tokens.values() if token.content in ENDS}
         self.eos = frozenset({id for id in recipe.eos if id < 1 << 31} | ends)
         self._pieces: dict[int, bytes] = {}
+        self._by_byte: dict[int, list[int]] = {}
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Text | None:
@@ -94,6 +95,10 @@ class Text:
             return ids
         front = [self.bos] if bos and not self._front and self.bos is not None else self._front
         return [*front, *ids, *self._back]
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of text that goes on with other text; no control tokens."""
+        return self._section(text, first=False, prefix=False)
 
     def _sections(self, text: str, disguise: Disguise | None = None) -> list[int]:
         """Control tokens as such, the text between them as text.
@@ -170,18 +175,20 @@ class Text:
         starts_in_thinking: bool = False,
         continues: bool = False,
         special: bool = False,
+        shown: Collection[str] = (),
     ) -> TextStream:
         """A decoder to push ids into, one by one; see `stream.py`.
 
         thinking: "auto" tells thoughts from answer, "off" does not.  starts_in_thinking: the prompt opened the block
         (`opens_thinking`).  continues: the ids go on with a text, whose first space is then its own.
-        special: control tokens appear as their text.
+        special: control tokens appear as their text.  shown: these do (the markers of tool calls).
         """
+        visible = {self._ids[marker] for marker in shown if marker in self._ids}
         opening, closing = (self._ids.get(tag) for tag in THINK_TAGS)
         return TextStream(
             None if self._kind == "words" else self.piece,
-            lambda ids: self.decode(ids, special=special),
-            skipped=frozenset() if special else self._special,
+            lambda ids: self.decode([id for id in ids if special or id not in self._special - visible], special=True),
+            skipped=frozenset() if special else self._special - visible,
             drop_space=self._drop_space and not continues,
             tags=THINK_TAGS,
             tag_ids=(opening, closing),
@@ -192,6 +199,35 @@ class Text:
     def opens_thinking(self, ids: Sequence[int]) -> bool:
         """Whether a prompt ends with an open <think>, so that the model's first words are thoughts."""
         return self.decode(ids[-TAIL:], special=True).rstrip().endswith(THINK_TAGS[0])
+
+    @property
+    def spells(self) -> bool:
+        """Whether tokens are pieces of text, put together without regard to their neighbours."""
+        return self._kind != "words"
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that steer a model and are not text, think tags among them."""
+        return self._controls.ids | self._special
+
+    def id_of(self, content: str) -> int | None:
+        """The added token of this text, if there is one."""
+        return self._ids.get(content)
+
+    def starting_with(self, byte: int) -> list[int]:
+        """The tokens, control tokens apart, that begin with this byte."""
+        if not self._by_byte:
+            for id in range(self.vocab_size):
+                if id not in self.control_ids and (piece := self.piece(id)):
+                    self._by_byte.setdefault(piece[0], []).append(id)
+        return self._by_byte.get(byte, [])
+
+    def end_of_thinking(self, begun: str = "") -> list[int]:
+        """The ids that close a block of thoughts: the tag's own token, or its letters after those already `begun`."""
+        close = self._ids.get(THINK_TAGS[1])
+        if close is not None:
+            return [close]
+        return self.encode_inside(THINK_TAGS[1][len(begun) :])
 
     # conversations
 

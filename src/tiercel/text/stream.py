@@ -66,6 +66,16 @@ class TextStream:
         """Whether the next text belongs to the thoughts."""
         return self._inside
 
+    @property
+    def undecided(self) -> bool:
+        """Whether nothing but space, or the beginning of an opening tag, has come: a block may still open."""
+        return self._start
+
+    @property
+    def held(self) -> str:
+        """The end of the text so far, where it may be the beginning of a tag."""
+        return self._held
+
     def push(self, id: int) -> list[Piece]:
         """The text that this token completes; [] while it completes none."""
         if self._finished:

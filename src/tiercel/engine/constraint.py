@@ -1,0 +1,301 @@
+"""Answers of a given form: JSON schema, JSON, regular expression, Lark grammar, one of several texts.
+
+    grammars = Grammars(text)                     one for each tokenizer
+    grammar = grammars.compile(structured)        RequestError for what is no grammar, or too big; cached
+    matcher = grammar.start()                     one for each answer
+    matcher.mask(V)                               (V,) bool: what may come next
+    matcher.accept(token)
+
+The work is `llguidance`'s.  Ours: its view of our vocabulary (control tokens are never text, so that no answer can
+hold one), and bounds.  Every new grammar is tried first in a process of its own (`grammar_worker.py`), because some
+hang, some swallow memory and some end the process; here it is compiled again only when that went well.  Compiling
+belongs outside of the thread that runs the network.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import json
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiercel.errors import RequestError, TiercelError
+from tiercel.sampling import Structured
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from tiercel.text import Text
+
+SECONDS = 1.5  # of processor time for a grammar, in the worker
+PATIENCE = 1.9  # of wall clock
+START = 60.0
+CACHE_BYTES = 64 << 20
+BYTES_PER_CHARACTER = 40  # of a compiled grammar: an estimate
+TOO_LARGE = f"it is too large, or takes more than {SECONDS:g} s to compile"
+# a schema's white space is bounded: small models love line breaks; oneOf becomes anyOf
+OPTIONS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}", "coerce_one_of": True}
+MASK_SECONDS, MASK_SECONDS_PER_TOKEN = 1.0, 0.01  # for all masks of one answer, of processor time
+
+
+class Vocabulary:
+    """What LLTokenizer asks a tokenizer; the one of grammar_worker.py, but for `__call__`."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, text: Text, words: dict[str, Any]) -> None:
+        self.text, self.tokens = text, [bytes.fromhex(piece) for piece in words["pieces"]]
+        self.special_token_ids, self.eos_token_id, self.bos_token_id = words["special"], words["ends"][0], None
+
+    def __call__(self, text: str) -> list[int]:
+        """Tokens of text that a grammar forces: those that the model would have used."""
+        return self.text.encode_inside(text)
+
+
+class Grammars:
+    """Compiles and keeps grammars for one tokenizer."""
+
+    def __init__(self, text: Text) -> None:
+        if not text.spells:
+            raise RequestError(
+                "structured answers need a tokenizer whose tokens are pieces of text; this one's are words"
+            )
+        self.text = text
+        self.ends = sorted(id for id in text.eos if id < text.vocab_size)
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[str, Grammar] = OrderedDict()
+        self._held = 0  # characters of their texts
+        self._tokenizer: LLTokenizer | None = None
+        self._worker = _Worker(self._words)
+
+    def compile(self, structured: Structured) -> Grammar:
+        """Raises RequestError, one line, within about two seconds (more for the first: the vocabulary is read)."""
+        source = written(structured)
+        with self._lock:
+            found = self._cache.get(source)
+            if found is None:
+                found = self._compile(source, structured)
+                self._cache[source] = found
+                self._held += len(source)
+                while self._held * BYTES_PER_CHARACTER > CACHE_BYTES and len(self._cache) > 1:
+                    self._held -= len(self._cache.popitem(last=False)[0])
+            self._cache.move_to_end(source)
+            return found
+
+    def warm(self) -> None:
+        """Have the process ready that tries grammars (half a second with a large vocabulary)."""
+        with self._lock:
+            self._worker.ready()
+
+    def close(self) -> None:
+        with self._lock:
+            self._worker.stop()
+
+    def _compile(self, source: str, structured: Structured) -> Grammar:
+        error = self._worker.attempt(source)
+        ignored: list[str] = []
+        if error and error != TOO_LARGE and structured.json is not None:  # what it does not know it may pass over
+            lenient = written(structured, lenient=True)
+            if not self._worker.attempt(lenient):
+                source, error, ignored = lenient, "", [_line(error)]
+        refuse(error)
+        return Grammar(self._matcher(source), self.ends, ignored)
+
+    def _matcher(self, source: str) -> LLMatcher:
+        from llguidance import LLMatcher, LLTokenizer
+
+        if self._tokenizer is None:
+            words = self._words()
+            vocabulary: Any = Vocabulary(self.text, words)
+            self._tokenizer = LLTokenizer(vocabulary, n_vocab=len(words["pieces"]), eos_token=words["ends"])
+        matcher = LLMatcher(self._tokenizer, source, log_level=0)
+        refuse(matcher.get_error())
+        return matcher
+
+    def _words(self) -> dict[str, Any]:
+        """The vocabulary; where no token ends a text one is added that the network does not have."""
+        text = self.text
+        pieces = [b"" if id in text.control_ids else text.piece(id) for id in range(text.vocab_size)]
+        names = {id: f"<control {id}>".encode() for id in text.control_ids}
+        spelled = [names.get(id, piece) for id, piece in enumerate(pieces)]
+        ends = self.ends or [len(spelled)]
+        if not self.ends:
+            spelled.append(b"<end>")
+        return {
+            "pieces": [piece.hex() for piece in spelled],
+            "special": sorted({*text.control_ids, *ends}),
+            "ends": ends,
+        }
+
+
+class Grammar:
+    """A compiled grammar; immutable.  ignored: lines on what of a schema is not enforced."""
+
+    def __init__(self, matcher: LLMatcher, ends: list[int], ignored: list[str]) -> None:
+        self._matcher, self._ends, self.ignored = matcher, ends, ignored
+
+    def start(self) -> Matcher:
+        return Matcher(self._matcher.deep_copy(), self._ends)
+
+
+class Matcher:
+    """Where one answer is in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, ends: list[int]) -> None:
+        self._matcher, self._ends = matcher, ends
+        self._left = MASK_SECONDS
+
+    @property
+    def complete(self) -> bool:
+        """The answer has its form and nothing may follow."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    @property
+    def accepting(self) -> bool:
+        """The answer has its form if it ends here."""
+        return bool(self._matcher.is_accepting())
+
+    def mask(self, V: int) -> Tensor:
+        """Which of V tokens may come next, (V,) bool; end tokens where the answer may end."""
+        began = time.thread_time()
+        if self._matcher.is_stopped():
+            self._check()
+            bits = np.zeros(V, dtype=bool)
+            bits[[id for id in self._ends if id < V]] = True
+        else:
+            packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            self._check()
+            bits = np.zeros(V, dtype=bool)
+            known = np.unpackbits(packed, bitorder="little")[:V]
+            bits[: len(known)] = known
+        self._left += MASK_SECONDS_PER_TOKEN - (time.thread_time() - began)
+        if self._left < 0:
+            raise RequestError("this grammar takes too long to follow; make its repetitions and alternatives smaller")
+        return torch.from_numpy(bits)
+
+    def allows(self, token: int) -> bool:
+        return bool(self._matcher.validate_tokens([token]) == 1)
+
+    def accept(self, token: int) -> None:
+        if token not in self._ends and not self._matcher.consume_token(token):
+            self._check()
+
+    def restart(self) -> None:
+        self._matcher.reset()
+
+    def _check(self) -> None:
+        error = self._matcher.get_error()
+        if error and self._matcher.stop_reason() not in ("NoExtension", "NoExtensionBias", "EndOfSentence"):
+            raise RequestError(f"the grammar cannot be followed any further: {_line(error)}")
+
+
+def written(structured: Structured, *, lenient: bool = False) -> str:
+    """llguidance's form of it.  lenient: what it does not know in a schema is passed over."""
+    from llguidance import LLMatcher
+
+    try:
+        if structured.json is not None:
+            schema = structured.json if isinstance(structured.json, str) else json.dumps(structured.json)
+            return str(LLMatcher.grammar_from_json_schema(schema, OPTIONS | {"lenient": lenient}))
+        if structured.json_object:
+            return str(LLMatcher.grammar_from_json_schema('{"type": "object"}', OPTIONS))
+        if structured.regex is not None:
+            return str(LLMatcher.grammar_from_regex(structured.regex))
+        if structured.choice is not None:
+            texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in structured.choice)
+            return str(LLMatcher.grammar_from_lark(f"start: {texts}"))
+        return str(LLMatcher.grammar_from_lark(str(structured.grammar)))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the structure of the answer cannot be read: {_line(str(error))}") from None
+
+
+def refuse(error: str) -> None:
+    if error:
+        raise RequestError(f"the structure of the answer cannot be followed: {_line(error)}")
+
+
+def _line(error: str) -> str:
+    return " ".join(error.split("<state>")[0].split())[:300]
+
+
+class _Worker:
+    """The process that tries grammars first; started when needed, again after it died."""
+
+    def __init__(self, words: Any) -> None:
+        self.words = words
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def attempt(self, grammar: str) -> str:
+        """What is wrong with it, "" for nothing."""
+        self.ready()
+        error = self._exchange({"grammar": grammar, "seconds": SECONDS}, PATIENCE)
+        if error is None:
+            self.stop()
+            return TOO_LARGE
+        return error
+
+    def ready(self) -> None:
+        if self.process is None or self.process.poll() is not None:
+            self.stop()
+            self.start()
+
+    def start(self) -> None:
+        spec = importlib.util.find_spec("llguidance")
+        if spec is None or spec.origin is None:
+            raise TiercelError("structured answers need the package llguidance: pip install llguidance")
+        worker = str(Path(__file__).with_name("grammar_worker.py"))
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", worker, str(Path(spec.origin).parents[1])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={},
+        )
+        atexit.register(self.stop)
+        if self._exchange(self.words(), START) is None:
+            self.stop()
+            raise TiercelError(f"the process that tries grammars did not start ({sys.executable})")
+
+    def stop(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                try:
+                    if pipe is not None:
+                        pipe.close()
+                except OSError:  # unsent bytes of a job meet a closed pipe
+                    pass
+        atexit.unregister(self.stop)
+
+    def _exchange(self, job: dict[str, Any], patience: float) -> str | None:
+        """One job, one answer; None where the process died or was ended."""
+        process = self.process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        clock = threading.Timer(patience, process.kill)
+        clock.daemon = True
+        clock.start()
+        try:
+            data = json.dumps(job).encode("ascii")
+            process.stdin.write(struct.pack("<Q", len(data)) + data)
+            process.stdin.flush()
+            header = process.stdout.read(8)
+            if len(header) < 8:
+                return None
+            return str(json.loads(process.stdout.read(struct.unpack("<Q", header)[0]))["error"])
+        except (OSError, ValueError):
+            return None
+        finally:
+            clock.cancel()
