@@ -104,7 +104,7 @@ class Desk:
 async def health(request: Request) -> Response:
     service: Service = request.app.state.service
     status = "draining" if service.draining else "ok"
-    return Response(plain({"status": status}), 503 if service.draining else 200, media_type="application/json")
+    return Response(plain({"status": status, "server": "tiercel"}), 503 if service.draining else 200, media_type="application/json")
 
 
 async def metrics(request: Request) -> Response:

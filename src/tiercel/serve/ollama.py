@@ -8,8 +8,6 @@ templates come with a model and not with a request; images and `suffix` are refu
 from __future__ import annotations
 
 import asyncio
-import math
-import re
 import time
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime, timedelta
@@ -20,7 +18,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import tiercel
+from tiercel.errors import RequestError
 from tiercel.serve import talk
+from tiercel.serve.duration import seconds_of
 from tiercel.serve.embed import embed, normalized
 from tiercel.serve.errors import Refusal
 from tiercel.serve.models import Lease, Loaded, Named
@@ -383,27 +383,12 @@ def stamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
 def keep_alive(value: KeepAlive) -> float | None:
-    """Seconds; negative is for ever.  A number, or a duration as Go writes it: "5m", "1h30m", "-1"."""
-    if value is None or value == "":
-        return None
-    if isinstance(value, str):
-        number = re.fullmatch(r"-?\d{1,12}(\.\d{1,9})?", value)
-        parts = re.findall(r"(\d{1,12}(?:\.\d{1,9})?)(ns|us|µs|ms|s|m|h)", value)
-        if number:
-            seconds = float(value)
-        elif parts and "".join(a + b for a, b in parts) == value.lstrip("+-"):
-            seconds = sum(float(a) * UNITS[b] for a, b in parts) * (-1 if value.startswith("-") else 1)
-        else:
-            raise Refusal(400, f'keep_alive must be seconds or a duration such as "5m", not {value[:40]!r}')
-    else:
-        seconds = float(value)
-    if math.isnan(seconds):
-        raise Refusal(400, "keep_alive must be a number")
-    return math.inf if seconds < 0 else seconds
+    """Seconds, None where nothing is said.  Raises Refusal."""
+    try:
+        return None if value is None or value == "" else seconds_of(value)
+    except RequestError as error:
+        raise Refusal(400, str(error), param="keep_alive") from None
 
 
 # ── embeddings

@@ -86,11 +86,23 @@ def from_environment(**given: object) -> Settings:
     found: dict[str, object] = {}
     for part in dataclasses.fields(Settings):
         text = os.environ.get(f"TIERCEL_{part.name.upper()}")
-        if text is not None and part.name not in ("host", "port"):
+        if text is not None and part.name != "host":
             found[part.name] = _value(part.name, str(part.type), text)
     host, port = address(os.environ.get("TIERCEL_HOST") or os.environ.get("OLLAMA_HOST") or "")
-    found |= {"host": host, "port": port} | {name: value for name, value in given.items() if value is not None}
+    found = {"host": host, "port": port} | found | {name: value for name, value in given.items() if value is not None}
     return Settings(**found)  # type: ignore[arg-type]
+
+
+def named(pairs: list[str]) -> dict[str, object]:
+    """NAME=VALUE words of the command line."""
+    found: dict[str, object] = {}
+    kinds = {part.name: str(part.type) for part in dataclasses.fields(Settings)}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in kinds:
+            raise RequestError(f"there is no limit {name!r}; there are {', '.join(kinds)}")
+        found[name] = _value(name, kinds[name], text)
+    return found
 
 
 def _value(name: str, kind: str, text: str) -> object:
@@ -100,7 +112,7 @@ def _value(name: str, kind: str, text: str) -> object:
         if kind == "float":
             return float(text)
     except ValueError as error:
-        raise RequestError(f"TIERCEL_{name.upper()} must be a number, not {text!r}") from error
+        raise RequestError(f"{name} (TIERCEL_{name.upper()}) must be a number, not {text!r}") from error
     if kind.startswith("bool"):
         return text.lower() in ("1", "true", "yes", "on")
     return tuple(word for word in text.split(",") if word) if kind.startswith("tuple") else text

@@ -93,6 +93,23 @@ def remove(name: str) -> None:
 # ── Modelfiles
 
 
+def create(name: str, wanted: Modelfile, folder: Path) -> None:
+    """Make `name` of a Modelfile; a FROM that is a path counts from the Modelfile's folder.
+
+    Raises RequestError, ModelNotFound, FormatError.
+    """
+    extras = check_extras(wanted.extras)
+    base = wanted.base
+    if hub.is_path(base):
+        base = str((folder / Path(base).expanduser()).resolve())
+    local = hub.find(base)
+    if local is None:
+        raise ModelNotFound(f"{base} is not on this machine; type: tiercel pull {base}")
+    old = None if local.source == "path" else hub.store_folder(local.name)
+    before = read_json(old / "tiercel.json").get("extras") if old else None
+    put(name, local, {**(before if isinstance(before, dict) else {}), **extras, "from": wanted.base})
+
+
 @dataclass
 class Modelfile:
     """FROM, and what is added.  parameters: Ollama's option names; `stop` collects a list."""
