@@ -14,8 +14,9 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +26,12 @@ from tiercel.errors import Busy, TiercelError
 from tiercel.sampling import SamplingParams
 
 log = logging.getLogger("tiercel.engine")
+T = TypeVar("T")
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    if not future.cancelled():
+        future.set_result(result) if error is None else future.set_exception(error)
 
 
 class Stream:
@@ -77,6 +84,7 @@ class AsyncEngine:
         self.engine = engine
         self.streams: dict[Request, Stream] = {}
         self._abandoned: list[str] = []
+        self._jobs: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._awake = threading.Event()
         self._closing = self._stopped = False
         self._thread: threading.Thread | None = None
@@ -118,6 +126,25 @@ class AsyncEngine:
         self._abandoned.append(request.id)
         self.wake()
 
+    async def call(self, work: Callable[[], T]) -> T:
+        """Other work on the network (embeddings), done between two steps on the engine's thread."""
+        if self._stopped or self._thread is None:
+            raise Busy("the engine is shutting down", retry_after=5)
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.append((work, future))
+        self.wake()
+        return await future
+
+    def _do_jobs(self) -> None:
+        while self._jobs:
+            work, future = self._jobs.popleft()
+            try:
+                result, error = work(), None
+            except Exception as problem:
+                result, error = None, problem
+            with contextlib.suppress(RuntimeError):  # the event loop is gone
+                self._loop.call_soon_threadsafe(_settle, future, result, error)
+
     def _loop_time(self) -> float:
         return asyncio.get_running_loop().time()
 
@@ -128,6 +155,7 @@ class AsyncEngine:
             self._awake.clear()
             while self._abandoned:
                 self.engine.abort(self._abandoned.pop())
+            self._do_jobs()
             if not self.engine.idle:
                 self._send(self._step())
             elif self._stopped:

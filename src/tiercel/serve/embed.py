@@ -46,24 +46,38 @@ def _ids(lease: Lease, text: Input, truncate: bool) -> list[int]:
 
 
 async def _run(lease: Lease, ids: list[int]) -> list[float]:
-    """Between two steps of the engine where it offers that: the network's threads are its own."""
-    network = lease.loaded.model.network
-    call = getattr(lease.loaded.engine, "call", None)
-    if call is not None:
-        return list(await call(lambda: mean(network, ids)))
-    return await asyncio.to_thread(mean, network, ids)
+    """Chunk by chunk between the engine's steps, so that running answers wait for one chunk at most."""
+    run = Mean(lease.loaded.model.network, ids)
+    while not run.done:
+        await lease.loaded.engine.call(run.step)
+    return run.mean
 
 
-def mean(network: Any, ids: Sequence[int]) -> list[float]:
-    import torch
+class Mean:
+    """The mean hidden state of a text, a chunk at a time."""
 
-    from tiercel.generate import PREFILL
+    def __init__(self, network: Any, ids: Sequence[int]) -> None:
+        self.network, self.ids, self.read, self.state = network, ids, 0, None
+        self.total_D: Any = 0.0
+        self.mean: list[float] = []
 
-    tokens_L, state = torch.tensor(ids, device=network.embed.weight.device), network.new_state()
-    total_D = torch.zeros(network.config.width, dtype=torch.float64)
-    for start in range(0, len(ids), PREFILL):
-        total_D += network.hidden(tokens_L[start : start + PREFILL], state).double().sum(0).cpu()
-    return (total_D / len(ids)).tolist()
+    @property
+    def done(self) -> bool:
+        return self.read == len(self.ids)
+
+    def step(self) -> None:
+        import torch
+
+        from tiercel.generate import PREFILL
+
+        self.state = self.state or self.network.new_state()
+        chunk = self.ids[self.read : self.read + PREFILL]
+        tokens_L = torch.tensor(chunk, device=self.network.embed.weight.device)
+        self.total_D = self.total_D + self.network.hidden(tokens_L, self.state).double().sum(0)
+        self.read += len(chunk)
+        if self.done:
+            self.mean = (self.total_D / len(self.ids)).tolist()
+            self.state = None  # here, on the thread that owns the states
 
 
 def normalized(vector: list[float], dimensions: int | None = None) -> list[float]:

@@ -29,7 +29,8 @@ Opener = Callable[[Path, Settings], tuple[Any, Any]]  # → (Model, AsyncEngine 
 
 def open_model(path: Path, settings: Settings) -> tuple[Any, Any]:
     import tiercel
-    from tiercel.engine import AsyncEngine, Engine
+    from tiercel.engine.engine import Engine
+    from tiercel.engine.loop import AsyncEngine
 
     model = tiercel.load(path)
     return model, AsyncEngine(Engine(model, slots=settings.slots, max_queue=settings.queue))

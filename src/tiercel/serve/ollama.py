@@ -289,8 +289,10 @@ async def _events(request: Request, body: Asked, say: Say, raw: bool) -> AsyncGe
             counts, said, calls = Counts(), [], _Calls()
             async with talk.answer(service, lease, ask, counts) as parts:
                 async for part in parts:
-                    said += [token for token, _ in part.logprobs]
+                    said += part.tokens
                     part.calls = calls.complete(part)
+                    if part.empty:
+                        continue
                     line: dict[str, Any] = {"model": body.model, "created_at": now(), **say.words(part), "done": False}
                     if part.logprobs:
                         line["logprobs"] = logprobs(lease.loaded.model.text, part, body.top_logprobs or 0)

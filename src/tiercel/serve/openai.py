@@ -518,6 +518,8 @@ async def _completion_events(
                         entry = {"text": echo, "index": choice, "finish_reason": None, "logprobs": None}
                         yield head | {"choices": [entry]} | extra
                 async for part in parts:
+                    if part.empty:
+                        continue
                     yield head | {"choices": [_completion_choice(0, part, text, body, "")]} | extra
             if wants_usage:
                 yield head | {"choices": [], "usage": usage(counts), "timings": timings(counts)}

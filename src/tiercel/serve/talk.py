@@ -60,9 +60,16 @@ class Part:
     thinking: str = ""
     text: str = ""
     calls: list[Call] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     logprobs: list[tuple[int, dict[int, Any]]] = field(default_factory=list)  # (token, the likeliest there)
     finish: str | None = None
     stop_reason: str | int | None = None
+
+
+    @property
+    def empty(self) -> bool:
+        """Nothing that a client would see: half a character, the beginning of a stop string."""
+        return not (self.text or self.thinking or self.calls or self.logprobs or self.finish)
 
 
 @dataclass
@@ -274,7 +281,7 @@ class Running:
             self._scope.reschedule(asyncio.get_running_loop().time())
 
     async def updates(self) -> AsyncIterator[Any]:
-        first, source = True, aiter(self.stream)
+        first = True
         while True:
             patience = self.settings.first_token_timeout if first else self.settings.token_timeout
             patience = min(patience, max(self.deadline - time.monotonic(), 0.0))
@@ -282,7 +289,7 @@ class Running:
                 raise self.reason
             try:
                 async with asyncio.timeout(patience) as self._scope:
-                    update = await anext(source)
+                    update = await anext(self.stream)
             except StopAsyncIteration:
                 return
             except TimeoutError:
@@ -330,9 +337,7 @@ async def _parts(running: Running, ask: Ask, counts: Counts, service: Service) -
             service.metrics.first_token(first_at - counts.began)
         counts.said += len(update.token_ids)
         counts.said_s = time.perf_counter() - first_at
-        part = choices[update.choice].part(update, counts)
-        if part is not None:
-            yield part
+        yield choices[update.choice].part(update, counts)
         left -= update.finish_reason is not None
         if not left:
             return
@@ -351,8 +356,8 @@ class _Choice:
 
             self.parser = ToolParser(ask.tools)
 
-    def part(self, update: Any, counts: Counts) -> Part | None:
-        part = Part(update.choice)
+    def part(self, update: Any, counts: Counts) -> Part:
+        part = Part(update.choice, tokens=list(update.token_ids))
         for piece in update.pieces:
             if piece.kind == "thinking":
                 part.thinking += piece.text
@@ -371,8 +376,6 @@ class _Choice:
                 self._read(part, self.parser.finish())
             part.finish = "tool_calls" if self.called and update.finish_reason == "stop" else update.finish_reason
             part.stop_reason = update.stop_reason
-        elif not (part.text or part.thinking or part.calls or part.logprobs):
-            return None
         return part
 
     def _read(self, part: Part, found: list[Any]) -> None:
