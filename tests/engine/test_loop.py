@@ -123,3 +123,17 @@ def test_a_failure_of_the_engine_itself_is_told_to_everybody(net, monkeypatch):
         await many.close()
 
     asyncio.run(main())
+
+
+def test_work_between_two_steps(net):
+    async def main():
+        many = engine(net)
+        many.start()
+        stream = many.submit(ids(20), GREEDY)
+        assert await many.call(lambda: 3) == 3
+        with pytest.raises(ZeroDivisionError):
+            await many.call(lambda: 1 / 0)
+        assert len(await tokens(stream)) == 12 and many.stats.generated_tokens == 12
+        await many.close()
+
+    asyncio.run(main())

@@ -1,1 +1,8 @@
-"""Many requests at once, none of them read twice: see engine.py first."""
+"""Many requests at once, none of them read twice: engine.py first, then prefix_cache.py and scheduler.py."""
+
+from tiercel.engine.engine import Engine
+from tiercel.engine.loop import AsyncEngine, Stream
+from tiercel.engine.request import Choice, Request, Update
+from tiercel.engine.session import Session
+
+__all__ = ["AsyncEngine", "Choice", "Engine", "Request", "Session", "Stream", "Update"]

@@ -24,7 +24,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,9 +35,10 @@ from torch import Tensor
 from tiercel.engine.prefix_cache import PrefixCache
 from tiercel.engine.request import Choice, Request, Update
 from tiercel.engine.scheduler import Row, Scheduler
+from tiercel.engine.speculative import MOST, Drafter, Speculation, StepCosts
 from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
-from tiercel.model.state import State
+from tiercel.model.state import State, nbytes_together
 from tiercel.sampling import SamplingParams
 from tiercel.text.stream import Piece
 
@@ -49,7 +50,6 @@ log = logging.getLogger("tiercel.engine")
 CACHE_SHARE, LARGEST_CACHE = 1 / 8, 4 << 30  # of the free memory when the engine starts
 PROMPT_SHARE = 8  # one prompt's snapshots on the way take at most this part of the cache
 CLOSEST = 64  # tokens between them, at least
-LONGEST_DRAFT = 16
 
 
 class Model(Protocol):
@@ -58,16 +58,6 @@ class Model(Protocol):
     network: Decoder
     text: Text | None
     max_length: int
-
-
-class Drafter(Protocol):
-    """Guesses what comes next (speculative.py)."""
-
-    def propose(self, choice: Choice, most: int) -> list[int]:
-        """Up to `most` tokens that may follow `choice.tokens`."""
-
-    def learn(self, choice: Choice, proposed: int, accepted: int) -> None:
-        """How it went."""
 
 
 @dataclass
@@ -98,6 +88,7 @@ class Engine:
     slots: answers that run at once · step_tokens: tokens of one forward · max_queue: answers that may wait
     cache_bytes: budget of the prefix cache, 0 for none; an eighth of the free memory, 4 GiB at most, when left out
     spill: a folder for snapshots that do not fit · state_bytes: what running answers may take before some have to wait
+    drafter: makes what guesses for an answer (speculative.py); None: nobody guesses
     """
 
     def __init__(
@@ -110,12 +101,12 @@ class Engine:
         spill: Path | None = None,
         max_queue: int | None = None,
         state_bytes: int | None = None,
-        drafter: Drafter | None = None,
+        drafter: Callable[[Choice], Drafter] | None = None,
     ) -> None:
         if slots < 1 or step_tokens < slots:
             raise RequestError(f"an engine needs slots, and as many step tokens, not {slots} and {step_tokens}")
         self.model, self.network, self.max_queue, self.state_bytes = model, model.network, max_queue, state_bytes
-        self.drafter = drafter
+        self.drafter, self.costs = drafter, StepCosts()
         self.scheduler = Scheduler(slots, step_tokens)
         self.cache = PrefixCache(self.network, _cache_budget() if cache_bytes is None else cache_bytes, spill)
         self._stats = Stats()
@@ -207,7 +198,7 @@ class Engine:
     def stats(self) -> Stats:
         stats, running = self._stats, list(self.scheduler.running)
         stats.running, stats.waiting = len(running), self.waiting
-        stats.kv_bytes = sum(choice.state.nbytes for choice in running if choice.state is not None)
+        stats.kv_bytes = nbytes_together(choice.state for choice in running if choice.state is not None)
         stats.cache_bytes, stats.cache_disk_bytes = self.cache.nbytes, self.cache.disk_bytes
         stats.evictions = self.cache.evictions
         return stats
@@ -318,7 +309,7 @@ class Engine:
             wanted.add(shared)  # two texts part here, for the second time
         choice.marks = sorted(mark for mark in wanted if choice.length < mark <= prompt)
         if state.grid:
-            cost = (self.cache.largest or state.nbytes) * prompt / state.grid
+            cost = (self.cache.largest or state.own_nbytes) * prompt / state.grid
             fewest = -(-CLOSEST // state.grid)
             choice.spacing = state.grid * max(fewest, -int(-cost // max(self.cache.budget / PROMPT_SHARE, 1)))
 
@@ -369,8 +360,10 @@ class Engine:
         except BaseException:  # Ctrl+C in the middle of a layer
             self._start_again(rows)
             raise
-        count = sum(len(row.tokens) for row in rows)
-        self._speed += 0.05 * (count / (time.perf_counter() - began) - self._speed)
+        count, seconds = sum(len(row.tokens) for row in rows), time.perf_counter() - began
+        self._speed += 0.05 * (count / seconds - self._speed)
+        if all(row.count == 1 for row in rows):
+            self.costs.note(count, seconds)
         for row, logits_LV in zip(rows, logits, strict=True):
             yield row, logits_LV[-(1 + len(row.drafts)) :]
 
@@ -391,15 +384,17 @@ class Engine:
             self._start(row.choice)
 
     def _draft(self, rows: list[Row]) -> None:
-        """Let the drafter guess, for those who answer."""
+        """Let those who answer guess what comes next."""
         if self.drafter is None:
             return
         for row in rows:
-            choice, state = row.choice, row.choice.state
-            assert state is not None
-            room = min(LONGEST_DRAFT, choice.room - len(choice.token_ids) - 1, (state.grid or LONGEST_DRAFT + 1) - 1)
-            if row.count == 1 and choice.pending == 1 and room > 0 and not choice.asleep:
-                row.drafts = self.drafter.propose(choice, room)[:room]
+            choice, state = row.choice, _its(row)
+            if choice.pending > 1 or choice.asleep:
+                continue
+            if choice.speculation is None:
+                choice.speculation = Speculation(self.drafter(choice), self.costs)
+            room = min(choice.room - len(choice.token_ids) - 1, (state.grid or MOST + 1) - 1)
+            row.drafts = choice.speculation.draft(choice.tokens, len(rows), room)
 
     # ── sampling, and what comes of it ──
 
@@ -444,8 +439,8 @@ class Engine:
         assert kept, "what a forward added can be cut off again"
         self._stats.drafts_proposed += proposed
         self._stats.drafts_accepted += accepted
-        if self.drafter is not None:
-            self.drafter.learn(choice, proposed, accepted)
+        if choice.speculation is not None:
+            choice.speculation.note(proposed, accepted)
 
     def _report(self, choice: Choice, pieces: list[Piece], error: TiercelError | None = None) -> None:
         """An update about what is new since the last."""

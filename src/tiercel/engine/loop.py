@@ -11,27 +11,22 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from tiercel.engine.engine import Engine
+from tiercel.engine.engine import Engine, Stats
 from tiercel.engine.request import Request, Update
 from tiercel.errors import Busy, TiercelError
 from tiercel.sampling import SamplingParams
 
 log = logging.getLogger("tiercel.engine")
-T = TypeVar("T")
-
-
-def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
-    if not future.cancelled():
-        future.set_result(result) if error is None else future.set_exception(error)
 
 
 class Stream:
@@ -84,7 +79,7 @@ class AsyncEngine:
         self.engine = engine
         self.streams: dict[Request, Stream] = {}
         self._abandoned: list[str] = []
-        self._jobs: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._calls: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
         self._awake = threading.Event()
         self._closing = self._stopped = False
         self._thread: threading.Thread | None = None
@@ -118,6 +113,17 @@ class AsyncEngine:
             await asyncio.to_thread(self._thread.join)
             self._thread = None
 
+    @property
+    def stats(self) -> Stats:
+        return self.engine.stats
+
+    async def call(self, work: Callable[[], Any]) -> Any:
+        """Run this between two steps, on the engine's thread: the network is the engine's, and nobody else's."""
+        done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self._calls.append((work, done))
+        self.wake()
+        return await asyncio.wrap_future(done)
+
     def wake(self) -> None:
         self._awake.set()
 
@@ -125,25 +131,6 @@ class AsyncEngine:
         """End it before the next step, without waiting for that."""
         self._abandoned.append(request.id)
         self.wake()
-
-    async def call(self, work: Callable[[], T]) -> T:
-        """Other work on the network (embeddings), done between two steps on the engine's thread."""
-        if self._stopped or self._thread is None:
-            raise Busy("the engine is shutting down", retry_after=5)
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._jobs.append((work, future))
-        self.wake()
-        return await future
-
-    def _do_jobs(self) -> None:
-        while self._jobs:
-            work, future = self._jobs.popleft()
-            try:
-                result, error = work(), None
-            except Exception as problem:
-                result, error = None, problem
-            with contextlib.suppress(RuntimeError):  # the event loop is gone
-                self._loop.call_soon_threadsafe(_settle, future, result, error)
 
     def _loop_time(self) -> float:
         return asyncio.get_running_loop().time()
@@ -155,7 +142,13 @@ class AsyncEngine:
             self._awake.clear()
             while self._abandoned:
                 self.engine.abort(self._abandoned.pop())
-            self._do_jobs()
+            while self._calls:
+                work, done = self._calls.popleft()
+                if done.set_running_or_notify_cancel():
+                    try:
+                        done.set_result(work())
+                    except BaseException as error:
+                        done.set_exception(error)
             if not self.engine.idle:
                 self._send(self._step())
             elif self._stopped:

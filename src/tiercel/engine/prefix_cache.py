@@ -14,14 +14,17 @@ goes there as a file, and comes back when it is asked for.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tiercel.errors import FormatError
 from tiercel.model.decoder import Decoder
+from tiercel.model.pages import Page
 from tiercel.model.state import Snapshot
 
 PLACE = 8.0  # how much likelier it is that somebody comes back to the end of a text than to its middle
@@ -34,7 +37,7 @@ class Entry:
 
     length: int
     oldest: int
-    nbytes: int
+    nbytes: int  # with all its pages: what its file takes
     weight: float
     used: int
     snapshot: Snapshot | None = None
@@ -86,7 +89,8 @@ class PrefixCache:
         self.nodes: set[Node] = set()  # those with an entry
         self.nbytes = self.disk_bytes = 0
         self.clock = self.evictions = 0
-        self.largest = 0  # bytes of the largest snapshot so far: what one more may cost
+        self.largest = 0  # bytes of the largest snapshot so far, pages aside: what one more may cost
+        self._pages: Counter[Page] = Counter()  # how many snapshots hold a page; it is counted once
         self._files: set[Path] = set()
         if spill is not None:
             spill.mkdir(parents=True, exist_ok=True)
@@ -109,7 +113,7 @@ class PrefixCache:
     def put(self, key: str, tokens: Sequence[int], snapshot: Snapshot, *, place: bool) -> None:
         """Keep a snapshot of these tokens.  place: it stands where people come back to, not somewhere on the way."""
         assert snapshot.length == len(tokens), "a snapshot holds its own tokens and no others"
-        self.largest = max(self.largest, snapshot.nbytes)
+        self.largest = max(self.largest, snapshot.own_nbytes)
         if not tokens or snapshot.nbytes > self.budget:
             return
         node = self._node(key, list(tokens))
@@ -117,7 +121,7 @@ class PrefixCache:
         weight = PLACE if place else 1.0
         if node.entry is None:
             node.entry = Entry(snapshot.length, snapshot.oldest, snapshot.nbytes, weight, self.clock, snapshot)
-            self.nbytes += snapshot.nbytes
+            self._hold(snapshot)
             self.nodes.add(node)
             node.settle()
         else:
@@ -181,7 +185,7 @@ class PrefixCache:
         if entry is None:
             return
         if entry.snapshot is not None:
-            self.nbytes -= entry.nbytes
+            self._let_go(entry.snapshot)
         self._forget_file(entry)
         node.entry = None
         self.nodes.discard(node)
@@ -211,7 +215,26 @@ class PrefixCache:
         assert entry is not None
         before = next((above.depth for above in node.path() if above.entry is not None), 0)
         saved = max(entry.length - before, 1)
-        return entry.weight * saved / ((1 + self.clock - entry.used) * max(entry.nbytes, 1))
+        return entry.weight * saved / ((1 + self.clock - entry.used) * max(self._freed(entry), 1))
+
+    def _hold(self, snapshot: Snapshot) -> None:
+        self.nbytes += snapshot.own_nbytes + sum(page.nbytes for page in snapshot.pages if not self._pages[page])
+        self._pages.update(snapshot.pages)
+
+    def _let_go(self, snapshot: Snapshot) -> None:
+        self.nbytes -= snapshot.own_nbytes
+        for page in snapshot.pages:
+            self._pages[page] -= 1
+            if not self._pages[page]:
+                del self._pages[page]
+                self.nbytes -= page.nbytes
+
+    def _freed(self, entry: Entry) -> int:
+        """Bytes that are free without it: of its pages the last ones, which no other snapshot holds."""
+        if entry.snapshot is None:
+            return entry.nbytes
+        own = itertools.takewhile(lambda page: self._pages[page] == 1, reversed(entry.snapshot.pages))
+        return entry.snapshot.own_nbytes + sum(page.nbytes for page in own)
 
     def _to_disk(self, node: Node, folder: Path) -> bool:
         entry = node.entry
@@ -224,7 +247,7 @@ class PrefixCache:
         except OSError:
             return False
         self._files.add(file)
-        self.nbytes -= entry.nbytes
+        self._let_go(entry.snapshot)
         self.disk_bytes += entry.nbytes
         entry.snapshot, entry.file = None, file
         return True
@@ -240,7 +263,7 @@ class PrefixCache:
                 return None
             self._forget_file(entry)
             entry.snapshot = snapshot
-            self.nbytes += entry.nbytes
+            self._hold(snapshot)
             self._fit()
             return snapshot
         return entry.snapshot

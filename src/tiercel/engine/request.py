@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tiercel.engine.speculative import Speculation
 from tiercel.errors import TiercelError
 from tiercel.generate import Times
 from tiercel.reply import Reply
@@ -81,6 +82,7 @@ class Choice(Reply):
         self.marks: list[int] = []  # lengths that a snapshot must be able to come back to, and none can yet
         self.spacing = 0  # tokens between snapshots in the prompt; 0: none are made
         self.kept = 0  # how long the text was when it was last looked up in the cache or put there
+        self.speculation: Speculation | None = None
         self.reported = 0  # tokens that updates have told about
 
     @property

@@ -419,7 +419,7 @@ class Snapshot:
     @property
     def oldest(self) -> int:
         """The shortest length a state restored from it can be trimmed to."""
-        return max(base for _, base in self.layers)
+        return max((base for _, base in self.layers), default=0)
 
     @property
     def nbytes(self) -> int:
@@ -494,12 +494,12 @@ class State:
 
     def oldest_after(self, added: int) -> int:
         """What `oldest` will be when so many more tokens have been read in one forward."""
-        return max((part.base_after(added) for part in self._parts if isinstance(part, RecurrentState)), default=0)
+        return max((part.base_after(added) for part in self._recurrent), default=0)
 
     @property
     def grid(self) -> int:
         """The smallest chunk of a layer: what a forward added last can be cut off, up to this; 0 means all of it."""
-        return min((part.chunk for part in self._parts if isinstance(part, RecurrentState)), default=0)
+        return min((part.chunk for part in self._recurrent), default=0)
 
     @property
     def pages(self) -> Sequence[Page]:
