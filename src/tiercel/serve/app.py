@@ -223,7 +223,7 @@ def run(settings: Settings, names: list[str]) -> None:
 async def _run(service: Service, names: list[str]) -> None:
     for name in names:
         lease = await service.models.lease(served_name(service, name))
-        service.models.pinned.setdefault(lease.named.name, lease.loaded)
+        service.models.pinned.add(lease.loaded.name)
         lease.release()
     server = Server(service)
     where = f"http://{service.settings.host}:{service.settings.port}"

@@ -84,8 +84,9 @@ class Lease:
         self.loaded.users -= 1
         self.loaded.tokens -= self._tokens
         self.loaded.used = time.monotonic()
-        kept = self.models.settings.keep_alive if keep_alive is None else keep_alive
-        self.loaded.expires = math.inf if self.loaded in self.models.pinned.values() else self.loaded.used + kept
+        if keep_alive is None:
+            keep_alive = math.inf if self.loaded.name in self.models.pinned else self.models.settings.keep_alive
+        self.loaded.expires = self.loaded.used + keep_alive
         self.models.wake.set()
 
 
@@ -97,7 +98,7 @@ class Models:
         self.settings, self.opener = settings, opener
         self.loaded: dict[tuple[Any, ...], Loaded] = {}
         self.paths: dict[str, Path] = {}  # names given on the command line for files of one's own
-        self.pinned: dict[str, Loaded] = {}
+        self.pinned: set[str] = set()  # names that stay for ever unless a request says otherwise
         self.busy = 503
         self.lock = asyncio.Lock()  # one model is loaded at a time
         self.wake = asyncio.Event()
@@ -155,14 +156,11 @@ class Models:
         model.name = named.name
         await _maybe(engine.start())
         log.info("loaded %s", named.name)
-        loaded = Loaded(named.name, named.local.path, model, engine, size=named.local.bytes)
-        if named.name in self.paths:
-            self.pinned[named.name] = loaded
-        return loaded
+        return Loaded(named.name, named.local.path, model, engine, size=named.local.bytes)
 
     async def _make_room(self) -> None:
         """Unload the model that was idle longest; raises Refusal when all are at work."""
-        idle = [item for item in self.loaded.items() if item[1].users == 0 and item[1] not in self.pinned.values()]
+        idle = [item for item in self.loaded.items() if item[1].users == 0 and item[1].name not in self.pinned]
         if not idle:
             raise Refusal(503, "all models in memory are at work; try again, or raise --models", retry=5)
         await self._unload(min(idle, key=lambda item: item[1].used)[0])
