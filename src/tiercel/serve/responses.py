@@ -156,7 +156,7 @@ class _Writer:
         if part.thinking:
             events += self._reasoning(part.thinking)
         if part.text:
-            events += self._text(part.text)
+            events += self.text(part.text)
         for call in part.calls:
             events += self._call(call)
         return events
@@ -182,7 +182,7 @@ class _Writer:
         self.open["summary"][0]["text"] += text
         return [*events, self.event("response.reasoning_summary_text.delta", **self._at(summary_index=0, delta=text))]
 
-    def _text(self, text: str) -> list[dict[str, Any]]:
+    def text(self, text: str) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         if self.open is None or self.open["type"] != "message":
             events += self._begin({"id": f"msg_{secrets.token_hex(12)}", "type": "message", "status": "in_progress",
@@ -249,7 +249,7 @@ async def _events(
                     for event in writer.write(part):
                         yield event
                     finish = part.finish or finish
-            for event in writer.close():
+            for event in [*([] if writer.open else writer.text("")), *writer.close()]:
                 yield event
             short = finish == "length"
             status = "incomplete" if short else "completed"
