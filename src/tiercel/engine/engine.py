@@ -18,6 +18,7 @@ What a row gets does not depend on who shares the step, on how its prompt was cu
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import secrets
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("tiercel.engine")
 
 CACHE_SHARE, LARGEST_CACHE = 1 / 8, 4 << 30  # of the free memory when the engine starts
-PROMPT_SHARE = 8  # one prompt's snapshots on the way take at most this part of the cache
+PROMPT_SHARE = 4  # one prompt's snapshots on the way take at most this part of the cache
 CLOSEST = 64  # tokens between them, at least
 
 
@@ -184,6 +185,10 @@ class Engine:
                 if choice.finish_reason is None:
                     self._report(choice, choice.end("abort"))
                 self._leave(choice)
+
+    def between_steps(self) -> contextlib.AbstractContextManager[Any]:
+        """While one is inside, nothing runs: for work on the cache or the network."""
+        return self._lock
 
     @property
     def idle(self) -> bool:

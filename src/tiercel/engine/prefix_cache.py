@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tiercel.errors import FormatError
+from tiercel.errors import FormatError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.pages import Page
 from tiercel.model.state import Snapshot
@@ -111,7 +111,7 @@ class PrefixCache:
             self._drop(node)  # its file is gone or damaged: look for the next best
 
     def put(self, key: str, tokens: Sequence[int], snapshot: Snapshot, *, place: bool) -> None:
-        """Keep a snapshot of these tokens.  place: it stands where people come back to, not somewhere on the way."""
+        """Keep a snapshot of these tokens, if it fits.  place: where people come back to, not somewhere on the way."""
         assert snapshot.length == len(tokens), "a snapshot holds its own tokens and no others"
         self.largest = max(self.largest, snapshot.own_nbytes)
         if not tokens or snapshot.nbytes > self.budget:
@@ -127,6 +127,19 @@ class PrefixCache:
         else:
             node.entry.used, node.entry.weight = self.clock, max(weight, node.entry.weight)
         self._fit()
+
+    def along(self, key: str, tokens: Sequence[int]) -> list[Snapshot]:
+        """The snapshots at places on the way through these tokens, shortest first."""
+        tokens, out = list(tokens), []
+        node, depth = self.roots.get(key), 0
+        while node is not None:
+            if node.entry is not None and node.entry.weight == PLACE and (found := self._in_memory(node)) is not None:
+                out.append(found)
+            child = node.children.get(tokens[depth]) if depth < len(tokens) else None
+            if child is None or _same(child.run, tokens, depth) < len(child.run):
+                break
+            node, depth = child, child.depth
+        return out
 
     def forget(self, key: str) -> None:
         """Everything of one key."""
@@ -244,7 +257,7 @@ class PrefixCache:
         state.restore(entry.snapshot)
         try:
             state.save(file)
-        except OSError:
+        except TiercelError:  # the disk is full
             return False
         self._files.add(file)
         self._let_go(entry.snapshot)

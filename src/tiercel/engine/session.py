@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiercel.engine.request import Choice, Request
+from tiercel.errors import FormatError, RequestError
 from tiercel.sampling import SamplingParams
 from tiercel.text.stream import Piece
 
 if TYPE_CHECKING:
     from tiercel.engine.engine import Engine
+
+
+EARLIER = 4  # places before the end that a file holds: ends of prompts, to ask again and to take turns back
 
 
 class Session:
@@ -33,6 +38,36 @@ class Session:
     def clear(self) -> None:
         """Forget everything."""
         self.engine.forget(self.key)
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation so far to a file: `load` goes on from it, in any process that has the same model.
+
+        Raises RequestError when nothing is remembered (no answer yet, or the cache had no room for it).
+        """
+        with self.engine.between_steps():
+            tokens = [] if self.last is None else self.last.tokens
+            snapshots = self.engine.cache.along(self.key, tokens)
+            if not snapshots:
+                raise RequestError("there is nothing to save: no answer of this conversation is remembered")
+            state = self.engine.network.new_state()
+            state.restore(snapshots[-1])
+            state.save(path, tokens[: state.length], snapshots[-1 - EARLIER : -1])
+
+    def load(self, path: str | Path) -> list[int]:
+        """Remember a saved conversation; its tokens.  A prompt that begins with them is read from there on.
+
+        Raises FormatError: damaged, or of another model, dtype or version; RequestError: the cache has no room.
+        """
+        with self.engine.between_steps():
+            state, cache = self.engine.network.new_state(), self.engine.cache
+            tokens, earlier = state.load(path)
+            if len(tokens) != state.length:
+                raise FormatError(f"{path} is a saved state without its text, not a conversation")
+            for snapshot in (state.snapshot(), *earlier):
+                cache.put(self.key, tokens[: snapshot.length], snapshot, place=True)
+            if cache.find(self.key, tokens, len(tokens)).length != len(tokens):
+                raise RequestError(f"{path} does not fit the cache of {cache.budget >> 20} MiB; raise cache_bytes")
+            return tokens
 
     def generate(
         self,

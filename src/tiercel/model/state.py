@@ -41,6 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import tiercel
 from tiercel.errors import FormatError, RequestError
 from tiercel.model.config import LARGEST, AttentionConfig, Mamba1Config, Mamba2Config, Mixer
 from tiercel.model.pages import PAGE, Page, Pages, Pool, memory
@@ -580,62 +581,128 @@ class State:
         twin.restore(Snapshot(self.length, self._pages.share(self.length), recurrent))
         return twin
 
-    def save(self, path: str | Path) -> None:
-        """Write to a file that names the model; `Decoder.load_state` reads it."""
+    def save(self, path: str | Path, tokens: Sequence[int] = (), earlier: Sequence[Snapshot] = ()) -> None:
+        """Write to a file that names the model, its dtype and our version; `Decoder.load_state` reads it.
+
+        tokens: the text, for who reads the file.  earlier: snapshots of the same text at other lengths.
+        """
         from safetensors.torch import save
 
         from tiercel.weights.atomic import atomic_write
 
-        tensors: dict[str, Tensor] = {}
+        tensors = {"tokens": torch.tensor(tokens, dtype=torch.int32)} if tokens else {}
         for i, part in enumerate(self._parts):
             tensors |= {f"{i}.{k}": t.contiguous() for k, t in part.tensors().items()}
-        bases = ",".join(str(part.base) for part in self._parts)
-        meta = {"format": self.FORMAT, "model": self.model, "length": str(self.length), "bases": bases}
-        meta["sha256"] = _digest(tensors, meta)
+        places = []
+        for j, snapshot in enumerate(earlier):
+            places.append([snapshot.length, *(base for _, base in snapshot.layers)])
+            for i, (layer, _) in enumerate(snapshot.layers):
+                tensors |= {f"earlier.{j}.{i}.{k}": t.contiguous() for k, t in layer.items()}
+        meta = self._about | {
+            "length": str(self.length),
+            "bases": ",".join(str(part.base) for part in self._parts),
+            "earlier": ";".join(",".join(map(str, place)) for place in places),
+            "sha256": BLANK,
+        }
+        data = save(tensors, meta)
+        digest = hashlib.sha256(data).hexdigest()
+        at = data.index(SUM) + len(SUM)
         with atomic_write(Path(path)) as file:
-            file.write(save(tensors, meta))
+            file.write(memoryview(data)[:at])
+            file.write(digest.encode())
+            file.write(memoryview(data)[at + len(BLANK) :])
 
-    def load(self, path: str | Path) -> None:
-        """Become what was saved.  FormatError when the file is damaged or belongs to another model."""
+    @property
+    def _about(self) -> dict[str, str]:
+        """What must be the same where the state goes on."""
+        return {
+            "format": self.FORMAT,
+            "version": tiercel.__version__,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "model": self.model,
+        }
+
+    def load(self, path: str | Path) -> tuple[list[int], list[Snapshot]]:
+        """Become what was saved; the tokens and earlier snapshots that were saved with it.
+
+        FormatError when the file is damaged or belongs to another model, dtype or version.
+        """
         from safetensors import SafetensorError, safe_open
 
-        tensors: dict[str, Tensor] = {}
         try:
             with safe_open(str(path), framework="pt") as file:
                 meta = dict(file.metadata() or {})
-                if meta.get("format") != self.FORMAT:
-                    raise FormatError(f"{path} is not a saved state of this version ({self.FORMAT})")
-                if meta.get("model") != self.model:
-                    raise FormatError(f"{path} was saved by another model or dtype and cannot continue in this one")
+                for name, ours in self._about.items():
+                    if meta.get(name) != ours:
+                        raise FormatError(_differs(path, name, meta.get(name), ours))
+                if not _sum_matches(Path(path)):
+                    raise FormatError(f"{path} is damaged: its checksum does not match")
                 length, bases = int(meta["length"]), [int(b) for b in meta["bases"].split(",")]
-                expected = self._shapes(length, bases)
+                places = [[int(n) for n in place.split(",")] for place in meta["earlier"].split(";") if place]
+                expected = self._shapes(length, bases, places)
+                if "tokens" in file.keys():  # noqa: SIM118  (a file, not a dict)
+                    expected["tokens"] = (length,)
                 if set(file.keys()) != set(expected):
                     raise FormatError(f"{path} does not hold the layers of this model")
                 for name, shape in expected.items():
                     if tuple(file.get_slice(name).get_shape()) != shape:
                         raise FormatError(f"{path}: {name} has an unexpected shape")
-                    tensors[name] = file.get_tensor(name)
+                tensors = {name: file.get_tensor(name) for name in expected}
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise FormatError(f"{path} cannot be read as a saved state: {error}") from error
-        if meta.pop("sha256", None) != _digest(tensors, meta):
-            raise FormatError(f"{path} is damaged: its checksum does not match")
         self.length = 0
         self._cut(0)
         self.reserve(length)
         for i, (part, base) in enumerate(zip(self._parts, bases, strict=True)):
             part.adopt({k: tensors[f"{i}.{k}"] for k in part.shapes(length, base)}, length, base)
         self.length = length
+        return tensors["tokens"].tolist() if "tokens" in tensors else [], self._earlier(places, tensors)
 
-    def _shapes(self, length: int, bases: list[int]) -> dict[str, tuple[int, ...]]:
-        if len(bases) != len(self._parts) or not all(0 <= base <= length < LARGEST for base in bases):
-            raise ValueError("its lengths do not fit together")
-        parts = enumerate(zip(self._parts, bases, strict=True))
-        return {f"{i}.{k}": shape for i, (part, base) in parts for k, shape in part.shapes(length, base).items()}
+    def _earlier(self, places: list[list[int]], tensors: dict[str, Tensor]) -> list[Snapshot]:
+        """Snapshots of the first tokens of this text, from what a file holds."""
+        pages = self._pages.share(self.length)
+        out = []
+        for j, (length, *bases) in enumerate(places):
+            layers = [
+                ({k: tensors[f"earlier.{j}.{i}.{k}"] for k in part.shapes(length, base)}, base)
+                for i, (part, base) in enumerate(zip(self._recurrent, bases, strict=True))
+            ]
+            out.append(Snapshot(length, pages[: -(-length // PAGE)], tuple(layers)))
+        return out
+
+    def _shapes(self, length: int, bases: list[int], places: list[list[int]]) -> dict[str, tuple[int, ...]]:
+        """Of every tensor that a file with these lengths must hold."""
+        counts = [len(self._parts), *(len(self._recurrent) for _ in places)]
+        texts = [(length, bases), *((place[0], place[1:]) for place in places)]
+        for (end, starts), count in zip(texts, counts, strict=True):
+            if len(starts) != count or not all(0 <= start <= end <= length < LARGEST for start in starts):
+                raise ValueError("its lengths do not fit together")
+        out: dict[str, tuple[int, ...]] = {}
+        for i, (part, base) in enumerate(zip(self._parts, bases, strict=True)):
+            out |= {f"{i}.{k}": shape for k, shape in part.shapes(length, base).items()}
+        for j, (end, *starts) in enumerate(places):
+            for i, (part, base) in enumerate(zip(self._recurrent, starts, strict=True)):
+                out |= {f"earlier.{j}.{i}.{k}": shape for k, shape in part.shapes(end, base).items()}
+        return out
 
 
-def _digest(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
-    h = hashlib.sha256(repr(sorted(meta.items())).encode())
-    for name in sorted(tensors):
-        h.update(name.encode())
-        h.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
-    return h.hexdigest()
+BLANK, SUM = "0" * 64, b'"sha256":"'  # the checksum is of the whole file with zeros in its own place
+
+
+def _sum_matches(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.read(8)
+        header = file.read(int.from_bytes(size, "little"))
+        at = header.find(SUM) + len(SUM)
+        digest = hashlib.sha256(size + header[:at] + BLANK.encode() + header[at + len(BLANK) :])
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return header[at : at + len(BLANK)] == digest.hexdigest().encode()
+
+
+def _differs(path: str | Path, name: str, theirs: str | None, ours: str) -> str:
+    if theirs is None or name == "format":
+        return f"{path} is not a saved state of this version ({ours})"
+    if name == "model":
+        return f"{path} was saved by another model or dtype and cannot continue in this one"
+    return f"{path} was saved with {name} {theirs[:40]} and cannot continue with {ours}: read the text again"
