@@ -24,6 +24,7 @@ from torch import Tensor
 from tiercel.engine.engine import Engine
 from tiercel.engine.request import Request
 from tiercel.engine.session import Session
+from tiercel.engine.speculative import prompt_lookup
 from tiercel.errors import RequestError
 from tiercel.families.family import Layout
 from tiercel.generate import Times
@@ -97,7 +98,8 @@ class Model:
     @cached_property
     def engine(self) -> Engine:
         """What runs the prompts of `generate`, `stream` and sessions, and remembers them."""
-        return Engine(self)
+        # on plain torch a row's bits depend on how many share its products, and a near tie on its bits
+        return Engine(self, drafter=prompt_lookup if self.network.native else None)
 
     def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Token ids (L,) → logits of every next token (L, V), float32, no gradients."""

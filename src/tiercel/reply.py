@@ -7,16 +7,18 @@ The loop that feeds it is by hand in `generate.py`, and for many at once in `eng
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from tiercel.errors import ContextOverflow, RequestError
 from tiercel.sampling import Logprob, Sampler, SamplingParams, bad_word_ids
+from tiercel.steering import Steering
 from tiercel.text.stream import Piece
 
 if TYPE_CHECKING:
+    from tiercel.engine.constraint import Grammar
     from tiercel.text import Text
 
 
@@ -24,9 +26,12 @@ class Reply:
     """The answer number `index` to a prompt; complete once `finish_reason` is set.
 
     text, thoughts · token_ids · logprobs (when asked for), cumulative_logprob
-    finish_reason: "stop" (an end token or a stop string), "length", "abort", "error", None while it grows
+    finish_reason: "stop" (an end token, a stop string, a form that is complete), "length", "loop" (it went in
+                   circles, and that was asked about), "abort", "error", None while it grows
     stop_reason:   the stop string or stop token id of the caller that ended it, else None
 
+    grammar: `params.structured`, compiled (engine/constraint.py).  shown: control tokens that appear as their text, the
+    markers of tool calls.
     Raises ContextOverflow, RequestError: the prompt and the parameters are checked before anything is read.
     """
 
@@ -41,6 +46,8 @@ class Reply:
         index: int = 0,
         thinking: str = "off",
         starts_in_thinking: bool = False,
+        grammar: Grammar | None = None,
+        shown: Collection[str] = (),
     ) -> None:
         self.text_side, self.prompt_ids, self.params, self.index = text_side, list(prompt_ids), params, index
         self.room = _room(len(self.prompt_ids), params, max_length)
@@ -52,13 +59,18 @@ class Reply:
         self.logprobs: list[dict[int, Logprob]] | None = [] if wanted else None
         self.cumulative_logprob: float | None = 0.0 if wanted else None
         self.eos = text_side.eos if text_side is not None else frozenset()
+        self.steering = Steering.of(
+            text_side, params, grammar=grammar, thinking=thinking, starts_in_thinking=starts_in_thinking
+        )
         self.sampler = self._sampler(vocab_size)
         self._stops = [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
         self._held = ""  # answer text that may be the beginning of a stop string
         self._stream = None
         if text_side is not None and params.detokenize:
             special = not params.skip_special_tokens
-            self._stream = text_side.stream(thinking=thinking, starts_in_thinking=starts_in_thinking, special=special)
+            self._stream = text_side.stream(
+                thinking=thinking, starts_in_thinking=starts_in_thinking, special=special, shown=shown
+            )
         elif self._stops:
             raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
 
@@ -67,7 +79,8 @@ class Reply:
         token = self.sampler.sample(logits_V)
         self.sampler.accept(token)
         self._note(token)
-        ends = self.finish_reason == "stop" and self._hidden()
+        ended = token in self.eos or self.stop_reason is not None  # a complete form ends with a token of the answer
+        ends = self.finish_reason == "stop" and ended and self._hidden()
         pieces = [] if self._stream is None or ends else list(self._pass(self._stream.push(token)))
         return pieces if self.finish_reason is None else pieces + self._rest()
 
@@ -83,7 +96,15 @@ class Reply:
         if self.params.bad_words and self.text_side is not None:
             words = bad_word_ids(self.params.bad_words, self.text_side.encode)
         eos = () if self.params.ignore_eos else self.eos
-        return Sampler(self.params, self.prompt_ids, vocab_size, eos=eos, bad_words=words, choice=self.index)
+        return Sampler(
+            self.params,
+            self.prompt_ids,
+            vocab_size,
+            eos=eos,
+            bad_words=words,
+            choice=self.index,
+            steering=self.steering,
+        )
 
     def _note(self, token: int) -> None:
         """Count the token, and see whether it ends the answer."""
@@ -96,6 +117,8 @@ class Reply:
             self.finish_reason = "stop"
         elif token in (self.params.stop_token_ids or ()):
             self.finish_reason, self.stop_reason = "stop", token
+        elif self.steering is not None and self.steering.finish_reason is not None:
+            self.finish_reason = self.steering.finish_reason
         elif len(self.token_ids) >= self.room:
             self.finish_reason = "length"
 

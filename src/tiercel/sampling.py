@@ -439,7 +439,7 @@ def draw(logits_V: Tensor, u: float) -> int:
 
 
 class Steering(Protocol):
-    """What a sampler asks of engine/steering.py."""
+    """What a sampler asks of steering.py."""
 
     def mask(self, V: int) -> Tensor | int | None:
         """Which tokens may come next, (V,) bool; a token that must come; None: any."""
@@ -455,7 +455,7 @@ class Sampler:
         sampler.accept(token)                # now it counts: penalties, position of the next draw
 
     choice: which of the `n` answers this is; each has its own stream of the same seed.
-    steering: thinking budget, grammar and circles (engine/steering.py), where the request has any of them.
+    steering: thinking budget, grammar and circles (steering.py), where the request has any of them.
     bad_words: the token sequences of `params.bad_words`, from `bad_word_ids`.
     last_logprobs: {token id: Logprob} of the last `sample`, None unless `params.logprobs` is given.
     """

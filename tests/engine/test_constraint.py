@@ -153,7 +153,7 @@ def test_large_honest_schemas_are_accepted(grammars):
 
 
 def test_a_form_and_limits_that_contradict_it_are_refused_when_it_shows(grammars):
-    from tiercel.engine.steering import Steering
+    from tiercel.steering import Steering
 
     params = SamplingParams(structured=Structured(regex="a+"), allowed_token_ids=[5], max_tokens=9)
     steering = Steering.of(grammars.text, params, grammar=grammars.compile(params.structured))

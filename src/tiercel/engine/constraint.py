@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from tiercel.text import Text
 
-SECONDS = 1.5  # of processor time for a grammar, in the worker
-PATIENCE = 1.9  # of wall clock
+SECONDS = 1.2  # of processor time for a grammar, in the worker
+PATIENCE = 1.4  # of wall clock
 START = 60.0
 CACHE_BYTES = 64 << 20
 BYTES_PER_CHARACTER = 40  # of a compiled grammar: an estimate

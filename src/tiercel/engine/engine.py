@@ -25,14 +25,16 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from tiercel.engine.constraint import Grammar, Grammars
 from tiercel.engine.prefix_cache import PrefixCache
 from tiercel.engine.request import Choice, Request, Update
 from tiercel.engine.scheduler import Row, Scheduler
@@ -141,14 +143,18 @@ class Engine:
         key: str = "",
         turn: int | None = None,
         id: str | None = None,
-        constraint: Any = None,
+        constraint: Grammar | None = None,
+        shown: Collection[str] = (),
     ) -> Request:
         """A request, checked, so that nothing can be wrong with it later.
 
         key: separates what is remembered (tenant, adapter).  turn: index of the first token of the last user turn.
+        constraint: `params.structured`, compiled by `grammars` (that takes up to two seconds; done here if left out).
+        shown: control tokens that appear as their text.
         """
-        if constraint is not None:
-            raise RequestError("constraints on the answer are not supported yet; leave them out")
+        params.verify()
+        if params.structured is not None and constraint is None and self.grammars is not None:
+            constraint = self.grammars.compile(params.structured)
         if params.n > self.scheduler.slots:
             raise RequestError(f"n={params.n} answers are asked for and {self.scheduler.slots} can run at once")
         prompt, V = list(ids), self.network.config.vocab_size
@@ -158,10 +164,15 @@ class Engine:
         for index in range(params.n):
             choice = Choice(
                 request, self.model.text, V, prompt, params, self.model.max_length,
-                index=index, thinking=thinking, starts_in_thinking=starts_in_thinking,
+                index=index, thinking=thinking, starts_in_thinking=starts_in_thinking, grammar=constraint, shown=shown,
             )  # fmt: skip
             request.choices.append(choice)
         return request
+
+    @cached_property
+    def grammars(self) -> Grammars | None:
+        """Compiles forms of answers; from any thread."""
+        return None if self.model.text is None else Grammars(self.model.text)
 
     def queue(self, request: Request) -> None:
         self._arrivals.append(request.choices[0])
@@ -355,6 +366,7 @@ class Engine:
         """Each row with the logits of its last tokens: as many as were drafted, and one."""
         device = self.network.embed.weight.device
         tokens = [torch.tensor(row.tokens, device=device) for row in rows]
+        count = sum(map(len, tokens))
         keep = 1 + max(len(row.drafts) for row in rows)
         began = time.perf_counter()
         try:
@@ -365,7 +377,7 @@ class Engine:
         except BaseException:  # Ctrl+C in the middle of a layer
             self._start_again(rows)
             raise
-        count, seconds = sum(len(row.tokens) for row in rows), time.perf_counter() - began
+        seconds = time.perf_counter() - began
         self._speed += 0.05 * (count / seconds - self._speed)
         if all(row.count == 1 for row in rows):
             self.costs.note(count, seconds)

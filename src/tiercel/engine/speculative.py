@@ -3,9 +3,9 @@
     spec = Speculation(NgramDrafter(), costs)
     draft = spec.draft(tokens, rows)                      [] where guessing does not pay
     logits = network([[last, *draft]], [state], keep=len(draft) + 1)
-    kept = list(accepted(logits, draft, sampler))         what would have been said without a draft, greedy or not
-    state.trim(state.length - surplus(draft, kept))       guesses that were wrong are forgotten
-    spec.note(len(draft), len(kept) - 1)
+    ...                                                   sample row after row, up to the first that is not the guess
+    state.trim(…)                                         guesses that were wrong are forgotten
+    spec.note(len(draft), right)
 
 The sampler's draw is a function of (seed, choice, position) alone, so every row is sampled as if it came alone, and a
 guess counts while it equals the sample: the answer is the same with and without speculation, sampled ones too.
@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import time
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,9 +31,11 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.state import Snapshot
 from tiercel.sampling import Sampler, draw, uniform
 
-MOST = 8  # guesses in one step
+LENGTHS = (1, 3, 7)  # guesses in one step: a few kinds of step, because each is recorded once (model/steps.py)
+MOST = LENGTHS[-1]
 GAIN = 1.05  # what a draft must promise to be worth its trouble
 FIRST_REST, LONGEST_REST = 8, 256  # tokens until a drafter that did not pay is asked again
+FIRST_STEPS = 2  # of a kind are slower: the second is recorded
 MEMORY = 0.9  # weight of the past in what is measured
 
 
@@ -170,12 +173,20 @@ class StepCosts:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._seen: Counter[int] = Counter()
 
     def note(self, rows: int, seconds: float) -> None:
         """A step of `rows` tokens, none of them a prompt's, took so long."""
-        known = self._seconds.get(rows)
-        # one slow step (somebody else wanted the cores) says little
-        self._seconds[rows] = seconds if known is None else MEMORY * known + (1 - MEMORY) * min(seconds, 2 * known)
+        self._seen[rows] += 1
+        if self._seen[rows] <= FIRST_STEPS:
+            return
+        expected = self._seconds.get(rows, self.of(rows) if self._seconds else seconds)
+        # one slow step (somebody else wanted the cores) says little, a quick one says more
+        weight = 1 - MEMORY if seconds > expected else 1 - MEMORY**3
+        if rows in self._seconds:
+            self._seconds[rows] = expected + weight * (min(seconds, 2 * expected) - expected)
+        else:
+            self._seconds[rows] = min(seconds, 2 * expected)
 
     def of(self, rows: int) -> float:
         """Seconds; only ratios mean something as long as nothing was measured."""
@@ -235,6 +246,7 @@ class Speculation:
             return []
         record = self._records.setdefault(strength, _Record())
         k = min(self._best(record, rows), room)
+        k = max((length for length in LENGTHS if length <= k), default=0)
         if k == 0:
             return []
         guesses = self.drafter.propose(tokens, k)
@@ -252,6 +264,8 @@ class Speculation:
         best, speed, more = 0, GAIN * rows / base, 0.0
         for k in range(1, self.most + 1):
             more += p**k
+            if k not in LENGTHS:
+                continue
             here = (rows + more) / (self.costs.of(rows + k) + k * self._drafting)
             if here > speed:
                 best, speed = k, here
@@ -276,21 +290,6 @@ class Speculation:
             record.rest, record.next_rest = 0, FIRST_REST
 
 
-def accepted(logits_KV: Tensor, draft: Sequence[int], sampler: Sampler) -> Iterator[int]:
-    """The tokens that a row of [token, *draft] yields: guesses while they are what is sampled, and one more.
-
-    logits_KV: rows after the token and after every guess, (len(draft) + 1, V).  Each token is accepted by the sampler
-    before it is handed out (its log-probabilities are in `sampler.last_logprobs`); leave the loop where the answer
-    ends.
-    """
-    for place, logits_V in enumerate(logits_KV):
-        token = sampler.sample(logits_V)
-        sampler.accept(token)
-        yield token
-        if place == len(draft) or token != draft[place]:
-            return
-
-
-def surplus(draft: Sequence[int], kept: Sequence[int]) -> int:
-    """How many tokens the state has read too many: trim it by so much."""
-    return len(draft) + 1 - len(kept)
+def prompt_lookup(choice: object) -> Drafter:
+    """What guesses where nothing else was asked for: costs nothing, and is right where text is copied."""
+    return NgramDrafter()

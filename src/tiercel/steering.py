@@ -13,17 +13,20 @@ one.  A later block has what the earlier ones left.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tiercel.engine.constraint import Grammar
 from tiercel.errors import RequestError
 from tiercel.sampling import Repetition, SamplingParams
 from tiercel.text import Text
 from tiercel.text.control import THINK_TAGS
 from tiercel.text.stream import TextStream
+
+if TYPE_CHECKING:
+    from tiercel.engine.constraint import Grammar
 
 SPACE = b" \t\r\n"
 
