@@ -168,6 +168,7 @@ def test_models_come_and_go(start):
     assert until(lambda: server.service.running)
     assert server.ask("POST", "/api/generate", {"model": "thinker"})[0] == 503, "the only place is taken"
     raw.close()
+    assert until(lambda: at_rest(server))
 
 
 def test_a_model_that_does_not_fit_takes_the_place_of_an_idle_one(start):
@@ -212,12 +213,13 @@ def drained(checkpoints, tmp_path, drain, tokens, rng):
     """SIGTERM with 16 answers in flight; what each client read, the exit code, and the seconds it took."""
     port = free_port()
     process = serve(checkpoints, drain, tmp_path, port)
-    read = []
+    read, sent = [], []
 
     def visit(number):
         path = "/v1/completions" if number % 2 else "/api/generate"
         body = FOREVER | {"max_tokens": tokens} if number % 2 else LONG | {"options": {"num_predict": tokens}}
         raw, data = open_stream(port, body, path), b""
+        sent.append(number)
         while piece := raw.recv(65536):
             data += piece
             if data.endswith(b"\r\n0\r\n\r\n"):
@@ -228,7 +230,8 @@ def drained(checkpoints, tmp_path, drain, tokens, rng):
     threads = [threading.Thread(target=visit, args=(number,)) for number in range(16)]
     for thread in threads:
         thread.start()
-    time.sleep(0.3 + rng.random() * 0.3)
+    assert until(lambda: len(sent) == 16)
+    time.sleep(0.1 + rng.random() * 0.3)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     time.sleep(0.15)

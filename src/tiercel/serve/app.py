@@ -26,9 +26,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tiercel.serve import library, ollama, openai, openapi, page, responses
-from tiercel.serve.errors import Refusal, log, plain, reply, reply_to
+from tiercel.serve.errors import BUSY, Refusal, log, plain, reply, reply_to
 from tiercel.serve.metrics import Metrics
-from tiercel.serve.models import BUSY, Models, Opener, open_model
+from tiercel.serve.models import Models, Opener, open_model
 from tiercel.serve.security import Guard
 from tiercel.serve.settings import Settings
 from tiercel.serve.talk import Running
@@ -49,7 +49,7 @@ class Service:
     def admit(self) -> Iterator[None]:
         """A place in the queue; raises Refusal at once when there is none."""
         if self.admitted >= self.settings.slots + self.settings.queue:
-            raise Refusal(503, BUSY, retry=1)
+            raise Refusal(503, BUSY, code="busy", retry=1)
         self.admitted += 1
         try:
             yield

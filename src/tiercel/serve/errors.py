@@ -16,11 +16,14 @@ from typing import Any
 
 from starlette.responses import Response
 
-from tiercel.errors import DoesNotFit, FormatError, ModelNotFound, Offline, RequestError, TiercelError
+from tiercel.errors import Busy, DoesNotFit, FormatError, ModelNotFound, Offline, RequestError, TiercelError
 
 log = logging.getLogger("tiercel.serve")
 
 PATHS = re.compile(r"(?<![\w/:.])(/[^\s'\",;:]+){2,}|[A-Za-z]:\\[^\s'\",;]+|(?<!\w)~/\S+")
+
+
+BUSY = "server busy, please try again.  maximum pending requests exceeded"
 
 
 class Refusal(TiercelError):
@@ -46,12 +49,10 @@ def status_of(error: BaseException) -> int:
         return 400
     if isinstance(error, ModelNotFound):
         return 404
-    if isinstance(error, (DoesNotFit, MemoryError)):
+    if isinstance(error, (Busy, DoesNotFit, MemoryError)):
         return 503
     if isinstance(error, Offline):
         return 502
-    if type(error).__name__ == "Busy":
-        return 503
     if isinstance(error, FormatError):
         return 400
     return 500
@@ -64,6 +65,8 @@ def message_of(error: BaseException) -> str:
     if not isinstance(error, TiercelError):
         log.error("unexpected %s", type(error).__name__, exc_info=error)
         return "an error inside the server; its log has the details"
+    if isinstance(error, Busy):
+        return BUSY
     line = "".join(c if c.isprintable() else " " for c in str(error))[:2000]
     return PATHS.sub("(a file)", line)
 
@@ -93,7 +96,7 @@ def reply_to(error: BaseException, path: str) -> Response:
     """The response to an error that ended a request before its first byte."""
     status = status_of(error)
     retry = getattr(error, "retry", None) or getattr(error, "retry_after", None)
-    if type(error).__name__ == "Busy":
+    if isinstance(error, Busy) or getattr(error, "code", None) == "busy":
         status = 429 if path.startswith("/v1") else 503
     if status in (429, 503) and retry is None:
         retry = 1

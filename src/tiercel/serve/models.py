@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.errors import DoesNotFit, ModelNotFound
-from tiercel.serve.errors import Refusal, log
+from tiercel.serve.errors import BUSY, Refusal, log
 from tiercel.serve.settings import Settings
 from tiercel.weights import hub
 from tiercel.weights.fetch import read_json
@@ -29,11 +29,22 @@ Opener = Callable[[Path, Settings], tuple[Any, Any]]  # → (Model, AsyncEngine 
 
 def open_model(path: Path, settings: Settings) -> tuple[Any, Any]:
     import tiercel
-    from tiercel.engine.engine import Engine
-    from tiercel.engine.loop import AsyncEngine
+    from tiercel.engine import AsyncEngine, Engine
 
     model = tiercel.load(path)
-    return model, AsyncEngine(Engine(model, slots=settings.slots, max_queue=settings.queue))
+    engine = Engine(model, slots=settings.slots, max_queue=settings.queue)
+    _warm(engine)
+    return model, AsyncEngine(engine)
+
+
+def _warm(engine: Any) -> None:
+    """A few tokens for nobody: torch imports three seconds' worth of modules at its first step."""
+    from tiercel.sampling import SamplingParams
+
+    params = SamplingParams(max_tokens=3, ignore_eos=True, temperature=1.0, top_k=2, top_p=0.9, seed=0)
+    for _ in engine.run(engine.add([0], params, key="warm-up")):
+        pass
+    engine.forget("warm-up")
 
 
 @dataclass
@@ -73,7 +84,7 @@ class Lease:
         loaded, settings = self.loaded, self.models.settings
         most = settings.queue_contexts * loaded.model.max_length
         if loaded.tokens and loaded.tokens + tokens > most:
-            raise Refusal(self.models.busy, BUSY, retry=2)
+            raise Refusal(503, BUSY, code="busy", retry=2)
         loaded.tokens += tokens
         self._tokens += tokens
 
@@ -90,16 +101,12 @@ class Lease:
         self.models.wake.set()
 
 
-BUSY = "server busy, please try again.  maximum pending requests exceeded"
-
-
 class Models:
     def __init__(self, settings: Settings, opener: Opener = open_model) -> None:
         self.settings, self.opener = settings, opener
         self.loaded: dict[tuple[Any, ...], Loaded] = {}
         self.paths: dict[str, Path] = {}  # names given on the command line for files of one's own
         self.pinned: set[str] = set()  # names that stay for ever unless a request says otherwise
-        self.busy = 503
         self.lock = asyncio.Lock()  # one model is loaded at a time
         self.wake = asyncio.Event()
         self._sweeper: asyncio.Task[None] | None = None
