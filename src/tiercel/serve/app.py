@@ -25,6 +25,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from tiercel.errors import TiercelError
 from tiercel.serve import library, ollama, openai, openapi, page, responses
 from tiercel.serve.errors import BUSY, Refusal, log, plain, reply, reply_to
 from tiercel.serve.metrics import Metrics
@@ -201,6 +202,16 @@ class Server(uvicorn.Server):
             for number in caught:
                 loop.remove_signal_handler(number)
 
+    async def startup(self, sockets: Any = None) -> None:
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # uvicorn's way to say that the port is taken
+            self.should_exit = True
+            return
+        host, port = self.service.settings.host, self.servers[0].sockets[0].getsockname()[1]
+        where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        log.info("listening on %s (chat there; OpenAI's API at %s/v1, Ollama's at %s/api)", where, where, where)
+
     def go_down(self) -> None:
         if self.should_exit:
             self.force_exit = True
@@ -226,9 +237,12 @@ async def _run(service: Service, names: list[str]) -> None:
         service.models.pinned.add(lease.loaded.name)
         lease.release()
     server = Server(service)
-    where = f"http://{service.settings.host}:{service.settings.port}"
-    log.info("listening on %s (chat there; OpenAI's API at %s/v1, Ollama's at %s/api)", where, where, where)
     await server.serve()
+    if not server.started:
+        raise TiercelError(
+            f"{service.settings.host}:{service.settings.port} cannot be listened on: another server is there, or the "
+            "address is not this machine's; choose another with --port"
+        )
 
 
 def served_name(service: Service, name: str) -> str:
