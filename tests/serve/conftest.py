@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from tiercel.serve.app import Server, Service
 from tiercel.serve.settings import Settings
 

@@ -22,7 +22,9 @@ def open_stream(port, body=LONG, path="/api/generate"):
     """A connection whose request has been sent."""
     raw = socket.create_connection(("127.0.0.1", port), timeout=60)
     data = json.dumps(body | ({"ignore_eos": True} if path.startswith("/v1") else {})).encode()
-    raw.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(data)) + data)
+    raw.sendall(
+        b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(data)) + data
+    )
     return raw
 
 
@@ -74,7 +76,7 @@ def test_clients_that_hang_up_at_random_leave_nothing_behind(start):
         data = b""
         while piece := raw.recv(65536):
             data += piece
-            if data.endswith((b"0\r\n\r\n", b"}\r\n0\r\n\r\n")) or b"\r\n\r\n{" in data and data.endswith(b"}"):
+            if data.endswith((b"0\r\n\r\n", b"}\r\n0\r\n\r\n")) or (b"\r\n\r\n{" in data and data.endswith(b"}")):
                 break
         raw.close()
         return data
@@ -116,7 +118,9 @@ def test_too_many_are_sent_away_at_once_and_the_rest_are_served(start):
 
 def test_too_many_prompt_tokens_wait_elsewhere(start):
     server = start(queue_contexts=1)
-    raws = [open_stream(server.port, FOREVER | {"prompt": "x" * 200, "max_tokens": 300}, "/v1/completions") for _ in "ab"]
+    raws = [
+        open_stream(server.port, FOREVER | {"prompt": "x" * 200, "max_tokens": 300}, "/v1/completions") for _ in "ab"
+    ]
     assert until(lambda: len(server.service.running) == 2)
     assert server.raw("POST", "/v1/completions", {"model": "tiny", "prompt": "y" * 200})[0] == 429
     for raw in raws:

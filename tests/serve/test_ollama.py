@@ -267,4 +267,3 @@ def test_create_copy_and_delete(server, store, smollm2, client):
         assert client.delete(name).status == "success"
     assert server.raw("DELETE", "/api/delete", {"model": "other"})[0] == 404
     assert not any((home / "models").rglob("*.gguf")) and smollm2.exists()
-

@@ -104,7 +104,9 @@ def test_completions(client, server):
     assert [c["index"] for c in server.ask("POST", "/v1/completions", body)[1]["choices"]] == [0, 1, 2, 3]
     ids = server.ask("POST", "/v1/completions", {"model": "tiny", "prompt": [66, 67], "max_tokens": 1, "echo": True})
     assert ids[1]["usage"]["prompt_tokens"] == 2 and ids[1]["choices"][0]["text"]
-    assert server.ask("POST", "/v1/completions", {"model": "tiny", "prompt": "a"})[1]["usage"]["completion_tokens"] <= 16
+    assert (
+        server.ask("POST", "/v1/completions", {"model": "tiny", "prompt": "a"})[1]["usage"]["completion_tokens"] <= 16
+    )
     events = server.events("/v1/completions", {"model": "tiny", "prompt": "abc", "stream": True, "max_tokens": 3})
     assert events[-1]["choices"][0]["finish_reason"] == "length"
 

@@ -14,7 +14,16 @@ KEY = "a-long-secret"
 STRANGE = ["evil.example", "evil.example:11434", "localhost.evil.example", "127.0.0.1.evil.example", "x/?", "x/health?",
            "localhost/", "user@localhost", "local host", "[::1", "[::2]", "192.168.1.1", "0.0.0.0", "", "localhost:",
            "localhost:123456", "127.0.0.1\\@evil", "LOCALHOST.", "..", "10.0.0.1:11434", "[::ffff:8.8.8.8]"]  # fmt: skip
-FINE = ["localhost", "localhost:11434", "127.0.0.1", "127.0.0.1:1", "127.9.9.9", "[::1]:11434", "LocalHost", "a.localhost"]
+FINE = [
+    "localhost",
+    "localhost:11434",
+    "127.0.0.1",
+    "127.0.0.1:1",
+    "127.9.9.9",
+    "[::1]:11434",
+    "LocalHost",
+    "a.localhost",
+]
 
 
 def every_route():

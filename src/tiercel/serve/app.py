@@ -77,7 +77,7 @@ class Desk:
         if transport := getattr(cycle, "transport", None):
             scope.setdefault("extensions", {})["tiercel.abort"] = transport.abort
 
-        async def out(message: dict[str, Any]) -> None:
+        async def out(message: Any) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
@@ -105,7 +105,9 @@ class Desk:
 async def health(request: Request) -> Response:
     service: Service = request.app.state.service
     status = "draining" if service.draining else "ok"
-    return Response(plain({"status": status, "server": "tiercel"}), 503 if service.draining else 200, media_type="application/json")
+    return Response(
+        plain({"status": status, "server": "tiercel"}), 503 if service.draining else 200, media_type="application/json"
+    )
 
 
 async def metrics(request: Request) -> Response:

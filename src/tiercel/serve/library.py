@@ -148,7 +148,9 @@ def modelfile(name: str, extras: dict[str, Any]) -> str:
 
 
 def _pairs(parameters: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(key, item) for key, value in parameters.items() for item in (value if isinstance(value, list) else [value])]
+    return [
+        (key, item) for key, value in parameters.items() for item in (value if isinstance(value, list) else [value])
+    ]
 
 
 # ── pull and create
@@ -194,7 +196,9 @@ async def _pulling(name: str) -> AsyncGenerator[dict[str, Any], None]:
     yield {"status": "success"}
 
 
-async def _reports(work: Callable[[Callable[[str, int, int], None]], Any]) -> AsyncGenerator[tuple[str, int, int], None]:
+async def _reports(
+    work: Callable[[Callable[[str, int, int], None]], Any],
+) -> AsyncGenerator[tuple[str, int, int], None]:
     """Run `work` in a thread; what it reports, at most ten times a second."""
     latest: list[tuple[str, int, int]] = []
     task = asyncio.ensure_future(asyncio.to_thread(work, lambda what, done, total: latest.append((what, done, total))))

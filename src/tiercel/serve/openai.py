@@ -142,9 +142,7 @@ def check_chat(body: ChatCompletion, settings: Any) -> None:
     talk.check_schema([body.tools, body.response_format, body.structured_outputs], settings.schema_bytes)
 
 
-async def _open(
-    request: Request, body: Sampled, prompt: Any, given: dict[str, Any], lease: Lease, **more: Any
-) -> Ask:
+async def _open(request: Request, body: Sampled, prompt: Any, given: dict[str, Any], lease: Lease, **more: Any) -> Ask:
     """The Ask of one prompt, made in a thread."""
     merged = talk.base_params(lease, ollama=False) | given
     return await asyncio.to_thread(talk.prepare, lease, prompt, merged, **more)
@@ -164,11 +162,7 @@ def chat_given(body: ChatCompletion) -> dict[str, Any]:
     if body.logprobs:
         given["logprobs"] = body.top_logprobs or 0
     if body.thinking_token_budget is not None:
-        name = talk.budget_field()
-        if not name:
-            raise Refusal(400, "thinking_token_budget is not supported by this engine", param="thinking_token_budget")
-        if body.thinking_token_budget != -1:
-            given[name] = body.thinking_token_budget
+        given["thinking_budget"] = body.thinking_token_budget
     return given
 
 
@@ -192,7 +186,9 @@ def template_kwargs(body: ChatCompletion) -> dict[str, Any]:
 def structured_of(format: dict[str, Any] | None, direct: dict[str, Any] | None) -> dict[str, Any] | None:
     """`response_format` of OpenAI or `structured_outputs` of vLLM → what SamplingParams.structured is made of."""
     if direct:
-        kinds = {name: direct[name] for name in ("json", "regex", "grammar", "choice", "json_object") if direct.get(name)}
+        kinds = {
+            name: direct[name] for name in ("json", "regex", "grammar", "choice", "json_object") if direct.get(name)
+        }
         if len(kinds) != 1:
             raise Refusal(400, "structured_outputs takes one of json, regex, grammar, choice, json_object")
         return kinds
@@ -349,7 +345,9 @@ async def _chat_events(request: Request, body: ChatCompletion) -> AsyncGenerator
                         yield chunk(part.choice, {"role": "assistant", "content": ""})
                     if part.thinking:
                         yield chunk(part.choice, {"reasoning_content": part.thinking})
-                    more = chat_logprobs(lease.loaded.model.text, part, body.top_logprobs or 0) if part.logprobs else None
+                    more = (
+                        chat_logprobs(lease.loaded.model.text, part, body.top_logprobs or 0) if part.logprobs else None
+                    )
                     if part.text or more:
                         yield chunk(part.choice, {"content": part.text}, more=more)
                     for call in part.calls:
@@ -499,9 +497,7 @@ def _completion_logprobs(text: Any, part: Part, top: int, offset: int) -> dict[s
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}
 
 
-async def _completion_events(
-    request: Request, body: Completion, prompt: str | list[int]
-) -> AsyncGenerator[Any, None]:
+async def _completion_events(request: Request, body: Completion, prompt: str | list[int]) -> AsyncGenerator[Any, None]:
     service = request.app.state.service
     with service.admit():
         lease = await service.models.lease(body.model)
@@ -577,5 +573,3 @@ async def model(request: Request) -> Response:
         return _model(await asyncio.to_thread(request.app.state.service.models.find, name), name)
 
     return Whole(request, make)
-
-

@@ -24,7 +24,14 @@ TABLE: list[Row] = [
     ("/api/version", "get", "The version", None, (), (JSON,)),
     ("/api/tags", "get", "The models that are here", None, (), (JSON,)),
     ("/api/ps", "get", "The models in memory", None, (), (JSON,)),
-    ("/api/generate", "post", "Answer a prompt; without one, load or unload", ollama.Generate, (404, 504), (JSON, NDJSON)),
+    (
+        "/api/generate",
+        "post",
+        "Answer a prompt; without one, load or unload",
+        ollama.Generate,
+        (404, 504),
+        (JSON, NDJSON),
+    ),
     ("/api/chat", "post", "Answer a conversation", ollama.Chat, (404, 504), (JSON, NDJSON)),
     ("/api/embed", "post", "Vectors of texts, of length one", ollama.Embed, (404,), (JSON,)),
     ("/api/embeddings", "post", "The vector of a text (older form)", ollama.Embeddings, (404,), (JSON,)),
@@ -65,7 +72,10 @@ def table() -> dict[str, Any]:
     }
     digest = {"name": "digest", "in": "path", "required": True, "schema": {"type": "string"}}
     answers = _responses("/api/blobs", (404,), (JSON,)) | {"201": {"description": "created"}}
-    binary = {"required": True, "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+    binary = {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
     paths["/api/blobs/{digest}"] = {
         "post": {"summary": "Send a file in", "parameters": [digest], "requestBody": binary, "responses": answers}
     }

@@ -122,9 +122,7 @@ def address(text: str) -> tuple[str, int]:
     """`host`, `host:port`, `:port`, `http://host:port` → (host, port), with the defaults for what is missing."""
     text = text.removeprefix("http://").rstrip("/")
     host, colon, port = text.rpartition(":") if not text.endswith("]") else (text, "", "")
-    if not colon:
-        host, port = text, ""
-    elif ":" in host and not host.startswith("["):  # a bare IPv6 address
+    if not colon or (":" in host and not host.startswith("[")):
         host, port = text, ""
     try:
         number = int(port) if port else PORT

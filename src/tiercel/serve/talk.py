@@ -13,11 +13,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tiercel.errors import ContextOverflow, RequestError
-from tiercel.sampling import SamplingParams
+from tiercel.sampling import SamplingParams, Structured
 from tiercel.serve.errors import Refusal, plain
 from tiercel.serve.models import Lease
 
@@ -40,6 +40,7 @@ class Ask:
     starts_in_thinking: bool = False
     turn: int | None = None
     tools: Any = None  # a ToolForm
+    grammar: Any = None  # of a structured answer, compiled
 
 
 @dataclass
@@ -64,7 +65,6 @@ class Part:
     logprobs: list[tuple[int, dict[int, Any]]] = field(default_factory=list)  # (token, the likeliest there)
     finish: str | None = None
     stop_reason: str | int | None = None
-
 
     @property
     def empty(self) -> bool:
@@ -165,7 +165,7 @@ def params_of(given: dict[str, Any]) -> SamplingParams:
 
 def prepare(
     lease: Lease,
-    prompt: str | list[int] | list[dict[str, Any]],
+    prompt: Any,
     given: dict[str, Any],
     *,
     tools: Sequence[dict[str, Any]] | None = None,
@@ -191,11 +191,11 @@ def prepare(
         ids = model.text.chat(prompt, continue_final=continue_final, **kwargs)
         turn = _turn(model.text, prompt, ids, kwargs)
     else:
-        ids = model.text.encode(prompt) if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
+        ids = model.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
         turn = None
         check_ids(model, ids)
     if structured is not None:
-        _structured(given, structured)
+        given["structured"] = Structured(**structured)
     params = params_of(given)
     room = min(context or model.max_length, model.max_length) - len(ids)
     if room < 1:
@@ -207,7 +207,13 @@ def prepare(
         params.max_tokens = room
         params.min_tokens = min(params.min_tokens, room)
     starts = chat and model.text.opens_thinking(ids)
-    return Ask(ids, params, "auto" if chat else "off", starts, turn, form)
+    grammar = None
+    if params.structured is not None:  # compiled here: it may take two seconds, and a hostile one is refused
+        grammars = lease.loaded.engine.engine.grammars
+        if grammars is None:
+            raise RequestError(f"{lease.named.name} has no tokenizer: its answers cannot be given a form")
+        grammar = grammars.compile(params.structured)
+    return Ask(ids, params, "auto" if chat else "off", starts, turn, form, grammar)
 
 
 def check_ids(model: Any, ids: Sequence[int]) -> None:
@@ -224,22 +230,8 @@ def _thinking(model: Any, given: dict[str, Any], kwargs: dict[str, Any], think: 
         return
     kwargs.setdefault("enable_thinking", think not in (False, "none"))
     budget = EFFORTS.get(think) if isinstance(think, str) else 0 if think is False else None
-    if budget is not None and budget_field() and given.get(budget_field()) is None:
-        given[budget_field()] = budget
-
-
-def budget_field() -> str:
-    """The name SamplingParams has for it; "" where the engine cannot."""
-    names = {part.name: part for part in fields(SamplingParams)}
-    return next((name for name in ("thinking_budget",) if name in names), "")
-
-
-def _structured(given: dict[str, Any], wanted: dict[str, Any]) -> None:
-    if "structured" not in {part.name for part in fields(SamplingParams)}:
-        raise RequestError("structured output is not supported by this engine yet; leave response_format and format out")
-    from tiercel.sampling import Structured
-
-    given["structured"] = Structured(**wanted)
+    if budget is not None:
+        given.setdefault("thinking_budget", budget)
 
 
 def check_schema(value: Any, limit: int) -> None:
@@ -308,9 +300,11 @@ class Running:
 async def answer(service: Service, lease: Lease, ask: Ask, counts: Counts) -> AsyncIterator[AsyncIterator[Part]]:
     """The parts of an answer; leaving the block cancels what still runs.  Raises Busy, RequestError at once."""
     lease.take(len(ask.ids))
+    shown = ask.tools.markers if ask.tools is not None else ()
     stream = lease.loaded.engine.submit(
-        ask.ids, ask.params, thinking=ask.thinking, starts_in_thinking=ask.starts_in_thinking, turn=ask.turn
-    )
+        ask.ids, ask.params, thinking=ask.thinking, starts_in_thinking=ask.starts_in_thinking, turn=ask.turn,
+        constraint=ask.grammar, shown=shown,
+    )  # fmt: skip
     running = Running(stream, service.settings)
     service.running.add(running)
     counts.prompt = len(ask.ids)
@@ -374,7 +368,8 @@ class _Choice:
         if update.finish_reason is not None:
             if self.parser is not None:
                 self._read(part, self.parser.finish())
-            part.finish = "tool_calls" if self.called and update.finish_reason == "stop" else update.finish_reason
+            reason = "length" if update.finish_reason == "loop" else update.finish_reason  # no dialect knows loops
+            part.finish = "tool_calls" if self.called and reason == "stop" else reason
             part.stop_reason = update.stop_reason
         return part
 
