@@ -133,6 +133,7 @@ def run(
     """Answer a prompt, or hold a conversation.
 
     The prompt is an argument, a pipe, or both (the piped text comes after).  A model that is missing is pulled.
+    Where `tiercel serve` runs, it is asked, and nothing is loaded twice.
     """
     given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed,
              "max_tokens": max_tokens, "stop": stop or None}  # fmt: skip
@@ -199,8 +200,14 @@ def open_talker(
 
 
 def _open(name: str, dtype: str, context: int | None, **packing: Any) -> Talker:
+    """A running server's model where it has it and nothing else is asked for, else one loaded here."""
     from tiercel.console import waiting
 
+    if dtype == "auto" and context is None and not packing:
+        from tiercel.serve.talker import ServerTalker
+
+        if (talker := ServerTalker.find(name)) is not None:
+            return talker
     with waiting(f"loading {name}") as report:
         return open_talker(name, dtype, context, report, **packing)
 

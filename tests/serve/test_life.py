@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -84,12 +85,12 @@ def test_clients_that_hang_up_at_random_leave_nothing_behind(start):
     with ThreadPoolExecutor(8) as pool:
         first = [data for data in pool.map(visit, range(20)) if data is not None]
     assert until(lambda: at_rest(server))
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with ThreadPoolExecutor(16) as pool:
         rest = [data for data in pool.map(visit, range(20, 80)) if data is not None]
     assert all(data.startswith(b"HTTP/1.1 200") for data in first + rest)
     assert until(lambda: at_rest(server))
-    assert until(lambda: len(os.listdir("/proc/self/fd")) <= before + 2)
+    assert until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before + 2)
 
 
 def test_too_many_are_sent_away_at_once_and_the_rest_are_served(start):

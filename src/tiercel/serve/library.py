@@ -175,10 +175,10 @@ def _progress(request: Request, stream: bool | None, events: AsyncGenerator[dict
         return Lines(request, events)
 
     async def last() -> dict[str, Any]:
-        event: dict[str, Any] = {}
+        last_one: dict[str, Any] = {}
         async for event in events:
-            pass
-        return event
+            last_one = event
+        return last_one
 
     return Whole(request, last)
 

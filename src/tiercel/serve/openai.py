@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import secrets
 import struct
@@ -180,7 +181,7 @@ def template_kwargs(body: ChatCompletion) -> dict[str, Any]:
         if name not in ("enable_thinking", "thinking") or not isinstance(value, bool):
             raise Refusal(400, f"chat_template_kwargs takes enable_thinking: true or false, not {name[:40]!r}",
                           param="chat_template_kwargs")  # fmt: skip
-    return {"enable_thinking": value for value in found.values()}
+    return {"enable_thinking": next(iter(found.values()))} if found else {}
 
 
 def structured_of(format: dict[str, Any] | None, direct: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -269,10 +270,8 @@ def _template_call(number: int, call: Any) -> dict[str, Any]:
         raise Refusal(400, f"messages.{number}.tool_calls: each needs a function with a name", param="messages")
     arguments: Any = function.get("arguments", {})
     if isinstance(arguments, str):
-        try:
+        with contextlib.suppress(ValueError, RecursionError):  # else as the model wrote it
             arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            pass  # as the model wrote it
     return {"id": str(call.get("id", "")), "type": "function",
             "function": {"name": function["name"], "arguments": arguments}}  # fmt: skip
 
