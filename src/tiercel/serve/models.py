@@ -115,11 +115,9 @@ class Models:
 
     def find(self, name: str) -> Named:
         """Raises Refusal 404.  A client's name is never a path."""
-        if name in self.paths:
-            path = self.paths[name]
-            stat = path.stat()
-            local = hub.LocalModel(name, path, _bytes(path), "", stat.st_mtime, "path")
-            return Named(name, local)
+        short = name.removesuffix(":latest")
+        if path := self.paths.get(short):
+            return Named(short, hub.LocalModel(short, path, _bytes(path), "", path.stat().st_mtime, "path"))
         try:
             known = not hub.is_path(name) and (hub.short_name(name) or hub.repo_name(name))
             local_ = hub.find(name) if known else None
