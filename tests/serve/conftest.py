@@ -22,6 +22,7 @@ THINKS = (
     "{% if m.role != 'user' %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|bot|>"
     "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}{% endif %}"
 )
+CALLS = "{% if tools %}{# <tool_call> #}{% for t in tools %}{{ t.function.name }}{% endfor %}{% endif %}"
 
 
 @dataclass
@@ -66,10 +67,10 @@ class Running:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders as a user would have them: `tiny`, and `thinker`, whose template opens a thought."""
+    """Folders as a user would have them: `tiny`; `thinker`, whose template opens a thought; `caller`, whose knows tools."""
     folder = tmp_path_factory.mktemp("served")
     found = {}
-    for name, template in (("tiny", tiny.TEMPLATE), ("thinker", THINKS)):
+    for name, template in (("tiny", tiny.TEMPLATE), ("thinker", THINKS), ("caller", tiny.TEMPLATE + CALLS)):
         (folder / name).mkdir()
         found[name] = tiny.checkpoint(folder / name, template=template)
     return found

@@ -92,7 +92,7 @@ function drawTalks(renaming) {
     open.onclick = () => { go(talk); closeSide(); };
     const rename = make("button", { className: "icon", textContent: "✎", ariaLabel: `Rename ${talk.name}`, type: "button" });
     rename.onclick = () => drawTalks(talk.id);
-    const remove = make("button", { className: "icon", textContent: "🗑︎", ariaLabel: `Delete ${talk.name}`, type: "button" });
+    const remove = make("button", { className: "icon", textContent: "✕", ariaLabel: `Delete ${talk.name}`, type: "button" });
     remove.onclick = () => {
       if (!confirm(`Delete “${talk.name}”?`)) return;
       if (talk === here) { stop(); here = null; }
