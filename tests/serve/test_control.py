@@ -20,7 +20,7 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_schema_is_kept_in_every_api(server, stream):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
-    chat = {"model": "tiny", "messages": HI, "max_tokens": 200, "stream": stream}
+    chat = {"model": "tiny", "messages": HI, "max_tokens": 480, "stream": stream}
     if stream:
         chunks = server.events("/v1/chat/completions", chat | {"response_format": form})
         text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)

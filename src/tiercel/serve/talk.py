@@ -213,7 +213,9 @@ def prepare(
         if grammars is None:
             raise RequestError(f"{lease.named.name} has no tokenizer: its answers cannot be given a form")
         grammar = grammars.compile(params.structured)
-    return Ask(ids, params, "auto" if chat else "off", starts, turn, form, grammar)
+    # a form binds the answer from its first token, unless the model's template knows thoughts, which come before it
+    apart = chat and (grammar is None or thinks(model.text))
+    return Ask(ids, params, "auto" if apart else "off", starts, turn, form, grammar)
 
 
 def check_ids(model: Any, ids: Sequence[int]) -> None:
