@@ -1,13 +1,18 @@
 """A conversation says what fresh runs say, and is read once."""
 
+import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import tiercel
 import tiny
 from tiercel.engine.engine import Engine
 from tiercel.engine.session import Session
+from tiercel.errors import FormatError, RequestError
 from tiercel.generate import generate_reference
 from tiercel.sampling import SamplingParams
 
@@ -124,3 +129,100 @@ def test_an_interrupt_inside_the_network_leaves_a_state_that_goes_on(net, monkey
     monkeypatch.undo()
     prompt = ids(60) + ids(7, seed=1) + ids(3, seed=8)
     assert answer(session, prompt).token_ids == generate_reference(net, prompt, 12)
+
+
+# ── saved and loaded ──
+
+
+def saved(net, tmp_path, turns=2):
+    """A conversation of some turns in a file: its last prompt, the answer, the file."""
+    session, prompt = conversation(net), ids(70)
+    for turn in range(turns):
+        run = answer(session, prompt, SamplingParams(temperature=0, max_tokens=90, ignore_eos=True))
+        asked, prompt = prompt, prompt + run.token_ids + ids(9, seed=turn)
+    session.save(tmp_path / "talk")
+    return asked, run.token_ids, tmp_path / "talk"
+
+
+@pytest.mark.parametrize("words", [tiny.EVERY_KIND, "attention+mamba2", "mamba1/-", "attention"])
+def test_a_loaded_conversation_reads_only_the_new_suffix(words, tmp_path):
+    net = tiny.network(words)
+    asked, said, path = saved(net, tmp_path)
+    session = conversation(net)
+    assert session.load(path) == (asked + said)[:-1]
+    prompt = asked + said + ids(8, seed=3)
+    run = answer(session, prompt)
+    assert run.cached_tokens == len(asked + said) - 1
+    assert run.token_ids == generate_reference(net, prompt, 12)
+
+
+def test_a_loaded_conversation_can_ask_its_last_question_again(net, tmp_path):
+    asked, said, path = saved(net, tmp_path)
+    session = conversation(net)
+    session.load(path)
+    run = answer(session, asked)
+    assert run.cached_tokens == len(asked) - 1 and run.token_ids == said[:12]
+
+
+def test_another_process_goes_on(tmp_path):
+    folder = tiny.checkpoint(tmp_path / "model")
+    model = tiercel.load(folder)
+    session = model.session()
+    first = answer(session, ids(70))
+    session.save(tmp_path / "talk")
+    prompt = ids(70) + first.token_ids + ids(5, seed=1)
+    code = f"""
+import tiercel
+from tiercel import SamplingParams
+model = tiercel.load({str(folder)!r})
+session = model.session()
+session.load({str(tmp_path / "talk")!r})
+for _ in session.generate({prompt}, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)): pass
+print(session.last.cached_tokens, session.last.token_ids)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == f"81 {answer(session, prompt).token_ids}"
+
+
+def test_every_changed_byte_is_noticed(tmp_path):
+    net = tiny.network("attention+mamba2", width=8, vocab_size=300, state=2, mamba_head_dim=4, head_dim=4, chunk=2)
+    session = conversation(net)
+    answer(session, ids(5), SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    session.save(tmp_path / "talk")
+    whole = (tmp_path / "talk").read_bytes()
+    fresh, dice = conversation(net), random.Random(1)
+    places = [*range(0, len(whole), 7), *range(1500)]
+    for at in places:
+        flipped = whole[at] ^ (1 << dice.randrange(8))
+        (tmp_path / "talk").write_bytes(whole[:at] + bytes([flipped]) + whole[at + 1 :])
+        with pytest.raises(FormatError):
+            fresh.load(tmp_path / "talk")
+    for cut in (0, 7, 100, len(whole) - 1):
+        (tmp_path / "talk").write_bytes(whole[:cut])
+        with pytest.raises(FormatError):
+            fresh.load(tmp_path / "talk")
+    (tmp_path / "talk").write_bytes(whole + b"x")
+    with pytest.raises(FormatError):
+        fresh.load(tmp_path / "talk")
+    assert not fresh.engine.cache.nodes  # nothing of it is remembered
+    (tmp_path / "talk").write_bytes(whole)
+    assert len(fresh.load(tmp_path / "talk")) == 7
+
+
+def test_another_model_dtype_or_version_is_refused(net, tmp_path, monkeypatch):
+    _, _, path = saved(net, tmp_path)
+    other = tiny.network(seed=5)
+    with pytest.raises(FormatError, match="another model"):
+        conversation(other).load(path)
+    narrow = tiny.network(native=False).to(torch.bfloat16)
+    narrow.pack()
+    with pytest.raises(FormatError, match="bfloat16"):
+        conversation(narrow).load(path)
+    monkeypatch.setattr(tiercel, "__version__", "9.9.9")
+    with pytest.raises(FormatError, match="version"):
+        conversation(net).load(path)
+
+
+def test_a_conversation_without_an_answer_has_nothing_to_save(net, tmp_path):
+    with pytest.raises(RequestError, match="nothing to save"):
+        conversation(net).save(tmp_path / "talk")

@@ -406,7 +406,7 @@ class Engine:
             return
         for row in rows:
             choice, state = row.choice, _its(row)
-            if choice.pending > 1 or choice.asleep:
+            if choice.pending > 1 or choice.places > 1:  # nobody forks from guesses
                 continue
             if choice.speculation is None:
                 choice.speculation = Speculation(self.drafter(choice), self.costs)

@@ -388,7 +388,7 @@ def build(layout: Layout, dtype: torch.dtype, source: Source | None = None, *, p
     """
     network = outline(layout)
     shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
-    matrices = {row.ours for row in layout.rows if source and not row.precise and len(shapes[row.ours]) > 1}
+    matrices = {row.ours for row in layout.rows if source and _is_matrix(row) and len(shapes[row.ours]) > 1}
     kinds = {row.ours: _kind(row, shapes[row.ours], dtype, source, packed) for row in layout.rows}
     needed = sum(_bytes(kinds[name], shape) for name, shape in shapes.items())
     check_fits(needed, f"a network of {str(dtype).removeprefix('torch.')} weights")
@@ -414,6 +414,11 @@ def _bytes(kind: str, shape: tuple[int, ...]) -> int:
         if kind in PACKED_TYPES
         else math.prod(shape) * PLAIN[kind][1]
     )
+
+
+def _is_matrix(row: Row) -> bool:
+    """Whether it is multiplied with.  Routers are, precise as they are, by our kernels: however rows are cut."""
+    return not row.precise or row.ours.endswith(".router.weight")
 
 
 def _empty(kind: str, shape: tuple[int, ...], matrix: bool) -> nn.Parameter | QTensor | list[QTensor]:
