@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from tiercel.errors import RequestError, TiercelError
-from tiercel.sampling import Sampler, SamplingParams, bad_word_ids, draw, top_logprobs, uniform
+from tiercel.sampling import Repetition, Sampler, SamplingParams, Structured, bad_word_ids, draw, top_logprobs, uniform
 
 V = 50
 
@@ -383,3 +385,29 @@ def test_zero_logprobs_give_the_chosen_one_and_none_gives_nothing() -> None:
     token = sampler.sample(logits())
     assert sampler.last_logprobs is not None and list(sampler.last_logprobs) == [token]
     assert len(top_logprobs(logits(), int(logits().argmax()), 3)) == 3
+
+
+def test_the_form_of_an_answer_goes_by_vllm_s_names_too() -> None:
+    params = SamplingParams(structured_outputs={"choice": ["a", "b"]}, thinking_token_budget=5)
+    assert params.structured == Structured(choice=("a", "b")) and params.thinking_budget == 5
+    assert dataclasses.replace(params, n=2).structured == params.structured
+    assert SamplingParams(thinking_token_budget=-1).thinking_budget is None
+    assert SamplingParams(repetition_detection=True).repetition_detection == Repetition()
+    assert SamplingParams(repetition_detection=False).repetition_detection is None
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [{"structured": {}}, {"structured": {"json": {}, "regex": "a"}}, {"structured": {"jsn": {}}}, {"structured": "a"},
+     {"structured": {"choice": []}}, {"structured": {"choice": ["a", ""]}}, {"structured": {"regex": 5}},
+     {"structured": {"json": "{"}}, {"structured": {"json": "[" * 10**5}}, {"structured": {"json": [1]}},
+     {"structured": {"json": {"a": object()}}}, {"structured": {"regex": "(" * 65}}, {"structured": {"json_object": 1}},
+     {"structured": {"grammar": "x" * 600_000}}, {"thinking_budget": -2},
+     {"thinking_budget": 1, "thinking_token_budget": 2},
+     {"repetition_detection": 5}, {"repetition_detection": {"min_count": 1}}, {"repetition_detection": {"x": 1}},
+     {"repetition_detection": {"max_pattern_size": 2, "min_pattern_size": 3}}],
+)  # fmt: skip
+def test_a_form_that_is_none_is_refused_in_one_short_line(wanted: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**wanted)
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)

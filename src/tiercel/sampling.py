@@ -5,7 +5,8 @@ they stand beside it.  Importing it costs nothing: torch comes with the first sa
 
 `Sampler` turns one row of logits (V,) into one token id, in the order of vLLM's `v1/sample/sampler.py`:
 
-    allowed_token_ids → bad_words → min_tokens → logit_bias         what may be said at all
+    thinking budget → form of the answer                            what must be said (steering.py)
+    → allowed_token_ids → bad_words → min_tokens → logit_bias       what may be said at all
     → repetition → frequency → presence penalty                     what was said before
     → temperature → min_p → top_k → top_p → draw                    how much is left to chance
 

@@ -65,6 +65,8 @@ class Steering:
         starts_in_thinking: bool = False,
     ) -> Steering | None:
         """What these params need, None for nothing.  grammar: `params.structured`, compiled."""
+        if params.structured is not None and grammar is None and text is not None:
+            raise RequestError("structured answers come from an engine: model.generate, LLM or Engine.add")
         if params.structured is not None and grammar is None:
             raise RequestError("structured answers need a tokenizer, and this model has none")
         if params.thinking_budget is not None and text is None:

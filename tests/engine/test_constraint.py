@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import re
@@ -160,3 +161,13 @@ def test_a_form_and_limits_that_contradict_it_are_refused_when_it_shows(grammars
     sampler = Sampler(params, [1], grammars.text.vocab_size, steering=steering)
     with pytest.raises(RequestError, match="no token is left"):
         sampler.sample(torch.zeros(grammars.text.vocab_size))
+
+
+def test_the_process_that_tries_grammars_goes_with_who_asked_for_it():
+    grammars = Grammars(make("llama-bpe"))
+    grammars.compile(Structured(regex="a"))
+    process = grammars._worker.process
+    assert process.poll() is None
+    del grammars
+    gc.collect()
+    assert process.poll() is not None

@@ -14,7 +14,6 @@ belongs outside of the thread that runs the network.
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
 import json
 import struct
@@ -22,7 +21,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,8 @@ class Grammars:
         self._cache: OrderedDict[str, Grammar] = OrderedDict()
         self._held = 0  # characters of their texts
         self._tokenizer: LLTokenizer | None = None
-        self._worker = _Worker(self._words)
+        self._worker = _Worker()
+        weakref.finalize(self, self._worker.stop)
 
     def compile(self, structured: Structured) -> Grammar:
         """Raises RequestError, one line, within about two seconds (more for the first: the vocabulary is read)."""
@@ -96,18 +98,18 @@ class Grammars:
     def warm(self) -> None:
         """Have the process ready that tries grammars (half a second with a large vocabulary)."""
         with self._lock:
-            self._worker.ready()
+            self._worker.ready(self._words)
 
     def close(self) -> None:
         with self._lock:
             self._worker.stop()
 
     def _compile(self, source: str, structured: Structured) -> Grammar:
-        error = self._worker.attempt(source)
+        error = self._worker.attempt(source, self._words)
         ignored: list[str] = []
         if error and error != TOO_LARGE and structured.json is not None:  # what it does not know it may pass over
             lenient = written(structured, lenient=True)
-            if not self._worker.attempt(lenient):
+            if not self._worker.attempt(lenient, self._words):
                 source, error, ignored = lenient, "", [_line(error)]
         refuse(error)
         return Grammar(self._matcher(source), self.ends, ignored)
@@ -232,25 +234,24 @@ def _line(error: str) -> str:
 class _Worker:
     """The process that tries grammars first; started when needed, again after it died."""
 
-    def __init__(self, words: Any) -> None:
-        self.words = words
+    def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
 
-    def attempt(self, grammar: str) -> str:
+    def attempt(self, grammar: str, words: Callable[[], dict[str, Any]]) -> str:
         """What is wrong with it, "" for nothing."""
-        self.ready()
+        self.ready(words)
         error = self._exchange({"grammar": grammar, "seconds": SECONDS}, PATIENCE)
         if error is None:
             self.stop()
             return TOO_LARGE
         return error
 
-    def ready(self) -> None:
+    def ready(self, words: Callable[[], dict[str, Any]]) -> None:
         if self.process is None or self.process.poll() is not None:
             self.stop()
-            self.start()
+            self.start(words())
 
-    def start(self) -> None:
+    def start(self, words: dict[str, Any]) -> None:
         spec = importlib.util.find_spec("llguidance")
         if spec is None or spec.origin is None:
             raise TiercelError("structured answers need the package llguidance: pip install llguidance")
@@ -262,8 +263,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env={},
         )
-        atexit.register(self.stop)
-        if self._exchange(self.words(), START) is None:
+        if self._exchange(words, START) is None:
             self.stop()
             raise TiercelError(f"the process that tries grammars did not start ({sys.executable})")
 
@@ -278,7 +278,6 @@ class _Worker:
                         pipe.close()
                 except OSError:  # unsent bytes of a job meet a closed pipe
                     pass
-        atexit.unregister(self.stop)
 
     def _exchange(self, job: dict[str, Any], patience: float) -> str | None:
         """One job, one answer; None where the process died or was ended."""
