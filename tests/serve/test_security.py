@@ -13,7 +13,8 @@ from tiercel.serve.settings import Settings
 KEY = "a-long-secret"
 STRANGE = ["evil.example", "evil.example:11434", "localhost.evil.example", "127.0.0.1.evil.example", "x/?", "x/health?",
            "localhost/", "user@localhost", "local host", "[::1", "[::2]", "192.168.1.1", "0.0.0.0", "", "localhost:",
-           "localhost:123456", "127.0.0.1\\@evil", "LOCALHOST.", "..", "10.0.0.1:11434", "[::ffff:8.8.8.8]"]  # fmt: skip
+           "localhost:123456", "127.0.0.1\\@evil", "LOCALHOST.", "..", "10.0.0.1:11434",
+           "[::ffff:8.8.8.8]"]  # fmt: skip
 FINE = [
     "localhost",
     "localhost:11434",

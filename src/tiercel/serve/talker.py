@@ -47,7 +47,7 @@ class Answer:
 class ServerTalker:
     def __init__(self, client: Client, model: str) -> None:
         self.client, self.model = client, model
-        self.last: Answer | None = None
+        self._last: Answer | None = None
         self._base = SamplingParams(max_tokens=None)
 
     @classmethod
@@ -61,11 +61,17 @@ class ServerTalker:
             return None
         return cls(client, model)
 
+    @property
+    def last(self) -> Any:
+        return self._last
+
     def default_params(self) -> SamplingParams:
         """What is left at these values is not sent: the server knows the model's own."""
         return dataclasses.replace(self._base)
 
-    def ask(self, prompt: Any, params: SamplingParams, *, raw: bool = False, think: bool | None = None) -> Iterator[Any]:
+    def ask(
+        self, prompt: Any, params: SamplingParams, *, raw: bool = False, think: bool | None = None
+    ) -> Iterator[Any]:
         body: dict[str, Any] = {"model": self.model, "options": self._options(params)}
         if think is not None:
             body["think"] = think
@@ -73,8 +79,8 @@ class ServerTalker:
             path, body = "/api/generate", body | {"prompt": prompt, "raw": raw}
         else:
             path, body = "/api/chat", body | {"messages": prompt}
-        self.last = Answer()
-        return self._pieces(path, body, self.last)
+        self._last = Answer()
+        return self._pieces(path, body, self._last)
 
     def _options(self, params: SamplingParams) -> dict[str, Any]:
         changed = {
