@@ -67,7 +67,7 @@ class Running:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders as a user would have them: `tiny`; `thinker`, whose template opens a thought; `caller`, whose knows tools."""
+    """Folders as a user would have them: `tiny`; the template of `thinker` opens a thought, `caller`'s knows tools."""
     folder = tmp_path_factory.mktemp("served")
     found = {}
     for name, template in (("tiny", tiny.TEMPLATE), ("thinker", THINKS), ("caller", tiny.TEMPLATE + CALLS)):

@@ -123,8 +123,8 @@ def test_by_keyboard_alone(page):
         seen.append(page.evaluate("() => document.activeElement.id || document.activeElement.className"))
     assert "model" in seen and "new" in seen, seen
     unnamed = page.evaluate(
-        """() => [...document.querySelectorAll('button, input, select, textarea')].filter(node => !(node.textContent.trim()
-        || node.getAttribute('aria-label') || node.labels?.length || node.ariaLabel)).map(node => node.outerHTML)"""
+        """() => [...document.querySelectorAll('button, input, select, textarea')].filter(node => !(
+        node.textContent.trim() || node.getAttribute('aria-label') || node.labels?.length || node.ariaLabel)).map(node => node.outerHTML)"""
     )
     assert unnamed == []
 

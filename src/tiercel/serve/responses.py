@@ -177,7 +177,7 @@ class _Writer:
             assert self.open is not None
             self.open["summary"] = [{"type": "summary_text", "text": ""}]
             events.append(self.event("response.reasoning_summary_part.added",
-                                     **self._at(summary_index=0, part={"type": "summary_text", "text": ""})))  # fmt: skip
+                                     **self._at(summary_index=0, part=dict(self.open["summary"][0]))))  # fmt: skip
         assert self.open is not None
         self.open["summary"][0]["text"] += text
         return [*events, self.event("response.reasoning_summary_text.delta", **self._at(summary_index=0, delta=text))]
@@ -199,8 +199,8 @@ class _Writer:
     def _call(self, call: talk.Call) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         if call.name is not None:
-            events += self._begin({"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", "status": "in_progress",
-                                   "call_id": call.id, "name": call.name, "arguments": ""})  # fmt: skip
+            events += self._begin({"id": f"fc_{secrets.token_hex(12)}", "type": "function_call",
+                                   "status": "in_progress", "call_id": call.id, "name": call.name, "arguments": ""})  # fmt: skip
         if self.open is not None and call.arguments:
             self.open["arguments"] += call.arguments
             events.append(self.event("response.function_call_arguments.delta", **self._at(delta=call.arguments)))
