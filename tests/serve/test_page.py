@@ -124,7 +124,8 @@ def test_by_keyboard_alone(page):
     assert "model" in seen and "new" in seen, seen
     unnamed = page.evaluate(
         """() => [...document.querySelectorAll('button, input, select, textarea')].filter(node => !(
-        node.textContent.trim() || node.getAttribute('aria-label') || node.labels?.length || node.ariaLabel)).map(node => node.outerHTML)"""
+        node.textContent.trim() || node.getAttribute('aria-label') || node.labels?.length || node.ariaLabel))
+        .map(node => node.outerHTML)"""
     )
     assert unnamed == []
 

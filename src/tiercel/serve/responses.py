@@ -200,7 +200,8 @@ class _Writer:
         events: list[dict[str, Any]] = []
         if call.name is not None:
             events += self._begin({"id": f"fc_{secrets.token_hex(12)}", "type": "function_call",
-                                   "status": "in_progress", "call_id": call.id, "name": call.name, "arguments": ""})  # fmt: skip
+                                   "status": "in_progress", "call_id": call.id, "name": call.name,
+                                   "arguments": ""})  # fmt: skip
         if self.open is not None and call.arguments:
             self.open["arguments"] += call.arguments
             events.append(self.event("response.function_call_arguments.delta", **self._at(delta=call.arguments)))
