@@ -229,7 +229,6 @@ def run(settings: Settings, names: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    sys.setswitchinterval(0.0005)  # the engine's thread hands over sooner: a token is sent as soon as it is there
     service = Service(settings)
     asyncio.run(_run(service, names))
 
