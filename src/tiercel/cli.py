@@ -13,7 +13,7 @@ import json as json_module
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,6 +133,7 @@ def run(
     """Answer a prompt, or hold a conversation.
 
     The prompt is an argument, a pipe, or both (the piped text comes after).  A model that is missing is pulled.
+    Where `tiercel serve` runs, it is asked, and nothing is loaded twice.
     """
     given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed,
              "max_tokens": max_tokens, "stop": stop or None}  # fmt: skip
@@ -199,8 +200,14 @@ def open_talker(
 
 
 def _open(name: str, dtype: str, context: int | None, **packing: Any) -> Talker:
+    """A running server's model where it has it and nothing else is asked for, else one loaded here."""
     from tiercel.console import waiting
 
+    if dtype == "auto" and context is None and not packing:
+        from tiercel.serve.talker import ServerTalker
+
+        if (talker := ServerTalker.find(name)) is not None:
+            return talker
     with waiting(f"loading {name}") as report:
         return open_talker(name, dtype, context, report, **packing)
 
@@ -289,10 +296,7 @@ def list_(json: Json = False) -> None:
         return
     rows = [("NAME", "ID", "SIZE", "MODIFIED")]
     rows += [(model.name, model.id, human_bytes(model.bytes), _ago(model.modified)) for model in models]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("    ".join([*cells, row[3]]))
+    _print_table(rows)
 
 
 def _plain(model: Any) -> dict[str, Any]:
@@ -426,6 +430,162 @@ def quantize(
         _print_json({"model": model} | found)
     else:
         print("\n".join(told(model, found)))
+
+
+# ── the server
+
+
+@app.command()
+def serve(
+    models: Annotated[list[str] | None, typer.Argument(help="Models to load now; others load when asked for.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 without it.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 11434 without it.", min=0, max=65535)] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Answer only who knows this key (better: TIERCEL_API_KEY).")
+    ] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="A further name in Host; may be repeated.")] = None,
+    allow_origin: Annotated[list[str] | None, typer.Option(help="A further page that may call; repeatable.")] = None,
+    manage: Annotated[
+        bool | None, typer.Option("--manage/--no-manage", help="Let clients pull, create, delete; on loopback yes.")
+    ] = None,
+    slots: Annotated[int | None, typer.Option(help="Answers made at once.", min=1)] = None,
+    queue: Annotated[int | None, typer.Option(help="Requests that may wait; more are sent away.")] = None,
+    keep_alive: Annotated[
+        str | None, typer.Option(help='How long an unused model stays: "5m", "1h", -1 for ever.')
+    ] = None,
+    drain: Annotated[float | None, typer.Option(help="Seconds that answers may go on after a signal.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any limit, NAME=VALUE; see serve/settings.py.")
+    ] = None,
+) -> None:
+    """Serve models: OpenAI's and Ollama's APIs, and a page to chat on.
+
+    Every option is also a variable: TIERCEL_PORT=8080, TIERCEL_SLOTS=4.
+    """
+    from tiercel.serve.settings import from_environment, named
+
+    given: dict[str, Any] = {
+        "host": host, "port": port, "api_key": api_key, "manage": manage, "slots": slots, "queue": queue,
+        "drain": drain, "allow_hosts": tuple(allow_host) if allow_host else None,
+        "allow_origins": tuple(allow_origin) if allow_origin else None,
+        **named(set_ or []),
+    }  # fmt: skip
+    if keep_alive is not None:
+        from tiercel.serve.duration import seconds_of
+
+        given["keep_alive"] = seconds_of(keep_alive)
+    settings = from_environment(**given)
+    from tiercel.serve.app import run as run_server
+
+    run_server(settings, models or [])
+
+
+@app.command()
+def ps(json: Json = False) -> None:
+    """List the models that the server has in memory."""
+    from tiercel.plan import human_bytes
+    from tiercel.serve.client import Client
+
+    found = Client.running().get("/api/ps")["models"]
+    if json:
+        _print_json(found)
+        return
+    rows = [("NAME", "ID", "SIZE", "PROCESSOR", "CONTEXT", "UNTIL")]
+    rows += [
+        (model["name"], model["digest"][:12], human_bytes(model["size"]), "100% CPU", str(model["context_length"]),
+         _until(model["expires_at"]))
+        for model in found
+    ]  # fmt: skip
+    _print_table(rows)
+
+
+def _until(stamp: str) -> str:
+    """`4 minutes from now`, as Ollama writes it."""
+    from datetime import datetime
+
+    left = datetime.fromisoformat(stamp).timestamp() - time.time()
+    if left > 10 * 31_557_600:
+        return "Forever"
+    if left <= 0:
+        return "Stopping..."
+    for unit, length in (("day", 86_400), ("hour", 3600), ("minute", 60), ("second", 1)):
+        if left >= length:
+            count = int(left // length)
+            return f"{count} {unit}{'s' if count > 1 else ''} from now"
+    return "Less than a second from now"
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("    ".join([*cells, row[-1]]))
+
+
+@app.command()
+def stop(model: ModelName, json: Json = False) -> None:
+    """Unload a model from the server's memory."""
+    from tiercel.serve.client import Client
+
+    Client.running().post("/api/generate", {"model": model, "keep_alive": 0})
+    if json:
+        _print_json({"stopped": model})
+
+
+@app.command()
+def rm(
+    models: Annotated[list[str], typer.Argument(help="Names as in list.")],
+    json: Json = False,
+) -> None:
+    """Remove models from this machine."""
+    from tiercel.serve.client import Client
+    from tiercel.weights import store
+
+    for model in models:
+        client = Client.find()
+        if client is not None:
+            client.unload(model)
+        store.remove(model)
+        if not json:
+            print(f"deleted '{model}'")
+    if json:
+        _print_json({"deleted": models})
+
+
+@app.command()
+def cp(
+    source: Annotated[str, typer.Argument(help="A model that is here.")],
+    destination: Annotated[str, typer.Argument(help="Its new, further name.")],
+    json: Json = False,
+) -> None:
+    """Give a model another name; no bytes are copied."""
+    from tiercel.weights import store
+
+    store.copy(source, destination)
+    if json:
+        _print_json({"source": source, "destination": destination})
+    else:
+        print(f"copied '{source}' to '{destination}'")
+
+
+@app.command()
+def create(
+    name: Annotated[str, typer.Argument(help="The name of the new model.")],
+    file: Annotated[Path, typer.Option("-f", "--file", help="The Modelfile.")] = Path("Modelfile"),
+    json: Json = False,
+) -> None:
+    """Make a model from a Modelfile: FROM a model, with PARAMETER, SYSTEM, TEMPLATE, MESSAGE, LICENSE."""
+    from tiercel.weights import store
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file} cannot be read: {error}") from None
+    store.create(name, store.parse_modelfile(text), file.parent)
+    if json:
+        _print_json({"created": name})
+    else:
+        print(f"created '{name}'; type: tiercel run {name}")
 
 
 @app.command()

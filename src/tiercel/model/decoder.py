@@ -98,14 +98,31 @@ class Decoder(nn.Module):
         lengths = batch.lengths
         # with states there are no gradients; the logits, made outside of the mode, are tensors like any other
         with nullcontext() if states is None else torch.inference_mode():
-            x_TD = self.embed(tokens_T)
-            if self.config.residual_fp32 or batch.native:
-                x_TD = x_TD.float()
-            for i, block in enumerate(self.layers):
-                x_TD = block(x_TD, batch, self._memories(i, states, len(lengths)))  # type: ignore[arg-type]
+            x_TD = self._body(tokens_T, batch, states)
         if keep is not None and any(length > keep for length in lengths):
             x_TD = torch.cat([x_TD[span][-keep:] for span in batch.spans])
         return self.head(self.norm(x_TD), self.config.logit_scale).float()
+
+    def _body(
+        self, tokens_T: Tensor, batch: Batch | SlotBatch, states: Sequence[State] | Sequence[Slots] | None
+    ) -> Tensor:
+        """What the blocks make of the tokens, (T, D)."""
+        x_TD = self.embed(tokens_T)
+        if self.config.residual_fp32 or batch.native:
+            x_TD = x_TD.float()
+        for i, block in enumerate(self.layers):
+            x_TD = block(x_TD, batch, self._memories(i, states, len(batch.lengths)))  # type: ignore[arg-type]
+        return x_TD
+
+    def hidden(self, tokens_L: Tensor, state: State) -> Tensor:
+        """Token ids (L,) → what the last norm gives out, (L, D) float32; the state grows, there are no gradients."""
+        tokens_L = self._checked([tokens_L], [state])
+        state.settle()
+        state.reserve(len(tokens_L))
+        with torch.inference_mode():
+            x_LD = self._body(tokens_L, Batch([len(tokens_L)], [state], tokens_L.device), [state])
+            state.length += len(tokens_L)
+            return self.norm(x_LD).float()
 
     def _memories(self, layer: int, states: Sequence[State] | None, rows: int) -> list[list[object]]:
         """For every mixer of a layer, what each row remembers."""

@@ -114,6 +114,24 @@ def models_folder() -> Path:
     return home() / "models"
 
 
+def store_folder(name: str) -> Path | None:
+    """Where a short-named model lies, or would; None for names that cannot be one."""
+    short = short_name(name)
+    return models_folder().joinpath(*short) if short else None
+
+
+def forget(model: LocalModel) -> None:
+    """Remove a model of the hub's cache: one file, or the whole repository where it is a folder."""
+    if model.path.is_file():
+        remove(model.path)
+        return
+    import shutil
+
+    folder = model.path.parent.parent
+    if folder.parent == hub_cache() and folder.name.startswith("models--"):
+        shutil.rmtree(folder)
+
+
 def resolve(name: str | os.PathLike[str], *, pull: bool = False, progress: Progress | None = None) -> Path:
     """The folder (config.json and safetensors), GGUF or pattern file that a name stands for.
 

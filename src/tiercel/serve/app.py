@@ -1,0 +1,263 @@
+"""`tiercel serve`: the routes, and a life from the first listen to the last answer.
+
+    Guard (who may call) → Desk (drain, request ids, errors, counting) → routes
+
+On SIGTERM the server stops listening, refuses what still comes, lets running answers go on for `drain` seconds, and
+ends the rest with an error event of their own; a second signal ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from tiercel.errors import TiercelError
+from tiercel.serve import library, ollama, openai, openapi, page, responses
+from tiercel.serve.errors import BUSY, Refusal, log, plain, reply, reply_to
+from tiercel.serve.metrics import Metrics
+from tiercel.serve.models import Models, Opener, open_model
+from tiercel.serve.security import Guard
+from tiercel.serve.settings import Settings
+from tiercel.serve.talk import Running
+
+
+class Service:
+    """What the routes share."""
+
+    def __init__(self, settings: Settings, opener: Opener = open_model) -> None:
+        self.settings = settings
+        self.models = Models(settings, opener)
+        self.metrics = Metrics()
+        self.running: set[Running] = set()
+        self.admitted = 0
+        self.draining = False
+
+    @contextlib.contextmanager
+    def admit(self) -> Iterator[None]:
+        """A place in the queue; raises Refusal at once when there is none."""
+        if self.admitted >= self.settings.slots + self.settings.queue:
+            raise Refusal(503, BUSY, code="busy", retry=1)
+        self.admitted += 1
+        try:
+            yield
+        finally:
+            self.admitted -= 1
+
+    def expire(self) -> None:
+        for running in list(self.running):
+            running.expire(Refusal(503, "the server is going down; the answer was cut short", code="shutdown"))
+
+
+class Desk:
+    """ASGI middleware: every request gets an id, every error a body, every response is counted."""
+
+    def __init__(self, app: Any, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        id, begun = secrets.token_hex(8), False
+        cycle = getattr(send, "__self__", None)  # uvicorn's: a stalled connection is dropped through it
+        if transport := getattr(cycle, "transport", None):
+            scope.setdefault("extensions", {})["tiercel.abort"] = transport.abort
+
+        async def out(message: Any) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                route = getattr(scope.get("route"), "path", "other")
+                self.service.metrics.requests.labels(route, str(message["status"])).inc()
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", id.encode())]
+            await send(message)
+
+        try:
+            if self.service.draining and scope["path"] != "/health":
+                raise Refusal(503, "the server is going down", retry=5)
+            await self.app(scope, receive, out)
+        except (ClientDisconnect, ConnectionError):
+            return
+        except HTTPException as error:
+            if not begun:
+                await reply(scope["path"], error.status_code, error.detail)(scope, receive, out)
+        except Exception as error:
+            if begun:
+                log.error("an error in the middle of a response", exc_info=error)
+                return
+            await reply_to(error, scope["path"])(scope, receive, out)
+
+
+async def health(request: Request) -> Response:
+    service: Service = request.app.state.service
+    status = "draining" if service.draining else "ok"
+    return Response(
+        plain({"status": status, "server": "tiercel"}), 503 if service.draining else 200, media_type="application/json"
+    )
+
+
+async def metrics(request: Request) -> Response:
+    service: Service = request.app.state.service
+    return Response(service.metrics.text(service), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def routes() -> list[Route]:
+    """Path, function, methods: one line each.  `openapi.py` describes the same table."""
+    table: list[tuple[str, Any, list[str]]] = [
+        ("/", page.root, ["GET", "HEAD"]),
+        ("/page/{name}", page.file, ["GET"]),
+        ("/health", health, ["GET"]),
+        ("/metrics", metrics, ["GET"]),
+        ("/openapi.json", openapi.document, ["GET"]),
+        ("/api/version", ollama.version, ["GET", "HEAD"]),
+        ("/api/tags", ollama.tags, ["GET", "HEAD"]),
+        ("/api/ps", ollama.ps, ["GET"]),
+        ("/api/generate", ollama.generate, ["POST"]),
+        ("/api/chat", ollama.chat, ["POST"]),
+        ("/api/embed", ollama.embed_, ["POST"]),
+        ("/api/embeddings", ollama.embeddings, ["POST"]),
+        ("/api/show", library.show, ["POST"]),
+        ("/api/pull", library.pull, ["POST"]),
+        ("/api/push", library.push, ["POST"]),
+        ("/api/create", library.create, ["POST"]),
+        ("/api/copy", library.copy, ["POST"]),
+        ("/api/delete", library.delete, ["DELETE"]),
+        ("/api/blobs/{digest}", library.blob, ["HEAD", "POST"]),
+        ("/v1/chat/completions", openai.chat_completions, ["POST"]),
+        ("/v1/completions", openai.completions, ["POST"]),
+        ("/v1/embeddings", openai.embeddings, ["POST"]),
+        ("/v1/responses", responses.responses, ["POST"]),
+        ("/v1/models", openai.models, ["GET"]),
+        ("/v1/models/{model:path}", openai.model, ["GET"]),
+    ]
+    return [Route(path, function, methods=methods) for path, function, methods in table]
+
+
+def make_app(service: Service) -> Any:
+    """The ASGI application."""
+
+    @contextlib.asynccontextmanager
+    async def life(app: Starlette) -> Any:
+        service.models.start()
+        yield
+        await service.models.close()
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        words = {404: "there is no such route", 405: "this method is not allowed here"}
+        response = reply(request.scope["path"], error.status_code, words.get(error.status_code, error.detail))
+        if allow := (error.headers or {}).get("Allow"):
+            response.headers["allow"] = allow
+        return response
+
+    async def refused(request: Request, error: Exception) -> Response:
+        return reply_to(error, request.scope["path"])
+
+    app = Starlette(routes=routes(), lifespan=life, exception_handlers={HTTPException: http_error, Refusal: refused})
+    app.state.service, app.state.settings = service, service.settings
+    app.router.redirect_slashes = False
+    return Guard(Desk(app, service), service.settings)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our way of going down."""
+
+    def __init__(self, service: Service, app: Any = None) -> None:
+        settings = service.settings
+        super().__init__(uvicorn.Config(
+            app or make_app(service), host=settings.host, port=settings.port, log_level="warning", access_log=False,
+            http="h11", ws="none", lifespan="on", server_header=False, date_header=True, proxy_headers=False,
+            h11_max_incomplete_event_size=settings.header_bytes + 4096, limit_concurrency=settings.connections,
+            timeout_graceful_shutdown=int(settings.drain) + 2, timeout_keep_alive=60,
+        ))  # fmt: skip
+        self.service = service
+        self._drain: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals start the drain, and the process ends with code 0 after it."""
+        loop = asyncio.get_running_loop()
+        caught = (signal.SIGINT, signal.SIGTERM)
+        try:
+            for number in caught:
+                loop.add_signal_handler(number, self.go_down)
+        except (NotImplementedError, RuntimeError, ValueError):  # another system, or a thread of a test
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number in caught:
+                loop.remove_signal_handler(number)
+
+    async def startup(self, sockets: Any = None) -> None:
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # uvicorn's way to say that the port is taken
+            self.should_exit = True
+            return
+        host, port = self.service.settings.host, self.servers[0].sockets[0].getsockname()[1]
+        where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        log.info("listening on %s (chat there; OpenAI's API at %s/v1, Ollama's at %s/api)", where, where, where)
+
+    def go_down(self) -> None:
+        if self.should_exit:
+            self.force_exit = True
+            self.service.expire()
+            return
+        self.service.draining = self.should_exit = True
+        loop = asyncio.get_running_loop()
+        loop.call_later(self.service.settings.drain, self.service.expire)
+
+
+def run(settings: Settings, names: list[str]) -> None:
+    """Serve until a signal comes.  names: models to load first; files of one's own get the name of their file."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    service = Service(settings)
+    asyncio.run(_run(service, names))
+
+
+async def _run(service: Service, names: list[str]) -> None:
+    for name in names:
+        lease = await service.models.lease(served_name(service, name))
+        service.models.pinned.add(lease.loaded.name)
+        lease.release()
+    server = Server(service)
+    await server.serve()
+    if not server.started:
+        raise TiercelError(
+            f"{service.settings.host}:{service.settings.port} cannot be listened on: another server is there, or the "
+            "address is not this machine's; choose another with --port"
+        )
+
+
+def served_name(service: Service, name: str) -> str:
+    """The name under which a model of the command line is asked for."""
+    import re
+
+    from tiercel.weights import hub
+
+    path = Path(name).expanduser()
+    if not (hub.is_path(name) or (path.exists() and hub.short_name(name) is None)):
+        return name
+    resolved = hub.resolve(name)
+    short = re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower() if path.is_file() else path.resolve().name.lower())
+    short = short.strip("-._")[:64] or "model"
+    service.models.paths[short] = resolved
+    return short

@@ -1,0 +1,87 @@
+"""Embeddings: the mean over a text's tokens of what the network's last norm gives out.
+
+These are vectors of a model that was trained to continue texts: fit for finding what is similar, below a model that
+was trained to embed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from tiercel.errors import ContextOverflow
+from tiercel.serve.errors import Refusal
+from tiercel.serve.models import Lease
+from tiercel.serve.settings import Settings
+from tiercel.serve.talk import check_ids
+
+Input = str | list[int]
+
+
+async def embed(
+    lease: Lease, inputs: Sequence[Input], settings: Settings, *, truncate: bool
+) -> tuple[list[list[float]], int]:
+    """A vector of the model's width for each text, and how many tokens they have together.
+
+    truncate: cut what is longer than the context, as asked for; otherwise refuse it (ContextOverflow).
+    """
+    if len(inputs) > settings.embed_inputs:
+        raise Refusal(400, f"up to {settings.embed_inputs} inputs at once, not {len(inputs)}")
+    ids = await asyncio.to_thread(lambda: [_ids(lease, text, truncate) for text in inputs])
+    lease.take(sum(map(len, ids)))
+    return [await _run(lease, row) for row in ids], sum(map(len, ids))
+
+
+def _ids(lease: Lease, text: Input, truncate: bool) -> list[int]:
+    model = lease.loaded.model
+    if isinstance(text, str) and model.text is None:
+        raise Refusal(400, f"{lease.named.name} has no tokenizer: give it token ids")
+    ids = model.text.encode(text) if isinstance(text, str) else list(text)
+    check_ids(model, ids)
+    if len(ids) > model.max_length and not truncate:
+        raise ContextOverflow("the input length exceeds the context length")
+    return ids[: model.max_length]
+
+
+async def _run(lease: Lease, ids: list[int]) -> list[float]:
+    """Chunk by chunk between the engine's steps, so that running answers wait for one chunk at most."""
+    run = Mean(lease.loaded.model.network, ids)
+    while not run.done:
+        await lease.loaded.engine.call(run.step)
+    return run.mean
+
+
+class Mean:
+    """The mean hidden state of a text, a chunk at a time."""
+
+    def __init__(self, network: Any, ids: Sequence[int]) -> None:
+        self.network, self.ids, self.read, self.state = network, ids, 0, None
+        self.total_D: Any = 0.0
+        self.mean: list[float] = []
+
+    @property
+    def done(self) -> bool:
+        return self.read == len(self.ids)
+
+    def step(self) -> None:
+        import torch
+
+        from tiercel.generate import PREFILL
+
+        self.state = self.state or self.network.new_state()
+        chunk = self.ids[self.read : self.read + PREFILL]
+        tokens_L = torch.tensor(chunk, device=self.network.embed.weight.device)
+        self.total_D = self.total_D + self.network.hidden(tokens_L, self.state).double().sum(0)
+        self.read += len(chunk)
+        if self.done:
+            self.mean = (self.total_D / len(self.ids)).tolist()
+            self.state = None  # here, on the thread that owns the states
+
+
+def normalized(vector: list[float], dimensions: int | None = None) -> list[float]:
+    """Cut to the first `dimensions`, and of length one."""
+    cut = vector[:dimensions] if dimensions else vector
+    length = math.sqrt(sum(x * x for x in cut)) or 1.0
+    return [x / length for x in cut]

@@ -1,0 +1,235 @@
+"""Which models are in memory: loaded when first asked for, kept for `keep_alive`, unloaded when nobody uses them.
+
+    lease = await models.lease("smollm2")     loads it if need be; it stays while the lease is held
+    lease.loaded.engine.submit(…)
+    lease.release(keep_alive)                 from now on it may be unloaded, in so many seconds
+
+Two names of one file share the network.  Where a new model does not fit, the one that was idle longest goes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tiercel.errors import DoesNotFit, ModelNotFound
+from tiercel.serve.errors import BUSY, Refusal, log
+from tiercel.serve.settings import Settings
+from tiercel.weights import hub
+from tiercel.weights.fetch import read_json
+
+Opener = Callable[[Path, Settings], tuple[Any, Any]]  # → (Model, AsyncEngine not yet started)
+
+
+def open_model(path: Path, settings: Settings) -> tuple[Any, Any]:
+    import tiercel
+    from tiercel.engine import AsyncEngine, Engine
+
+    model = tiercel.load(path)
+    engine = Engine(model, slots=settings.slots, max_queue=settings.queue)
+    _warm(engine)
+    return model, AsyncEngine(engine)
+
+
+def _warm(engine: Any) -> None:
+    """A few tokens for nobody: torch imports three seconds' worth of modules at its first step."""
+    from tiercel.sampling import SamplingParams
+
+    params = SamplingParams(max_tokens=3, ignore_eos=True, temperature=1.0, top_k=2, top_p=0.9, seed=0)
+    for _ in engine.run(engine.add([0], params, key="warm-up")):
+        pass
+    engine.forget("warm-up")
+
+
+@dataclass
+class Named:
+    """A name that may be asked for: the file behind it, and what its Modelfile added (`create`)."""
+
+    name: str
+    local: hub.LocalModel
+    extras: dict[str, Any] = field(default_factory=dict)  # parameters, system, template, messages, license
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A model in memory.  expires: seconds on the monotonic clock, inf for ever."""
+
+    name: str
+    path: Path
+    model: Any
+    engine: Any
+    expires: float = math.inf
+    users: int = 0
+    tokens: int = 0  # prompt tokens of the requests in flight
+    used: float = field(default_factory=time.monotonic)
+    size: int = 0
+
+
+class Lease:
+    """One request's hold on a loaded model."""
+
+    def __init__(self, models: Models, named: Named, loaded: Loaded, load: float) -> None:
+        self.models, self.named, self.loaded, self.load = models, named, loaded, load
+        self._held, self._tokens = True, 0
+        loaded.users += 1
+
+    def take(self, tokens: int) -> None:
+        """Count a prompt; raises Refusal when the prompts in flight are more than the queue may hold."""
+        loaded, settings = self.loaded, self.models.settings
+        most = settings.queue_contexts * loaded.model.max_length
+        if loaded.tokens and loaded.tokens + tokens > most:
+            raise Refusal(503, BUSY, code="busy", retry=2)
+        loaded.tokens += tokens
+        self._tokens += tokens
+
+    def release(self, keep_alive: float | None = None) -> None:
+        if not self._held:
+            return
+        self._held = False
+        self.loaded.users -= 1
+        self.loaded.tokens -= self._tokens
+        self.loaded.used = time.monotonic()
+        if keep_alive is None:
+            keep_alive = math.inf if self.loaded.name in self.models.pinned else self.models.settings.keep_alive
+        self.loaded.expires = self.loaded.used + keep_alive
+        self.models.wake.set()
+
+
+class Models:
+    def __init__(self, settings: Settings, opener: Opener = open_model) -> None:
+        self.settings, self.opener = settings, opener
+        self.loaded: dict[tuple[Any, ...], Loaded] = {}
+        self.paths: dict[str, Path] = {}  # names given on the command line for files of one's own
+        self.pinned: set[str] = set()  # names that stay for ever unless a request says otherwise
+        self.lock = asyncio.Lock()  # one model is loaded at a time
+        self.wake = asyncio.Event()
+        self._sweeper: asyncio.Task[None] | None = None
+
+    # ── names
+
+    def find(self, name: str) -> Named:
+        """Raises Refusal 404.  A client's name is never a path."""
+        short = name.removesuffix(":latest")
+        if path := self.paths.get(short):
+            return Named(short, hub.LocalModel(short, path, _bytes(path), "", path.stat().st_mtime, "path"))
+        try:
+            known = not hub.is_path(name) and (hub.short_name(name) or hub.repo_name(name))
+            local_ = hub.find(name) if known else None
+        except ModelNotFound:
+            local_ = None
+        if local_ is None or local_.source == "path":
+            raise Refusal(404, f"model '{name[:200]}' not found", param="model")
+        return Named(name, local_, extras_of(local_))
+
+    def all(self) -> list[Named]:
+        found = [Named(local.name, local, extras_of(local)) for local in hub.list_models()]
+        return [*(self.find(name) for name in self.paths), *found]
+
+    # ── memory
+
+    async def lease(self, name: str) -> Lease:
+        """Raises Refusal 404, DoesNotFit, FormatError."""
+        named = await asyncio.to_thread(self.find, name)
+        key = _key(named)
+        if key in self.loaded:
+            return Lease(self, named, self.loaded[key], 0.0)
+        began = time.monotonic()
+        async with self.lock:
+            if key not in self.loaded:
+                self.loaded[key] = await self._load(named)
+        return Lease(self, named, self.loaded[key], time.monotonic() - began)
+
+    async def _load(self, named: Named) -> Loaded:
+        while len(self.loaded) >= self.settings.models:
+            await self._make_room()
+        while True:
+            try:
+                model, engine = await asyncio.to_thread(self.opener, named.local.path, self.settings)
+                break
+            except DoesNotFit:
+                if not self.loaded:
+                    raise
+                await self._make_room()
+        if template := named.extras.get("template"):
+            model.text.templates["default"] = template
+        model.name = named.name
+        await _maybe(engine.start())
+        log.info("loaded %s", named.name)
+        return Loaded(named.name, named.local.path, model, engine, size=named.local.bytes)
+
+    async def _make_room(self) -> None:
+        """Unload the model that was idle longest; raises Refusal when all are at work."""
+        idle = [item for item in self.loaded.items() if item[1].users == 0 and item[1].name not in self.pinned]
+        if not idle:
+            raise Refusal(503, "all models in memory are at work; try again, or raise --models", retry=5)
+        await self._unload(min(idle, key=lambda item: item[1].used)[0])
+
+    async def _unload(self, key: tuple[Any, ...]) -> None:
+        loaded = self.loaded.pop(key)
+        await loaded.engine.close(0)
+        log.info("unloaded %s", loaded.name)
+        loaded.model = loaded.engine = None
+        await asyncio.to_thread(gc.collect)
+
+    async def unload(self, name: str) -> bool:
+        """Now if it is idle, else when its last answer has ended; False when it was not loaded."""
+        loaded = self.loaded.get(_key(await asyncio.to_thread(self.find, name)))
+        if loaded is None:
+            return False
+        loaded.expires = 0.0
+        await self._sweep()
+        return True
+
+    async def _sweep(self) -> None:
+        now = time.monotonic()
+        for key, loaded in list(self.loaded.items()):
+            if loaded.users == 0 and loaded.expires <= now and self.loaded.get(key) is loaded:
+                await self._unload(key)
+
+    def start(self) -> None:
+        self._sweeper = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            waits = [loaded.expires for loaded in self.loaded.values() if loaded.users == 0]
+            patience = min([*waits, math.inf]) - time.monotonic()
+            self.wake.clear()
+            try:
+                async with asyncio.timeout(None if patience == math.inf else max(patience, 0.01)):
+                    await self.wake.wait()
+            except TimeoutError:
+                pass
+            await self._sweep()
+
+    async def close(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for key in list(self.loaded):
+            await self._unload(key)
+
+
+def extras_of(local: hub.LocalModel) -> dict[str, Any]:
+    folder = hub.store_folder(local.name)
+    found = read_json(folder / "tiercel.json").get("extras") if folder else None
+    return found if isinstance(found, dict) else {}
+
+
+def _key(named: Named) -> tuple[Any, ...]:
+    """What makes two names one model: the same bytes and the same template."""
+    stat = named.local.path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, named.extras.get("template")
+
+
+def _bytes(path: Path) -> int:
+    return sum(f.stat().st_size for f in ([path] if path.is_file() else path.iterdir()) if f.is_file())
+
+
+async def _maybe(value: Any) -> None:
+    if asyncio.iscoroutine(value):
+        await value

@@ -1,0 +1,107 @@
+"""/openapi.json: what the routes take and answer, made from the classes that check the requests."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+import tiercel
+from tiercel.serve import library, ollama, openai, responses
+from tiercel.serve.errors import plain
+
+# path, method, what it does, body, its own statuses, media types of its answer
+Row = tuple[str, str, str, type[BaseModel] | None, tuple[int, ...], tuple[str, ...]]
+JSON, NDJSON, SSE = "application/json", "application/x-ndjson", "text/event-stream"
+TABLE: list[Row] = [
+    ("/", "get", "The chat page, or `Ollama is running`", None, (), ("text/html", "text/plain")),
+    ("/health", "get", "ok, or draining: answered without a key", None, (), (JSON,)),
+    ("/metrics", "get", "Prometheus' figures", None, (), ("text/plain",)),
+    ("/openapi.json", "get", "This page", None, (), (JSON,)),
+    ("/api/version", "get", "The version", None, (), (JSON,)),
+    ("/api/tags", "get", "The models that are here", None, (), (JSON,)),
+    ("/api/ps", "get", "The models in memory", None, (), (JSON,)),
+    (
+        "/api/generate",
+        "post",
+        "Answer a prompt; without one, load or unload",
+        ollama.Generate,
+        (404, 504),
+        (JSON, NDJSON),
+    ),
+    ("/api/chat", "post", "Answer a conversation", ollama.Chat, (404, 504), (JSON, NDJSON)),
+    ("/api/embed", "post", "Vectors of texts, of length one", ollama.Embed, (404,), (JSON,)),
+    ("/api/embeddings", "post", "The vector of a text (older form)", ollama.Embeddings, (404,), (JSON,)),
+    ("/api/show", "post", "What a model is", library.Show, (404,), (JSON,)),
+    ("/api/pull", "post", "Bring a model here", library.Pull, (404, 502), (JSON, NDJSON)),
+    ("/api/push", "post", "Not supported", library.Pull, (), (JSON,)),
+    ("/api/create", "post", "A model under a name of one's own", library.Create, (404,), (JSON, NDJSON)),
+    ("/api/copy", "post", "Another name for a model", library.Copy, (404,), (JSON,)),
+    ("/api/delete", "delete", "Remove a model", library.Named, (404,), (JSON,)),
+    ("/v1/chat/completions", "post", "Chat", openai.ChatCompletion, (404, 429, 504), (JSON, SSE)),
+    ("/v1/completions", "post", "Completions", openai.Completion, (404, 429, 504), (JSON, SSE)),
+    ("/v1/embeddings", "post", "Embeddings", openai.EmbeddingsRequest, (404, 429), (JSON,)),
+    ("/v1/responses", "post", "Responses, without storage", responses.ResponsesRequest, (404, 429, 504), (JSON, SSE)),
+    ("/v1/models", "get", "The models that are here", None, (), (JSON,)),
+]
+COMMON = {400: "the request is refused; the body says why", 401: "an API key is needed", 403: "Host, Origin or this "
+          "operation is not allowed", 408: "the request did not arrive in time", 413: "the body is too large",
+          431: "the headers are too large", 503: "busy or going down; see Retry-After", 404: "no such model",
+          429: "busy; see Retry-After", 502: "the hub could not be reached", 504: "a time limit passed"}  # fmt: skip
+
+
+@cache
+def table() -> dict[str, Any]:
+    schemas: dict[str, Any] = {"Error": {"type": "object", "required": ["error"], "properties": {"error": {}}}}
+    paths: dict[str, Any] = {}
+    for path, method, words, body, statuses, media in TABLE:
+        entry: dict[str, Any] = {"summary": words, "responses": _responses(path, statuses, media)}
+        if body is not None:
+            schema = body.model_json_schema(ref_template="#/components/schemas/{model}", by_alias=True)
+            schemas |= schema.pop("$defs", {})
+            schemas[body.__name__] = schema
+            content = {JSON: {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
+            entry["requestBody"] = {"required": True, "content": content}
+        paths.setdefault(path, {})[method] = entry
+    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+    paths["/v1/models/{model}"] = {
+        "get": {"summary": "One model", "parameters": [name], "responses": _responses("/v1/models", (404,), (JSON,))}
+    }
+    digest = {"name": "digest", "in": "path", "required": True, "schema": {"type": "string"}}
+    answers = _responses("/api/blobs", (404,), (JSON,)) | {"201": {"description": "created"}}
+    binary = {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+    paths["/api/blobs/{digest}"] = {
+        "post": {"summary": "Send a file in", "parameters": [digest], "requestBody": binary, "responses": answers}
+    }
+    description = (
+        "Fields that are not listed are ignored; the response header x-tiercel-ignored names them. "
+        "Each error is a JSON object with `error`."
+    )
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Tiercel", "version": tiercel.__version__, "description": description},
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _responses(path: str, statuses: tuple[int, ...], media: tuple[str, ...]) -> dict[str, Any]:
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    found: dict[str, Any] = {"200": {"description": "done", "content": {kind: {} for kind in media}}}
+    for status in sorted({400, 401, 403, 408, 413, 431, 503, *statuses}):
+        found[str(status)] = {"description": COMMON[status], "content": error}
+    return found
+
+
+async def document(request: Request) -> Response:
+    return Response(plain(table()), media_type="application/json")

@@ -1,0 +1,95 @@
+"""A request's body: bounded in bytes, time and depth, then checked field by field.
+
+Fields that a client sends and we do not know are not an error (clients add their own); their names come back in the
+response header `x-tiercel-ignored`, so that nothing is ignored in silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from tiercel.serve.errors import Refusal
+from tiercel.serve.settings import Settings
+
+
+class Body(BaseModel):
+    """Base of every request body: no conversion of types (a number is no string), unknown fields are kept aside."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    def ignored(self) -> list[str]:
+        return sorted(self.model_extra or ())
+
+
+B = TypeVar("B", bound=Body)
+
+
+async def read(request: Request, kind: type[B]) -> B:
+    """The checked body; raises Refusal 400, 408, 413."""
+    settings: Settings = request.app.state.settings
+    raw = await read_bytes(request, settings.body_bytes, settings.body_timeout)
+    if not raw.strip():
+        raise Refusal(400, "missing request body")
+    value = parse(raw, settings.json_depth)
+    if not isinstance(value, dict):
+        raise Refusal(400, "the request body must be a JSON object")
+    try:
+        body = kind.model_validate(value)
+    except ValidationError as error:
+        raise _refused(error) from None
+    request.state.ignored = [name for name in body.ignored() if re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name)][:16]
+    return body
+
+
+async def read_bytes(request: Request, limit: int, seconds: float) -> bytes:
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced[:20]) > limit:
+        raise Refusal(413, f"the request body is larger than {limit} bytes")
+    chunks, size = [], 0
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise Refusal(413, f"the request body is larger than {limit} bytes")
+                chunks.append(chunk)
+    except TimeoutError:
+        raise Refusal(408, f"the request did not arrive within {seconds:g} s") from None
+    return b"".join(chunks)
+
+
+def parse(raw: bytes, depth: int) -> Any:
+    """JSON as the standard has it: no NaN, no endless integers, nesting bounded."""
+    try:
+        value = json.loads(raw, parse_constant=_no_constant)
+    except RecursionError:
+        raise Refusal(400, f"the JSON is nested deeper than {depth}") from None
+    except ValueError as error:
+        raise Refusal(400, f"the body is not JSON: {str(error)[:200]}") from None
+    level, rest = 0, [value]
+    while rest:
+        level += 1
+        if level > depth:
+            raise Refusal(400, f"the JSON is nested deeper than {depth}")
+        inner = [item.values() if isinstance(item, dict) else item for item in rest if isinstance(item, (dict, list))]
+        rest = [item for items in inner for item in items if isinstance(item, (dict, list))]
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _refused(error: ValidationError) -> Refusal:
+    """The first complaint, as one line; missing fields as Ollama words them."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])[:200]
+    if first["type"] == "missing":
+        return Refusal(400, f"{where} is required", param=where)
+    return Refusal(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)

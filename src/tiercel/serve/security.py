@@ -1,0 +1,160 @@
+"""Who may call: the wall in front of every route.
+
+    headers too large → 431 · Host not ours → 403 · Origin not ours → 403 · no or a wrong key → 401
+
+Default deny: only `/health` is answered without a key and whatever the Host.  Decisions are made from the raw path
+of the request line, never from a URL rebuilt with the Host header (CVE-2026-48746 came from that).
+
+A foreign page in the user's browser cannot call us: its Origin is not on the list, and a name that was rebound to
+127.0.0.1 is not a Host of ours.  The key comes as `Authorization: Bearer KEY`, or as the password of Basic, which is
+what a browser asks the user for when the page is opened.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import ipaddress
+import re
+import socket
+from typing import Any
+
+from tiercel.serve.errors import reply
+from tiercel.serve.settings import Settings, is_loopback
+
+HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)(:[0-9]{1,5})?")
+APP_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")  # pages that are programs of the user's own
+OPEN = frozenset({"/health"})
+ALLOW_HEADERS = (
+    "Authorization, Content-Type, User-Agent, Accept, X-Requested-With, OpenAI-Beta, OpenAI-Organization, "
+    "OpenAI-Project, x-stainless-arch, x-stainless-async, x-stainless-custom-poll-interval, x-stainless-helper-method, "
+    "x-stainless-lang, x-stainless-os, x-stainless-package-version, x-stainless-poll-helper, x-stainless-retry-count, "
+    "x-stainless-runtime, x-stainless-runtime-version, x-stainless-timeout"
+)
+
+
+class Guard:
+    """ASGI middleware."""
+
+    def __init__(self, app: Any, settings: Settings) -> None:
+        self.app, self.settings = app, settings
+        self._key = _digest(settings.api_key) if settings.api_key else None
+        own = {name.lower() for name in settings.allow_hosts}
+        self._hosts = own if settings.loopback else own | {socket.gethostname().lower()}
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path, headers = scope["path"], scope["headers"]
+        if sum(len(name) + len(value) for name, value in headers) > self.settings.header_bytes:
+            await reply(path, 431, "the headers are too large")(scope, receive, send)
+            return
+        if path in OPEN:
+            await self.app(scope, receive, send)
+            return
+        hosts, origins = _values(headers, b"host"), _values(headers, b"origin")
+        if len(hosts) != 1 or not self.knows_host(hosts[0]):
+            await reply(path, 403, "this Host is not served; see --allow-host")(scope, receive, send)
+            return
+        if len(origins) > 1 or (origins and not self.knows_origin(origins[0], hosts[0])):
+            await reply(path, 403, "this Origin may not call; see --allow-origin")(scope, receive, send)
+            return
+        cors = _cors(origins[0]) if origins else []
+        send = _with_headers(send, cors)
+        if scope["method"] == "OPTIONS" and origins and _values(headers, b"access-control-request-method"):
+            await _preflight(send)
+            return
+        if not self.knows_key(_values(headers, b"authorization")):
+            await self._ask_for_key(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def knows_host(self, host: str) -> bool:
+        host = host.lower()
+        if not HOST.fullmatch(host):
+            return False
+        name = re.sub(r":[0-9]{1,5}$", "", host)
+        if is_loopback(name) or name in self._hosts:
+            return True
+        return not self.settings.loopback and _is_address(name)
+
+    def knows_origin(self, origin: str, host: str) -> bool:
+        origin = origin.lower()
+        if origin in (allowed.lower() for allowed in self.settings.allow_origins):
+            return True
+        scheme, separator, rest = origin.partition("://")
+        if not separator:
+            return False  # "null", a sandboxed frame, among them
+        if scheme in APP_SCHEMES:
+            return True
+        if scheme not in ("http", "https") or not HOST.fullmatch(rest):
+            return False
+        return rest == host.lower() or is_loopback(re.sub(r":[0-9]{1,5}$", "", rest))
+
+    def knows_key(self, values: list[str]) -> bool:
+        if self._key is None:
+            return True
+        given = _credential(values[0]) if len(values) == 1 else None
+        return hmac.compare_digest(_digest(given or ""), self._key)
+
+    async def _ask_for_key(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        browser = any("text/html" in value for value in _values(scope["headers"], b"accept"))
+        scheme = 'Basic realm="tiercel: the API key is the password"' if browser else "Bearer"
+        response = reply(scope["path"], 401, "an API key is needed, as Authorization: Bearer KEY")
+        response.headers["www-authenticate"] = scheme
+        await response(scope, receive, send)
+
+
+def _digest(text: str) -> bytes:
+    """Equal lengths for the comparison, whatever was sent."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+
+
+def _values(headers: list[tuple[bytes, bytes]], name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in headers if key == name]
+
+
+def _credential(header: str) -> str | None:
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return None
+    return None
+
+
+def _is_address(name: str) -> bool:
+    """An IP address cannot be rebound: only names can."""
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _cors(origin: str) -> list[tuple[bytes, bytes]]:
+    return [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"Origin"),
+            (b"access-control-expose-headers", b"x-request-id, retry-after")]  # fmt: skip
+
+
+def _with_headers(send: Any, more: list[tuple[bytes, bytes]]) -> Any:
+    async def out(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", []), *more, (b"x-content-type-options", b"nosniff")]
+        await send(message)
+
+    return out
+
+
+async def _preflight(send: Any) -> None:
+    headers = [(b"access-control-allow-methods", b"GET, POST, DELETE, HEAD, OPTIONS"),
+               (b"access-control-allow-headers", ALLOW_HEADERS.encode()),
+               (b"access-control-max-age", b"600")]  # fmt: skip
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,119 @@
+"""`tiercel run` with a running server: a Talker (console.py) that asks over HTTP, so that nothing is loaded twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tiercel.errors import ModelNotFound, RequestError
+from tiercel.sampling import SamplingParams
+from tiercel.serve.client import Client
+from tiercel.weights import hub
+
+OPTIONS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "seed": "seed",
+           "stop": "stop", "max_tokens": "num_predict", "repetition_penalty": "repeat_penalty",
+           "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Piece:
+    kind: str
+    text: str
+
+
+@dataclass
+class Times:
+    prompt: float = 0.0
+    generation: float = 0.0
+    total: float = 0.0
+
+
+@dataclass
+class Answer:
+    """What the server told; ids are not known here, only how many there were."""
+
+    text: str = ""
+    thoughts: str = ""
+    prompt_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    finish_reason: str | None = None
+    times: Times = field(default_factory=Times)
+
+
+class ServerTalker:
+    def __init__(self, client: Client, model: str) -> None:
+        self.client, self.model = client, model
+        self._last: Answer | None = None
+        self._base = SamplingParams(max_tokens=None)
+
+    @classmethod
+    def find(cls, model: str) -> ServerTalker | None:
+        """Where a server runs that has this model; a path is for this process to load."""
+        if hub.is_path(model) or (client := Client.find()) is None:
+            return None
+        try:
+            client.post("/api/show", {"model": model})
+        except (ModelNotFound, RequestError):
+            return None
+        return cls(client, model)
+
+    @property
+    def last(self) -> Any:
+        return self._last
+
+    def default_params(self) -> SamplingParams:
+        """What is left at these values is not sent: the server knows the model's own."""
+        return dataclasses.replace(self._base)
+
+    def ask(
+        self, prompt: Any, params: SamplingParams, *, raw: bool = False, think: bool | None = None
+    ) -> Iterator[Any]:
+        body: dict[str, Any] = {"model": self.model, "options": self._options(params)}
+        if think is not None:
+            body["think"] = think
+        if isinstance(prompt, str):
+            path, body = "/api/generate", body | {"prompt": prompt, "raw": raw}
+        else:
+            path, body = "/api/chat", body | {"messages": prompt}
+        self._last = Answer()
+        return self._pieces(path, body, self._last)
+
+    def _options(self, params: SamplingParams) -> dict[str, Any]:
+        changed = {
+            part.name: getattr(params, part.name)
+            for part in dataclasses.fields(params)
+            if getattr(params, part.name) != getattr(self._base, part.name)
+        }
+        unknown = next((name for name in changed if name not in OPTIONS), None)
+        if unknown:
+            raise RequestError(f"{unknown} cannot be asked of a server; stop it (or set TIERCEL_HOST) to run here")
+        return {OPTIONS[name]: value for name, value in changed.items()}
+
+    def _pieces(self, path: str, body: dict[str, Any], answer: Answer) -> Iterator[Piece]:
+        began = time.perf_counter()
+        try:
+            for line in self.client.stream(path, body):
+                message = line.get("message", line)
+                for kind, text in (("thinking", message.get("thinking", "")),
+                                   ("text", message.get("content", message.get("response", "")))):  # fmt: skip
+                    if not text:
+                        continue
+                    if kind == "text":
+                        answer.text += text
+                    else:
+                        answer.thoughts += text
+                    yield Piece(kind, text)
+                if line["done"]:
+                    answer.finish_reason = line["done_reason"]
+                    answer.prompt_ids = [0] * line["prompt_eval_count"]
+                    answer.token_ids = [0] * line["eval_count"]
+                    answer.cached_tokens = line["cached_tokens"]
+                    answer.times.prompt = line["prompt_eval_duration"] / 1e9
+                    answer.times.generation = line["eval_duration"] / 1e9
+        finally:
+            answer.times.total = time.perf_counter() - began
+            answer.finish_reason = answer.finish_reason or "abort"

@@ -1,0 +1,211 @@
+"""Models under names of one's own: copied, made from a Modelfile, removed.
+
+    <home>/models/<name>/<tag>/<file>.gguf, tiercel.json       what `hub` finds; a copy is a hard link, no new bytes
+    <home>/blobs/sha256-<64 hex>                               files sent in, for `create`
+
+tiercel.json may carry `extras`: the Modelfile's parameters, system, template (Jinja), messages, license.
+No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tiercel.errors import FormatError, ModelNotFound, RequestError
+from tiercel.weights import hub
+from tiercel.weights.atomic import atomic_write
+from tiercel.weights.fetch import file_digest, read_json
+
+DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
+EXTRAS = ("parameters", "system", "template", "messages", "license", "from")
+
+
+def blob_path(digest: str) -> Path:
+    """The only way from a digest to a path: 64 hex digits or RequestError."""
+    found = DIGEST.fullmatch(digest)
+    if not found:
+        raise RequestError("a digest is sha256: and 64 hexadecimal digits")
+    return hub.home() / "blobs" / f"sha256-{found[1]}"
+
+
+def copy(source: str, target: str) -> None:
+    """Another name for a model.  Raises ModelNotFound, RequestError."""
+    local = hub.find(source)
+    if local is None:
+        raise ModelNotFound(f"{source} is not on this machine; type: tiercel pull {source}")
+    old = hub.store_folder(local.name)
+    extras = read_json(old / "tiercel.json").get("extras") if old else None
+    put(target, local, extras if isinstance(extras, dict) else {})
+
+
+def put(target: str, local: hub.LocalModel, extras: Mapping[str, Any]) -> None:
+    """Make `target` a name of the model, with what a Modelfile adds."""
+    folder = hub.store_folder(target)
+    if folder is None:
+        raise RequestError(f"{target[:80]!r} cannot be a name: small letters, digits and .-_, with a tag after a colon")
+    if not local.path.is_file():
+        raise RequestError(f"{local.name} is a folder of several files; export it to one .gguf first: "
+                           f"tiercel export {local.name} model.gguf")  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    file = "model.gguf" if local.path.suffix.lower() != ".gguf" else local.path.name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", file):
+        file = "model.gguf"
+    real = local.path.resolve()
+    if not (folder / file).exists() or not real.samefile(folder / file):
+        part = folder / f".{file}.part"
+        part.unlink(missing_ok=True)
+        try:
+            os.link(real, part)
+        except OSError:  # another file system
+            shutil.copyfile(real, part)
+        part.replace(folder / file)
+    known = read_json(real.parent / "tiercel.json").get("sha256")
+    sha256 = known if isinstance(known, str) else file_digest(folder / file, lambda what, done, total: None)
+    manifest = {"name": target, "source": local.source or local.name, "file": file, "sha256": sha256,
+                "bytes": (folder / file).stat().st_size, "extras": dict(extras)}  # fmt: skip
+    with atomic_write(folder / "tiercel.json") as out:
+        out.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+
+
+def remove(name: str) -> None:
+    """Take a model off this machine.  Raises ModelNotFound."""
+    folder = hub.store_folder(name)
+    if folder is not None and (folder / "tiercel.json").is_file():
+        (folder / "tiercel.json").unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+        return
+    repo = hub.repo_name(name) if not hub.is_path(name) else None
+    local = hub.find(name) if repo else None
+    if repo is None or local is None or local.source == "path":
+        raise ModelNotFound(f"no model {name[:80]!r}; type: tiercel list")
+    hub.forget(local)
+
+
+# ── Modelfiles
+
+
+def create(name: str, wanted: Modelfile, folder: Path) -> None:
+    """Make `name` of a Modelfile; a FROM that is a path counts from the Modelfile's folder.
+
+    Raises RequestError, ModelNotFound, FormatError.
+    """
+    extras = check_extras(wanted.extras)
+    base = wanted.base
+    if hub.is_path(base):
+        base = str((folder / Path(base).expanduser()).resolve())
+    local = hub.find(base)
+    if local is None:
+        raise ModelNotFound(f"{base} is not on this machine; type: tiercel pull {base}")
+    old = None if local.source == "path" else hub.store_folder(local.name)
+    before = read_json(old / "tiercel.json").get("extras") if old else None
+    put(name, local, {**(before if isinstance(before, dict) else {}), **extras, "from": wanted.base})
+
+
+@dataclass
+class Modelfile:
+    """FROM, and what is added.  parameters: Ollama's option names; `stop` collects a list."""
+
+    base: str = ""
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+WORDS = ("FROM", "PARAMETER", "TEMPLATE", "SYSTEM", "ADAPTER", "LICENSE", "MESSAGE", "REQUIRES")
+
+
+def parse_modelfile(text: str) -> Modelfile:
+    """Raises RequestError naming the line."""
+    found = Modelfile()
+    lines = text.split("\n")
+    number = 0
+    while number < len(lines):
+        line, at = lines[number].strip(), number + 1
+        number += 1
+        if not line or line.startswith("#"):
+            continue
+        word, _, value = line.partition(" ")
+        value = value.strip()
+        if value.startswith('"""'):
+            value = value[3:]
+            while '"""' not in value:
+                if number >= len(lines):
+                    raise RequestError(f'line {at}: the closing """ is missing')
+                value += "\n" + lines[number]
+                number += 1
+            value = value[: value.index('"""')].strip("\n")
+        elif len(value) > 1 and value[0] == value[-1] == '"':
+            value = value[1:-1]
+        _instruction(found, word.upper(), value, at)
+    if not found.base:
+        raise RequestError("a Modelfile needs a FROM line")
+    return found
+
+
+def _instruction(found: Modelfile, word: str, value: str, at: int) -> None:
+    if word not in WORDS:
+        raise RequestError(f"line {at}: {word[:40]!r} is no instruction; there are {', '.join(WORDS)}")
+    if word == "ADAPTER":
+        raise RequestError(f"line {at}: ADAPTER is not served; merge the adapter into the model first")
+    if not value:
+        raise RequestError(f"line {at}: {word} needs a value")
+    if word == "FROM":
+        found.base = value
+    elif word in ("TEMPLATE", "SYSTEM"):
+        found.extras[word.lower()] = value
+    elif word == "LICENSE":
+        found.extras["license"] = [*found.extras.get("license", ()), value]
+    elif word == "MESSAGE":
+        role, _, content = value.partition(" ")
+        found.extras.setdefault("messages", []).append({"role": role.lower(), "content": content.strip().strip('"')})
+    elif word == "PARAMETER":
+        name, _, text = value.partition(" ")
+        _parameter(found.extras.setdefault("parameters", {}), name, text.strip())
+
+
+def _parameter(parameters: dict[str, Any], name: str, text: str) -> None:
+    if name == "stop":
+        parameters.setdefault("stop", []).append(text.strip('"'))
+        return
+    try:
+        parameters[name] = json.loads(text)
+    except ValueError:
+        raise RequestError(f"PARAMETER {name[:40]} needs a number, not {text[:40]!r}") from None
+
+
+def check_extras(extras: Mapping[str, Any]) -> dict[str, Any]:
+    """What `create` may add, with its types.  Raises RequestError."""
+    kinds: dict[str, Any] = {"parameters": dict, "system": str, "template": str, "messages": list,
+                             "license": (str, list), "from": str}  # fmt: skip
+    found = {name: value for name, value in extras.items() if value not in (None, "", [], {})}
+    for name, value in found.items():
+        if name not in kinds or not isinstance(value, kinds[name]):
+            raise RequestError(f"{name} has the wrong type")
+    for message in found.get("messages", ()):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RequestError("messages: each needs a role and a content")
+    template = found.get("template")
+    if template is not None:
+        check_template(template)
+    return found
+
+
+def check_template(template: str) -> None:
+    """A chat template is Jinja here; Ollama's are Go's, and are recognised."""
+    if re.search(r"\{\{-?\s*(if|range|end|else|template|with)?\s*[.$]|\{\{-?\s*end\s*-?\}\}", template):
+        raise RequestError("TEMPLATE is in Go's template language; models bring their own, leave it out (or use Jinja)")
+    from tiercel.text.template import render
+
+    sample = [{"role": "user", "content": "Hello"}]
+    try:
+        render(template, {"messages": sample, "tools": None, "add_generation_prompt": True, "bos_token": "",
+                          "eos_token": ""})  # fmt: skip
+    except FormatError as error:
+        raise RequestError(f"the template is no Jinja: {error}") from None

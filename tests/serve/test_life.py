@@ -1,0 +1,283 @@
+"""A server under bad weather: clients that hang up, too many of them, slow ones, and a signal in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+LONG = {"model": "tiny", "prompt": "Why?", "options": {"num_predict": 400, "temperature": 0.9}, "stream": True}
+
+
+def open_stream(port, body=LONG, path="/api/generate"):
+    """A connection whose request has been sent."""
+    raw = socket.create_connection(("127.0.0.1", port), timeout=60)
+    data = json.dumps(body | ({"ignore_eos": True} if path.startswith("/v1") else {})).encode()
+    raw.sendall(
+        b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(data)) + data
+    )
+    return raw
+
+
+FOREVER = {"model": "tiny", "prompt": "Why?", "max_tokens": 490, "stream": True}
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def at_rest(server):
+    service = server.service
+    engines = [loaded.engine.engine for loaded in service.models.loaded.values()]
+    return not service.running and service.admitted == 0 and all(
+        engine.idle and loaded.users == 0 and loaded.tokens == 0
+        for engine, loaded in zip(engines, service.models.loaded.values(), strict=True)
+    )  # fmt: skip
+
+
+def test_who_hangs_up_frees_the_slot_at_once(start):
+    server = start()
+    raw = open_stream(server.port, FOREVER, "/v1/completions")
+    assert b"200 OK" in raw.recv(100)
+    assert until(lambda: server.service.running)
+    raw.close()
+    assert until(lambda: at_rest(server), 1.0)
+    quiet = open_stream(server.port, FOREVER | {"stream": False}, "/v1/completions")
+    assert until(lambda: server.service.running)
+    quiet.close()
+    assert until(lambda: at_rest(server), 1.0), "also when nothing is streamed"
+
+
+def test_clients_that_hang_up_at_random_leave_nothing_behind(start):
+    server = start()
+    rng = random.Random(3)
+
+    def visit(number):
+        body = FOREVER | {"max_tokens": rng.randint(1, 60), "seed": number, "stream": rng.random() < 0.7}
+        raw = open_stream(server.port, body, "/v1/completions")
+        if rng.random() < 0.3:
+            time.sleep(rng.random() * 0.05)
+            raw.close()
+            return None
+        data = b""
+        while piece := raw.recv(65536):
+            data += piece
+            if data.endswith((b"0\r\n\r\n", b"}\r\n0\r\n\r\n")) or (b"\r\n\r\n{" in data and data.endswith(b"}")):
+                break
+        raw.close()
+        return data
+
+    with ThreadPoolExecutor(8) as pool:
+        first = [data for data in pool.map(visit, range(20)) if data is not None]
+    assert until(lambda: at_rest(server))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with ThreadPoolExecutor(16) as pool:
+        rest = [data for data in pool.map(visit, range(20, 80)) if data is not None]
+    assert all(data.startswith(b"HTTP/1.1 200") for data in first + rest)
+    assert until(lambda: at_rest(server))
+    assert until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= before + 2)
+
+
+def test_too_many_are_sent_away_at_once_and_the_rest_are_served(start):
+    server = start(slots=2, queue=4)
+    server.ask("POST", "/api/generate", {"model": "tiny"})
+    slow = []
+
+    def visit(number):
+        began = time.perf_counter()
+        path = "/v1/completions" if number % 2 else "/api/generate"
+        body = {"model": "tiny", "prompt": "x", "stream": False} | (
+            {"max_tokens": 60, "ignore_eos": True} if number % 2 else {"options": {"num_predict": 60}})  # fmt: skip
+        status, headers, data = server.raw("POST", path, body)
+        if status != 200:
+            slow.append(time.perf_counter() - began)
+            assert status == (429 if number % 2 else 503) and int(headers["retry-after"]) >= 1
+            assert b"maximum pending requests" in data
+        return status
+
+    with ThreadPoolExecutor(40) as pool:
+        found = list(pool.map(visit, range(60)))
+    assert 6 <= found.count(200) < 60 and set(found) == {200, 429, 503}
+    assert sorted(slow)[len(slow) // 2] < 0.5
+    assert until(lambda: at_rest(server))
+
+
+def test_too_many_prompt_tokens_wait_elsewhere(start):
+    server = start(queue_contexts=1)
+    raws = [
+        open_stream(server.port, FOREVER | {"prompt": "x" * 200, "max_tokens": 300}, "/v1/completions") for _ in "ab"
+    ]
+    assert until(lambda: len(server.service.running) == 2)
+    assert server.raw("POST", "/v1/completions", {"model": "tiny", "prompt": "y" * 200})[0] == 429
+    for raw in raws:
+        raw.close()
+    assert until(lambda: at_rest(server))
+
+
+def test_an_answer_that_takes_too_long_ends_with_an_error(start):
+    server = start(total_timeout=0.2)
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 480, "ignore_eos": True}
+    server.ask("POST", "/api/generate", {"model": "tiny"})
+    status, answer = server.ask("POST", "/v1/completions", body)
+    assert status == 504 and answer["error"]["code"] == "timeout"
+    last = server.events("/v1/completions", body | {"stream": True})[-1]
+    assert "too long" in last["error"]["message"]
+    assert until(lambda: at_rest(server))
+
+
+def test_a_reader_that_takes_nothing_is_cut_off(start):
+    """Small socket buffers, an answer that is larger than them, and nobody reads."""
+    server = start(stall_timeout=0.5)
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    raw.connect(("127.0.0.1", server.port))
+    data = json.dumps({"model": "tiny", "input": ["x"] * 512}).encode()
+    for _ in range(3):  # several answers on one connection, about 350 KB each
+        raw.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+    assert until(lambda: server.service.admitted > 0)
+    assert until(lambda: at_rest(server), 20)
+    time.sleep(1.5)
+    raw.settimeout(5)
+    taken = 0
+    try:
+        while piece := raw.recv(65536):
+            taken += len(piece)
+    except OSError:
+        pass
+    assert taken < 3_000_000
+    raw.close()
+
+
+def test_models_come_and_go(start):
+    server = start(models=1, keep_alive=0.2)
+    assert server.ask("POST", "/api/generate", {"model": "tiny"})[0] == 200
+    assert server.ask("POST", "/api/generate", {"model": "thinker"})[0] == 200
+    assert [model["name"] for model in server.ask("GET", "/api/ps")[1]["models"]] == ["thinker:latest"]
+    assert until(lambda: not server.service.models.loaded, 3), "nobody asked for it again"
+    raw = open_stream(server.port, FOREVER, "/v1/completions")
+    assert until(lambda: server.service.running)
+    assert server.ask("POST", "/api/generate", {"model": "thinker"})[0] == 503, "the only place is taken"
+    raw.close()
+    assert until(lambda: at_rest(server))
+
+
+def test_a_model_that_does_not_fit_takes_the_place_of_an_idle_one(start):
+    from tiercel.errors import DoesNotFit
+    from tiercel.serve.models import open_model
+
+    inside: list[str] = []
+
+    def opener(path, settings):
+        if path.name == "thinker" and inside == ["tiny"]:
+            inside.clear()
+            raise DoesNotFit("thinker needs 9 GB and 1 GB are free")
+        inside.append(path.name)
+        return open_model(path, settings)
+
+    server = start(opener=opener)
+    assert server.ask("POST", "/api/generate", {"model": "tiny"})[0] == 200
+    assert server.ask("POST", "/api/generate", {"model": "thinker"})[0] == 200
+    assert len(server.service.models.loaded) == 1
+
+
+def serve(checkpoints, drain, tmp_path, port):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TIERCEL_HOME": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tiercel", "serve", str(checkpoints["tiny"]), "--port", str(port),
+         "--drain", str(drain)],
+        env=env, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stderr:
+        if "listening" in line:
+            break
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+    return process
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def drained(checkpoints, tmp_path, drain, tokens, rng):
+    """SIGTERM with 16 answers in flight; what each client read, the exit code, and the seconds it took."""
+    port = free_port()
+    process = serve(checkpoints, drain, tmp_path, port)
+    read, sent = [], []
+
+    def visit(number):
+        path = "/v1/completions" if number % 2 else "/api/generate"
+        body = FOREVER | {"max_tokens": tokens} if number % 2 else LONG | {"options": {"num_predict": tokens}}
+        raw, data = open_stream(port, body, path), b""
+        sent.append(number)
+        while piece := raw.recv(65536):
+            data += piece
+            if data.endswith((b"\r\n0\r\n\r\n", b'"}', b"}}")) and (b"chunked" not in data or data.endswith(b"\n")):
+                break
+        raw.close()
+        read.append((number, data))
+
+    threads = [threading.Thread(target=visit, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    assert until(lambda: len(sent) == 16)
+    time.sleep(0.1 + rng.random() * 0.3)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.15)
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        refused = False
+    except OSError:
+        refused = True
+    code = process.wait(drain + 10)
+    seconds = time.monotonic() - began
+    for thread in threads:
+        thread.join(5)
+    process.stderr.close()
+    return read, code, seconds, refused
+
+
+def check_ends(read, cut):
+    assert len(read) == 16
+    for number, data in read:
+        if cut and data.startswith(b"HTTP/1.1 503"):  # it was still in the queue
+            assert b"the server is going down" in data
+            continue
+        assert data.startswith(b"HTTP/1.1 200") and data.endswith(b"\r\n0\r\n\r\n"), data[-200:]
+        if number % 2:
+            assert b"data: [DONE]" in data
+            assert cut or b'"finish_reason":"length"' in data
+        else:
+            assert b'"done":true' in data or (cut and b'"error"' in data)
+
+
+def test_sigterm_lets_answers_finish(checkpoints, tmp_path):
+    read, code, seconds, refused = drained(checkpoints, tmp_path, 20, 60, random.Random(0))
+    check_ends(read, cut=False)
+    assert code == 0 and refused and seconds < 22
+
+
+@pytest.mark.slow
+def test_sigterm_many_times(checkpoints, tmp_path):
+    for round in range(int(os.environ.get("TIERCEL_DRAINS", "5"))):
+        drain = 1 if round % 2 else 20
+        read, code, seconds, _ = drained(checkpoints, tmp_path, drain, 450 if drain == 1 else 40, random.Random(round))
+        check_ends(read, cut=True)
+        assert code == 0 and seconds < drain + 2
