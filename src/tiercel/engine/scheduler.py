@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from tiercel.engine.request import Choice, Request
+from tiercel.engine.request import Choice
 
 BESIDE = 64  # prompt tokens in a step beside running answers: some five steps' time on a CPU
 
@@ -29,11 +29,6 @@ class Row:
     def tokens(self) -> list[int]:
         start = self.choice.length
         return self.choice.tokens[start : start + self.count] + self.drafts
-
-    @property
-    def answers(self) -> bool:
-        """Whether it reads to the end, so that the next token can be chosen."""
-        return self.count == self.choice.pending
 
 
 class Scheduler:
@@ -98,10 +93,6 @@ class Scheduler:
         for choice in readers:
             choice.overtaken += total - given[id(choice)]
         return rows
-
-    def of(self, request: Request) -> list[Choice]:
-        """Its choices that run or wait."""
-        return [choice for choice in (*self.running, *self.waiting) if choice.request is request]
 
 
 def _order(choice: Choice) -> tuple[int, int]:

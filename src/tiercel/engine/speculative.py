@@ -125,7 +125,7 @@ class ModelDrafter:
         if any((len(tokens) + k) // chunk > len(tokens) // chunk for chunk in self._chunks):
             if start < len(tokens) - 1:  # read what is certain: the way back begins behind it
                 self._step(tokens[start : len(tokens) - 1])
-            self._mark = self.state.bookmark()
+            self._mark = self.state.snapshot()
         out: list[int] = []
         new = list(tokens[self.state.length :])
         for _ in range(k):

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PAGE = (
-    64  # tokens of a page (PAGE in ops/cpu/kernels.h): whole tiles of keys, and what a snapshot's last page may waste
-)
+# tokens of a page (PAGE in ops/cpu/kernels.h): whole tiles of keys, and what a snapshot's last page may waste
+PAGE = 64
 
 spoil = os.environ.get("TIERCEL_SPOIL") == "1"  # fill memory with NaN when it is new and when it is free: for tests
 

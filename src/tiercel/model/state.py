@@ -561,8 +561,6 @@ class State:
         layers = [({k: t.clone() for k, t in part.tensors().items()}, part.base) for part in self._recurrent]
         return Snapshot(self.length, self._pages.share(self.length), tuple(layers))
 
-    bookmark = snapshot  # one was cheaper once, and could be lost
-
     def restore(self, snapshot: Snapshot) -> None:
         """Be as when the snapshot was taken."""
         self.length = 0

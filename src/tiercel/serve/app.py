@@ -14,7 +14,7 @@ import logging
 import secrets
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from tiercel.errors import TiercelError
 from tiercel.serve import library, ollama, openai, openapi, page, responses
 from tiercel.serve.errors import BUSY, Refusal, log, plain, reply, reply_to
 from tiercel.serve.metrics import Metrics
-from tiercel.serve.models import Models, Opener, open_model
+from tiercel.serve.models import Lease, Models, Opener, open_model
 from tiercel.serve.security import Guard
 from tiercel.serve.settings import Settings
 from tiercel.serve.talk import Running
@@ -56,6 +56,16 @@ class Service:
             yield
         finally:
             self.admitted -= 1
+
+    @contextlib.asynccontextmanager
+    async def lease(self, name: str, keep_alive: float | None = None) -> AsyncIterator[Lease]:
+        """A place in the queue and a model, as long as one is inside.  Raises what `admit` and `Models.lease` do."""
+        with self.admit():
+            lease = await self.models.lease(name)
+            try:
+                yield lease
+            finally:
+                lease.release(keep_alive)
 
     def expire(self) -> None:
         for running in list(self.running):

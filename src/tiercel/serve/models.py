@@ -159,7 +159,7 @@ class Models:
         if template := named.extras.get("template"):
             model.text.templates["default"] = template
         model.name = named.name
-        await _maybe(engine.start())
+        engine.start()
         log.info("loaded %s", named.name)
         return Loaded(named.name, named.local.path, model, engine, size=named.local.bytes)
 
@@ -228,8 +228,3 @@ def _key(named: Named) -> tuple[Any, ...]:
 
 def _bytes(path: Path) -> int:
     return sum(f.stat().st_size for f in ([path] if path.is_file() else path.iterdir()) if f.is_file())
-
-
-async def _maybe(value: Any) -> None:
-    if asyncio.iscoroutine(value):
-        await value

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from starlette.requests import Request
@@ -27,6 +27,9 @@ from tiercel.serve.models import Lease, Loaded, Named
 from tiercel.serve.requests import Body, read
 from tiercel.serve.stream import Lines, Reply, Whole
 from tiercel.serve.talk import Ask, Counts, Part
+
+if TYPE_CHECKING:
+    from tiercel.text.tools import ToolDelta
 
 KeepAlive = int | float | str | None
 ThinkField = bool | Literal["low", "medium", "high", "max", ""] | None
@@ -236,7 +239,7 @@ def _examples(named: Named) -> list[dict[str, Any]]:
     return list(named.extras.get("messages") or ())
 
 
-def _object(call: talk.Call) -> dict[str, Any]:
+def _object(call: ToolDelta) -> dict[str, Any]:
     import json
 
     try:
@@ -273,53 +276,48 @@ async def _events(request: Request, body: Asked, say: Say, raw: bool) -> AsyncGe
     service = request.app.state.service
     streaming = body.stream is not False
     began = time.perf_counter()
-    with service.admit():
-        lease = await service.models.lease(body.model)
-        kept = keep_alive(body.keep_alive)
-        try:
-            given, context, ignored = _params(lease, body)
-            request.state.ignored = [*getattr(request.state, "ignored", ()), *ignored][:16]
-            if body.think and "thinking" not in talk.capabilities(lease.loaded.model):
-                raise Refusal(400, f'"{body.model}" does not support thinking')
-            ask = await asyncio.to_thread(
-                talk.prepare, lease, say.prompt(lease), given, tools=say.tools,
-                think=None if body.think == "" else body.think, structured=format_of(body.format), context=context,
-            )  # fmt: skip
-            say.finish(ask)
-            counts, said, calls = Counts(), [], _Calls()
-            async with talk.answer(service, lease, ask, counts) as parts:
-                async for part in parts:
-                    said += part.tokens
-                    part.calls = calls.complete(part)
-                    if part.empty:
-                        continue
-                    line: dict[str, Any] = {"model": body.model, "created_at": now(), **say.words(part), "done": False}
-                    if part.logprobs:
-                        line["logprobs"] = logprobs(lease.loaded.model.text, part, body.top_logprobs or 0)
-                    if not streaming:
-                        line["_part"] = part
-                    if part.finish is None:
-                        yield line
-                        continue
-                    reason = "length" if part.finish == "length" else "stop"
-                    yield line | {"done": True, "done_reason": reason} | say.last(ask, said) | durations(
-                        counts, began, lease.load
-                    )  # fmt: skip
-        finally:
-            lease.release(kept)
+    async with service.lease(body.model, keep_alive(body.keep_alive)) as lease:
+        given, context, ignored = _params(lease, body)
+        request.state.ignored = [*getattr(request.state, "ignored", ()), *ignored][:16]
+        if body.think and "thinking" not in talk.capabilities(lease.loaded.model):
+            raise Refusal(400, f'"{body.model}" does not support thinking')
+        ask = await asyncio.to_thread(
+            talk.prepare, lease, say.prompt(lease), given, tools=say.tools,
+            think=None if body.think == "" else body.think, structured=format_of(body.format), context=context,
+        )  # fmt: skip
+        say.finish(ask)
+        counts, said, calls = Counts(), [], _Calls()
+        async with talk.answer(service, lease, ask, counts) as parts:
+            async for part in parts:
+                said += part.tokens
+                part.calls = calls.complete(part)
+                if part.empty:
+                    continue
+                line: dict[str, Any] = {"model": body.model, "created_at": now(), **say.words(part), "done": False}
+                if part.logprobs:
+                    line["logprobs"] = logprobs(lease.loaded.model.text, part, body.top_logprobs or 0)
+                if not streaming:
+                    line["_part"] = part
+                if part.finish is None:
+                    yield line
+                    continue
+                reason = "length" if part.finish == "length" else "stop"
+                yield line | {"done": True, "done_reason": reason} | say.last(ask, said) | durations(
+                    counts, began, lease.load
+                )  # fmt: skip
 
 
 class _Calls:
     """Pieces of tool calls → whole ones, as this dialect sends them: a call is whole when the next thing comes."""
 
     def __init__(self) -> None:
-        self.open: talk.Call | None = None
+        self.open: ToolDelta | None = None
 
-    def complete(self, part: Part) -> list[talk.Call]:
-        done: list[talk.Call] = []
+    def complete(self, part: Part) -> list[ToolDelta]:
+        done: list[ToolDelta] = []
         for call in part.calls:
             if self.open is not None and call.index == self.open.index:
-                self.open.arguments += call.arguments
+                self.open += call
                 continue
             done += [self.open] if self.open is not None else []
             self.open = call
@@ -410,12 +408,8 @@ async def embed_(request: Request) -> Response:
 
     async def make() -> dict[str, Any]:
         service = request.app.state.service
-        with service.admit():
-            lease = await service.models.lease(body.model)
-            try:
-                vectors, count = await embed(lease, texts, service.settings, truncate=body.truncate is not False)
-            finally:
-                lease.release(keep_alive(body.keep_alive))
+        async with service.lease(body.model, keep_alive(body.keep_alive)) as lease:
+            vectors, count = await embed(lease, texts, service.settings, truncate=body.truncate is not False)
         return {"model": body.model, "embeddings": [normalized(vector, body.dimensions) for vector in vectors],
                 "total_duration": _ns(time.perf_counter() - began), "load_duration": _ns(lease.load),
                 "prompt_eval_count": count}  # fmt: skip
@@ -431,12 +425,8 @@ async def embeddings(request: Request) -> Response:
 
     async def make() -> dict[str, Any]:
         service = request.app.state.service
-        with service.admit():
-            lease = await service.models.lease(body.model)
-            try:
-                vectors, _ = await embed(lease, [body.prompt] if body.prompt else [], service.settings, truncate=True)
-            finally:
-                lease.release(keep_alive(body.keep_alive))
+        async with service.lease(body.model, keep_alive(body.keep_alive)) as lease:
+            vectors, _ = await embed(lease, [body.prompt] if body.prompt else [], service.settings, truncate=True)
         return {"embedding": vectors[0] if vectors else []}
 
     return Whole(request, make)

@@ -15,7 +15,7 @@ import secrets
 import struct
 import time
 from collections.abc import AsyncGenerator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from starlette.requests import Request
@@ -28,7 +28,10 @@ from tiercel.serve.models import Lease
 from tiercel.serve.ollama import tagged
 from tiercel.serve.requests import Body, read
 from tiercel.serve.stream import SentEvents, Whole
-from tiercel.serve.talk import Ask, Call, Counts, Part, Think
+from tiercel.serve.talk import Ask, Counts, Part, Think
+
+if TYPE_CHECKING:
+    from tiercel.text.tools import ToolDelta
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 
@@ -292,17 +295,13 @@ async def open_chat(request: Request, body: ChatCompletion, lease: Lease) -> Ask
 
 async def _chat(request: Request, body: ChatCompletion) -> dict[str, Any]:
     service = request.app.state.service
-    with service.admit():
-        lease = await service.models.lease(body.model)
-        try:
-            ask = await open_chat(request, body, lease)
-            counts = Counts()
-            async with talk.answer(service, lease, ask, counts) as parts:
-                done = await talk.whole(parts, ask.params.n)
-            text = lease.loaded.model.text
-            choices = [_choice(part, text, body) for part in done]
-        finally:
-            lease.release()
+    async with service.lease(body.model) as lease:
+        ask = await open_chat(request, body, lease)
+        counts = Counts()
+        async with talk.answer(service, lease, ask, counts) as parts:
+            done = await talk.whole(parts, ask.params.n)
+        text = lease.loaded.model.text
+        choices = [_choice(part, text, body) for part in done]
     return _head("chatcmpl", "chat.completion", body.model) | {
         "choices": choices, "usage": usage(counts), "timings": timings(counts),
     }  # fmt: skip
@@ -324,43 +323,37 @@ def _choice(part: Part, text: Any, body: ChatCompletion) -> dict[str, Any]:
 
 async def _chat_events(request: Request, body: ChatCompletion) -> AsyncGenerator[Any, None]:
     service = request.app.state.service
-    with service.admit():
-        lease = await service.models.lease(body.model)
-        try:
-            ask = await open_chat(request, body, lease)
-            counts, head = Counts(), _head("chatcmpl", "chat.completion.chunk", body.model)
-            wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-            extra = {"usage": None} if wants_usage else {}
+    async with service.lease(body.model) as lease:
+        ask = await open_chat(request, body, lease)
+        counts, head = Counts(), _head("chatcmpl", "chat.completion.chunk", body.model)
+        wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        extra = {"usage": None} if wants_usage else {}
 
-            def chunk(choice: int, delta: dict[str, Any], finish: str | None = None, more: Any = None) -> Any:
-                entry = {"index": choice, "delta": delta, "finish_reason": finish, "logprobs": more}
-                return head | {"choices": [entry]} | extra
+        def chunk(choice: int, delta: dict[str, Any], finish: str | None = None, more: Any = None) -> Any:
+            entry = {"index": choice, "delta": delta, "finish_reason": finish, "logprobs": more}
+            return head | {"choices": [entry]} | extra
 
-            begun: set[int] = set()
-            async with talk.answer(service, lease, ask, counts) as parts:
-                async for part in parts:
-                    if part.choice not in begun:
-                        begun.add(part.choice)
-                        yield chunk(part.choice, {"role": "assistant", "content": ""})
-                    if part.thinking:
-                        yield chunk(part.choice, {"reasoning_content": part.thinking})
-                    more = (
-                        chat_logprobs(lease.loaded.model.text, part, body.top_logprobs or 0) if part.logprobs else None
-                    )
-                    if part.text or more:
-                        yield chunk(part.choice, {"content": part.text}, more=more)
-                    for call in part.calls:
-                        yield chunk(part.choice, {"tool_calls": [_call_delta(call)]})
-                    if part.finish is not None:
-                        yield chunk(part.choice, {}, part.finish)
-            if wants_usage:
-                yield head | {"choices": [], "usage": usage(counts), "timings": timings(counts)}
-            yield "[DONE]"
-        finally:
-            lease.release()
+        begun: set[int] = set()
+        async with talk.answer(service, lease, ask, counts) as parts:
+            async for part in parts:
+                if part.choice not in begun:
+                    begun.add(part.choice)
+                    yield chunk(part.choice, {"role": "assistant", "content": ""})
+                if part.thinking:
+                    yield chunk(part.choice, {"reasoning_content": part.thinking})
+                more = chat_logprobs(lease.loaded.model.text, part, body.top_logprobs or 0) if part.logprobs else None
+                if part.text or more:
+                    yield chunk(part.choice, {"content": part.text}, more=more)
+                for call in part.calls:
+                    yield chunk(part.choice, {"tool_calls": [_call_delta(call)]})
+                if part.finish is not None:
+                    yield chunk(part.choice, {}, part.finish)
+        if wants_usage:
+            yield head | {"choices": [], "usage": usage(counts), "timings": timings(counts)}
+        yield "[DONE]"
 
 
-def _call_delta(call: Call) -> dict[str, Any]:
+def _call_delta(call: ToolDelta) -> dict[str, Any]:
     if call.name is None:
         return {"index": call.index, "function": {"arguments": call.arguments}}
     return {"index": call.index, "id": call.id, "type": "function",
@@ -448,8 +441,7 @@ def _completion_given(body: Completion) -> dict[str, Any]:
 async def _completions(request: Request, body: Completion, prompts: list[str | list[int]]) -> dict[str, Any]:
     service = request.app.state.service
     n, total, choices = body.n or 1, Counts(), []
-    with service.admit():
-        lease = await service.models.lease(body.model)
+    async with service.lease(body.model) as lease:
         text = lease.loaded.model.text
 
         async def one(number: int, prompt: str | list[int]) -> tuple[Counts, list[dict[str, Any]]]:
@@ -465,8 +457,6 @@ async def _completions(request: Request, body: Completion, prompts: list[str | l
                 tasks = [group.create_task(one(number, prompt)) for number, prompt in enumerate(prompts)]
         except* Exception as errors:
             raise errors.exceptions[0] from None
-        finally:
-            lease.release()
     for counts, found in (task.result() for task in tasks):
         choices += found
         for name in ("prompt", "cached", "said", "reasoning"):
@@ -498,29 +488,25 @@ def _completion_logprobs(text: Any, part: Part, top: int, offset: int) -> dict[s
 
 async def _completion_events(request: Request, body: Completion, prompt: str | list[int]) -> AsyncGenerator[Any, None]:
     service = request.app.state.service
-    with service.admit():
-        lease = await service.models.lease(body.model)
-        try:
-            text = lease.loaded.model.text
-            ask = await _open(request, body, prompt, _completion_given(body), lease)
-            counts, head = Counts(), _head("cmpl", "text_completion", body.model)
-            wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-            extra = {"usage": None} if wants_usage else {}
-            echo = (prompt if isinstance(prompt, str) else text.decode(prompt)) if body.echo else ""
-            async with talk.answer(service, lease, ask, counts) as parts:
-                if echo:
-                    for choice in range(ask.params.n):
-                        entry = {"text": echo, "index": choice, "finish_reason": None, "logprobs": None}
-                        yield head | {"choices": [entry]} | extra
-                async for part in parts:
-                    if part.empty:
-                        continue
-                    yield head | {"choices": [_completion_choice(0, part, text, body, "")]} | extra
-            if wants_usage:
-                yield head | {"choices": [], "usage": usage(counts), "timings": timings(counts)}
-            yield "[DONE]"
-        finally:
-            lease.release()
+    async with service.lease(body.model) as lease:
+        text = lease.loaded.model.text
+        ask = await _open(request, body, prompt, _completion_given(body), lease)
+        counts, head = Counts(), _head("cmpl", "text_completion", body.model)
+        wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        extra = {"usage": None} if wants_usage else {}
+        echo = (prompt if isinstance(prompt, str) else text.decode(prompt)) if body.echo else ""
+        async with talk.answer(service, lease, ask, counts) as parts:
+            if echo:
+                for choice in range(ask.params.n):
+                    entry = {"text": echo, "index": choice, "finish_reason": None, "logprobs": None}
+                    yield head | {"choices": [entry]} | extra
+            async for part in parts:
+                if part.empty:
+                    continue
+                yield head | {"choices": [_completion_choice(0, part, text, body, "")]} | extra
+        if wants_usage:
+            yield head | {"choices": [], "usage": usage(counts), "timings": timings(counts)}
+        yield "[DONE]"
 
 
 # ── embeddings and models
@@ -534,12 +520,8 @@ async def embeddings(request: Request) -> Response:
 
     async def make() -> dict[str, Any]:
         service = request.app.state.service
-        with service.admit():
-            lease = await service.models.lease(body.model)
-            try:
-                vectors, count = await embed(lease, inputs, service.settings, truncate=False)
-            finally:
-                lease.release()
+        async with service.lease(body.model) as lease:
+            vectors, count = await embed(lease, inputs, service.settings, truncate=False)
         data = []
         for index, vector in enumerate(vectors):
             value: Any = normalized(vector, body.dimensions)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 from starlette.requests import Request
@@ -20,6 +20,9 @@ from tiercel.serve.openai import ChatCompletion, open_chat
 from tiercel.serve.requests import Body, read
 from tiercel.serve.stream import NamedEvents, Whole
 from tiercel.serve.talk import Counts, Part
+
+if TYPE_CHECKING:
+    from tiercel.text.tools import ToolDelta
 
 
 class ResponsesRequest(Body):
@@ -196,7 +199,7 @@ class _Writer:
         return [*events, self.event("response.output_text.delta",
                                     **self._at(content_index=0, delta=text, logprobs=[]))]  # fmt: skip
 
-    def _call(self, call: talk.Call) -> list[dict[str, Any]]:
+    def _call(self, call: ToolDelta) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         if call.name is not None:
             events += self._begin({"id": f"fc_{secrets.token_hex(12)}", "type": "function_call",
@@ -238,29 +241,25 @@ async def _events(
     request: Request, body: ResponsesRequest, chat: ChatCompletion
 ) -> AsyncGenerator[dict[str, Any], None]:
     service = request.app.state.service
-    with service.admit():
-        lease = await service.models.lease(body.model)
-        try:
-            ask = await open_chat(request, chat, lease)
-            counts, writer, finish = Counts(), _Writer(body), "stop"
-            async with talk.answer(service, lease, ask, counts) as parts:
-                for kind in ("response.created", "response.in_progress"):
-                    yield writer.event(kind, response=writer.response("in_progress"))
-                async for part in parts:
-                    for event in writer.write(part):
-                        yield event
-                    finish = part.finish or finish
-            for event in [*([] if writer.open else writer.text("")), *writer.close()]:
-                yield event
-            short = finish == "length"
-            status = "incomplete" if short else "completed"
-            done = writer.response(
-                status, completed_at=int(time.time()), usage=_usage(counts),
-                incomplete_details={"reason": "max_output_tokens"} if short else None,
-            )  # fmt: skip
-            yield writer.event(f"response.{status}", response=done)
-        finally:
-            lease.release()
+    async with service.lease(body.model) as lease:
+        ask = await open_chat(request, chat, lease)
+        counts, writer, finish = Counts(), _Writer(body), "stop"
+        async with talk.answer(service, lease, ask, counts) as parts:
+            for kind in ("response.created", "response.in_progress"):
+                yield writer.event(kind, response=writer.response("in_progress"))
+            async for part in parts:
+                for event in writer.write(part):
+                    yield event
+                finish = part.finish or finish
+        for event in [*([] if writer.open else writer.text("")), *writer.close()]:
+            yield event
+        short = finish == "length"
+        status = "incomplete" if short else "completed"
+        done = writer.response(
+            status, completed_at=int(time.time()), usage=_usage(counts),
+            incomplete_details={"reason": "max_output_tokens"} if short else None,
+        )  # fmt: skip
+        yield writer.event(f"response.{status}", response=done)
 
 
 def _usage(counts: Counts) -> dict[str, Any]:

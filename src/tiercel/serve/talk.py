@@ -23,6 +23,7 @@ from tiercel.serve.models import Lease
 
 if TYPE_CHECKING:
     from tiercel.serve.app import Service
+    from tiercel.text.tools import ToolDelta
 
 # How long each effort may think, in tokens; None: as long as it takes.
 EFFORTS: dict[str, int | None] = {"minimal": 256, "low": 1024, "medium": 4096, "high": None, "xhigh": None,
@@ -44,23 +45,13 @@ class Ask:
 
 
 @dataclass
-class Call:
-    """A tool call, or the next piece of one: the first has id and name."""
-
-    index: int
-    id: str | None = None
-    name: str | None = None
-    arguments: str = ""
-
-
-@dataclass
 class Part:
     """What one step added to one choice.  finish: "stop", "length", "tool_calls" with the last part of a choice."""
 
     choice: int = 0
     thinking: str = ""
     text: str = ""
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ToolDelta] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[tuple[int, dict[int, Any]]] = field(default_factory=list)  # (token, the likeliest there)
     finish: str | None = None
@@ -328,8 +319,8 @@ async def _parts(running: Running, ask: Ask, counts: Counts, service: Service) -
             first_at = time.perf_counter()
             times = update.request.times
             counts.cached = update.request.cached_tokens
-            counts.queue_s = getattr(times, "queue", 0.0) or 0.0
-            counts.prompt_s = getattr(times, "prompt", 0.0) or first_at - submitted
+            counts.queue_s = times.queue
+            counts.prompt_s = times.prompt or first_at - submitted
             service.metrics.first_token(first_at - counts.began)
         counts.said += len(update.token_ids)
         counts.said_s = time.perf_counter() - first_at
@@ -381,7 +372,7 @@ class _Choice:
                 part.text += item
             else:
                 self.called = True
-                part.calls.append(Call(item.index, item.id, item.name, item.arguments))
+                part.calls.append(item)
 
 
 async def whole(parts: AsyncIterator[Part], n: int) -> list[Part]:
@@ -397,5 +388,5 @@ async def whole(parts: AsyncIterator[Part], n: int) -> list[Part]:
             if call.index >= len(into.calls):
                 into.calls.append(call)
             else:
-                into.calls[call.index].arguments += call.arguments
+                into.calls[call.index] += call
     return done

@@ -28,7 +28,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 DEEPEST = 64
 ARGUMENT_KEYS = ("arguments", "parameters")
@@ -74,6 +74,10 @@ class ToolDelta:
     id: str | None = None
     name: str | None = None
     arguments: str = ""
+
+    def __add__(self, more: ToolDelta) -> ToolDelta:
+        """The call so far and its next piece."""
+        return replace(self, arguments=self.arguments + more.arguments)
 
 
 @dataclass
