@@ -58,6 +58,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
     return build
 
 
+@pytest.fixture(scope="module")
+def net() -> Any:
+    """The tiny network of every kind of layer."""
+    import tiny
+
+    return tiny.network()
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as GGUF: $TIERCEL_TEST_SMOLLM2, or where `tiercel pull smollm2` put it."""

@@ -7,17 +7,7 @@ import tiny
 from tiercel.errors import ContextOverflow, RequestError
 from tiercel.generate import PREFILL, Generation, generate_reference
 from tiercel.sampling import SamplingParams
-
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def net():
-    return tiny.network()
-
-
-def ids(length, seed=0):
-    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+from tiny import GREEDY, ids
 
 
 @pytest.mark.parametrize("words", [tiny.EVERY_KIND, "mamba1/-", "mamba2", "attention", "attention+mamba2"])

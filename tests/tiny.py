@@ -10,8 +10,10 @@ from tiercel.families.pattern import PATTERN, pattern, rows
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
+from tiercel.sampling import SamplingParams
 from tiercel.weights.load import NetworkSource, export
 
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 EVERY_KIND = "attention+mamba2 mamba1 mamba2/moe attention/-"
 
 
@@ -30,6 +32,11 @@ def network(words: str = EVERY_KIND, seed: int = 0, *, native: bool = True, **ch
     if native:
         net.pack()
     return net
+
+
+def ids(length: int, seed: int = 0) -> list[int]:
+    """A random text of ordinary tokens."""
+    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def checkpoint(folder: Path, words: str = EVERY_KIND, template: str | None = None, **changes) -> Path:

@@ -11,6 +11,7 @@ from tiercel.engine.scheduler import BESIDE
 from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
 from tiercel.sampling import SamplingParams
+from tiny import ids
 
 
 def greedy(count, **more):
@@ -20,10 +21,6 @@ def greedy(count, **more):
 @pytest.fixture(scope="module")
 def net():
     return tiny.network(max_length=4096)
-
-
-def ids(length, seed=0):
-    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 class Counting:

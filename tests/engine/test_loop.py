@@ -4,26 +4,15 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-import tiny
 from tiercel.engine.engine import Engine
 from tiercel.engine.loop import AsyncEngine
 from tiercel.errors import Busy, RequestError
 from tiercel.generate import generate_reference
 from tiercel.sampling import SamplingParams
+from tiny import GREEDY, ids
 
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def net():
-    return tiny.network()
-
-
-def ids(length, seed=0):
-    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def engine(net, **changes):

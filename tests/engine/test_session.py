@@ -15,17 +15,7 @@ from tiercel.engine.session import Session
 from tiercel.errors import FormatError, RequestError
 from tiercel.generate import generate_reference
 from tiercel.sampling import SamplingParams
-
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def net():
-    return tiny.network()
-
-
-def ids(length, seed=0):
-    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+from tiny import GREEDY, ids
 
 
 def conversation(net):

@@ -11,15 +11,12 @@ import torch
 import tiny
 from tiercel.engine.speculative import ModelDrafter, NgramDrafter, Speculation, StepCosts
 from tiercel.sampling import Sampler, SamplingParams
+from tiny import ids
 
 KINDS = [tiny.EVERY_KIND, "mamba1/-", "mamba2", "attention", "attention+mamba2"]
 V = 300
 GREEDY = SamplingParams(temperature=0, max_tokens=None)
 SAMPLED = SamplingParams(temperature=1.3, top_p=0.95, seed=7, repetition_penalty=1.2, logprobs=2, max_tokens=None)
-
-
-def ids(length, seed=0):
-    return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def accepted(logits_KV, draft, sampler):

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PAGE = 64  # tokens
 PROGRAMS = 264  # as many pieces are made of the work where there are few texts: two for each processor of an H100
 
 
