@@ -122,7 +122,9 @@ class PackedRows:
         S_BLIN: Tensor = LinearScan.apply(decay_BLIN, added_BLIN)
         return (S_BLIN @ C_BLN.unsqueeze(-1)).squeeze(-1).flatten(0, 1)
 
-    def ssd(self, C_TGN: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, chunk: int = CHUNK) -> Tensor:
+    def ssd(
+        self, C_TGN: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, chunk: int = CHUNK
+    ) -> Tensor:
         """Mamba-2 → y (T, H, P)."""
         (B, L), (G, N), (H, P) = self.shape, B_TGN.shape[1:], x_THP.shape[1:]
         Q = min(chunk, L)
