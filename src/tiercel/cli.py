@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from tiercel.errors import RequestError, TiercelError
+from tiercel.train.cli import app as train_app
 
 if TYPE_CHECKING:
     from tiercel.console import Prompt, Talker
@@ -83,6 +84,8 @@ def _print_json(value: Any) -> None:
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode=None, help="Hybrid language models, run on your machine.")  # fmt: skip
+
+app.add_typer(train_app, name="train")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 ModelName = Annotated[str, typer.Argument(help="Short name, org/repo of the hub, folder or .gguf file.")]
