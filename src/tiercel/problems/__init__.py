@@ -48,11 +48,13 @@ def training(seed: int = 0, families: list[str] | None = None) -> Iterator[Probl
             yield family.training(rng, rng.choices(TRAINED, SIZES)[0])
 
 
-def conversations(seed: int = 0, families: list[str] | None = None) -> Iterator[list[Message]]:
+def conversations(
+    seed: int = 0, families: list[str] | None = None, *, earlier: float = 0.125
+) -> Iterator[list[Message]]:
     """Problems as conversations, the way a model meets them; only the last answer of each is to be learned.
 
-    One in eight has earlier turns, without their thoughts, as a chat template leaves them; one in twenty-five a system
-    message; one in forty, of the easy ones, has no thoughts (`--no-think`).
+    earlier: the share with earlier turns, their thoughts left out as chat templates do.  One in twenty-five has a
+    system message; one in forty, of the easy ones, no thoughts (`--no-think`).
     """
     rng = random.Random(f"conversations {seed}")
     problems = training(seed, families)
@@ -60,11 +62,11 @@ def conversations(seed: int = 0, families: list[str] | None = None) -> Iterator[
         messages: list[Message] = []
         if rng.random() < 0.04:
             messages.append({"role": "system", "content": rng.choice(SYSTEMS)})
-        if rng.random() < 0.125:
+        if rng.random() < earlier:
             for _ in range(rng.randint(1, 2)):
-                earlier = next(problems)
-                messages += [{"role": "user", "content": earlier.question},
-                             {"role": "assistant", "content": earlier.answer}]  # fmt: skip
+                past = next(problems)
+                messages += [{"role": "user", "content": past.question},
+                             {"role": "assistant", "content": past.answer}]  # fmt: skip
         problem = next(problems)
         question, reply = problem.messages()
         if problem.size == 1 and rng.random() < 0.12:

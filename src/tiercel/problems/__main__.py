@@ -38,7 +38,7 @@ def write(
     from rich.progress import track
 
     console = Console(stderr=True)
-    made = itertools.islice(conversations(seed, _known(family)), count)
+    made = itertools.islice(conversations(seed, _known(family), earlier=0), count)
     with atomic_write(out) as file:
         for messages in track(made, "writing", total=count, console=console, disable=not console.is_terminal):
             file.write(json.dumps({"messages": messages}, ensure_ascii=False).encode() + b"\n")
