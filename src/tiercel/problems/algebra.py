@@ -13,6 +13,8 @@ def algebra(rng: random.Random, size: int) -> Problem:
     name = rng.choice("xxxynabzktm")
     top_k, top_x, top_b = {1: (1, 20, 20), 2: (9, 12, 40), 3: (9, 30, 60), LARGER: (30, 60, 500)}[size]
     k, x, b = rng.randint(2, max(2, top_k)) if size > 1 else 1, rng.randint(1, top_x), rng.randint(1, top_b)
+    if size == LARGER:
+        k, x, b = rng.randint(10, top_k), rng.randint(31, top_x), rng.randint(61, top_b)
     minus = rng.random() < 0.4
     if minus and k * x <= b:
         b = rng.randint(1, max(1, k * x - 1))
@@ -103,9 +105,9 @@ def modulo(rng: random.Random, size: int) -> Problem:
 
 
 def gcd(rng: random.Random, size: int) -> Problem:
-    high = {1: 20, 2: 60, 3: 99, LARGER: 400}[size]
+    low, high = {1: (1, 20), 2: (1, 60), 3: (1, 99), LARGER: (100, 400)}[size]
     common = rng.randint(1, max(2, high // 5)) if rng.random() < 0.6 else 1
-    a, b = (rng.randint(1, max(1, high // common)) * common for _ in range(2))
+    a, b = (rng.randint(-(-low // common), max(1, high // common)) * common for _ in range(2))
     question = rng.choice((
         "What is the gcd of {a} and {b}?", "gcd({a}, {b})", "Find the greatest common divisor of {a} and {b}.",
         "What is the greatest common divisor of {a} and {b}?", "Compute gcd({a}, {b}).",
@@ -114,23 +116,23 @@ def gcd(rng: random.Random, size: int) -> Problem:
     x, y, lines = max(a, b), min(a, b), []
     lines.append(f"{x},{y}")
     while y:
-        lines.append(f"{x}={x // y}*{y}={x // y * y}+{x % y}")
+        lines.append(f"{x // y}*{y}={x // y * y},{x}-{x // y * y}={x % y}")
         x, y = y, x % y
     return Problem("gcd", question, "\n".join(lines), str(x), f"{min(a, b)} {max(a, b)}", size)
 
 
 def sequences(rng: random.Random, size: int) -> Problem:
     """The next number: a constant difference, a constant factor, or differences that grow by a constant."""
-    step = rng.randint(1, {1: 9, 2: 12, 3: 20, LARGER: 60}[size])
-    start = rng.randint(0, {1: 20, 2: 40, 3: 60, LARGER: 400}[size])
+    step = rng.randint(*{1: (1, 9), 2: (1, 12), 3: (1, 20), LARGER: (21, 60)}[size])
+    start = rng.randint(*{1: (0, 20), 2: (0, 40), 3: (0, 60), LARGER: (100, 400)}[size])
     kind = rng.choice(("same", "down", "times", "grows") if size > 1 else ("same", "same", "down"))
     if kind == "same":
         items = [start + i * step for i in range(5)]
     elif kind == "down":
         items = [start + (4 - i) * step for i in range(5)]
     elif kind == "times":
-        factor = rng.randint(2, 3 if size < LARGER else 4)
-        items = [rng.randint(1, 6 if size < LARGER else 20)]
+        factor = rng.randint(2, 3) if size < LARGER else 4
+        items = [rng.randint(1, 6) if size < LARGER else rng.randint(7, 20)]
         while len(items) < 5:
             items.append(items[-1] * factor)
     else:

@@ -2,9 +2,8 @@
 
 The thoughts search backwards: with one number set aside, what would the other two have to make, and do they?
 
-    6 3 7 to 27
-    6: 3+7=10 7-3=4 3*7=21, 27-6=21      found: 3*7=21
-    3*7+6
+    6:3+7=10,7-3=4,3*7=21;27+6=33,27-6=21 yes      of 6, 3, 7 to make 27: what the others make; what is needed
+    3*7                                            and the answer is (3*7)+6
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def search(chosen: list[int], target: int) -> tuple[str, str]:
 
 def reaches(answer: str, problem: Problem) -> bool:
     """Whether the expression uses each number once and gives the target: any solution counts."""
-    text = answer.strip().split("=")[0].replace("×", "*").replace("÷", "/")
+    text = answer.strip().rstrip(".").split("=")[0].replace("×", "*").replace("÷", "/")
     try:
         used: list[int] = []
         value = _value(ast.parse(text[:200], mode="eval").body, used)

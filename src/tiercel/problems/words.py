@@ -78,14 +78,14 @@ PIECES: tuple[tuple[int, str, str, str], ...] = (
 
 def word_problem(rng: random.Random, size: int) -> Problem:
     steps = min(size, 3) if size != LARGER else rng.randint(2, 3)
-    high = {1: 30, 2: 60, 3: 60, LARGER: 500}[size]
+    low, high = {1: (2, 30), 2: (2, 60), 3: (2, 60), LARGER: (100, 500)}[size]
     chosen = rng.choice([i for i, piece in enumerate(PIECES) if piece[0] == steps] + [-1] * 6)
     if chosen < 0:
-        names, (text, worked, key) = _cast(rng), _story(rng, steps, high)
+        names, (text, worked, key) = _cast(rng), _story(rng, steps, low, high)
         question, kind = text.format(**names), "story"
     else:
         _, text, drawn, plan = PIECES[chosen]
-        values = _draw(rng, drawn, high)
+        values = _draw(rng, drawn, low, high)
         question = text.format(**_cast(rng), **values)
         worked = _follow(plan.split(), values)
         key, kind = " ".join(f"{n}{v}" for n, v in sorted(values.items())), f"piece {chosen}"
@@ -104,13 +104,13 @@ def _cast(rng: random.Random) -> dict[str, str]:
             "l": rng.choice(PLACES)}  # fmt: skip
 
 
-def _draw(rng: random.Random, drawn: str, high: int) -> dict[str, int]:
+def _draw(rng: random.Random, drawn: str, low: int, high: int) -> dict[str, int]:
     values: dict[str, int] = {}
     for word in drawn.split():
         if "=" in word:
             name, how = word.split("=")
             if how == "n":
-                values[name] = rng.randint(2, high)
+                values[name] = rng.randint(low, high)
             elif how == "m":
                 values[name] = rng.randint(2, 9)
             elif how == "fill":  # so that the sum with a is a multiple of k
@@ -169,8 +169,8 @@ ENDINGS = ("How many {o} does {N} have now?", "How many {o} does {he} have in th
            "How many {o} does {N} have left?")  # fmt: skip
 
 
-def _story(rng: random.Random, steps: int, high: int) -> tuple[str, list[tuple[int, str, int]], str]:
-    now = rng.randint(2, high)
+def _story(rng: random.Random, steps: int, low: int, high: int) -> tuple[str, list[tuple[int, str, int]], str]:
+    now = rng.randint(low, high)
     text, worked, key = [rng.choice(OPENINGS).replace("{x}", str(now))], [], str(now)
     for _ in range(steps):
         signs = ["+", "+", "-", "-"] + (["*"] if now <= 60 else [])

@@ -3,7 +3,8 @@
     478+65:         8+5=13|3     the column's sum with the carry, then the digits so far
                     7+6+1=14|43
                     4+0+1=5|543
-    47*86:          7*6=42|2 …   a partial product per digit, zeros in place, then their sum
+    47*6:           7*6=42|2     a partial product per digit of 86, zeros in place, then their sum
+                    4*6=24,+4=28|282
     357/4:          3=0*4+3|0    what is left, divided; then the digits so far
                     35=8*4+3|08
 
@@ -80,7 +81,7 @@ def _partial(a: int, digit: int, place: int) -> Lines:
     for i, x in enumerate(A):
         total = x * digit + carry
         sofar = (str(total) if i == len(A) - 1 else str(total % 10)) + sofar
-        lines.append(f"{x}*{digit}={x * digit}{f'+{carry}={total}' if i else ''}|{sofar}")
+        lines.append(f"{x}*{digit}={x * digit}{f',+{carry}={total}' if i else ''}|{sofar}")
         carry = total // 10
     return lines
 
