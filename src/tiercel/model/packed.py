@@ -33,7 +33,7 @@ SMALLEST = -87.0  # exp of less is no contribution
 class PackedRows:
     """starts (B, L) bool: where documents begin; the first column always does."""
 
-    native, packed = False, True
+    native = False
 
     def __init__(self, starts_BL: Tensor, *, recompute: bool = False) -> None:
         """recompute: a block's activations are not kept for the way back but made again (slower, less memory)."""
@@ -126,7 +126,7 @@ class PackedRows:
         self, C_TGN: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, chunk: int = CHUNK
     ) -> Tensor:
         """Mamba-2 → y (T, H, P)."""
-        (B, L), (G, N), (H, P) = self.shape, B_TGN.shape[1:], x_THP.shape[1:]
+        (B, L), (H, P), G = self.shape, x_THP.shape[1:], B_TGN.shape[1]
         Q = min(chunk, L)
         count = -(-L // Q)
 
@@ -198,7 +198,7 @@ class LinearScan(torch.autograd.Function):
         return S
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         decay, S = ctx.saved_tensors
         # g_t = grad_t + decay_{t+1} g_{t+1}: the same scan, from the other end
         later = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], 1)
