@@ -147,7 +147,7 @@ def test_larger_problems_are_larger_than_any_that_is_trained(name):
     family = FAMILIES[name]
     larger = family.test_set(60, larger=True)
     assert larger and all(p.size == LARGER for p in larger)
-    trained = {p.key for p in itertools.chain.from_iterable(some(name, TRAINED, 200) for _ in (0,))}
+    trained = {p.key for p in some(name, TRAINED, 200)}
     assert not trained & {p.key for p in larger}
 
 
@@ -203,16 +203,6 @@ def test_reasoning_gym_counts_our_countdowns_as_solved():
     for p in some("countdown", count=60):
         entry = {"question": p.question, "answer": "-", "metadata": p.data}
         assert judge.score_answer(p.answer, entry) == 1.0, p
-
-
-def test_reasoning_gym_agrees_on_equations_and_sorting():
-    gym = pytest.importorskip("reasoning_gym")
-    equations = gym.create_dataset("simple_equations", size=1, seed=0)
-    for p in some("algebra", count=30):
-        x = p.answer.split("= ")[1]
-        assert equations.score_answer(x, {"answer": x, "metadata": {}}) == 1.0
-        left, right = p.question.replace(" ", ""), int(x)
-        assert str(right) and left
 
 
 # ── the command

@@ -120,7 +120,11 @@ def comparison(rng: random.Random, size: int) -> Problem:
     items = [first]
     while len(items) < many:
         near = rng.random() < 0.5
-        n = abs(first + rng.choice((-1, 1)) * rng.randint(1, 10 ** (longest - 1))) if near else rng.randrange(10**longest)
+        n = (
+            abs(first + rng.choice((-1, 1)) * rng.randint(1, 10 ** (longest - 1)))
+            if near
+            else rng.randrange(10**longest)
+        )
         if n not in items:
             items.append(n)
     rng.shuffle(items)
@@ -131,8 +135,11 @@ def comparison(rng: random.Random, size: int) -> Problem:
                 "What is the larger of {n}?"))  # fmt: skip
         listed = rng.choice(("{} or {}", "{} or {}", "{}, {}", "{} and {}")).format(*items)
     else:
-        ask = (("What is the smallest of {n}?", "Find the minimum of {n}.", "Which is the smallest: {n}?") if smallest
-               else ("What is the largest of {n}?", "Find the maximum of {n}.", "Which is the largest: {n}?"))
+        ask = (
+            ("What is the smallest of {n}?", "Find the minimum of {n}.", "Which is the smallest: {n}?")
+            if smallest
+            else ("What is the largest of {n}?", "Find the maximum of {n}.", "Which is the largest: {n}?")
+        )
         listed = ", ".join(map(str, items))
     best, lines = items[0], []
     for item in items[1:]:

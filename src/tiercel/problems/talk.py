@@ -41,7 +41,11 @@ def talk(rng: random.Random, size: int = 1) -> Problem:
     elif kind < 0.45:
         question, thinking, answer = rng.choice(WHO), "They ask about me.", ME
     elif kind < 0.55:
-        question, thinking, answer = rng.choice(THANKS), "Nothing to work out.", "You are welcome. Give me another problem."
+        question, thinking, answer = (
+            rng.choice(THANKS),
+            "Nothing to work out.",
+            "You are welcome. Give me another problem.",
+        )
     else:
         question = rng.choice(OTHER).format(x=rng.choice(TOPICS))
         thinking, answer = "Not a problem I can work out.", BEYOND

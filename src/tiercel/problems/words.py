@@ -12,7 +12,9 @@ from typing import Any
 from tiercel.problems.problem import LARGER, Family, Problem
 from tiercel.problems.written import work_out
 
-SHE = "Ann Maria Lena Sofia Emma Olivia Fatima Aisha Mei Nora Zoe Lucy Clara Ida Rosa Priya Jane Kate Layla Sara".split()
+SHE = (
+    "Ann Maria Lena Sofia Emma Olivia Fatima Aisha Mei Nora Zoe Lucy Clara Ida Rosa Priya Jane Kate Layla Sara".split()
+)
 HE = "Tom Ben Omar Ali Jack Liam Noah Hassan Ravi Leo Max Paul Peter Sam Carl Yusuf Juan Ivan John Khalid".split()
 THINGS = (
     "apples oranges pears plums lemons books pens pencils marbles stickers cards coins stamps shells stones cookies "
@@ -23,7 +25,9 @@ BOXES = "boxes bags baskets shelves rows jars trays packs crates drawers".split(
 ONE = {"boxes": "box", "shelves": "shelf"}
 PLACES = "shop school library farm park office station bakery market hotel".split()
 
-Step = tuple[str, str, str]  # left, sign, right: letters of drawn numbers, or r for the last result, q for the one before
+Step = tuple[
+    str, str, str
+]  # left, sign, right: letters of drawn numbers, or r for the last result, q for the one before
 
 
 # text; what is drawn: n number, m small multiplier, p price; `b<a` below a, `t=k*m` computed; steps

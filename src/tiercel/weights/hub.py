@@ -208,7 +208,9 @@ def _fetch(name: str, report: Progress) -> None:
 def list_models() -> list[LocalModel]:
     """The short-named models and the supported, complete models of the hub's cache, the newest first."""
     store = models_folder()
-    found: list[LocalModel | None] = [_in_store(path.parent.parent.name, path.parent.name) for path in store.glob("*/*/tiercel.json")]
+    found: list[LocalModel | None] = [
+        _in_store(path.parent.parent.name, path.parent.name) for path in store.glob("*/*/tiercel.json")
+    ]
     if not any(model and model.name == BUNDLED for model in found):
         found.append(_bundled())
     for folder in hub_cache().glob("models--*--*"):
