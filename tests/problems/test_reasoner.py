@@ -31,8 +31,8 @@ TRAINING = ROOT / "training/reasoner"
 
 
 def run_tiercel(*words: str, pipe: str | None = None, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "tiercel", *words], env=os.environ | env, capture_output=True, text=True,
-                          input=pipe or "", timeout=100)  # fmt: skip
+    command = [sys.executable, "-m", "tiercel", *words]
+    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, input=pipe or "", timeout=100)
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +125,8 @@ def test_nothing_is_installed_that_does_not_load(tmp_path, package):
 
 @pytest.mark.parametrize(
     "text",
-    ["What is 47 * 86?", "47*86", "3+4", "12/4", "7-2", "hi there", "Hello!", "2 x = 4", "sort 3, 1, 2", "5 % 3", "100 - 7 =",
+    ["What is 47 * 86?", "47*86", "3+4", "12/4", "7-2", "hi there", "Hello!", "2 x = 4", "sort 3, 1, 2", "5 % 3",
+     "100 - 7 =",
      "why?", "Tom has 3 apples.", "(1+2)*3"],
 )  # fmt: skip
 def test_this_reads_as_a_prompt(text):

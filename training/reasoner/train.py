@@ -145,8 +145,9 @@ def main() -> None:
     network.eval().to("cpu").requires_grad_(False)
     export(NetworkSource(network, Layout(PATTERN, network.config, tuple(table(network.config)))), args.out / "model",
            dtype="bf16")  # fmt: skip
-    print(f"loss {result.loss:.4f} after {result.step} steps, {result.tokens / 1e6:.1f} M tokens in {result.seconds:.0f}"
-          f" s ({result.tokens / max(result.seconds, 1e-9):,.0f} tokens/s); {args.out / 'model'}", flush=True)  # fmt: skip
+    speed = result.tokens / max(result.seconds, 1e-9)
+    print(f"loss {result.loss:.4f} after {result.step} steps, {result.tokens / 1e6:.1f} M tokens in "
+          f"{result.seconds:.0f} s ({speed:,.0f} tokens/s); {args.out / 'model'}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 from tiercel.problems.problem import LARGER, Family, Problem
 from tiercel.problems.written import divide, multiply, work_out
@@ -25,7 +26,8 @@ def algebra(rng: random.Random, size: int) -> Problem:
     if rng.random() < 0.2:
         equation = equation.replace(" ", "")
     question = rng.choice((
-        "Solve {e}.", "Solve for {v}: {e}", "What is {v} if {e}?", "Find {v}: {e}", "{e}, what is {v}?", "If {e}, find {v}.",
+        "Solve {e}.", "Solve for {v}: {e}", "What is {v} if {e}?", "Find {v}: {e}", "{e}, what is {v}?",
+        "If {e}, find {v}.",
         "solve {e}", "Solve the equation {e} for {v}.",
     )).format(e=equation, v=name)  # fmt: skip
     short = name if k == 1 else f"{k}{name}"
@@ -54,7 +56,8 @@ def expressions(rng: random.Random, size: int) -> Problem:
     if rng.random() < 0.25:
         shown = shown.replace(" ", "")
     question = rng.choice((
-        "What is {e}?", "{e}", "Evaluate {e}.", "Compute {e}.", "Calculate {e}.", "{e} = ?", "What is the value of {e}?",
+        "What is {e}?", "{e}", "Evaluate {e}.", "Compute {e}.", "Calculate {e}.", "{e} = ?",
+        "What is the value of {e}?",
     )).format(e=shown)  # fmt: skip
     return Problem("expressions", question, "\n".join(lines), lines[-1], "".join(items), size)
 
@@ -97,7 +100,8 @@ def modulo(rng: random.Random, size: int) -> Problem:
     b = rng.randint(2, 12) if size != LARGER else rng.randint(13, 30)
     a = rng.randint(*{1: (1, 50), 2: (10, 99), 3: (100, 999), LARGER: (1000, 9999)}[size])
     question = rng.choice((
-        "What is {a} mod {b}?", "{a} mod {b}", "What is {a} modulo {b}?", "What is the remainder of {a} divided by {b}?",
+        "What is {a} mod {b}?", "{a} mod {b}", "What is {a} modulo {b}?",
+        "What is the remainder of {a} divided by {b}?",
         "{a} % {b}", "Compute {a} mod {b}.", "Find the remainder when {a} is divided by {b}.",
     )).format(a=a, b=b)  # fmt: skip
     lines, _, left = divide(a, b)
@@ -146,12 +150,12 @@ def sequences(rng: random.Random, size: int) -> Problem:
         "Find the next number in the sequence {n}.", "What is the next number in {n}?",
     )).format(n=", ".join(map(str, shown)))  # fmt: skip
     if kind == "times":
-        lines = [f"{b}/{a}={b // a}" for a, b in zip(shown, shown[1:], strict=False)]
+        lines = [f"{b}/{a}={b // a}" for a, b in pairwise(shown)]
         work = work_out(shown[-1], "*", shown[1] // shown[0])[0]
         lines += [f"*{shown[1] // shown[0]}", *work]
     else:
-        steps = [b - a for a, b in zip(shown, shown[1:], strict=False)]
-        lines = [f"{max(a, b)}-{min(a, b)}={abs(b - a)}" for a, b in zip(shown, shown[1:], strict=False)]
+        steps = [b - a for a, b in pairwise(shown)]
+        lines = [f"{max(a, b)}-{min(a, b)}={abs(b - a)}" for a, b in pairwise(shown)]
         last = abs(answer - shown[-1])
         lines.append(f"{abs(steps[0])},{abs(steps[1])},{abs(steps[2])},{last}")
         lines += work_out(shown[-1], "+" if answer >= shown[-1] else "-", last)[0]
@@ -159,7 +163,8 @@ def sequences(rng: random.Random, size: int) -> Problem:
 
 
 FAMILIES = (
-    Family("algebra", algebra, ("x ± b = c", "k x ± b = c, x to 12", "x to 30, b to 60", "k to 30, x to 60"), 1.0, same_value),
+    Family("algebra", algebra, ("x ± b = c", "k x ± b = c, x to 12", "x to 30, b to 60", "k to 30, x to 60"), 1.0,
+           same_value),
     Family("expressions", expressions, ("2 signs", "2 signs, brackets", "3 signs, brackets", "5 signs"), 1.0),
     Family("modulo", modulo, ("to 50", "2 digits", "3 digits", "4 digits by 13–30"), 0.6),
     Family("gcd", gcd, ("to 20", "to 60", "to 99", "to 400"), 0.8),

@@ -42,7 +42,8 @@ def sorting(rng: random.Random, size: int) -> Problem:
     listed = rng.choice((", ", ", ", " ", ",")).join(map(str, items))
     ask = (("Sort {n} in descending order.", "Sort these numbers from largest to smallest: {n}",
             "Sort these numbers in descending order: {n}", "Put {n} in order, largest first.") if down else
-           ("Sort {n}.", "Sort these numbers: {n}", "Sort {n} in ascending order.", "Order from smallest to largest: {n}",
+           ("Sort {n}.", "Sort these numbers: {n}", "Sort {n} in ascending order.",
+            "Order from smallest to largest: {n}",
             "Sort these numbers in ascending order: {n}", "Put {n} in order.", "sort {n}"))  # fmt: skip
     question = rng.choice(ask).format(n=listed)
     left, lines = list(items), []
@@ -141,7 +142,8 @@ def comparison(rng: random.Random, size: int) -> Problem:
             else ("What is the largest of {n}?", "Find the maximum of {n}.", "Which is the largest: {n}?")
         )
         listed = ", ".join(map(str, items))
-    best, lines = items[0], []
+    best = items[0]
+    lines: list[str] = []
     for item in items[1:]:
         sign = ">" if best > item else "<"
         best = min(best, item) if smallest else max(best, item)
@@ -154,8 +156,8 @@ def reversing(rng: random.Random, size: int) -> Problem:
     low, high = {1: (3, 5), 2: (5, 7), 3: (7, 9), LARGER: (11, 13)}[size]
     word = _letters(rng, low, high) if rng.random() < 0.8 else str(rng.randrange(10 ** (low - 1), 10**high))
     question = rng.choice((
-        "Reverse {w}.", "Write {w} backwards.", "What is {w} spelled backwards?", 'Reverse the word "{w}".', "Spell {w} "
-        "backwards.", "reverse {w}",
+        "Reverse {w}.", "Write {w} backwards.", "What is {w} spelled backwards?", 'Reverse the word "{w}".',
+        "Spell {w} backwards.", "reverse {w}",
     )).format(w=word)  # fmt: skip
     lines = [",".join(word), ",".join(reversed(word))]
     return Problem("reversing", question, "\n".join(lines), word[::-1], word, size)

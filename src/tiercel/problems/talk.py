@@ -12,12 +12,13 @@ ME = (
 )
 BEYOND = "That is beyond me. I am a small reasoner: ask me to compute, sort, count or solve a simple equation."
 GREETINGS = (
-    "hi", "Hi!", "hello", "Hello!", "hey", "Hey there", "hi there", "Good morning", "good evening", "Hello, how are you?",
+    "hi", "Hi!", "hello", "Hello!", "hey", "Hey there", "hi there", "Good morning", "good evening",
+    "Hello, how are you?",
     "How are you?", "what's up", "Hello there!", "hallo", "yo", "Good day",
 )  # fmt: skip
 WHO = (
-    "Who are you?", "who are you", "What are you?", "What can you do?", "what can you do", "Help", "help me", "What is your "
-    "name?", "Tell me about yourself.", "How do you work?", "What do you know?", "Are you an AI?", "who made you?",
+    "Who are you?", "who are you", "What are you?", "What can you do?", "what can you do", "Help", "help me",
+    "What is your name?", "Tell me about yourself.", "How do you work?", "What do you know?", "Are you an AI?", "who made you?",
 )  # fmt: skip
 THANKS = ("Thanks!", "thank you", "Thank you!", "thanks", "Great, thanks.", "ok", "cool", "Bye", "bye!", "Goodbye")
 TOPICS = (

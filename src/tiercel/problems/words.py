@@ -35,7 +35,8 @@ PIECES: tuple[tuple[int, str, str, str], ...] = (
     (1, "{N} has {a} {o}. {M} has {b} {o}. How many {o} do they have together?", "a=n b=n", "a+b"),
     (1, "{N} has {a} {o} and {M} has {b}. How many more {o} does {N} have than {M}?", "a=n b<a", "a-b"),
     (1, "There are {k} {o} in each {c}. How many {o} are in {b} {C}?", "k=m b=n", "b*k"),
-    (1, "{N} puts {t} {o} into {k} {C}, the same number in each. How many {o} are in each {c}?", "k=m b=n t=b*k", "t/k"),
+    (1, "{N} puts {t} {o} into {k} {C}, the same number in each. How many {o} are in each {c}?", "k=m b=n t=b*k",
+     "t/k"),
     (1, "{t} {o} are shared equally by {k} children. How many does each child get?", "k=m b=n t=b*k", "t/k"),
     (1, "One ticket costs {k} dollars. How much do {b} tickets cost?", "k=m b=n", "b*k"),
     (1, "A train has {a} passengers. At the {l}, {b} get off. How many stay on the train?", "a=n b<a", "a-b"),
@@ -103,7 +104,8 @@ def _cast(rng: random.Random) -> dict[str, str]:
     names = rng.sample(SHE if female else HE, 1) + rng.sample(HE if female else SHE, 2)
     o, O = rng.sample(THINGS, 2)
     C = rng.choice(BOXES)
-    return {"N": names[0], "M": names[1], "P": names[2], "he": "she" if female else "he", "He": "She" if female else "He",
+    return {"N": names[0], "M": names[1], "P": names[2], "he": "she" if female else "he",
+            "He": "She" if female else "He",
             "his": "her" if female else "his", "o": o, "O": O, "C": C, "c": ONE.get(C, C.rstrip("s")),
             "l": rng.choice(PLACES)}  # fmt: skip
 
