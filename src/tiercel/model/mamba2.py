@@ -43,9 +43,7 @@ class Mamba2(nn.Module):
         self._derived = Derived()
         self.out_proj = Linear(config.inner, width, config.out_bias)
 
-    def forward(
-        self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba2State | None], ready: Ready = {}
-    ) -> Tensor:  # noqa: B006 (read only)
+    def forward(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba2State | None], ready: Ready = {}) -> Tensor:  # noqa: B006 (read only)
         """u: (T, D) → (T, D); every row goes on from its own state.  ready: products with u made elsewhere."""
         if batch.native:
             return self.out_proj(self._natively(u_TD, batch, memories, ready))
@@ -64,9 +62,7 @@ class Mamba2(nn.Module):
             y_TI = gated_rms_norm(y_TI, z_TI, self.out_norm, self.eps, c.groups, c.gated_norm == "gate_first")
         return self.out_proj(y_TI)
 
-    def _natively(
-        self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba2State | None], ready: Ready
-    ) -> Tensor:
+    def _natively(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba2State | None], ready: Ready) -> Tensor:
         c, memory = self.config, memories[0]
         assert memory is not None
         parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, self.out_norm
@@ -77,9 +73,7 @@ class Mamba2(nn.Module):
             head_dim=c.head_dim, groups=c.groups, state=c.state, chunk=memory.chunk, dt_limit=c.dt_limit,
         )  # fmt: skip
         gate_first = c.gated_norm == "gate_first"
-        return batch.mixers.gated_norm(
-            y_TI, zxBCdt_TD, norm_I, self.eps, c.groups, gate_first, **rounds(self.out_proj)
-        )
+        return batch.mixers.gated_norm(y_TI, zxBCdt_TD, norm_I, self.eps, c.groups, gate_first, **rounds(self.out_proj))
 
     def _derive(self) -> tuple[Tensor | None, ...]:
         """The small parameters as the kernels read them."""

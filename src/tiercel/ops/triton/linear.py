@@ -38,7 +38,7 @@ SOME = 64
 PLAIN = 4, 512, 4, 3  # outputs and inputs that a program takes at a time, its warps, loads under way
 FEW_SHAPE = 1, 64, 2, 1  # the same, inputs in groups of 64 or 32
 ROUNDED_SHAPE = 1, 64, 1, 1  # outputs and groups of 64 inputs at a time, warps, loads under way, of rounded rows
-PAIR_SHAPE = 1, 64, 1, 1  # the same for a gate and its other half
+PAIR_SHAPE = 32, 16, 8, 1  # the same for a gate and its other half
 
 
 @triton.jit

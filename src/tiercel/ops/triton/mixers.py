@@ -37,7 +37,13 @@ def attention(
     q_THP = steps.remember(q_TI, k_TM, v_TM, turn, memory, batch.slots.table, batch.slot_T, batch.position_T)
     if batch.step:
         return steps.attention_step(
-            q_THP, memory, batch.slots.table, batch.slot_T, batch.slots.length_S, scale=scale, window=window,
+            q_THP,
+            memory,
+            batch.slots.table,
+            batch.slot_T,
+            batch.slots.length_S,
+            scale=scale,
+            window=window,
             round=round and len(q_TI) <= FEW,
         )
     rows = []

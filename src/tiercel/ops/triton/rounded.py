@@ -60,8 +60,9 @@ def _groups(
         p1 = tl.sum(_four_products(w1, x1 + w1 * 0, ASM), 2).to(tl.float32) * xs1
         if TYPE == "INT8":
             return p0 + p1
-        d0, d1 = _halves(tl.load(d + n[:, None] * (K // 64) + g[None, :], here, 0))
-        return p0 * d0 + p1 * d1
+        else:
+            d0, d1 = _halves(tl.load(d + n[:, None] * (K // 64) + g[None, :], here, 0))
+            return p0 * d0 + p1 * d1
     else:
         bits = tl.load(q + n[:, None, None] * (K // 8) + g[None, :, None] * 8 + j, each, 0)
         if TYPE == "Q4_K":
@@ -72,7 +73,7 @@ def _groups(
             s0, m0 = (four & 255).to(tl.float32), ((four >> 8) & 255).to(tl.float32)
             s1, m1 = ((four >> 16) & 255).to(tl.float32), ((four >> 24) & 255).to(tl.float32)
             return d_ * (s0 * (p0 * xs0) + s1 * (p1 * xs1)) - dmin * (m0 * X0 + m1 * X1)
-        elif TYPE == "Q6_K":
+        else:
             tops = tl.load(top + n[:, None, None] * (K // 16) + g[None, :, None] * 4 + j // 2, each, 0) >> (j % 2 * 4)
             w0 = (bits & 0x0F0F0F0F) | ((tops & 0x03030303) << 4)
             w1 = ((bits >> 4) & 0x0F0F0F0F) | (((tops >> 2) & 0x03030303) << 4)
@@ -85,13 +86,6 @@ def _groups(
             s0, s1 = tl.load(at, each, 0).to(tl.float32), tl.load(at + 2, each, 0).to(tl.float32)
             d_ = tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0.0).to(tl.float32) * 0.25
             return d_ * (tl.sum(p0 * s0, 2) * xs0 + tl.sum(p1 * s1, 2) * xs1)
-        else:  # Q4_S: Q4_K with d · scale and dmin · minimum as float16 pairs, to compare
-            p0 = tl.sum(_four_products(bits & 0x0F0F0F0F, x0 + bits * 0, ASM), 2).to(tl.float32)
-            p1 = tl.sum(_four_products((bits >> 4) & 0x0F0F0F0F, x1 + bits * 0, ASM), 2).to(tl.float32)
-            at = scales + n[:, None] * (K // 32) + g[None, :] * 2
-            s0, m0 = _halves(tl.load(at, here, 0))
-            s1, m1 = _halves(tl.load(at + 1, here, 0))
-            return s0 * (p0 * xs0) + s1 * (p1 * xs1) - m0 * X0 - m1 * X1
 
 
 @triton.jit
@@ -120,9 +114,7 @@ def _product(
         X0, X1 = tl.load(x_sums + block, inside, 0.0)[None, :], tl.load(x_sums + block + 1, inside, 0.0)[None, :]
         sums += _groups(q, top, scales, d, n, g, here, K, x0, x1, xs0, xs1, X0, X1, TYPE, BN, BG, ASM)
         if ACTIVATION is not None:
-            others += _groups(
-                q_up, top_up, scales_up, d_up, n, g, here, K, x0, x1, xs0, xs1, X0, X1, TYPE, BN, BG, ASM
-            )
+            others += _groups(q_up, top_up, scales_up, d_up, n, g, here, K, x0, x1, xs0, xs1, X0, X1, TYPE, BN, BG, ASM)
     out, other = tl.sum(sums, 1), tl.sum(others, 1)
     if TYPE == "INT8":
         out = out * tl.load(scales + n, n < N, 0.0)
