@@ -19,11 +19,13 @@ from tiercel.ops.triton.linear import on_device
 from tiercel.ops.triton.norm import rms_norm
 from tiercel.ops.triton.rounded import rounded
 
+SIZES = dict(width=256, ffn_width=256, repeat=1, mamba_head_dim=128, head_dim=64, kv_heads=1, groups=2, state=16)
+
 
 @pytest.fixture(scope="module", params=["Q4_K", "Q6_K", "Q8_0", "INT8", "plain"])
 def networks(request):
     """One whose matrices are packed, and a plain one of the same numbers."""
-    plain = tiny.network("attention+mamba2", native=False, width=256, ffn_width=256, repeat=1).requires_grad_(False)
+    plain = tiny.network("attention+mamba2", native=False, **SIZES).requires_grad_(False)
     packed = copy.deepcopy(plain)
     for a, b in zip(plain.modules(), packed.modules(), strict=True):
         if request.param != "plain" and isinstance(a, (Linear, Embedding)) and quant.fits("Q6_K", a.weight.shape[1]):
