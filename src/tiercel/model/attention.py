@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig
 from tiercel.model.layers import Linear, Ready, rounds
+from tiercel.model.packed import PackedRows
 from tiercel.model.state import AttentionState
 from tiercel.ops.attention import attention
 from tiercel.ops.rotary import rotate
@@ -32,10 +33,14 @@ class Attention(nn.Module):
         self.o = Linear(config.heads * P, width, config.out_bias)
 
     def forward(
-        self, h_TD: Tensor, batch: Batch, memories: Sequence[AttentionState | None], ready: Ready = {}
-    ) -> Tensor:  # noqa: B006 (read only)
+        self,
+        h_TD: Tensor,
+        batch: Batch | PackedRows,
+        memories: Sequence[AttentionState | None],
+        ready: Ready = {},  # noqa: B006 (read only)
+    ) -> Tensor:
         """h: (T, D) → (T, D); every row attends to its own past.  ready: products with h made elsewhere."""
-        if batch.native:
+        if not isinstance(batch, PackedRows) and batch.native:
             return self.o(self._natively(h_TD, batch, memories, ready))
         P = self.config.head_dim
         q_HTP = self.q(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
@@ -44,6 +49,9 @@ class Attention(nn.Module):
         if self.config.rope is not None:
             turned = rotate(torch.cat((q_HTP, k_KTP)), *batch.rotary(self.config.rope, P))
             q_HTP, k_KTP = turned.split((self.config.heads, self.config.kv_heads))
+        if isinstance(batch, PackedRows):
+            y_HTP = batch.attend(q_HTP, k_KTP, v_KTP, self.scale, self.config.window)
+            return self.o(y_HTP.transpose(0, 1).flatten(1))
         rows = []
         for span, memory in zip(batch.spans, memories, strict=True):
             k, v = k_KTP[:, span], v_KTP[:, span]

@@ -19,6 +19,7 @@ from tiercel.model.layers import RMSNorm
 from tiercel.model.mamba1 import Mamba1
 from tiercel.model.mamba2 import Mamba2
 from tiercel.model.moe import MoE
+from tiercel.model.packed import PackedRows
 from tiercel.ops.pointwise import add
 
 
@@ -40,7 +41,7 @@ class Block(nn.Module):
             dense = isinstance(config.feed_forward, GatedMLPConfig)
             self.feed_forward = (GatedMLP if dense else MoE)(config.feed_forward, width)  # type: ignore[arg-type]
 
-    def forward(self, x_TD: Tensor, batch: Batch, memories: Sequence[Sequence[Any]]) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: Batch | PackedRows, memories: Sequence[Sequence[Any]]) -> Tensor:
         """x: (T, D) → (T, D).  memories: for each mixer, what every row remembers (None: nothing)."""
         h_TD = self.mixer_norm(x_TD)
         ready = self.joint(h_TD) if self.joint is not None and batch.step and self.joint.holds() else {}
