@@ -17,7 +17,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
-
 from tiercel.train.data import Batches, Documents
 from tiercel.train.loop import Settings, fit
 

@@ -1,15 +1,16 @@
 """The loop: what it learns, what it refuses, what it counts."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 
+import tiny
 from tiercel.errors import FormatError, RequestError, TiercelError
 from tiercel.train.data import Batches, Documents, make_rows, pack, read_documents, read_jsonl
 from tiercel.train.loop import Settings, evaluate, fit
@@ -75,7 +76,7 @@ def test_schedules_warm_up_hold_and_come_down():
     cosine = [rate(i, 100, "cosine", warmup=10) for i in range(100)]
     wsd = [rate(i, 100, "wsd", warmup=10) for i in range(100)]
     assert cosine[0] == wsd[0] == 0.1 and cosine[9] == wsd[9] == 1.0
-    assert all(a >= b for a, b in zip(cosine[9:], cosine[10:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(cosine[9:]))
     assert math.isclose(cosine[-1], 0.1) and math.isclose(wsd[-1], 0.1)
     assert set(wsd[9:80]) == {1.0} and math.isclose(wsd[89], 0.55)
     assert rate(50, 100, "constant", warmup=10) == 1.0
@@ -229,6 +230,6 @@ def test_packed_weights_are_refused_with_the_way_out(tmp_path):
     from tiercel.weights.quantize import quantize
 
     model = tiny.checkpoint(tmp_path / "model", "attention/-", width=64)
-    quantize(model, tmp_path / "packed.gguf", "q8_0")
+    quantize(model, tmp_path / "packed", "q8_0")
     with pytest.raises(RequestError, match="tiercel train lora"):
-        open_network(tmp_path / "packed.gguf")
+        open_network(tmp_path / "packed")

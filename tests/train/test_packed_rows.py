@@ -1,11 +1,11 @@
 """Documents in a row are as if each were alone: what is computed, and what is learned from it."""
 
 import pytest
-import tiny
 import torch
-from families import nasty
 from torch import Tensor
 
+import tiny
+from families import nasty
 from tiercel.model.packed import LinearScan, PackedRows
 from tiercel.ops.scan import selective_scan_reference
 from tiercel.ops.ssd import ssd_reference
