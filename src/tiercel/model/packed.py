@@ -35,6 +35,8 @@ class PackedRows:
 
     native = False
 
+    step = False  # never one token of each row
+
     def __init__(self, starts_BL: Tensor, *, recompute: bool = False) -> None:
         """recompute: a block's activations are not kept for the way back but made again (slower, less memory)."""
         B, L = self.shape = starts_BL.shape
