@@ -1,11 +1,11 @@
 """Documents in a row are as if each were alone: what is computed, and what is learned from it."""
 
 import pytest
-import tiny
 import torch
-from families import nasty
 from torch import Tensor
 
+import tiny
+from families import nasty
 from tiercel.model.packed import LinearScan, PackedRows
 from tiercel.ops.scan import selective_scan_reference
 from tiercel.ops.ssd import ssd_reference
@@ -79,7 +79,9 @@ def test_gradients_are_those_of_transformers(name, tmp_path):
     tokens = nasty.tokens(70).clamp(min=1)  # theirs lets padding, token 0, learn nothing
     weigh = torch.randn(70, nasty.VOCAB, generator=torch.Generator().manual_seed(4))
     (theirs(tokens[None], use_cache=False).logits[0] * weigh).sum().backward()
-    logits = net.head(net.features(tokens[None], PackedRows(torch.zeros(1, 70, dtype=torch.bool))), net.config.logit_scale)
+    logits = net.head(
+        net.features(tokens[None], PackedRows(torch.zeros(1, 70, dtype=torch.bool))), net.config.logit_scale
+    )
     (logits * weigh).sum().backward()
     grads = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
     ours, compared = dict(net.named_parameters()), 0
@@ -102,7 +104,13 @@ def wide(*shape: int, seed: int = 0) -> Tensor:
 def test_the_chunked_scan_has_the_gradients_of_its_formula():
     rows = PackedRows(starts([[3, 8, 2], [13]]))
     T, H, P, G, N = 26, 4, 2, 2, 3
-    given = [wide(T, G, N), wide(T, H, P, seed=1), wide(T, H, seed=2).exp(), -wide(H, seed=3).exp(), wide(T, G, N, seed=4)]
+    given = [
+        wide(T, G, N),
+        wide(T, H, P, seed=1),
+        wide(T, H, seed=2).exp(),
+        -wide(H, seed=3).exp(),
+        wide(T, G, N, seed=4),
+    ]
     given = [t.requires_grad_() for t in given]
     assert torch.autograd.gradcheck(lambda *g: rows.ssd(*g, chunk=4), given)
     C, x, dt, A, B = (t.detach() for t in given)

@@ -215,7 +215,8 @@ class Decoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """What states keep of the inputs: that of the matrices, bfloat16 beside quantized ones."""
         weight = self.embed.weight
-        return torch.bfloat16 if isinstance(weight, QTensor) and weight.packed and self.native else weight.dtype
+        packed = isinstance(weight, QTensor) and weight.packed
+        return torch.bfloat16 if packed and (self.native or weight.device.type == "cuda") else weight.dtype
 
     def new_state(self) -> State:
         """An empty memory for one text."""

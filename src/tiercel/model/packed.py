@@ -35,6 +35,8 @@ class PackedRows:
 
     native = False
 
+    step = False  # never one token of each row
+
     def __init__(self, starts_BL: Tensor, *, recompute: bool = False) -> None:
         """recompute: a block's activations are not kept for the way back but made again (slower, less memory)."""
         B, L = self.shape = starts_BL.shape
@@ -132,7 +134,9 @@ class PackedRows:
 
         def chunks(t: Tensor) -> Tensor:  # (T, …) → (B, C, Q, …); zeros after the end add nothing to anything
             t = t.unflatten(0, (B, L))
-            return F.pad(t, (0, 0) * (t.dim() - 2) + (0, count * Q - L)).unflatten(1, (count, Q))
+            if count * Q > L:  # a pad of nothing would be a copy
+                t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, count * Q - L))
+            return t.unflatten(1, (count, Q))
 
         x, dt, Bs, Cs = chunks(x_THP), chunks(dt_TH), chunks(B_TGN), chunks(C_TGN)
         document_BCQ = F.pad(self.document_BL, (0, count * Q - L), mode="replicate").unflatten(1, (count, Q))
