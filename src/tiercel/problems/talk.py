@@ -18,7 +18,8 @@ GREETINGS = (
 )  # fmt: skip
 WHO = (
     "Who are you?", "who are you", "What are you?", "What can you do?", "what can you do", "Help", "help me",
-    "What is your name?", "Tell me about yourself.", "How do you work?", "What do you know?", "Are you an AI?", "who made you?",
+    "What is your name?", "Tell me about yourself.", "How do you work?", "What do you know?", "Are you an AI?",
+    "who made you?",
 )  # fmt: skip
 THANKS = ("Thanks!", "thank you", "Thank you!", "thanks", "Great, thanks.", "ok", "cool", "Bye", "bye!", "Goodbye")
 TOPICS = (
