@@ -8,6 +8,6 @@ At the level of `llm`, because run, serve and evals all hold votes; `evals/` has
 
 from tiercel.voting.settings import METHODS, VoteSettings
 from tiercel.voting.tally import Trace, Vote
-from tiercel.voting.voter import Voter, vote
+from tiercel.voting.voter import Voter, check, vote
 
-__all__ = ["METHODS", "Trace", "Vote", "VoteSettings", "Voter", "vote"]
+__all__ = ["METHODS", "Trace", "Vote", "VoteSettings", "Voter", "check", "vote"]

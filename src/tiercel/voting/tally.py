@@ -46,7 +46,8 @@ class Row:
 class Vote:
     """What came of it.
 
-    answer: None where no trace has one · text, thinking: of the surest trace that gives it · table: by weight
+    answer: None where no trace has one · text, thinking: of the surest trace that gives it, number `chosen`; where
+    there is no answer, of the surest of all · table: by weight
     traces: those that were begun, in order · counted: the first so many decided · stopped: by low confidence
     threshold: s, where there was one · consensus: decided before the budget was spent
     fallback: every trace with an answer was below s, and so all of them voted
@@ -57,6 +58,7 @@ class Vote:
     answer: str | None = None
     text: str = ""
     thinking: str = ""
+    chosen: int = 0
     table: list[Row] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
     counted: int = 0
@@ -72,7 +74,8 @@ class Vote:
     def to_dict(self, traces: bool = True) -> dict[str, Any]:
         """For JSON; the traces without their texts, the answer's text is here."""
         out: dict[str, Any] = {
-            "settings": asdict(self.settings), "answer": self.answer, "table": [asdict(row) for row in self.table],
+            "settings": asdict(self.settings), "answer": self.answer, "chosen": self.chosen,
+            "table": [asdict(row) for row in self.table],
             "traces": len(self.traces), "counted": self.counted, "stopped": self.stopped,
             "threshold": self.threshold, "consensus": self.consensus, "fallback": self.fallback,
             "prompt_tokens": self.prompt_tokens, "cached_tokens": self.cached_tokens,
@@ -169,7 +172,7 @@ class Count:
             said = [trace for trace in chosen if self._same(trace.answer, rows[0].answer)]
         if said:
             surest = max(said, key=lambda trace: (trace.confidence.get("lowest", 0.0), -trace.index))
-            vote.text, vote.thinking = surest.text, surest.thinking
+            vote.text, vote.thinking, vote.chosen = surest.text, surest.thinking, surest.index
         return vote
 
     def _same(self, a: str | None, b: str) -> bool:

@@ -85,6 +85,12 @@ class Voter:
     def stopped(self) -> int:
         return sum(trace.finish_reason == "confidence" for trace in list(self._ended.values()))
 
+    def progress(self) -> dict[str, Any]:
+        """How it stands, for JSON."""
+        leader = self.leader
+        return {"k": self.settings.k, "done": self.done, "stopped": self.stopped,
+                "leader": leader.answer if leader else None, "share": leader.share if leader else 0.0}  # fmt: skip
+
     @property
     def leader(self) -> Row | None:
         rows = self.count.rows()
