@@ -130,10 +130,19 @@ def run(
     hide_thinking: Annotated[bool, typer.Option("--hidethinking", help="Do not show the thoughts.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the timings.")] = False,
     vote: Annotated[int | None, typer.Option(help="Answer so many times, and say what most answers agree on.")] = None,
-    vote_method: Annotated[str, typer.Option(help="majority, weighted, filtered-low, filtered-high, deepconf-low, "
-                                             "deepconf-high; deepconf stops unsure answers early.")] = "majority",
-    vote_set: Annotated[list[str] | None, typer.Option(help="More of the vote, NAME=VALUE: keep, weight, window, "
-                                                       "warmup, consensus, top_k; may be repeated.")] = None,
+    vote_method: Annotated[
+        str,
+        typer.Option(
+            help="majority, weighted, filtered-low, filtered-high, deepconf-low, "
+            "deepconf-high; deepconf stops unsure answers early."
+        ),
+    ] = "majority",
+    vote_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="More of the vote, NAME=VALUE: keep, weight, window, warmup, consensus, top_k; may be repeated."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Answer a prompt, or hold a conversation.

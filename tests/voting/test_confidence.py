@@ -122,6 +122,11 @@ def test_a_consensus_ends_the_vote_but_not_before_the_warm_up():
     assert count(VoteSettings(k=20, warmup=3, method="deepconf", consensus=0.9), split).decided == 10
 
 
+def test_one_trace_above_the_threshold_is_no_consensus():
+    found = traces(("7", 1.0), ("8", 2.0), ("9", 3.0), ("7", 9.0), ("7", 9.5), ("7", 9.5))
+    assert count(VoteSettings(k=6, warmup=4, method="deepconf-low"), found).decided == 6
+
+
 def test_a_vote_of_the_unsure_alone_says_so():
     found = traces((None, 9.0), ("7", 1.0))
     vote = count(VoteSettings(k=2, warmup=2, method="deepconf-low"), found).result()

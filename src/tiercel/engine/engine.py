@@ -216,9 +216,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not (
-            self._arrivals or self.scheduler.running or self.scheduler.waiting or self._news or self._watched
-        )
+        return not (self._arrivals or self.scheduler.running or self.scheduler.waiting or self._news or self._watched)
 
     @property
     def waiting(self) -> int:
@@ -534,7 +532,14 @@ class Engine:
         choice.reported = len(choice.token_ids)
         self._news.append(
             Update(
-                choice.request, choice.index, pieces, new, logprobs, choice.finish_reason, choice.stop_reason, error,
+                choice.request,
+                choice.index,
+                pieces,
+                new,
+                logprobs,
+                choice.finish_reason,
+                choice.stop_reason,
+                error,
                 last=choice.finish_reason is not None and choice.request.finished,
             )  # fmt: skip
         )

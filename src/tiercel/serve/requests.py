@@ -18,7 +18,9 @@ from tiercel.serve.errors import Refusal
 from tiercel.serve.settings import Settings
 from tiercel.voting.settings import VoteSettings
 
-VoteMethod = Literal["majority", "weighted", "filtered-low", "filtered-high", "deepconf-low", "deepconf-high", "deepconf"]
+VoteMethod = Literal[
+    "majority", "weighted", "filtered-low", "filtered-high", "deepconf-low", "deepconf-high", "deepconf"
+]
 
 
 class Body(BaseModel):

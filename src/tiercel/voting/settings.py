@@ -1,12 +1,12 @@
 """How a vote is held.
 
-    majority           every trace counts one (self-consistency)
-    weighted           each counts as much as it was sure
-    filtered-low       offline DeepConf: of all traces the surest tenth votes, weighted
-    filtered-high      … the surest nine tenths
-    deepconf-low       online DeepConf: a warm-up in full sets a threshold, and each further trace stops as soon as a
-    deepconf-high      window of it falls below; low keeps a tenth of the warm-up, high nine tenths (confidence.py)
-    deepconf           deepconf-high: what Falcon-H1R used
+majority           every trace counts one (self-consistency)
+weighted           each counts as much as it was sure
+filtered-low       offline DeepConf: of all traces the surest tenth votes, weighted
+filtered-high      … the surest nine tenths
+deepconf-low       online DeepConf: a warm-up in full sets a threshold, and each further trace stops as soon as a
+deepconf-high      window of it falls below; low keeps a tenth of the warm-up, high nine tenths (confidence.py)
+deepconf           deepconf-high: what Falcon-H1R used
 """
 
 from __future__ import annotations

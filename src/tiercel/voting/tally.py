@@ -16,7 +16,8 @@ Equal = Callable[[str, str], bool]
 @dataclass
 class Trace:
     """One line of thought.  finish_reason: as of a Reply, or "confidence" (stopped early), "decided" (not needed)
-    tokens: said · answer: None where it has none · confidence: by name, empty while it grows"""
+    tokens: said · answer: None where it has none · confidence: by name, empty while it grows
+    token_confidence: of each token"""
 
     index: int
     text: str = ""
@@ -25,6 +26,7 @@ class Trace:
     finish_reason: str | None = None
     answer: str | None = None
     confidence: dict[str, float] = field(default_factory=dict)
+    token_confidence: Sequence[float] = ()
 
     @property
     def complete(self) -> bool:
@@ -115,8 +117,7 @@ def tally(traces: Sequence[Trace], weight: str, equal: Equal | None = None) -> l
     for trace in traces:
         if trace.answer is None:
             continue
-        same = (row for row in rows if row.answer == trace.answer or (equal is not None and equal(row.answer, trace.answer)))
-        row = next(same, None)
+        row = next((row for row in rows if _same(row.answer, trace.answer, equal)), None)
         if row is None:
             rows.append(row := Row(trace.answer))
         row.votes += 1
@@ -125,6 +126,10 @@ def tally(traces: Sequence[Trace], weight: str, equal: Equal | None = None) -> l
     for row in rows:
         row.share = row.weight / total if total else 0.0
     return sorted(rows, key=lambda row: -row.weight)
+
+
+def _same(a: str, b: str, equal: Equal | None) -> bool:
+    return a == b or (equal is not None and equal(a, b))
 
 
 @dataclass
@@ -150,13 +155,19 @@ class Count:
             self.s = warmup_threshold(self.traces, settings)
         if len(self.traces) >= settings.k:
             self.decided = settings.k
-        elif settings.consensus and len(self.traces) >= settings.warmup:
-            rows = self.rows()
-            if rows and rows[0].share >= settings.consensus:
-                self.decided, self.consensus = len(self.traces), True
+        elif settings.consensus and len(self.traces) >= settings.warmup and self._agreed(settings.consensus):
+            self.decided, self.consensus = len(self.traces), True
 
     def rows(self) -> list[Row]:
         return tally(voters(self.traces, self.settings, self.s), str(self.settings.weight), self.equal)
+
+    def _agreed(self, share: float) -> bool:
+        """β ≥ τ.  β counts the whole warm-up (the paper's Algorithm 2): of a few that passed the threshold any answer
+        would have everything.  Those that passed must lead to the same answer."""
+        warm = self.traces[: self.settings.warmup]
+        late = voters(self.traces[len(warm) :], self.settings, self.s)
+        everybody, passed = tally([*warm, *late], str(self.settings.weight), self.equal), self.rows()
+        return bool(passed) and everybody[0].share >= share and everybody[0].answer == passed[0].answer
 
     def result(self) -> Vote:
         chosen, settings = voters(self.traces, self.settings, self.s), self.settings
@@ -169,12 +180,8 @@ class Count:
         said = self.traces
         if rows:
             vote.answer = rows[0].answer
-            said = [trace for trace in chosen if self._same(trace.answer, rows[0].answer)]
+            said = [trace for trace in chosen if trace.answer and _same(rows[0].answer, trace.answer, self.equal)]
         if said:
             surest = max(said, key=lambda trace: (trace.confidence.get("lowest", 0.0), -trace.index))
             vote.text, vote.thinking, vote.chosen = surest.text, surest.thinking, surest.index
         return vote
-
-    def _same(self, a: str | None, b: str) -> bool:
-        return a == b or (a is not None and self.equal is not None and self.equal(b, a))
-

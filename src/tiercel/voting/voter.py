@@ -59,7 +59,7 @@ class Voter:
     def ended(self, choice: Choice) -> None:
         running = self._growing.pop(choice.index, None) or Running(self.settings.window)
         trace = Trace(choice.index, choice.text, choice.thoughts, len(choice.token_ids), choice.finish_reason)
-        trace.confidence = running.all()
+        trace.confidence, trace.token_confidence = running.all(), running.tokens
         if trace.complete:
             trace.answer = self.answer(trace.text)
         self._ended[choice.index] = trace
@@ -152,4 +152,3 @@ def check(settings: VoteSettings, params: SamplingParams) -> None:
         raise RequestError("temperature 0 gives the same trace every time: a vote needs a temperature above 0")
     if params.logprobs is not None:
         raise RequestError("logprobs are of one answer, and a vote has many: leave them out")
-
