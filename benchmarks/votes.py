@@ -27,7 +27,10 @@ from tiercel.voting import Trace, VoteSettings
 from tiercel.voting.answers import normal
 from tiercel.voting.pool import Point, Stored, curve
 
-ASK = "{} Think in a few words, then end with: The answer is N."
+SHOWN = [  # for a model that was not taught to think: how to go about it
+    ("What is 34 + 25?", "30 + 20 = 50, 4 + 5 = 9, 50 + 9 = 59. The answer is 59."),
+    ("What is 6 times 7?", "6 times 7 = 42. The answer is 42."),
+]
 
 
 def problems(count: int, seed: int) -> list[tuple[str, str]]:
@@ -61,7 +64,11 @@ def make(args: argparse.Namespace) -> dict:
     began, done = time.perf_counter(), []
     for question, answer in problems(args.problems, args.seed):
         params = tiercel.SamplingParams(max_tokens=args.max_tokens, seed=args.seed, **defaults)
-        vote = model.vote(ASK.format(question), VoteSettings(k=args.pool, window=args.window), params)
+        shown = [] if "reasoner" in model.name else SHOWN
+        messages = [turn for q, a in shown for turn in ({"role": "user", "content": q},
+                                                        {"role": "assistant", "content": a})]  # fmt: skip
+        messages.append({"role": "user", "content": question})
+        vote = model.vote(messages, VoteSettings(k=args.pool, window=args.window), params)
         traces = [
             {"answer": t.answer, "tokens": t.tokens, "finish_reason": t.finish_reason,
              "confidence": [round(c, 4) for c in t.token_confidence]} for t in vote.traces

@@ -530,19 +530,9 @@ class Engine:
         logprobs = None if choice.logprobs is None else choice.logprobs[choice.reported :]
         self._stats.generated_tokens += len(new)
         choice.reported = len(choice.token_ids)
-        self._news.append(
-            Update(
-                choice.request,
-                choice.index,
-                pieces,
-                new,
-                logprobs,
-                choice.finish_reason,
-                choice.stop_reason,
-                error,
-                last=choice.finish_reason is not None and choice.request.finished,
-            )  # fmt: skip
-        )
+        ends = choice.finish_reason is not None and choice.request.finished
+        reasons = choice.finish_reason, choice.stop_reason
+        self._news.append(Update(choice.request, choice.index, pieces, new, logprobs, *reasons, error, ends))
 
     def _fail(self, choice: Choice, error: Exception) -> None:
         """End this one; its state is not to be trusted."""
