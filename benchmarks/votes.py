@@ -37,7 +37,7 @@ def problems(count: int, seed: int) -> list[tuple[str, str]]:
     """(question, answer)"""
     rng, made = random.Random(seed), []
     for i in range(count):
-        kind, a, b = i % 3, rng.randint(11, 49), rng.randint(3, 29)
+        kind, a, b = i % 3, rng.randint(3, 19), rng.randint(3, 12)
         if kind == 0:
             made.append((f"What is {a} + {b}?", str(a + b)))
         elif kind == 1:

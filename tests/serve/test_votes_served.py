@@ -88,3 +88,15 @@ def test_the_page_describes_it(server):
     schemas = server.ask("GET", "/openapi.json")[1]["components"]["schemas"]
     assert "vote" in schemas["ChatCompletion"]["properties"] and "vote" in schemas["Chat"]["properties"]
     assert "deepconf-low" in str(schemas["VoteField"]["properties"]["method"])
+
+
+def test_the_command_line_asks_a_running_server(server):
+    from tiercel.sampling import SamplingParams
+    from tiercel.serve.client import Client
+    from tiercel.serve.talker import ServerTalker
+    from tiercel.voting import VoteSettings
+
+    talker, seen = ServerTalker(Client("127.0.0.1", server.port), "tiny"), []
+    params = SamplingParams(max_tokens=9, temperature=9, seed=3)
+    told = talker.vote(HI, params, VoteSettings(k=5), seen.append)
+    assert told["traces"] == 5 and told["text"] and seen and seen[-1]["k"] == 5
