@@ -6,6 +6,7 @@ import pytest
 
 import tiny
 from tiercel.engine.engine import Engine
+from tiercel.engine.speculative import prompt_lookup
 from tiercel.errors import RequestError
 from tiercel.sampling import SamplingParams
 from tiercel.voting import Voter, VoteSettings, vote
@@ -110,6 +111,7 @@ def test_the_same_seed_gives_the_same_vote_alone_and_in_company(net, method):
     assert (first.answer, first.table, first.counted, first.threshold) == (
         second.answer, second.table, second.counted, second.threshold
     )  # fmt: skip
+    assert first.table, "some traces have an answer"
     assert first.traces[: first.counted] == second.traces[: second.counted]
 
 
@@ -169,6 +171,18 @@ def test_others_come_in_between_the_traces(net):
     assert len(vote_request.choices) < 30 and not vote_request.finished
     finish(e)
     assert len(vote_request.choices) == 60
+
+
+def test_guesses_change_no_vote(net):
+    """A text that repeats itself is guessed ahead; what is confirmed is watched token by token all the same."""
+    params = SamplingParams(temperature=0.5, seed=2, max_tokens=40, stop_token_ids=list(range(40)))
+    settings = VoteSettings(k=12, method="deepconf-high", window=4, warmup=6, consensus=0)
+    plain, guessing = engine(net, slots=3), engine(net, slots=3, drafter=prompt_lookup)
+    prompt = ids(8) * 6
+    (first, a), (second, b) = hold(plain, settings, params, prompt), hold(guessing, settings, params, prompt)
+    finish(plain), finish(guessing)
+    assert guessing.stats.drafts_accepted > 0
+    assert first.result(a).traces == second.result(b).traces and len(a.choices) == 12
 
 
 def test_a_vote_that_is_given_up_leaves_nothing(net):

@@ -34,7 +34,7 @@ class Stored:
             self._known[window] = confidences(tokens, window), groups
         confidence, groups = self._known[window]
         whole = replace(self.trace, index=index, confidence=confidence)
-        below = np.flatnonzero(groups < s) if s is not None else ()
+        below = np.flatnonzero(groups < (-np.inf if s is None else s))
         if len(below) == 0:
             return whole
         cut = window + int(below[0])
