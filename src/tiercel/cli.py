@@ -26,6 +26,7 @@ from tiercel.train.cli import app as train_app
 if TYPE_CHECKING:
     from tiercel.console import Prompt, Talker
     from tiercel.sampling import SamplingParams
+    from tiercel.voting.settings import VoteSettings
 
 DEFAULT_MODEL = "reasoner"  # it comes with the package: `hub.BUNDLED`
 
@@ -131,6 +132,20 @@ def run(
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thoughts first, or not.")] = None,
     hide_thinking: Annotated[bool, typer.Option("--hidethinking", help="Do not show the thoughts.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the timings.")] = False,
+    vote: Annotated[int | None, typer.Option(help="Answer so many times, and say what most answers agree on.")] = None,
+    vote_method: Annotated[
+        str,
+        typer.Option(
+            help="majority, weighted, filtered-low, filtered-high, deepconf-low, "
+            "deepconf-high; deepconf stops unsure answers early."
+        ),
+    ] = "majority",
+    vote_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="More of the vote, NAME=VALUE: keep, weight, window, warmup, consensus, top_k; may be repeated."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Answer a prompt, or hold a conversation.
@@ -143,10 +158,13 @@ def run(
              "max_tokens": max_tokens, "stop": stop or None}  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     _check_params(given)
+    votes = _vote_settings(vote, vote_method, vote_set or [])
     model, prompt = _model_and_words(model, prompt or [])
     text = _prompt_text(prompt)
     if text is None and (json or raw or not sys.stdout.isatty()):
         raise RequestError("a conversation needs a terminal; give a prompt, or pipe a text in")
+    if text is None and votes is not None:
+        raise RequestError("a vote is on one prompt; give it, or pipe it in")
     began = time.perf_counter()
     packing = ({"quantize": quantize} if quantize else {}) | ({"exact": True} if exact else {})
     talker = _open(model, dtype, context, **packing)
@@ -156,6 +174,13 @@ def run(
         _converse(talker, model, params, system=system, verbose=verbose, hide_thinking=hide_thinking, think=think)
         return
     question: Prompt = text if raw else _messages(system, text)
+    if votes is not None:
+        from tiercel.console import answer_by_vote
+
+        told = answer_by_vote(talker, question, params, votes, raw=raw, think=think, verbose=verbose, quiet=json)
+        if json:
+            _print_json({"model": model} | told)
+        return
     _answer(talker, model, question, params, load, raw=raw, think=think, hide=hide_thinking, verbose=verbose, json=json)
 
 
@@ -173,6 +198,24 @@ def _check_params(given: dict[str, Any]) -> None:
     from tiercel.sampling import SamplingParams
 
     SamplingParams(max_tokens=given.get("max_tokens"), **{k: v for k, v in given.items() if k != "max_tokens"})
+
+
+def _vote_settings(k: int | None, method: str, pairs: list[str]) -> VoteSettings | None:
+    """Also refused before a model is loaded."""
+    from tiercel.voting.settings import VoteSettings
+
+    if k is None:
+        if method != "majority" or pairs:
+            raise RequestError("--vote-method and --vote-set need --vote K, the number of answers")
+        return None
+    given: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, word = pair.partition("=")
+        try:
+            given[name] = word if name == "weight" else int(word) if word.isdecimal() else float(word)
+        except ValueError:
+            raise RequestError(f"--vote-set takes NAME=VALUE, as in window=256, not {pair!r}") from None
+    return VoteSettings.of(given | {"k": k, "method": method})
 
 
 def _prompt_text(words: list[str]) -> str | None:

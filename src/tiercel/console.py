@@ -16,10 +16,13 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tiercel.errors import RequestError, TiercelError
 from tiercel.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from tiercel.voting.settings import VoteSettings
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": …}
 Prompt = str | list[Message]  # a text as it is, or messages for the chat template
@@ -66,6 +69,17 @@ class Talker(Protocol):
     def ask(
         self, prompt: Prompt, params: SamplingParams, *, raw: bool = False, think: bool | None = None
     ) -> Iterator[Piece]: ...
+    def vote(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        settings: VoteSettings,
+        progress: Callable[[dict[str, Any]], None],
+        *,
+        raw: bool = False,
+        think: bool | None = None,
+    ) -> dict[str, Any]:
+        """Many answers, and what they agree on: `Vote.to_dict` with text and thinking.  progress: how it stands."""
 
 
 class ModelTalker:
@@ -86,6 +100,90 @@ class ModelTalker:
     ) -> Iterator[Piece]:
         pieces, _ = self.model.pieces(prompt, params, raw=raw, think=think, session=self.session)
         return pieces
+
+    def vote(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        settings: VoteSettings,
+        progress: Callable[[dict[str, Any]], None],
+        *,
+        raw: bool = False,
+        think: bool | None = None,
+    ) -> dict[str, Any]:
+        made = self.model.vote(
+            prompt, settings, params, raw=raw, think=think, progress=lambda voter: progress(voter.progress())
+        )
+        return {"text": made.text, "thinking": made.thinking, **made.to_dict()}
+
+
+# ── votes
+
+
+def answer_by_vote(
+    talker: Talker,
+    prompt: Prompt,
+    params: SamplingParams,
+    settings: VoteSettings,
+    *,
+    raw: bool = False,
+    think: bool | None = None,
+    verbose: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Hold a vote and print its answer; a live line on stderr tells how it stands.  quiet: print no answer."""
+    live = sys.stderr.isatty()
+
+    def show(told: dict[str, Any]) -> None:
+        if live:
+            sys.stderr.write("\r\033[K" + vote_line(told).translate(CONTROLS)[:200])
+            sys.stderr.flush()
+
+    show({"k": settings.k, "done": 0, "stopped": 0, "leader": None})
+    try:
+        told = talker.vote(prompt, params, settings, show, raw=raw, think=think)
+    finally:
+        if live:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+    if not quiet:
+        _write(sys.stdout, told["text"] + "\n")
+        if told["answer"] is None:
+            complain("no answer came to its end, and so there was nothing to count; raise --max-tokens")
+        if verbose:
+            _write(sys.stderr, "\n" + vote_table(told) + "\n")
+    return told
+
+
+def vote_line(told: dict[str, Any]) -> str:
+    parts = [f"{told['done']} of {told['k']} answers"]
+    if told["stopped"]:
+        parts.append(f"{told['stopped']} stopped early")
+    if told["leader"] is not None:
+        parts.append(f"leading: {told['leader']} ({100 * told['share']:.0f} %)")
+    return ", ".join(parts)
+
+
+def vote_table(told: dict[str, Any]) -> str:
+    """The answers by weight, and what the vote cost."""
+    rows = [("ANSWER", "VOTES", "WEIGHT", "SHARE")]
+    rows += [
+        (row["answer"], str(row["votes"]), f"{row['weight']:.2f}", f"{100 * row['share']:.0f} %")
+        for row in told["table"]
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    ended = [f"answers begun:        {told['traces']}, {told['counted']} counted, {told['stopped']} stopped early"]
+    if told["consensus"]:
+        ended.append("ended by:             consensus")
+    if told["threshold"] is not None:
+        ended.append(f"threshold:            {told['threshold']:.3f}")
+    if told["fallback"]:
+        ended.append("note:                 every answer was below the threshold, and so all were counted")
+    ended.append(f"prompt eval count:    {told['prompt_tokens']} token(s), {told['cached_tokens']} of them cached")
+    ended.append(f"eval count:           {told['completion_tokens']} token(s)")
+    ended.append(f"total duration:       {duration(told['seconds'])}")
+    return "\n".join([*lines, "", *ended])
 
 
 # ── printing

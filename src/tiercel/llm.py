@@ -33,6 +33,7 @@ from tiercel.model.decoder import Decoder
 from tiercel.sampling import Logprob, SamplingParams
 from tiercel.text import Text
 from tiercel.text.stream import Piece
+from tiercel.voting import Vote, VoteSettings, vote
 from tiercel.weights import hub
 from tiercel.weights import load as weights
 
@@ -163,6 +164,22 @@ class Model:
         """The answer's text as it comes (without the thoughts: `pieces` has both)."""
         pieces, _ = self.pieces(prompt, params, raw=raw)
         return (piece.text for piece in pieces if piece.kind == "text")
+
+    def vote(
+        self,
+        prompt: Prompt,
+        settings: VoteSettings,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        think: bool | None = None,
+        **more: Any,
+    ) -> Vote:
+        """Many answers to one prompt, and the one that they agree on; see `voting.vote` for the further arguments."""
+        ids = self.encode(prompt, raw=raw, **({} if think is None else {"enable_thinking": think}))
+        chat = not raw and self.text is not None and self.text.has_template and not _is_ids(prompt)
+        starts = chat and self.text is not None and self.text.opens_thinking(ids)
+        return vote(self, ids, settings, params, thinking="auto" if chat else "off", starts_in_thinking=starts, **more)
 
     def export(self, out: str | Path, *, dtype: str | None = None) -> Path:
         """Write the network as it is now: a .gguf file or a Hugging Face folder."""

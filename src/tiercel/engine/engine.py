@@ -36,7 +36,7 @@ from torch import Tensor
 
 from tiercel.engine.constraint import Grammar, Grammars
 from tiercel.engine.prefix_cache import PrefixCache
-from tiercel.engine.request import Choice, Request, Update
+from tiercel.engine.request import Choice, Request, Update, Watch
 from tiercel.engine.scheduler import Row, Scheduler
 from tiercel.engine.speculative import MOST, Drafter, Speculation, StepCosts
 from tiercel.errors import Busy, RequestError, TiercelError
@@ -120,6 +120,7 @@ class Engine:
         self._stats = Stats()
         self._arrivals: deque[Choice] = deque()  # filled by `add` from any thread, emptied by `step`
         self._news: list[Update] = []
+        self._watched: list[Request] = []  # whose prompt is read, and which may open further choices
         self._numbers = itertools.count()
         self._lock = threading.RLock()
         self._speed = 100.0  # tokens a second, lately
@@ -150,12 +151,14 @@ class Engine:
         id: str | None = None,
         constraint: Grammar | None = None,
         shown: Collection[str] = (),
+        watch: Watch | None = None,
     ) -> Request:
         """A request, checked, so that nothing can be wrong with it later.
 
         key: separates what is remembered (tenant, adapter).  turn: index of the first token of the last user turn.
         constraint: `params.structured`, compiled by `grammars` (that takes up to two seconds; done here if left out).
         shown: control tokens that appear as their text.
+        watch: opens further answers as slots come free, and may end each; they share the reading of the prompt.
         """
         params.verify()
         if params.structured is not None and constraint is None and self.grammars is not None:
@@ -165,13 +168,19 @@ class Engine:
         prompt, V = list(ids), self.network.config.vocab_size
         if wrong := next((token for token in prompt if not 0 <= token < V), None):
             raise RequestError(f"token id {wrong} is outside the vocabulary of {V}")
-        request = Request(id or secrets.token_hex(12), next(self._numbers), prompt, params, key, turn)
-        for index in range(params.n):
-            choice = Choice(
+        if watch is not None and params.n != 1:
+            raise RequestError(f"n={params.n} answers and a vote are asked for; a vote has its own number of answers")
+        request = Request(id or secrets.token_hex(12), next(self._numbers), prompt, params, key, turn, watch=watch)
+
+        def choice(index: int) -> Choice:
+            return Choice(
                 request, self.model.text, V, prompt, params, self.model.max_length,
                 index=index, thinking=thinking, starts_in_thinking=starts_in_thinking, grammar=constraint, shown=shown,
             )  # fmt: skip
-            request.choices.append(choice)
+
+        request.choices += [choice(index) for index in range(params.n)]
+        if watch is not None:
+            request.open_choice = choice
         return request
 
     @cached_property
@@ -192,15 +201,19 @@ class Engine:
         with the next step."""
         with self._lock:
             self._arrive()
-            everybody = [*self.scheduler.running, *self.scheduler.waiting]
-            request = next((choice.request for choice in everybody if choice.request.id == request_id), None)
+            everybody = [choice.request for choice in [*self.scheduler.running, *self.scheduler.waiting]]
+            request = next((each for each in [*everybody, *self._watched] if each.id == request_id), None)
             if request is None:
                 return
             self._stats.aborted += 1
+            self._close(request)
+            running = request.running
             for choice in request.choices:
                 if choice.finish_reason is None:
                     self._report(choice, choice.end("abort"))
                 self._leave(choice)
+            if not running:  # between two answers of a vote
+                self._news.append(Update(request, 0, [], [], finish_reason="abort", last=True))
 
     def between_steps(self) -> contextlib.AbstractContextManager[Any]:
         """While one is inside, nothing runs: for work on the cache or the network."""
@@ -208,7 +221,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not (self._arrivals or self.scheduler.running or self.scheduler.waiting or self._news)
+        return not (self._arrivals or self.scheduler.running or self.scheduler.waiting or self._news or self._watched)
 
     @property
     def waiting(self) -> int:
@@ -219,7 +232,9 @@ class Engine:
     def stats(self) -> Stats:
         stats, running = self._stats, list(self.scheduler.running)
         stats.running, stats.waiting = len(running), self.waiting
-        stats.kv_bytes = nbytes_together(choice.state for choice in running if choice.state is not None)
+        states = [choice.state for choice in running if choice.state is not None]
+        states += [request.origin[0] for request in list(self._watched) if request.origin is not None]
+        stats.kv_bytes = nbytes_together(states)
         stats.cache_bytes, stats.cache_disk_bytes = self.cache.nbytes, self.cache.disk_bytes
         stats.evictions = self.cache.evictions
         return stats
@@ -249,8 +264,10 @@ class Engine:
         with self._lock:
             self._arrive()
             self._make_room()
+            self._open_choices(first=True)
             for choice in self.scheduler.admit():
                 self._start(choice)
+            self._open_choices()
             rows = self.scheduler.plan(self._stop)
             if rows:
                 self._draft(rows)
@@ -297,6 +314,35 @@ class Engine:
             request.looked_up = True
             self._tell(request, found.shared, choice.length)
         self._mark(choice, found.shared)
+
+    # ── further answers of a request that is watched ──
+
+    def _open_choices(self, *, first: bool = False) -> None:
+        """Let watched requests use the slots that nobody waits for.  first: those that have no answer running,
+        before the queue: they have had their turn already, and newcomers must not keep them out."""
+        scheduler = self.scheduler
+        for request in list(self._watched):
+            while request.watch is not None and request.watch.open and len(request.choices) < request.watch.wanted:
+                alone = not request.running
+                if scheduler.taken >= scheduler.slots or (first and not alone):
+                    break
+                if not alone and (scheduler.waiting or scheduler.crowded):
+                    break
+                assert request.origin is not None and request.open_choice is not None
+                state, logits_V = request.origin
+                choice = request.open_choice(len(request.choices))
+                choice.asleep, choice.state = False, state.fork()
+                request.choices.append(choice)
+                scheduler.running.append(choice)
+                self._answer(choice, logits_V[None], [])
+
+    def _close(self, request: Request) -> None:
+        """No further answers."""
+        if request.watch is not None:
+            request.watch.close()
+            request.origin = None
+        if request in self._watched:
+            self._watched.remove(request)
 
     def _tell(self, request: Request, shared: int, cached: int) -> None:
         """Count what was reused, and say why nothing was."""
@@ -411,7 +457,8 @@ class Engine:
             return
         for row in rows:
             choice, state = row.choice, _its(row)
-            if choice.pending > 1 or choice.places > 1:  # nobody forks from guesses
+            watched = choice.request.watch is not None and choice.request.origin is None
+            if choice.pending > 1 or choice.places > 1 or watched:  # nobody forks from guesses
                 continue
             if choice.speculation is None:
                 choice.speculation = Speculation(self.drafter(choice), self.costs)
@@ -422,14 +469,18 @@ class Engine:
 
     def _hand_out(self, row: Row, logits_LV: Tensor) -> None:
         leader = row.choice
-        if leader.length < len(leader.tokens):
-            return
+        if leader.finish_reason is not None or leader.length < len(leader.tokens):
+            return  # another answer of its vote has decided it, or there is more to read
         leader.alone = False
         leader.request.prompt_read()
         forked = [choice for choice in leader.request.choices if choice.asleep] if leader.index == 0 else []
         for choice in forked:
             choice.asleep, choice.state = False, _its(row).fork()
             self.scheduler.running.append(choice)
+        request = leader.request
+        if request.watch is not None and request.watch.open and not leader.token_ids and request.origin is None:
+            request.origin = _its(row).fork(), logits_LV[-1].clone()
+            self._watched.append(request)
         self._answer(leader, logits_LV, row.drafts)
         for choice in forked:
             self._answer(choice, logits_LV[:1], [])
@@ -437,14 +488,19 @@ class Engine:
     def _answer(self, choice: Choice, logits_LV: Tensor, drafts: list[int]) -> None:
         """The tokens that follow from these logits: one, and one more for every draft that it confirms."""
         pieces: list[Piece] = []
+        watch = choice.request.watch
         accepted = 0
         try:
             for logits_V, draft in zip(logits_LV, [*drafts, None], strict=True):
                 pieces += choice.take(logits_V)
                 choice.tokens.append(choice.token_ids[-1])
+                if watch is not None and (reason := watch.token(choice, logits_V)) is not None:
+                    pieces += choice.end(reason)
                 if choice.finish_reason is not None or choice.token_ids[-1] != draft:
                     break
                 accepted += 1
+            if watch is not None and choice.finish_reason is not None:
+                watch.ended(choice)
         except Exception as error:
             self._fail(choice, error)
             return
@@ -452,6 +508,15 @@ class Engine:
             self._settle_drafts(choice, len(drafts), accepted)
         self._report(choice, pieces)
         if choice.finish_reason is not None:
+            self._leave(choice)
+        if watch is not None and not watch.open:
+            self._end_vote(choice.request)
+
+    def _end_vote(self, request: Request) -> None:
+        """It is decided: the answers that still grow end here."""
+        self._close(request)
+        for choice in request.running:
+            self._report(choice, choice.end("decided"))
             self._leave(choice)
 
     def _settle_drafts(self, choice: Choice, proposed: int, accepted: int) -> None:
@@ -470,9 +535,9 @@ class Engine:
         logprobs = None if choice.logprobs is None else choice.logprobs[choice.reported :]
         self._stats.generated_tokens += len(new)
         choice.reported = len(choice.token_ids)
-        self._news.append(
-            Update(choice.request, choice.index, pieces, new, logprobs, choice.finish_reason, choice.stop_reason, error)
-        )
+        ends = choice.finish_reason is not None and choice.request.finished
+        reasons = choice.finish_reason, choice.stop_reason
+        self._news.append(Update(choice.request, choice.index, pieces, new, logprobs, *reasons, error, ends))
 
     def _fail(self, choice: Choice, error: Exception) -> None:
         """End this one; its state is not to be trusted."""
@@ -483,7 +548,10 @@ class Engine:
             )
         self._stats.failed += 1
         choice.request.error = error
+        self._close(choice.request)
         sleepers = [other for other in choice.request.choices if other.asleep] if choice.index == 0 else []
+        if choice.request.watch is not None:  # a vote that lacks a voice is none
+            sleepers = [other for other in choice.request.running if other is not choice]
         for each in (choice, *sleepers):
             each.state = None
             pieces = each.end("error")
@@ -495,13 +563,19 @@ class Engine:
         with self._lock:
             self._arrive()
             for choice in [*self.scheduler.running, *self.scheduler.waiting]:
-                self._fail(choice, error)
+                if choice.finish_reason is None:  # else it ended with another of its request
+                    self._fail(choice, error)
+            for request in list(self._watched):
+                request.error = error
+                self._close(request)
+                self._news.append(Update(request, 0, [], [], finish_reason="error", error=error, last=True))
             news, self._news = self._news, []
             return news
 
     def _leave(self, choice: Choice) -> None:
-        """It has ended: its state stays in the cache as far as that has room."""
-        self._remember(choice, place=True)
+        """It has ended: its state stays in the cache as far as that has room.  Of a vote's many answers none does."""
+        if choice.request.watch is None or choice.marks:
+            self._remember(choice, place=True)
         choice.state, choice.asleep = None, False
         self.scheduler.leave(choice)
         if choice.request.finished:

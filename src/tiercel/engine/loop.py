@@ -30,12 +30,12 @@ log = logging.getLogger("tiercel.engine")
 
 
 class Stream:
-    """The updates of one request, as an async iterator; it ends when all its choices have."""
+    """The updates of one request, as an async iterator; it ends when the request has."""
 
     def __init__(self, engine: AsyncEngine, request: Request) -> None:
         self.engine, self.request = engine, request
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
-        self._open = self.undelivered = len(request.choices)
+        self._open = True
 
     async def __aiter__(self) -> AsyncIterator[Update]:
         try:
@@ -49,7 +49,7 @@ class Stream:
         if not self._open:
             raise StopAsyncIteration
         update = await self._updates.get()
-        self._open -= update.finish_reason is not None
+        self._open = not update.last
         return update
 
     async def __aenter__(self) -> Stream:
@@ -172,6 +172,5 @@ class AsyncEngine:
             stream = self.streams.get(update.request)
             if stream is not None:
                 stream._updates.put_nowait(update)
-                stream.undelivered -= update.finish_reason is not None
-                if not stream.undelivered:
+                if update.last:
                     self.streams.pop(update.request, None)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tiercel.engine.speculative import Speculation
 from tiercel.errors import TiercelError
@@ -19,7 +19,31 @@ from tiercel.sampling import Logprob, SamplingParams
 from tiercel.text.stream import Piece
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tiercel.model.state import State
+
+
+class Watch(Protocol):
+    """Decides, token by token, how many answers one prompt gets and when each has said enough (voting/).
+
+    open: more answers may come; nothing is asked any more once it is False.  wanted: how many there may be by now.
+    The engine asks between forwards: what these do must be quick.
+    """
+
+    open: bool
+
+    @property
+    def wanted(self) -> int: ...
+
+    def token(self, choice: Choice, logits_V: Tensor) -> str | None:
+        """A token was chosen from these logits; a finish_reason ends the answer here."""
+
+    def ended(self, choice: Choice) -> None:
+        """It has its finish_reason.  The engine ends the others where `open` is False after this."""
+
+    def close(self) -> None:
+        """The request is given up."""
 
 
 @dataclass(eq=False)
@@ -27,7 +51,8 @@ class Request:
     """id · prompt_ids · params · choices: the n answers · times: seconds
     key: texts are remembered for requests of the same key only (tenant, adapter)
     turn: index of the first token of the last user turn, a place to come back to
-    cached_tokens: how many of the prompt's tokens were not read again · why_not_cached: the reason where none was"""
+    cached_tokens: how many of the prompt's tokens were not read again · why_not_cached: the reason where none was
+    watch: opens further choices while the request runs; each starts from `origin`, the prompt's state and logits"""
 
     id: str
     number: int  # order of arrival
@@ -44,10 +69,17 @@ class Request:
     started: float | None = None  # when its prompt's turn came
     looked_up: bool = False  # cached_tokens and why_not_cached are known
     inbox: deque[Update] = field(default_factory=deque)  # for `Engine.run`
+    watch: Watch | None = None
+    origin: tuple[State, Tensor] | None = None
+    open_choice: Callable[[int], Choice] | None = None  # the choice number i, not yet running
 
     @property
     def finished(self) -> bool:
-        return all(choice.finish_reason is not None for choice in self.choices)
+        return not (self.watch is not None and self.watch.open) and not self.running
+
+    @property
+    def running(self) -> list[Choice]:
+        return [choice for choice in self.choices if choice.finish_reason is None]
 
     def started_now(self) -> None:
         if self.started is None:
@@ -118,7 +150,7 @@ class Update:
     """What a step gave to one choice; the last one of a choice has its finish_reason.
 
     pieces: text in the order it came · token_ids, logprobs: of the tokens that came in this step
-    error: why the choice ended with finish_reason "error"
+    error: why the choice ended with finish_reason "error" · last: the request has ended with this
     """
 
     request: Request
@@ -129,3 +161,4 @@ class Update:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: TiercelError | None = None
+    last: bool = False

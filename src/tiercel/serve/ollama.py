@@ -24,7 +24,7 @@ from tiercel.serve.duration import seconds_of
 from tiercel.serve.embed import embed, normalized
 from tiercel.serve.errors import Refusal
 from tiercel.serve.models import Lease, Loaded, Named
-from tiercel.serve.requests import Body, read
+from tiercel.serve.requests import Body, VoteField, read
 from tiercel.serve.stream import Lines, Reply, Whole
 from tiercel.serve.talk import Ask, Counts, Part
 
@@ -47,6 +47,7 @@ class Asked(Body):
     shift: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    vote: VoteField | None = None  # ours
 
 
 class Generate(Asked):
@@ -284,6 +285,7 @@ async def _events(request: Request, body: Asked, say: Say, raw: bool) -> AsyncGe
         ask = await asyncio.to_thread(
             talk.prepare, lease, say.prompt(lease), given, tools=say.tools,
             think=None if body.think == "" else body.think, structured=format_of(body.format), context=context,
+            vote=body.vote.settings(request.app.state.settings) if body.vote is not None else None,
         )  # fmt: skip
         say.finish(ask)
         counts, said, calls = Counts(), [], _Calls()
@@ -296,6 +298,8 @@ async def _events(request: Request, body: Asked, say: Say, raw: bool) -> AsyncGe
                 line: dict[str, Any] = {"model": body.model, "created_at": now(), **say.words(part), "done": False}
                 if part.logprobs:
                     line["logprobs"] = logprobs(lease.loaded.model.text, part, body.top_logprobs or 0)
+                if part.vote:
+                    line["vote"] = part.vote
                 if not streaming:
                     line["_part"] = part
                 if part.finish is None:

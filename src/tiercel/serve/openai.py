@@ -26,7 +26,7 @@ from tiercel.serve.embed import embed, normalized
 from tiercel.serve.errors import Refusal
 from tiercel.serve.models import Lease
 from tiercel.serve.ollama import tagged
-from tiercel.serve.requests import Body, read
+from tiercel.serve.requests import Body, VoteField, read
 from tiercel.serve.stream import SentEvents, Whole
 from tiercel.serve.talk import Ask, Counts, Part, Think
 
@@ -98,6 +98,7 @@ class ChatCompletion(Sampled):
     metadata: Any = None
     service_tier: str | None = None
     verbosity: str | None = None
+    vote: VoteField | None = None  # ours
     prompt_cache_key: str | None = None
 
 
@@ -290,6 +291,7 @@ async def open_chat(request: Request, body: ChatCompletion, lease: Lease) -> Ask
         tools=tools_of(body), think=more.pop("enable_thinking", think),
         structured=structured_of(body.response_format, body.structured_outputs),
         continue_final=bool(body.continue_final_message),
+        vote=body.vote.settings(request.app.state.settings) if body.vote is not None else None,
     )  # fmt: skip
 
 
@@ -304,7 +306,7 @@ async def _chat(request: Request, body: ChatCompletion) -> dict[str, Any]:
         choices = [_choice(part, text, body) for part in done]
     return _head("chatcmpl", "chat.completion", body.model) | {
         "choices": choices, "usage": usage(counts), "timings": timings(counts),
-    }  # fmt: skip
+    } | ({"vote": done[0].vote} if ask.vote is not None else {})  # fmt: skip
 
 
 def _choice(part: Part, text: Any, body: ChatCompletion) -> dict[str, Any]:
@@ -346,8 +348,8 @@ async def _chat_events(request: Request, body: ChatCompletion) -> AsyncGenerator
                     yield chunk(part.choice, {"content": part.text}, more=more)
                 for call in part.calls:
                     yield chunk(part.choice, {"tool_calls": [_call_delta(call)]})
-                if part.finish is not None:
-                    yield chunk(part.choice, {}, part.finish)
+                if part.finish is not None or part.vote:
+                    yield chunk(part.choice, {}, part.finish) | ({"vote": part.vote} if part.vote else {})
         if wants_usage:
             yield head | {"choices": [], "usage": usage(counts), "timings": timings(counts)}
         yield "[DONE]"

@@ -9,13 +9,18 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 
 from tiercel.serve.errors import Refusal
 from tiercel.serve.settings import Settings
+from tiercel.voting.settings import VoteSettings
+
+VoteMethod = Literal[
+    "majority", "weighted", "filtered-low", "filtered-high", "deepconf-low", "deepconf-high", "deepconf"
+]
 
 
 class Body(BaseModel):
@@ -25,6 +30,29 @@ class Body(BaseModel):
 
     def ignored(self) -> list[str]:
         return sorted(self.model_extra or ())
+
+
+class VoteField(Body):
+    """Many answers to the prompt, and the one that they agree on: `vote`, an extension of ours.
+
+    usage counts the tokens of all answers; the response's own `vote` has the table and what each answer did.
+    In a stream the text comes when the vote is decided; until then `vote` tells how it stands.
+    """
+
+    k: int = Field(default=16, ge=1, description="answers at most")
+    method: VoteMethod = Field(default="majority", description="how they are counted, and which are stopped early")
+    keep: float | None = Field(default=None, gt=0, le=100, description="percent of the answers that stay")
+    weight: Literal["one", "mean", "lowest", "bottom", "tail"] | None = Field(default=None, description="confidence")
+    window: int = Field(default=2048, ge=1, le=1 << 20, description="tokens of a group")
+    top_k: int = Field(default=20, ge=1, le=100, description="likeliest tokens that make a token's confidence")
+    warmup: int | None = Field(default=None, ge=1, description="answers in full before any is stopped")
+    consensus: float | None = Field(default=None, ge=0, le=1, description="share that ends the vote; 0: none does")
+
+    def settings(self, limits: Settings) -> VoteSettings:
+        """Raises Refusal, RequestError."""
+        if self.k > limits.vote_traces:
+            raise Refusal(400, f"vote.k may be {limits.vote_traces} on this server, not {self.k}", param="vote")
+        return VoteSettings.of(self.model_dump() | (self.model_extra or {}))
 
 
 B = TypeVar("B", bound=Body)

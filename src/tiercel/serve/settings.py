@@ -35,6 +35,7 @@ class Settings:
     slots: int = 8  # sequences that run at once
     queue: int = 64  # requests that wait for one
     queue_contexts: int = 4  # prompt tokens of all requests in flight, in contexts of the model
+    vote_traces: int = 64  # of one vote
     models: int = 3  # loaded at once
     keep_alive: float = 300.0
 

@@ -16,10 +16,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tiercel import voting
 from tiercel.errors import ContextOverflow, RequestError
 from tiercel.sampling import SamplingParams, Structured
 from tiercel.serve.errors import Refusal, plain
 from tiercel.serve.models import Lease
+from tiercel.voting import Voter, VoteSettings
 
 if TYPE_CHECKING:
     from tiercel.serve.app import Service
@@ -42,6 +44,7 @@ class Ask:
     turn: int | None = None
     tools: Any = None  # a ToolForm
     grammar: Any = None  # of a structured answer, compiled
+    vote: VoteSettings | None = None
 
 
 @dataclass
@@ -56,11 +59,12 @@ class Part:
     logprobs: list[tuple[int, dict[int, Any]]] = field(default_factory=list)  # (token, the likeliest there)
     finish: str | None = None
     stop_reason: str | int | None = None
+    vote: dict[str, Any] | None = None  # how it stands, and with the last part how it went
 
     @property
     def empty(self) -> bool:
         """Nothing that a client would see: half a character, the beginning of a stop string."""
-        return not (self.text or self.thinking or self.calls or self.logprobs or self.finish)
+        return not (self.text or self.thinking or self.calls or self.logprobs or self.finish or self.vote)
 
 
 @dataclass
@@ -165,6 +169,7 @@ def prepare(
     context: int | None = None,
     continue_final: bool = False,
     template: Mapping[str, Any] | None = None,
+    vote: VoteSettings | None = None,
 ) -> Ask:
     """Raises RequestError, ContextOverflow.  prompt: text as it is, token ids, or messages for the chat template."""
     model = lease.loaded.model
@@ -188,6 +193,10 @@ def prepare(
     if structured is not None:
         given["structured"] = Structured(**structured)
     params = params_of(given)
+    if vote is not None:
+        if tools:
+            raise RequestError("tools and a vote: calls cannot be voted on; leave one of them out")
+        voting.check(vote, params)
     room = min(context or model.max_length, model.max_length) - len(ids)
     if room < 1:
         raise ContextOverflow(
@@ -206,7 +215,7 @@ def prepare(
         grammar = grammars.compile(params.structured)
     # a form binds the answer from its first token, unless the model's template knows thoughts, which come before it
     apart = chat and (grammar is None or thinks(model.text))
-    return Ask(ids, params, "auto" if apart else "off", starts, turn, form, grammar)
+    return Ask(ids, params, "auto" if apart else "off", starts, turn, form, grammar, vote)
 
 
 def check_ids(model: Any, ids: Sequence[int]) -> None:
@@ -294,15 +303,16 @@ async def answer(service: Service, lease: Lease, ask: Ask, counts: Counts) -> As
     """The parts of an answer; leaving the block cancels what still runs.  Raises Busy, RequestError at once."""
     lease.take(len(ask.ids))
     shown = ask.tools.markers if ask.tools is not None else ()
+    voter = None if ask.vote is None else Voter(ask.vote)
     stream = lease.loaded.engine.submit(
         ask.ids, ask.params, thinking=ask.thinking, starts_in_thinking=ask.starts_in_thinking, turn=ask.turn,
-        constraint=ask.grammar, shown=shown,
+        constraint=ask.grammar, shown=shown, watch=voter,
     )  # fmt: skip
     running = Running(stream, service.settings)
     service.running.add(running)
     counts.prompt = len(ask.ids)
     try:
-        yield _parts(running, ask, counts, service)
+        yield _parts(running, ask, counts, service) if voter is None else _votes(running, voter, ask, counts, service)
     finally:
         service.running.discard(running)
         await stream.cancel()
@@ -311,7 +321,34 @@ async def answer(service: Service, lease: Lease, ask: Ask, counts: Counts) -> As
 
 async def _parts(running: Running, ask: Ask, counts: Counts, service: Service) -> AsyncIterator[Part]:
     choices = [_Choice(ask) for _ in range(ask.params.n)]
-    left, first_at, submitted = len(choices), None, time.perf_counter()
+    async for update in _counted(running, counts, service):
+        yield choices[update.choice].part(update, counts)
+        if update.last:
+            return
+    raise Refusal(500, "the answer broke off")
+
+
+async def _votes(running: Running, voter: Voter, ask: Ask, counts: Counts, service: Service) -> AsyncIterator[Part]:
+    """How it stands whenever an answer has ended, then the answer with the vote."""
+    choices: dict[int, _Choice] = {}  # they count the tokens of thoughts
+    async for update in _counted(running, counts, service):
+        if update.choice not in choices:
+            choices[update.choice] = _Choice(ask)
+        choices[update.choice].part(update, counts)
+        if update.last:
+            made = voter.result(update.request)
+            won = update.request.choices[made.chosen]
+            finish = "stop" if won.finish_reason == "stop" else "length"
+            yield Part(0, made.thinking, made.text, tokens=won.token_ids, finish=finish, vote=made.to_dict())
+            return
+        if update.finish_reason is not None:
+            yield Part(0, vote=voter.progress())
+    raise Refusal(500, "the vote broke off")
+
+
+async def _counted(running: Running, counts: Counts, service: Service) -> AsyncIterator[Any]:
+    """The updates, counted; raises the error that one brings."""
+    first_at, submitted = None, time.perf_counter()
     async for update in running.updates():
         if update.error is not None:
             raise update.error
@@ -324,11 +361,7 @@ async def _parts(running: Running, ask: Ask, counts: Counts, service: Service) -
             service.metrics.first_token(first_at - counts.began)
         counts.said += len(update.token_ids)
         counts.said_s = time.perf_counter() - first_at
-        yield choices[update.choice].part(update, counts)
-        left -= update.finish_reason is not None
-        if not left:
-            return
-    raise Refusal(500, "the answer broke off")
+        yield update
 
 
 class _Choice:
@@ -383,7 +416,7 @@ async def whole(parts: AsyncIterator[Part], n: int) -> list[Part]:
         into.thinking += part.thinking
         into.text += part.text
         into.logprobs += part.logprobs
-        into.finish, into.stop_reason = part.finish, part.stop_reason
+        into.finish, into.stop_reason, into.vote = part.finish, part.stop_reason, part.vote
         for call in part.calls:
             if call.index >= len(into.calls):
                 into.calls.append(call)

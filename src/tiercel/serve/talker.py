@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiercel.errors import ModelNotFound, RequestError
 from tiercel.sampling import SamplingParams
 from tiercel.serve.client import Client
 from tiercel.weights import hub
+
+if TYPE_CHECKING:
+    from tiercel.voting.settings import VoteSettings
 
 OPTIONS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "seed": "seed",
            "stop": "stop", "max_tokens": "num_predict", "repetition_penalty": "repeat_penalty",
@@ -72,15 +75,39 @@ class ServerTalker:
     def ask(
         self, prompt: Any, params: SamplingParams, *, raw: bool = False, think: bool | None = None
     ) -> Iterator[Any]:
+        self._last = Answer()
+        return self._pieces(*self._request(prompt, params, raw, think), self._last)
+
+    def vote(
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        settings: VoteSettings,
+        progress: Callable[[dict[str, Any]], None],
+        *,
+        raw: bool = False,
+        think: bool | None = None,
+    ) -> dict[str, Any]:
+        path, body = self._request(prompt, params, raw, think)
+        told: dict[str, Any] = {}
+        for line in self.client.stream(path, body | {"vote": dataclasses.asdict(settings)}):
+            message = line.get("message", line)
+            if line["done"]:
+                told = {"text": message.get("content", message.get("response", "")),
+                        "thinking": message.get("thinking", ""), **line["vote"]}  # fmt: skip
+            elif "vote" in line:
+                progress(line["vote"])
+        return told
+
+    def _request(
+        self, prompt: Any, params: SamplingParams, raw: bool, think: bool | None
+    ) -> tuple[str, dict[str, Any]]:
         body: dict[str, Any] = {"model": self.model, "options": self._options(params)}
         if think is not None:
             body["think"] = think
         if isinstance(prompt, str):
-            path, body = "/api/generate", body | {"prompt": prompt, "raw": raw}
-        else:
-            path, body = "/api/chat", body | {"messages": prompt}
-        self._last = Answer()
-        return self._pieces(path, body, self._last)
+            return "/api/generate", body | {"prompt": prompt, "raw": raw}
+        return "/api/chat", body | {"messages": prompt}
 
     def _options(self, params: SamplingParams) -> dict[str, Any]:
         changed = {
