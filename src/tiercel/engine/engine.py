@@ -174,6 +174,11 @@ class Engine:
         """Compiles forms of answers; from any thread."""
         return None if self.model.text is None else Grammars(self.model.text)
 
+    @cached_property
+    def grid(self) -> int:
+        """Tokens that a state can always be cut back by; 0: by any number."""
+        return self.network.new_state().grid
+
     def queue(self, request: Request) -> None:
         self._arrivals.append(request.choices[0])
 

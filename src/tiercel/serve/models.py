@@ -135,7 +135,7 @@ class Models:
 
     async def lease(self, name: str) -> Lease:
         """Raises Refusal 404, DoesNotFit, FormatError."""
-        named = await asyncio.to_thread(self.find, name)
+        named = self.find(name)  # a few looks at the disk: a thread would take longer to begin
         key = _key(named)
         if key in self.loaded:
             return Lease(self, named, self.loaded[key], 0.0)

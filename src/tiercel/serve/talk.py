@@ -180,7 +180,8 @@ def prepare(
         _thinking(model, given, kwargs, think)
         kwargs |= {"tools": list(tools)} if tools else {}
         ids = model.text.chat(prompt, continue_final=continue_final, **kwargs)
-        turn = _turn(model.text, prompt, ids, kwargs)
+        grid = lease.loaded.engine.engine.grid  # a shorter text can be cut back to any length as it is
+        turn = _turn(model.text, prompt, ids, kwargs) if 0 < grid < len(ids) else None
     else:
         ids = model.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
         turn = None
