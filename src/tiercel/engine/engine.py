@@ -155,8 +155,9 @@ class Engine:
         params.verify()
         if params.structured is not None and constraint is None and self.grammars is not None:
             constraint = self.grammars.compile(params.structured)
-        if params.n > self.scheduler.slots:
-            raise RequestError(f"n={params.n} answers are asked for and {self.scheduler.slots} can run at once")
+        if self.max_queue is not None and params.n > self.scheduler.slots + self.max_queue:
+            most = self.scheduler.slots + self.max_queue
+            raise RequestError(f"n={params.n} answers are asked for, and {most} at most can run and wait")
         prompt, V = list(ids), self.network.config.vocab_size
         if wrong := next((token for token in prompt if not 0 <= token < V), None):
             raise RequestError(f"token id {wrong} is outside the vocabulary of {V}")
@@ -181,6 +182,17 @@ class Engine:
 
     def queue(self, request: Request) -> None:
         self._arrivals.append(request.choices[0])
+
+    def warm_up(self) -> None:
+        """A few tokens for nobody, which no figure tells of: torch imports seconds' worth of modules at a first step."""
+        params = SamplingParams(max_tokens=3, ignore_eos=True, temperature=1.0, top_k=2, top_p=0.9, seed=0)
+        request = self.prepare([0], params, key="warm-up")
+        request.looked_up = True
+        self.queue(request)
+        for _ in self.run(request):
+            pass
+        self.forget("warm-up")
+        self._stats = Stats()
 
     def forget(self, key: str) -> None:
         """Drop what is remembered for a key."""
@@ -426,10 +438,15 @@ class Engine:
             return
         leader.alone = False
         leader.request.prompt_read()
-        forked = [choice for choice in leader.request.choices if choice.asleep] if leader.index == 0 else []
+        asleep = [choice for choice in leader.request.choices if choice.asleep] if leader.index == 0 else []
+        free = self.scheduler.free_beside(leader)
+        forked, later = asleep[:free], asleep[free:]
         for choice in forked:
             choice.asleep, choice.state = False, _its(row).fork()
             self.scheduler.running.append(choice)
+        for choice in later:  # more answers than slots: these find the prompt in the cache when their turn comes
+            choice.asleep = False
+            self.scheduler.wait(choice)
         self._answer(leader, logits_LV, row.drafts)
         for choice in forked:
             self._answer(choice, logits_LV[:1], [])

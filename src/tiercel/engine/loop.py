@@ -26,6 +26,8 @@ from tiercel.engine.request import Request, Update
 from tiercel.errors import Busy, TiercelError
 from tiercel.sampling import SamplingParams
 
+BEHIND = 1024  # updates that a reader may leave unread: about 256 KiB of a stream
+
 log = logging.getLogger("tiercel.engine")
 
 
@@ -35,7 +37,8 @@ class Stream:
     def __init__(self, engine: AsyncEngine, request: Request) -> None:
         self.engine, self.request = engine, request
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
-        self._open = self.undelivered = len(request.choices)
+        self._open = len(request.choices)
+        self.unfinished = set(range(self._open))  # choices whose last update is still to be delivered
 
     async def __aiter__(self) -> AsyncIterator[Update]:
         try:
@@ -170,8 +173,21 @@ class AsyncEngine:
     def _deliver(self, updates: list[Update]) -> None:
         for update in updates:
             stream = self.streams.get(update.request)
-            if stream is not None:
+            if stream is not None and stream._updates.qsize() >= BEHIND and update.finish_reason is None:
+                self._cut_off(stream)
+            elif stream is not None:
                 stream._updates.put_nowait(update)
-                stream.undelivered -= update.finish_reason is not None
-                if not stream.undelivered:
+                if update.finish_reason is not None:
+                    stream.unfinished.discard(update.choice)
+                if not stream.unfinished:
                     self.streams.pop(update.request, None)
+
+    def _cut_off(self, stream: Stream) -> None:
+        """A reader that is far behind: what it has not read is bounded."""
+        request = stream.request
+        log.warning("request %s: its reader is %d updates behind; the answer was ended", request.id, BEHIND)
+        error = TiercelError("the answer was ended: it was not read as fast as it came")
+        for index in sorted(stream.unfinished):
+            stream._updates.put_nowait(Update(request, index, [], [], None, "error", None, error))
+        self.streams.pop(request, None)
+        self.abandon(request)

@@ -285,6 +285,7 @@ async def _events(request: Request, body: Asked, say: Say, raw: bool) -> AsyncGe
             talk.prepare, lease, say.prompt(lease), given, tools=say.tools,
             think=None if body.think == "" else body.think, structured=format_of(body.format), context=context,
         )  # fmt: skip
+        ask.tenant = talk.tenant(request)
         say.finish(ask)
         counts, said, calls = Counts(), [], _Calls()
         async with talk.answer(service, lease, ask, counts) as parts:
