@@ -35,7 +35,8 @@ def test_no_case_of_schemathesis_surprises(start, checkpoints, tmp_path, monkeyp
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr("tiercel.weights.hub.KNOWN", {})
     # requests come one at a time, and a model has its own place: nobody is ever sent away
-    server = start(slots=4, models=4, cache_bytes=1 << 26)
+    patient = {"first_token_timeout": 3600, "token_timeout": 3600, "body_timeout": 300}
+    server = start(slots=4, models=4, cache_bytes=1 << 26, **patient)
     schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
     cases = int(os.environ.get("TIERCEL_CASES", "2000"))
     operations = [result.ok() for result in schema.get_all_operations()]
@@ -59,7 +60,7 @@ def test_no_case_of_schemathesis_surprises(start, checkpoints, tmp_path, monkeyp
                 if operation.path.startswith("/api"):
                     case.body["options"] = {"num_predict": 4}
             try:
-                response = case.call()
+                response = case.call(timeout=300)
             except ValueError:  # a header or body that no HTTP client would send
                 return
             offline = operation.path == "/api/pull" and response.status_code == 502
