@@ -79,7 +79,10 @@ def main() -> None:
     try:
         for number in range(options.rounds + 5):
             text = QUESTION.format(number=1000 + 7 * number)
-            messages = [{"role": "system", "content": f"{number * 3} times: be short."}, {"role": "user", "content": text}]
+            messages = [
+                {"role": "system", "content": f"{number * 3} times: be short."},
+                {"role": "user", "content": text},
+            ]
             found = {
                 "its network": bare(model.network, model.text.encode(text)),
                 "completions": over_http(connection, "/v1/completions", {"model": options.model, "prompt": text}),

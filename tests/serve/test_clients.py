@@ -46,7 +46,9 @@ def test_a_call_can_be_forced_over_responses_too(server):
     flat = [{"type": "function", **each["function"]} for each in TOOLS]
     body = {"model": "caller", "input": "Hi", "tools": flat, "tool_choice": {"type": "function", "name": "clock"}}
     (call,) = server.ask("POST", "/v1/responses", body)[1]["output"]
-    assert call["type"] == "function_call" and call["name"] == "clock" and json.loads(call["arguments"])["hour"] in (1, 2)
+    assert (
+        call["type"] == "function_call" and call["name"] == "clock" and json.loads(call["arguments"])["hour"] in (1, 2)
+    )
 
 
 @pytest.mark.parametrize("more, words", [

@@ -14,8 +14,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-
 LONG = {"model": "tiny", "prompt": "Why?", "options": {"num_predict": 400, "temperature": 0.9}, "stream": True}
 
 

@@ -72,4 +72,6 @@ def test_no_case_of_schemathesis_surprises(start, checkpoints, tmp_path, monkeyp
     for operation in operations:
         try_out(operation)
     assert seen >= cases * 0.9
-    assert server.ask("POST", "/api/generate", {"model": "tiny", "options": {"num_predict": 2}, "prompt": "x"})[0] == 200
+    assert (
+        server.ask("POST", "/api/generate", {"model": "tiny", "options": {"num_predict": 2}, "prompt": "x"})[0] == 200
+    )

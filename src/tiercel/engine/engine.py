@@ -184,7 +184,7 @@ class Engine:
         self._arrivals.append(request.choices[0])
 
     def warm_up(self) -> None:
-        """A few tokens for nobody, which no figure tells of: torch imports seconds' worth of modules at a first step."""
+        """A few tokens for nobody, in no figure: torch imports seconds' worth of modules at a first step."""
         params = SamplingParams(max_tokens=3, ignore_eos=True, temperature=1.0, top_k=2, top_p=0.9, seed=0)
         request = self.prepare([0], params, key="warm-up")
         request.looked_up = True

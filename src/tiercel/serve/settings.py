@@ -38,7 +38,9 @@ class Settings:
     queue_contexts: int = 4  # prompt tokens of all requests in flight, in contexts of the model
     models: int = 3  # loaded at once
     keep_alive: float = 300.0
-    cache_bytes: int | None = None  # of texts that were read, in memory, for each model; None: an eighth of what is free
+    cache_bytes: int | None = (
+        None  # of texts that were read, in memory, for each model; None: an eighth of what is free
+    )
     spill: str = ""  # a folder for those that do not fit
 
     body_timeout: float = 30.0  # for a request to arrive
