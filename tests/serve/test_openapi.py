@@ -40,10 +40,11 @@ def test_no_case_of_schemathesis_surprises(start, checkpoints, tmp_path, monkeyp
     schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
     cases = int(os.environ.get("TIERCEL_CASES", "2000"))
     operations = [result.ok() for result in schema.get_all_operations()]
-    each = max(cases // len(operations), 1)
     seen = 0
+    with_body = sum(operation.method != "get" for operation in operations)
 
     def try_out(operation):
+        each = max(cases // with_body, 1) if operation.method != "get" else 20  # the others have nothing to vary
         allowed = {int(status) for status in operation.definition.raw["responses"]}
 
         @given(case=operation.as_strategy())

@@ -126,6 +126,9 @@ class Engine:
 
         Raises RequestError, ContextOverflow, and Busy when the queue is full.
         """
+        if self.max_queue is not None and params.n > self.scheduler.slots + self.max_queue:
+            most = self.scheduler.slots + self.max_queue
+            raise RequestError(f"n={params.n} answers are asked for, and {most} at most can run and wait")
         waiting, free = self.waiting, self.scheduler.slots - self.scheduler.taken
         if self.max_queue is not None and waiting + params.n > self.max_queue + free:
             raise Busy(f"{waiting} answers are waiting and the queue holds {self.max_queue}", self._patience())
@@ -155,9 +158,6 @@ class Engine:
         params.verify()
         if params.structured is not None and constraint is None and self.grammars is not None:
             constraint = self.grammars.compile(params.structured)
-        if self.max_queue is not None and params.n > self.scheduler.slots + self.max_queue:
-            most = self.scheduler.slots + self.max_queue
-            raise RequestError(f"n={params.n} answers are asked for, and {most} at most can run and wait")
         prompt, V = list(ids), self.network.config.vocab_size
         if wrong := next((token for token in prompt if not 0 <= token < V), None):
             raise RequestError(f"token id {wrong} is outside the vocabulary of {V}")
