@@ -320,7 +320,7 @@ def test_answers_that_outgrow_the_memory_wait_and_lose_nothing(net):
 
 
 def test_what_cannot_be_served_is_refused_before_anything_runs(net):
-    e = engine(net, slots=2)
+    e = engine(net, slots=1, max_queue=1)
     for prompt, params, word in [
         ([], greedy(1), "empty"),
         ([300], greedy(1), "vocabulary of 300"),

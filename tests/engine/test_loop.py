@@ -126,3 +126,25 @@ def test_work_between_two_steps(net):
         await many.close()
 
     asyncio.run(main())
+
+
+def test_a_reader_that_is_far_behind_is_cut_off_and_the_log_says_so(net, monkeypatch, caplog):
+    monkeypatch.setattr("tiercel.engine.loop.BEHIND", 20)
+
+    async def main():
+        many = engine(net)
+        many.start()
+        stream = many.submit(ids(20), LONG)
+        while many.streams:  # nobody reads it
+            await asyncio.sleep(0.01)
+        left = [update async for update in stream]
+        assert len(left) <= 21 and left[-1].finish_reason == "error" and "not read" in str(left[-1].error)
+        for _ in range(200):
+            if many.engine.idle:
+                break
+            await asyncio.sleep(0.01)
+        assert many.engine.idle and many.engine.stats.kv_bytes == 0
+        await many.close()
+
+    asyncio.run(main())
+    assert any("updates behind" in record.message for record in caplog.records)

@@ -14,8 +14,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-
 LONG = {"model": "tiny", "prompt": "Why?", "options": {"num_predict": 400, "temperature": 0.9}, "stream": True}
 
 
@@ -163,6 +161,40 @@ def test_a_reader_that_takes_nothing_is_cut_off(start):
     raw.close()
 
 
+def test_who_does_not_finish_a_head_is_cut_off_and_who_does_is_not(start):
+    server = start(head_timeout=0.3)
+    silent, slow, quick = (socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(3))
+    slow.sendall(b"GET /health HTTP/1.1\r\nHost: local")
+
+    def healthy():
+        quick.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        data = b""
+        while not data.endswith(b"}"):
+            data += quick.recv(4096)
+        return data.startswith(b"HTTP/1.1 200")
+
+    for _ in range(3):  # one connection, several requests, longer than the limit together
+        assert healthy()
+        time.sleep(0.15)
+    for raw in (silent, slow):
+        assert b"408" in raw.recv(4096) and raw.recv(100) == b""
+    assert healthy(), "a connection that waits between two requests is not late"
+    for raw in (silent, slow, quick):
+        raw.close()
+
+
+def test_who_waits_too_long_for_a_slot_is_sent_away(start):
+    server = start(slots=1, queue_timeout=0.2)
+    first = open_stream(server.port, FOREVER, "/v1/completions")
+    assert b"200 OK" in first.recv(100)
+    status, headers, data = server.raw("POST", "/v1/completions", FOREVER | {"stream": False})
+    assert status == 429 and int(headers["retry-after"]) >= 1 and b"maximum pending" in data
+    assert server.raw("POST", "/api/generate", LONG | {"stream": False})[0] == 503
+    assert server.service.running, "who runs is not touched by it"
+    first.close()
+    assert until(lambda: at_rest(server))
+
+
 def test_models_come_and_go(start):
     server = start(models=1, keep_alive=0.2)
     assert server.ask("POST", "/api/generate", {"model": "tiny"})[0] == 200
@@ -272,12 +304,3 @@ def test_sigterm_lets_answers_finish(checkpoints, tmp_path):
     read, code, seconds, refused = drained(checkpoints, tmp_path, 20, 60, random.Random(0))
     check_ends(read, cut=False)
     assert code == 0 and refused and seconds < 22
-
-
-@pytest.mark.slow
-def test_sigterm_many_times(checkpoints, tmp_path):
-    for round in range(int(os.environ.get("TIERCEL_DRAINS", "5"))):
-        drain = 1 if round % 2 else 20
-        read, code, seconds, _ = drained(checkpoints, tmp_path, drain, 450 if drain == 1 else 40, random.Random(round))
-        check_ends(read, cut=True)
-        assert code == 0 and seconds < drain + 2

@@ -267,3 +267,11 @@ def test_create_copy_and_delete(server, store, smollm2, client):
         assert client.delete(name).status == "success"
     assert server.raw("DELETE", "/api/delete", {"model": "other"})[0] == 404
     assert not any((home / "models").rglob("*.gguf")) and smollm2.exists()
+
+
+@pytest.mark.parametrize(
+    "more", [{"messages": [{}]}, {"messages": [3]}, {"system": "x" * 100_000}, {"parameters": {"top_p": "x"}}]
+)
+def test_what_create_refuses_is_the_clients_fault_in_json(server, more):
+    status, answer = server.ask("POST", "/api/create", {"model": "mine", "from": "tiny", "stream": False} | more)
+    assert status in (200, 400) and (status == 200 or set(answer) == {"error"}), answer

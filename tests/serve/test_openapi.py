@@ -25,19 +25,27 @@ def test_every_route_is_described(server):
 
 
 @pytest.mark.slow
-def test_no_case_of_schemathesis_surprises(server):
+def test_no_case_of_schemathesis_surprises(start, checkpoints, tmp_path, monkeypatch):
+    """All routes, also those that change the disk: its models are in a folder of the test's, its hub is nowhere."""
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings
 
+    monkeypatch.setenv("TIERCEL_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr("tiercel.weights.hub.KNOWN", {})
+    # requests come one at a time, and a model has its own place: nobody is ever sent away
+    patient = {"first_token_timeout": 3600, "token_timeout": 3600, "body_timeout": 300}
+    server = start(slots=4, models=4, cache_bytes=1 << 26, **patient)
     schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
     cases = int(os.environ.get("TIERCEL_CASES", "2000"))
     operations = [result.ok() for result in schema.get_all_operations()]
-    operations = [op for op in operations if op.path not in ("/api/pull", "/api/delete")]  # these reach for the world
-    each = max(cases // len(operations), 1)
     seen = 0
+    with_body = sum(operation.method != "get" for operation in operations)
 
     def try_out(operation):
-        allowed = {int(status) for status in operation.definition.raw["responses"]} | {404, 405}
+        each = max(cases // with_body, 1) if operation.method != "get" else 20  # the others have nothing to vary
+        allowed = {int(status) for status in operation.definition.raw["responses"]}
 
         @given(case=operation.as_strategy())
         @settings(max_examples=each, deadline=None, database=None, phases=[Phase.generate],
@@ -53,14 +61,18 @@ def test_no_case_of_schemathesis_surprises(server):
                 if operation.path.startswith("/api"):
                     case.body["options"] = {"num_predict": 4}
             try:
-                response = case.call()
+                response = case.call(timeout=300)
             except ValueError:  # a header or body that no HTTP client would send
                 return
-            assert response.status_code < 500 or response.status_code in (503,), (operation.label, response.text)
+            offline = operation.path == "/api/pull" and response.status_code == 502
+            assert response.status_code < 500 or offline, (operation.label, response.status_code, response.text)
             assert response.status_code in allowed, (operation.label, response.status_code, response.text)
 
         check()
 
     for operation in operations:
         try_out(operation)
-    assert seen >= cases // 2
+    assert seen >= cases * 0.9
+    assert (
+        server.ask("POST", "/api/generate", {"model": "tiny", "options": {"num_predict": 2}, "prompt": "x"})[0] == 200
+    )

@@ -132,6 +132,9 @@ class Engine:
 
         Raises RequestError, ContextOverflow, and Busy when the queue is full.
         """
+        if self.max_queue is not None and params.n > self.scheduler.slots + self.max_queue:
+            most = self.scheduler.slots + self.max_queue
+            raise RequestError(f"n={params.n} answers are asked for, and {most} at most can run and wait")
         waiting, free = self.waiting, self.scheduler.slots - self.scheduler.taken
         if self.max_queue is not None and waiting + params.n > self.max_queue + free:
             raise Busy(f"{waiting} answers are waiting and the queue holds {self.max_queue}", self._patience())
@@ -163,8 +166,6 @@ class Engine:
         params.verify()
         if params.structured is not None and constraint is None and self.grammars is not None:
             constraint = self.grammars.compile(params.structured)
-        if params.n > self.scheduler.slots:
-            raise RequestError(f"n={params.n} answers are asked for and {self.scheduler.slots} can run at once")
         prompt, V = list(ids), self.network.config.vocab_size
         if wrong := next((token for token in prompt if not 0 <= token < V), None):
             raise RequestError(f"token id {wrong} is outside the vocabulary of {V}")
@@ -188,8 +189,24 @@ class Engine:
         """Compiles forms of answers; from any thread."""
         return None if self.model.text is None else Grammars(self.model.text)
 
+    @cached_property
+    def grid(self) -> int:
+        """Tokens that a state can always be cut back by; 0: by any number."""
+        return self.network.new_state().grid
+
     def queue(self, request: Request) -> None:
         self._arrivals.append(request.choices[0])
+
+    def warm_up(self) -> None:
+        """A few tokens for nobody, in no figure: torch imports seconds' worth of modules at a first step."""
+        params = SamplingParams(max_tokens=3, ignore_eos=True, temperature=1.0, top_k=2, top_p=0.9, seed=0)
+        request = self.prepare([0], params, key="warm-up")
+        request.looked_up = True
+        self.queue(request)
+        for _ in self.run(request):
+            pass
+        self.forget("warm-up")
+        self._stats = Stats()
 
     def forget(self, key: str) -> None:
         """Drop what is remembered for a key."""
@@ -473,7 +490,9 @@ class Engine:
             return  # another answer of its vote has decided it, or there is more to read
         leader.alone = False
         leader.request.prompt_read()
-        forked = [choice for choice in leader.request.choices if choice.asleep] if leader.index == 0 else []
+        asleep = [choice for choice in leader.request.choices if choice.asleep] if leader.index == 0 else []
+        free = self.scheduler.free_beside(leader)
+        forked, later = asleep[:free], asleep[free:]
         for choice in forked:
             choice.asleep, choice.state = False, _its(row).fork()
             self.scheduler.running.append(choice)
@@ -481,6 +500,9 @@ class Engine:
         if request.watch is not None and request.watch.open and not leader.token_ids and request.origin is None:
             request.origin = _its(row).fork(), logits_LV[-1].clone()
             self._watched.append(request)
+        for choice in later:  # more answers than slots: these find the prompt in the cache when their turn comes
+            choice.asleep = False
+            self.scheduler.wait(choice)
         self._answer(leader, logits_LV, row.drafts)
         for choice in forked:
             self._answer(choice, logits_LV[:1], [])

@@ -26,6 +26,8 @@ from tiercel.engine.request import Request, Update
 from tiercel.errors import Busy, TiercelError
 from tiercel.sampling import SamplingParams
 
+BEHIND = 1024  # updates that a reader may leave unread: about 256 KiB of a stream
+
 log = logging.getLogger("tiercel.engine")
 
 
@@ -36,6 +38,7 @@ class Stream:
         self.engine, self.request = engine, request
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
         self._open = True
+        self.unfinished = {choice.index for choice in request.choices}  # their last update is still to be delivered
 
     async def __aiter__(self) -> AsyncIterator[Update]:
         try:
@@ -170,7 +173,22 @@ class AsyncEngine:
     def _deliver(self, updates: list[Update]) -> None:
         for update in updates:
             stream = self.streams.get(update.request)
-            if stream is not None:
+            if stream is not None and stream._updates.qsize() >= BEHIND and update.finish_reason is None:
+                self._cut_off(stream)
+            elif stream is not None:
                 stream._updates.put_nowait(update)
+                (stream.unfinished.add if update.finish_reason is None else stream.unfinished.discard)(update.choice)
                 if update.last:
                     self.streams.pop(update.request, None)
+
+    def _cut_off(self, stream: Stream) -> None:
+        """A reader that is far behind: what it has not read is bounded."""
+        request = stream.request
+        log.warning("request %s: its reader is %d updates behind; the answer was ended", request.id, BEHIND)
+        error = TiercelError("the answer was ended: it was not read as fast as it came")
+        left = sorted(stream.unfinished) or [0]
+        for index in left:
+            cut = Update(request, index, [], [], None, "error", None, error, last=index == left[-1])
+            stream._updates.put_nowait(cut)
+        self.streams.pop(request, None)
+        self.abandon(request)

@@ -42,7 +42,14 @@ class Scheduler:
 
     @property
     def taken(self) -> int:
-        return sum(choice.places for choice in list(self.running))
+        return sum(self._slots_for(choice) for choice in list(self.running))
+
+    def free_beside(self, leader: Choice) -> int:
+        """Slots for those that fork from it."""
+        return self.slots - 1 - sum(self._slots_for(choice) for choice in self.running if choice is not leader)
+
+    def _slots_for(self, choice: Choice) -> int:
+        return min(choice.places, self.slots)
 
     @property
     def queued(self) -> int:
@@ -52,7 +59,7 @@ class Scheduler:
     def admit(self) -> Iterator[Choice]:
         """Those whose turn has come.  Nobody passes the first of the queue, also when it wants many slots."""
         while self.waiting and not (self.crowded and self.running):
-            if self.taken + self.waiting[0].places > self.slots:
+            if self.taken + self._slots_for(self.waiting[0]) > self.slots:
                 return
             choice = self.waiting.popleft()
             self.running.append(choice)
@@ -69,6 +76,10 @@ class Scheduler:
     def back(self, choice: Choice) -> None:
         """From its slot to the queue, to the place its arrival gives it."""
         self.running.remove(choice)
+        self.wait(choice)
+
+    def wait(self, choice: Choice) -> None:
+        """Into the queue, in order of arrival."""
         at = next((i for i, other in enumerate(self.waiting) if _order(other) > _order(choice)), len(self.waiting))
         self.waiting.insert(at, choice)
 

@@ -27,6 +27,7 @@ from starlette.routing import Route
 
 from tiercel.errors import TiercelError
 from tiercel.serve import library, ollama, openai, openapi, page, responses
+from tiercel.serve.connection import connection
 from tiercel.serve.errors import BUSY, Refusal, log, plain, reply, reply_to
 from tiercel.serve.metrics import Metrics
 from tiercel.serve.models import Lease, Models, Opener, open_model
@@ -177,7 +178,8 @@ def make_app(service: Service) -> Any:
     async def refused(request: Request, error: Exception) -> Response:
         return reply_to(error, request.scope["path"])
 
-    app = Starlette(routes=routes(), lifespan=life, exception_handlers={HTTPException: http_error, Refusal: refused})
+    handlers: Any = {HTTPException: http_error, TiercelError: refused, Exception: refused}
+    app = Starlette(routes=routes(), lifespan=life, exception_handlers=handlers)
     app.state.service, app.state.settings = service, service.settings
     app.router.redirect_slashes = False
     return Guard(Desk(app, service), service.settings)
@@ -190,7 +192,8 @@ class Server(uvicorn.Server):
         settings = service.settings
         super().__init__(uvicorn.Config(
             app or make_app(service), host=settings.host, port=settings.port, log_level="warning", access_log=False,
-            http="h11", ws="none", lifespan="on", server_header=False, date_header=True, proxy_headers=False,
+            http=connection(settings.head_timeout), ws="none", lifespan="on", server_header=False, date_header=True,
+            proxy_headers=False,
             h11_max_incomplete_event_size=settings.header_bytes + 4096, limit_concurrency=settings.connections,
             timeout_graceful_shutdown=int(settings.drain) + 2, timeout_keep_alive=60,
         ))  # fmt: skip
@@ -239,6 +242,7 @@ def run(settings: Settings, names: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    sys.setswitchinterval(0.001)  # five by default: so long an answer would wait for the engine's thread at every turn
     service = Service(settings)
     asyncio.run(_run(service, names))
 

@@ -108,8 +108,18 @@ def _shown(models: Any, name: str, verbose: bool) -> dict[str, Any]:
     if licence := extras.get("license") or found.get("licence"):
         out["license"] = licence if isinstance(licence, str) else "\n".join(licence)
     if verbose:
-        out["tensors"] = []
+        out["tensors"] = tensors_of(named.local.path)
     return out
+
+
+def tensors_of(path: Any) -> list[dict[str, Any]]:
+    """Name, type and shape of everything a model file or folder holds."""
+    from tiercel.weights.gguf import GGUFFile
+    from tiercel.weights.safetensors import SafetensorsFolder
+
+    with (SafetensorsFolder if path.is_dir() else GGUFFile)(path) as opened:
+        return [{"name": tensor.name, "type": tensor.type, "shape": list(tensor.shape)}
+                for tensor in opened.tensors.values()]  # fmt: skip
 
 
 def chat_template(path: Any) -> str:

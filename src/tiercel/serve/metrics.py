@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 TIMES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -12,6 +12,7 @@ TIMES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory, processor time, descriptors
         self.requests = self._counter("requests", "HTTP requests", "route", "status")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts", "model")
         self.cached_tokens = self._counter("cached_tokens", "Prompt tokens that were not read again", "model")
@@ -22,6 +23,7 @@ class Metrics:
                                   buckets=TIMES, registry=self.registry)  # fmt: skip
         self.in_flight = Gauge("tiercel_requests_in_flight", "Answers being made", registry=self.registry)
         self.loaded = Gauge("tiercel_models_loaded", "Models in memory", registry=self.registry)
+        self.tasks = Gauge("tiercel_tasks", "Of the event loop", registry=self.registry)
         self.engine: dict[str, Gauge] = {}
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -40,6 +42,9 @@ class Metrics:
 
     def text(self, service: Any) -> bytes:
         """The page; figures of the engines are read when it is asked for."""
+        import asyncio
+
+        self.tasks.set(len(asyncio.all_tasks()))
         self.in_flight.set(len(service.running))
         self.loaded.set(len(service.models.loaded))
         for loaded in service.models.loaded.values():

@@ -32,19 +32,12 @@ def open_model(path: Path, settings: Settings) -> tuple[Any, Any]:
     from tiercel.engine import AsyncEngine, Engine
 
     model = tiercel.load(path)
-    engine = Engine(model, slots=settings.slots, max_queue=settings.queue)
-    _warm(engine)
+    engine = Engine(
+        model, slots=settings.slots, max_queue=settings.queue, cache_bytes=settings.cache_bytes,
+        spill=Path(settings.spill).expanduser() if settings.spill else None,
+    )  # fmt: skip
+    engine.warm_up()
     return model, AsyncEngine(engine)
-
-
-def _warm(engine: Any) -> None:
-    """A few tokens for nobody: torch imports three seconds' worth of modules at its first step."""
-    from tiercel.sampling import SamplingParams
-
-    params = SamplingParams(max_tokens=3, ignore_eos=True, temperature=1.0, top_k=2, top_p=0.9, seed=0)
-    for _ in engine.run(engine.add([0], params, key="warm-up")):
-        pass
-    engine.forget("warm-up")
 
 
 @dataclass
@@ -135,7 +128,7 @@ class Models:
 
     async def lease(self, name: str) -> Lease:
         """Raises Refusal 404, DoesNotFit, FormatError."""
-        named = await asyncio.to_thread(self.find, name)
+        named = self.find(name)  # a few looks at the disk: a thread would take longer to begin
         key = _key(named)
         if key in self.loaded:
             return Lease(self, named, self.loaded[key], 0.0)

@@ -287,6 +287,7 @@ async def _events(request: Request, body: Asked, say: Say, raw: bool) -> AsyncGe
             think=None if body.think == "" else body.think, structured=format_of(body.format), context=context,
             vote=body.vote.settings(request.app.state.settings) if body.vote is not None else None,
         )  # fmt: skip
+        ask.tenant = talk.tenant(request)
         say.finish(ask)
         counts, said, calls = Counts(), [], _Calls()
         async with talk.answer(service, lease, ask, counts) as parts:

@@ -15,6 +15,7 @@ import secrets
 import struct
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -27,6 +28,7 @@ from tiercel.serve.errors import Refusal
 from tiercel.serve.models import Lease
 from tiercel.serve.ollama import tagged
 from tiercel.serve.requests import Body, VoteField, read
+from tiercel.serve.score import score
 from tiercel.serve.stream import SentEvents, Whole
 from tiercel.serve.talk import Ask, Counts, Part, Think
 
@@ -57,6 +59,7 @@ class Sampled(Body):
     logit_bias: dict[str, float] | None = None
     user: str | None = None
 
+    cache_salt: str | None = Field(default=None, max_length=256)
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -150,7 +153,9 @@ def check_chat(body: ChatCompletion, settings: Any) -> None:
 async def _open(request: Request, body: Sampled, prompt: Any, given: dict[str, Any], lease: Lease, **more: Any) -> Ask:
     """The Ask of one prompt, made in a thread."""
     merged = talk.base_params(lease, ollama=False) | given
-    return await asyncio.to_thread(talk.prepare, lease, prompt, merged, **more)
+    ask = await asyncio.to_thread(talk.prepare, lease, prompt, merged, **more)
+    ask.tenant = talk.tenant(request, body.cache_salt)
+    return ask
 
 
 def params_given(body: Sampled) -> dict[str, Any]:
@@ -222,7 +227,23 @@ def tools_of(body: Any) -> list[dict[str, Any]] | None:
         return body.tools or None
     if choice == "none":
         return None
-    raise Refusal(400, "tool_choice: auto and none are served; a call cannot be forced", param="tool_choice")
+    name = forced_tool(choice)
+    kept = [tool for tool in body.tools if name is None or tool["function"]["name"] == name]
+    if not kept:
+        raise Refusal(400, f"tool_choice: no tool of this request is named {name!r}", param="tool_choice")
+    return kept
+
+
+def forced_tool(choice: Any) -> str | None:
+    """Of a `tool_choice` that asks for a call: the name of the function, None for any.  Raises Refusal."""
+    if choice == "required":
+        return None
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        name = (choice.get("function") or choice).get("name") if isinstance(choice.get("function", {}), dict) else None
+        if isinstance(name, str) and name:
+            return name
+    raise Refusal(400, "tool_choice must be none, auto, required, or a function's name as "
+                  '{"type": "function", "function": {"name": …}}', param="tool_choice")  # fmt: skip
 
 
 def template_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -286,9 +307,13 @@ async def open_chat(request: Request, body: ChatCompletion, lease: Lease) -> Ask
     system = lease.named.extras.get("system")
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
+    tools = tools_of(body)
+    forced = tools is not None and body.tool_choice not in (None, "auto")
+    if body.tool_choice == "required" and not tools:
+        raise Refusal(400, "tool_choice: a call needs tools", param="tool_choice")
     return await _open(
         request, body, messages, chat_given(body), lease,
-        tools=tools_of(body), think=more.pop("enable_thinking", think),
+        tools=tools, forced=forced, think=more.pop("enable_thinking", think),
         structured=structured_of(body.response_format, body.structured_outputs),
         continue_final=bool(body.continue_final_message),
         vote=body.vote.settings(request.app.state.settings) if body.vote is not None else None,
@@ -415,8 +440,6 @@ async def completions(request: Request) -> Response:
     prompts = _prompts(body.prompt)
     if len(prompts) * n > 64:
         raise Refusal(400, "prompts times n may be 64 in one request", param="prompt")
-    if body.echo and body.logprobs is not None:
-        raise Refusal(400, "echo with logprobs needs the prompt's logprobs, which are not supported", param="echo")
     if body.stream and len(prompts) > 1:
         raise Refusal(400, "several prompts cannot be streamed", param="stream")
     if body.stream:
@@ -437,7 +460,10 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
 
 
 def _completion_given(body: Completion) -> dict[str, Any]:
-    return {"max_tokens": 16} | params_given(body) | ({} if body.logprobs is None else {"logprobs": body.logprobs})
+    given = {"max_tokens": 16} | params_given(body)
+    if body.echo and body.max_tokens == 0:  # the prompt alone, to be scored
+        given["max_tokens"] = 1
+    return given | ({} if body.logprobs is None else {"logprobs": body.logprobs})
 
 
 async def _completions(request: Request, body: Completion, prompts: list[str | list[int]]) -> dict[str, Any]:
@@ -448,10 +474,13 @@ async def _completions(request: Request, body: Completion, prompts: list[str | l
 
         async def one(number: int, prompt: str | list[int]) -> tuple[Counts, list[dict[str, Any]]]:
             ask = await _open(request, body, prompt, _completion_given(body), lease)
-            counts = Counts()
-            async with talk.answer(service, lease, ask, counts) as parts:
-                done = await talk.whole(parts, n)
-            echo = (prompt if isinstance(prompt, str) else text.decode(prompt)) if body.echo else ""
+            counts, echo = Counts(), await _echo(lease, body, prompt, ask)
+            if body.echo and body.max_tokens == 0:
+                counts.prompt, done = len(ask.ids), [Part(choice, finish="length") for choice in range(n)]
+                service.metrics.answered(lease.loaded.name, counts)
+            else:
+                async with talk.answer(service, lease, ask, counts) as parts:
+                    done = await talk.whole(parts, n)
             return counts, [_completion_choice(number * n, part, text, body, echo) for part in done]
 
         try:
@@ -469,22 +498,47 @@ async def _completions(request: Request, body: Completion, prompts: list[str | l
     }  # fmt: skip
 
 
-def _completion_choice(first: int, part: Part, text: Any, body: Completion, echo: str) -> dict[str, Any]:
-    logprobs = None if body.logprobs is None else _completion_logprobs(text, part, body.logprobs, len(echo))
-    return {"text": echo + part.text, "index": first + part.choice, "finish_reason": part.finish,
+@dataclass
+class Echo:
+    """The prompt in front of its answer; tokens: with how likely each was, where that is asked for."""
+
+    text: str = ""
+    tokens: list[tuple[int, Any]] = field(default_factory=list)
+
+
+async def _echo(lease: Lease, body: Completion, prompt: str | list[int], ask: Ask) -> Echo:
+    if not body.echo:
+        return Echo()
+    text = lease.loaded.model.text
+    words = prompt if isinstance(prompt, str) else "" if text is None else text.decode(prompt)
+    return Echo(words, [] if body.logprobs is None else await score(lease, ask.ids, body.logprobs, ask.tenant))
+
+
+def _completion_choice(first: int, part: Part, text: Any, body: Completion, echo: Echo) -> dict[str, Any]:
+    logprobs = None
+    if body.logprobs is not None:
+        logprobs = _completion_logprobs(text, [*echo.tokens, *part.logprobs], body.logprobs)
+    return {"text": echo.text + part.text, "index": first + part.choice, "finish_reason": part.finish,
             "stop_reason": part.stop_reason, "logprobs": logprobs}  # fmt: skip
 
 
-def _completion_logprobs(text: Any, part: Part, top: int, offset: int) -> dict[str, Any]:
-    tokens, values, best, offsets = [], [], [], []
-    for token, entries in part.logprobs:
+def _completion_logprobs(text: Any, found: list[tuple[int, Any]], top: int) -> dict[str, Any]:
+    tokens: list[str] = []
+    values: list[float | None] = []
+    best: list[dict[str, float] | None] = []
+    offsets, offset = [], 0
+    for token, entries in found:
         word = _token(text, token, 0.0)["token"]
         tokens.append(word)
+        offsets.append(offset)
+        offset += len(word)
+        if entries is None:  # nothing comes before a first token
+            values.append(None)
+            best.append(None)
+            continue
         values.append(max(entries[token].logprob, -9999.0))
         likeliest = sorted(entries.items(), key=lambda item: item[1].rank)[: max(top, 1)]
         best.append({_token(text, id, 0.0)["token"]: max(entry.logprob, -9999.0) for id, entry in likeliest})
-        offsets.append(offset)
-        offset += len(word)
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}
 
 
@@ -496,16 +550,14 @@ async def _completion_events(request: Request, body: Completion, prompt: str | l
         counts, head = Counts(), _head("cmpl", "text_completion", body.model)
         wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         extra = {"usage": None} if wants_usage else {}
-        echo = (prompt if isinstance(prompt, str) else text.decode(prompt)) if body.echo else ""
+        echo = await _echo(lease, body, prompt, ask)
         async with talk.answer(service, lease, ask, counts) as parts:
-            if echo:
-                for choice in range(ask.params.n):
-                    entry = {"text": echo, "index": choice, "finish_reason": None, "logprobs": None}
-                    yield head | {"choices": [entry]} | extra
+            for choice in range(ask.params.n if body.echo else 0):
+                yield head | {"choices": [_completion_choice(0, Part(choice), text, body, echo)]} | extra
             async for part in parts:
                 if part.empty:
                     continue
-                yield head | {"choices": [_completion_choice(0, part, text, body, "")]} | extra
+                yield head | {"choices": [_completion_choice(0, part, text, body, Echo())]} | extra
         if wants_usage:
             yield head | {"choices": [], "usage": usage(counts), "timings": timings(counts)}
         yield "[DONE]"

@@ -40,7 +40,7 @@ class Guard:
 
     def __init__(self, app: Any, settings: Settings) -> None:
         self.app, self.settings = app, settings
-        self._key = _digest(settings.api_key) if settings.api_key else None
+        self._keys = [_digest(key) for key in (settings.api_key, *settings.api_keys) if key]
         own = {name.lower() for name in settings.allow_hosts}
         self._hosts = own if settings.loopback else own | {socket.gethostname().lower()}
 
@@ -67,9 +67,12 @@ class Guard:
         if scope["method"] == "OPTIONS" and origins and _values(headers, b"access-control-request-method"):
             await _preflight(send)
             return
-        if not self.knows_key(_values(headers, b"authorization")):
+        number = self.which_key(_values(headers, b"authorization"))
+        if number is None:
             await self._ask_for_key(scope, receive, send)
             return
+        if len(self._keys) > 1:
+            scope["tiercel.tenant"] = f"key {number}"
         await self.app(scope, receive, send)
 
     def knows_host(self, host: str) -> bool:
@@ -94,11 +97,13 @@ class Guard:
             return False
         return rest == host.lower() or is_loopback(re.sub(r":[0-9]{1,5}$", "", rest))
 
-    def knows_key(self, values: list[str]) -> bool:
-        if self._key is None:
-            return True
-        given = _credential(values[0]) if len(values) == 1 else None
-        return hmac.compare_digest(_digest(given or ""), self._key)
+    def which_key(self, values: list[str]) -> int | None:
+        """The number of the key that was given; 0 where none is asked for, None: not let in."""
+        if not self._keys:
+            return 0
+        given = _digest((_credential(values[0]) if len(values) == 1 else None) or "")
+        same = [hmac.compare_digest(given, key) for key in self._keys]  # all, so that the time tells nothing
+        return same.index(True) if any(same) else None
 
     async def _ask_for_key(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         browser = any("text/html" in value for value in _values(scope["headers"], b"accept"))

@@ -19,6 +19,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = PORT
     api_key: str = ""  # empty: none is asked for; then only loopback addresses may be bound
+    api_keys: tuple[str, ...] = ()  # further keys; what was read for one of several is never reused for another
     allow_hosts: tuple[str, ...] = ()  # further names that a Host header may carry
     allow_origins: tuple[str, ...] = ()  # further origins whose pages may call
     manage: bool | None = None  # pull, create, copy, delete over HTTP; None: on loopback only
@@ -38,8 +39,14 @@ class Settings:
     vote_traces: int = 64  # of one vote
     models: int = 3  # loaded at once
     keep_alive: float = 300.0
+    cache_bytes: int | None = (
+        None  # of texts that were read, in memory, for each model; None: an eighth of what is free
+    )
+    spill: str = ""  # a folder for those that do not fit
 
     body_timeout: float = 30.0  # for a request to arrive
+    head_timeout: float = 10.0  # for its first lines, before that
+    queue_timeout: float = 300.0  # for a slot; then 429 or 503
     first_token_timeout: float = 600.0  # queue and prefill
     token_timeout: float = 120.0  # between two steps
     total_timeout: float = 3600.0  # of an answer
@@ -52,6 +59,8 @@ class Settings:
             value = getattr(self, part.name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= 0:
                 raise RequestError(f"{part.name} must not be negative, not {value}")
+        if self.api_keys and not (self.api_key and all(self.api_keys)):
+            raise RequestError("api_keys are further keys: set api_key too, and leave none empty")
         if not self.loopback and not self.api_key:
             raise RequestError(
                 f"{self.host} can be reached from other machines: set a key (--api-key or TIERCEL_API_KEY), "
@@ -108,7 +117,7 @@ def named(pairs: list[str]) -> dict[str, object]:
 
 def _value(name: str, kind: str, text: str) -> object:
     try:
-        if kind == "int":
+        if kind.startswith("int"):
             return int(text)
         if kind == "float":
             return float(text)

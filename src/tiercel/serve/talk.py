@@ -10,6 +10,7 @@ The dialects (`ollama.py`, `openai.py`, `responses.py`) read requests into an As
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tiercel import voting
 from tiercel.errors import ContextOverflow, RequestError
 from tiercel.sampling import SamplingParams, Structured
-from tiercel.serve.errors import Refusal, plain
+from tiercel.serve.errors import BUSY, Refusal, plain
 from tiercel.serve.models import Lease
 from tiercel.voting import Voter, VoteSettings
 
@@ -45,6 +46,7 @@ class Ask:
     tools: Any = None  # a ToolForm
     grammar: Any = None  # of a structured answer, compiled
     vote: VoteSettings | None = None
+    tenant: str = ""  # what was read is reused within one only
 
 
 @dataclass
@@ -164,6 +166,7 @@ def prepare(
     given: dict[str, Any],
     *,
     tools: Sequence[dict[str, Any]] | None = None,
+    forced: bool = False,
     think: Think = None,
     structured: dict[str, Any] | None = None,
     context: int | None = None,
@@ -171,7 +174,8 @@ def prepare(
     template: Mapping[str, Any] | None = None,
     vote: VoteSettings | None = None,
 ) -> Ask:
-    """Raises RequestError, ContextOverflow.  prompt: text as it is, token ids, or messages for the chat template."""
+    """Raises RequestError, ContextOverflow.  prompt: text as it is, token ids, or messages for the chat template.
+    forced: the answer is one call of one of the tools, whatever the model would rather say."""
     model = lease.loaded.model
     given = dict(given)
     kwargs = dict(template or {})
@@ -185,11 +189,18 @@ def prepare(
         _thinking(model, given, kwargs, think)
         kwargs |= {"tools": list(tools)} if tools else {}
         ids = model.text.chat(prompt, continue_final=continue_final, **kwargs)
-        turn = _turn(model.text, prompt, ids, kwargs)
+        grid = lease.loaded.engine.engine.grid  # a shorter text can be cut back to any length as it is
+        turn = _turn(model.text, prompt, ids, kwargs) if 0 < grid < len(ids) else None
     else:
         ids = model.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
         turn = None
         check_ids(model, ids)
+    if forced and tools:
+        if structured is not None:
+            raise RequestError("an answer has one form: a tool call that is asked for, or response_format")
+        from tiercel.text.tools import LLAMA
+
+        structured, form = {"grammar": call_grammar(tools)}, LLAMA  # that form reads bare objects
     if structured is not None:
         given["structured"] = Structured(**structured)
     params = params_of(given)
@@ -216,6 +227,29 @@ def prepare(
     # a form binds the answer from its first token, unless the model's template knows thoughts, which come before it
     apart = chat and (grammar is None or thinks(model.text))
     return Ask(ids, params, "auto" if apart else "off", starts, turn, form, grammar, vote)
+
+
+TIGHT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True,
+         "lenient": True}  # fmt: skip
+
+
+def call_grammar(tools: Sequence[dict[str, Any]]) -> str:
+    """One call of one of these functions, as an object of its own, spaced as models write it (Lark)."""
+    calls = []
+    for tool in tools:
+        function = tool["function"]
+        if not isinstance(function.get("parameters") or {}, dict):
+            raise RequestError(f"the parameters of {function['name']} must be a JSON schema")
+        begin = f'{{"name": {json.dumps(function["name"])}, "arguments": '
+        schema = {"type": "object", **(function.get("parameters") or {}), "x-guidance": TIGHT}
+        calls.append(f'{json.dumps(begin)} %json {json.dumps(schema)} "}}"')
+    return "start: " + " | ".join(calls)
+
+
+def tenant(request: Any, salt: str | None = None) -> str:
+    """Whose texts these are: by key, where the server has several, and by what the client adds (`cache_salt`)."""
+    key = request.scope.get("tiercel.tenant", "")
+    return json.dumps([key, salt]) if key or salt else ""
 
 
 def check_ids(model: Any, ids: Sequence[int]) -> None:
@@ -275,9 +309,12 @@ class Running:
             self._scope.reschedule(asyncio.get_running_loop().time())
 
     async def updates(self) -> AsyncIterator[Any]:
-        first = True
+        first, end_of_queue = True, time.monotonic() + self.settings.queue_timeout
         while True:
             patience = self.settings.first_token_timeout if first else self.settings.token_timeout
+            queued = first and self.stream.request.started is None
+            if queued:
+                patience = min(patience, max(end_of_queue - time.monotonic(), 0.0))
             patience = min(patience, max(self.deadline - time.monotonic(), 0.0))
             if self.reason is not None:
                 raise self.reason
@@ -289,6 +326,10 @@ class Running:
             except TimeoutError:
                 if self.reason is not None:
                     raise self.reason from None
+                if queued and self.stream.request.started is not None:
+                    continue  # its turn came meanwhile
+                if queued and time.monotonic() >= end_of_queue:
+                    raise Refusal(503, BUSY, code="busy", retry=5) from None
                 over = time.monotonic() >= self.deadline
                 what = "the answer took too long" if over else "no token came" + (" yet" if first else "")
                 raise Refusal(504, f"{what}; it was ended after {patience:g} s", code="timeout") from None
@@ -306,7 +347,7 @@ async def answer(service: Service, lease: Lease, ask: Ask, counts: Counts) -> As
     voter = None if ask.vote is None else Voter(ask.vote)
     stream = lease.loaded.engine.submit(
         ask.ids, ask.params, thinking=ask.thinking, starts_in_thinking=ask.starts_in_thinking, turn=ask.turn,
-        constraint=ask.grammar, shown=shown, watch=voter,
+        constraint=ask.grammar, shown=shown, watch=voter, key=ask.tenant,
     )  # fmt: skip
     running = Running(stream, service.settings)
     service.running.add(running)

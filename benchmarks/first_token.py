@@ -1,0 +1,109 @@
+"""How much later the first token comes over HTTP than from the bare network.
+
+    python benchmarks/first_token.py [MODEL] [--rounds 40]
+
+In turn: the network alone reads a prompt and its best token is taken; `tiercel serve`, a process of its own, is asked
+the same prompt over a connection that stands, streaming, until the first text is there.  Every prompt begins with its
+own number, so that nothing of it is remembered.  Both with all the threads of this machine; medians, milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+import tiercel
+
+QUESTION = "{number} is my lucky number. Everybody knows that the capital of France is"
+
+
+def served(model: str) -> tuple[subprocess.Popen[str], int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tiercel", "serve", model, "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "listening" in line:
+            return process, port
+    raise SystemExit("the server did not start")
+
+
+def over_http(connection: http.client.HTTPConnection, path: str, body: dict[str, Any]) -> float:
+    """Seconds until the first text of a stream; the rest of it is read, too."""
+    data = json.dumps(body | {"stream": True, "temperature": 0, "max_tokens": 4, "ignore_eos": True}).encode()
+    began = time.perf_counter()
+    connection.request("POST", path, data, {"content-type": "application/json"})
+    response = connection.getresponse()
+    first = 0.0
+    for line in response:
+        if not first and line.startswith(b"data: {"):
+            choice = json.loads(line[6:])["choices"][0]
+            if choice.get("text") or choice.get("delta", {}).get("content"):
+                first = time.perf_counter() - began
+    assert first, response.status
+    return first
+
+
+@torch.inference_mode()
+def bare(network: Any, ids: list[int]) -> float:
+    began = time.perf_counter()
+    network(torch.tensor(ids), network.new_state(), keep=1)[-1].argmax().item()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", nargs="?", default="smollm2")
+    parser.add_argument("--rounds", type=int, default=40)
+    options = parser.parse_args()
+    model = tiercel.load(options.model)
+    assert model.text is not None, "a model with a tokenizer is needed"
+    process, port = served(options.model)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.connect()
+    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    times: dict[str, list[float]] = {"completions": [], "its network": [], "chat": [], "chat's network": []}
+    try:
+        for number in range(options.rounds + 5):
+            text = QUESTION.format(number=1000 + 7 * number)
+            messages = [
+                {"role": "system", "content": f"{number * 3} times: be short."},
+                {"role": "user", "content": text},
+            ]
+            found = {
+                "its network": bare(model.network, model.text.encode(text)),
+                "completions": over_http(connection, "/v1/completions", {"model": options.model, "prompt": text}),
+                "chat's network": bare(model.network, model.text.chat(messages)),
+                "chat": over_http(connection, "/v1/chat/completions", {"model": options.model, "messages": messages}),
+            }
+            for name, seconds in found.items():
+                if number >= 5:
+                    times[name].append(seconds)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+    middle = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    print(f"{options.model}, {options.rounds} rounds, {os.cpu_count()} cores, milliseconds (median)")
+    for over, network in (("completions", "its network"), ("chat", "chat's network")):
+        extra = [(a - b) * 1e3 for a, b in zip(times[over], times[network], strict=True)]
+        print(
+            f"  {over:12s} bare {middle[network]:6.2f}   over HTTP {middle[over]:6.2f}   "
+            f"overhead {middle[over] - middle[network]:5.2f}   (median of the pairs {statistics.median(extra):5.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
