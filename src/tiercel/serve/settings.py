@@ -37,6 +37,7 @@ class Settings:
     queue_contexts: int = 4  # prompt tokens of all requests in flight, in contexts of the model
     models: int = 3  # loaded at once
     keep_alive: float = 300.0
+    device: str = "cpu"  # or cuda: one GPU
 
     body_timeout: float = 30.0  # for a request to arrive
     first_token_timeout: float = 600.0  # queue and prefill
