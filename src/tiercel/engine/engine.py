@@ -43,6 +43,7 @@ from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.on_device import OnDevice
 from tiercel.model.state import State, nbytes_together
+from tiercel.ops.sampling import choose
 from tiercel.sampling import SamplingParams
 from tiercel.text.stream import Piece
 
@@ -382,6 +383,8 @@ class Engine:
         except BaseException:  # Ctrl+C in the middle of a layer
             self._start_again(rows)
             raise
+        if isinstance(self.network, OnDevice):
+            _choose_ahead(rows, logits)
         seconds = time.perf_counter() - began
         self._speed += 0.05 * (count / seconds - self._speed)
         if all(row.count == 1 for row in rows):
@@ -510,6 +513,28 @@ class Engine:
     def _patience(self) -> float:
         """Seconds until the queue is likely to be shorter."""
         return min(max(sum(choice.pending for choice in list(self.scheduler.waiting)) / self._speed, 1.0), 60.0)
+
+
+def _choose_ahead(rows: list[Row], logits: Sequence[Tensor]) -> None:
+    """The next tokens of everybody whose request leaves it to the device, with one answer from there."""
+    free = [
+        (row.choice.sampler, row_logits[-1])
+        for row, row_logits in zip(rows, logits, strict=True)
+        if row.choice.length == len(row.choice.tokens) and not row.drafts and row.choice.sampler.free
+    ]
+    if not free:
+        return
+    logits_BV = torch.stack([logits_V for _, logits_V in free])
+    params = [sampler.params for sampler, _ in free]
+    columns = [
+        [0.0 if p.greedy else p.temperature for p in params], [p.min_p for p in params],
+        [float(max(p.top_k, 0)) for p in params], [p.top_p for p in params], [sampler.u for sampler, _ in free],
+    ]  # fmt: skip
+    t, min_p, k, top_p, u = torch.tensor(columns, dtype=torch.float64).to(logits_BV.device)
+    chosen = choose(logits_BV, t.float(), min_p, k.long(), top_p, u)
+    finite = logits_BV.amax(1).isfinite()  # the sampler says what is wrong with the others
+    for (sampler, _), token in zip(free, torch.where(finite, chosen, -1).tolist(), strict=True):
+        sampler.ahead = token if token >= 0 else None
 
 
 def _its(row: Row) -> State:
