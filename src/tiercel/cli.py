@@ -185,7 +185,7 @@ def _messages(system: str | None, text: str) -> list[dict[str, str]]:
 def open_talker(
     name: str, dtype: str, context: int | None, report: Callable[[str, int, int], None], **packing: Any
 ) -> Talker:
-    """The model behind a name, loaded, with a memory of its conversation; packing: `load`'s quantize, exact and device."""
+    """The model behind a name, with a memory of its conversation; packing: `load`'s quantize, exact and device."""
     import tiercel
     from tiercel.console import ModelTalker
     from tiercel.weights import hub
@@ -387,7 +387,17 @@ def bench(
     from tiercel.console import waiting
 
     case = Case(
-        model, _lengths(prompt), generate, context, batch, threads, repeat, dtype, random, write, tuple(vs or ()),
+        model,
+        _lengths(prompt),
+        generate,
+        context,
+        batch,
+        threads,
+        repeat,
+        dtype,
+        random,
+        write,
+        tuple(vs or ()),
         device,
     )
     with waiting(f"measuring {model}", unit="rounds") as report:

@@ -25,7 +25,7 @@ def network(name, **changes):
         dataclasses.replace(
             layer,
             mixers=tuple(
-                dataclasses.replace(m, out_bias=True, **({"qkv_bias": True} if m.kind == "attention" else {"in_bias": True}))
+                dataclasses.replace(m, out_bias=True, **{"qkv_bias" if m.kind == "attention" else "in_bias": True})
                 for m in layer.mixers
             ),
             feed_forward=layer.feed_forward and dataclasses.replace(layer.feed_forward, bias=True),
@@ -73,7 +73,8 @@ def test_two_are_as_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, what", [(dict(groups=1), "1 groups"), (dict(kv_heads=3), "3 key/value heads"), (dict(ffn_width=41), "MLP")]
+    "changes, what",
+    [(dict(groups=1), "1 groups"), (dict(kv_heads=3), "3 key/value heads"), (dict(ffn_width=41), "MLP")],
 )
 def test_what_does_not_divide_is_said_in_a_line(changes, what):
     with pytest.raises(RequestError, match=what) as error:

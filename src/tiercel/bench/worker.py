@@ -197,7 +197,6 @@ class Memory:
             times.append(time.perf_counter() - began)
         return {"bandwidth_gb_s": self.buffer.nbytes / min(times) / 1e9}
 
-
     def _on_device(self) -> dict[str, Any]:
         other = torch.empty_like(self.buffer)
         a, b = (torch.randn(8192, 8192, device=self.device, dtype=torch.bfloat16) for _ in range(2))

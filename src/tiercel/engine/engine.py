@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ CLOSEST = 64  # tokens between them, at least
 class Model(Protocol):
     """What an engine needs of a `tiercel.Model`."""
 
-    network: Decoder | OnDevice
+    network: Decoder
     text: Text | None
     max_length: int
 
@@ -112,7 +112,8 @@ class Engine:
             raise RequestError(f"an engine needs slots, and as many step tokens, not {slots} and {step_tokens}")
         self.model, self.network, self.max_queue, self.state_bytes = model, model.network, max_queue, state_bytes
         if isinstance(self.network, Decoder) and self.network.embed.weight.device.type == "cuda":
-            self.network = OnDevice(self.network, slots, model.max_length)
+            # what an engine asks of a Decoder and its states it answers too
+            self.network = cast(Decoder, OnDevice(self.network, slots, model.max_length))
         if isinstance(self.network, OnDevice) and state_bytes is None:
             self.state_bytes = self.network.state_bytes
         self.drafter, self.costs = drafter, StepCosts()

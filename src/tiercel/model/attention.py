@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig
-from tiercel.model.layers import Linear, Ready, rounds
+from tiercel.model.layers import NOTHING, Linear, Ready, rounds
 from tiercel.model.state import AttentionState
 from tiercel.ops.attention import attention
 from tiercel.ops.rotary import rotate
@@ -32,8 +32,8 @@ class Attention(nn.Module):
         self.o = Linear(config.heads * P, width, config.out_bias)
 
     def forward(
-        self, h_TD: Tensor, batch: Batch, memories: Sequence[AttentionState | None], ready: Ready = {}
-    ) -> Tensor:  # noqa: B006 (read only)
+        self, h_TD: Tensor, batch: Batch, memories: Sequence[AttentionState | None], ready: Ready = NOTHING
+    ) -> Tensor:
         """h: (T, D) → (T, D); every row attends to its own past.  ready: products with h made elsewhere."""
         if batch.native:
             return self.o(self._natively(h_TD, batch, memories, ready))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tiercel.model.batch import Batch
 from tiercel.model.config import Mamba2Config
 from tiercel.model.derived import Derived, float32
-from tiercel.model.layers import Linear, Ready, rounds
+from tiercel.model.layers import NOTHING, Linear, Ready, rounds
 from tiercel.model.state import Mamba2State
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.norm import gated_rms_norm
@@ -43,7 +43,9 @@ class Mamba2(nn.Module):
         self._derived = Derived()
         self.out_proj = Linear(config.inner, width, config.out_bias)
 
-    def forward(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba2State | None], ready: Ready = {}) -> Tensor:  # noqa: B006 (read only)
+    def forward(
+        self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba2State | None], ready: Ready = NOTHING
+    ) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state.  ready: products with u made elsewhere."""
         if batch.native:
             return self.out_proj(self._natively(u_TD, batch, memories, ready))

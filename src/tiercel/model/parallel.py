@@ -1,7 +1,7 @@
 """Tensor parallelism: every process of a torch.distributed group holds a share of each layer, and sums what it makes.
 
     attention   query and key/value heads        mamba2   heads and groups          MLP   its width
-    in          split by rows: q, k, v, in_proj (each of z | x | B | C | dt), gate, up; convolutions, A, D, dt bias, norm
+    in          split by rows: q, k, v, in_proj (each of z | x | B | C | dt), gate, up; conv, A, D, dt bias, norm
     out         split by columns: o, out_proj, down; the shares are summed, which is the only thing that is sent
     whole       embedding, norms between layers, head
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,7 +48,8 @@ def share(network: Decoder, rank: int, size: int) -> Decoder:
         part = Decoder(dataclasses.replace(config, layers=layers))
     for name in ("embed", "norm", "head"):
         _copy(getattr(network, name), getattr(part, name))
-    for whole, mine in zip(network.layers, part.layers, strict=True):
+    blocks: Any = zip(network.layers, part.layers, strict=True)
+    for whole, mine in blocks:
         _copy(whole.mixer_norm, mine.mixer_norm)
         for kind, mixer in whole.mixers.items():
             (_attention if kind == "attention" else _mamba2)(mixer, mine.mixers[kind], rank, size)
@@ -68,7 +70,7 @@ def _divided(what: str, count: int, size: int) -> int:
 
 
 def _layer(layer: LayerConfig, size: int) -> LayerConfig:
-    mixers = []
+    mixers: list[Any] = []
     for c in layer.mixers:
         if isinstance(c, AttentionConfig):
             heads, kv_heads = _divided("heads", c.heads, size), _divided("key/value heads", c.kv_heads, size)

@@ -6,7 +6,7 @@ Their parts stay where they were, as rows of the whole: prompts, exports and fin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from tiercel.ops import triton
 from tiercel.ops.linear import QTensor, linear
 
 if TYPE_CHECKING:
+    from tiercel.model.block import Block
     from tiercel.model.decoder import Decoder
 
 
@@ -50,15 +51,17 @@ PRECISE = ("A_log", "D", "dt_bias")  # stay float32
 
 
 def move(network: Decoder, device: str | torch.device) -> None:
-    """Put a network on a GPU to be run: packed matrices in the planes of its kernels, the rest in bfloat16 (float32 where
-    the matrices are).  RequestError where there is no such GPU."""
+    """Put a network on a GPU to be run: packed matrices in the planes of its kernels, the rest in bfloat16 (float32
+    where the matrices are).  RequestError where there is no such GPU."""
     if not triton.there or not torch.cuda.is_available():
         what = "a GPU that PyTorch sees" if triton.there else "triton: pip install triton"
         raise RequestError(f"device {str(device)!r} needs {what}")
     from tiercel.ops.triton.linear import on_device
 
     network.unpack()
-    plain = torch.float32 if network.embed.weight.dtype == torch.float32 and not _any_packed(network) else torch.bfloat16
+    plain = (
+        torch.float32 if network.embed.weight.dtype == torch.float32 and not _any_packed(network) else torch.bfloat16
+    )
     for module in network.modules():
         for name, value in [*vars(module).items(), *module._parameters.items()]:
             if isinstance(value, QTensor):
@@ -80,7 +83,7 @@ def _any_packed(network: Decoder) -> bool:
 
 def place(network: Decoder) -> None:
     """Join what reads one input, and let norms round where packed matrices follow; weights are on their device."""
-    for block in network.layers:
+    for block in cast("Sequence[Block]", network.layers):
         readers: list[Linear] = []
         for mixer in block.mixers.values():
             if isinstance(mixer, Mamba2):

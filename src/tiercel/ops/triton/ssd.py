@@ -28,7 +28,7 @@ def _softplus(x):
 
 @triton.jit
 def _convolved(row, ring, weight, bias, c, real, position, size, C, K: tl.constexpr, BIAS: tl.constexpr):
-    """Channels c of the newest token: silu of their convolution as the ring would hold it, and what goes into the ring."""
+    """Channels c of the newest token: silu of their convolution as the ring would hold it; what goes into it."""
     new = tl.load(row + c, real, 0.0).to(ring.dtype.element_ty)
     sum_ = tl.load(bias + c, real, 0.0).to(tl.float32) if BIAS else new.to(tl.float32) * 0.0
     for k in tl.static_range(K - 1):
@@ -44,7 +44,8 @@ def _convolved(row, ring, weight, bias, c, real, position, size, C, K: tl.conste
 def _step(
     xBC, dt_in, dt_bias, A, D, S, x_ring, B_ring, dt_ring, columns, weight, bias, slot_T, length_S, base_S, y,
     stride_xBC, stride_dt, stride_y, low, high, H, P, N, G, R, size,
-    CONV: tl.constexpr, BIAS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+    CONV: tl.constexpr, BIAS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr,
+    BN: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slot_T + t).to(tl.int64)
@@ -134,7 +135,7 @@ def ssd_step(
     is rewritten (its base and all lengths are the caller's to move on).
 
     memory: `model.slots.Mamba2Slots`, with at most a chunk of open inputs.  slot_T: −1 for nobody's rows, whose y is 0.
-    conv: weight (K, C) and bias, where xBC comes before its convolution: for few rows, as every head makes B and C anew.
+    conv: weight (K, C) and bias, where xBC is not convolved yet: for few rows, as every head makes B and C anew.
     """
     weight_KC, bias_C = (A_H, None) if conv is None else conv
     T = xBC_TC.shape[0]
