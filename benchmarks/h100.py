@@ -29,11 +29,13 @@ from tiercel.families.pattern import pattern
 from tiercel.families.shapes import shape
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.graphs import StepGraphs
+from tiercel.model.draws import Draws
+from tiercel.model.graphs import StepGraph, StepGraphs
 from tiercel.model.layers import Embedding, Linear, deviation, fresh, hold, initialize
 from tiercel.model.placed import place
 from tiercel.model.slots import PAGE, Mamba2Slots, Slots
-from tiercel.ops.triton.linear import DeviceQTensor
+from tiercel.ops.triton.linear import DeviceQTensor, gated
+from tiercel.sampling import SamplingParams
 
 MODEL = "falcon-h1r:7b"
 # about as many parameters and the context of today: 32 layers, eight key/value heads
@@ -166,6 +168,17 @@ def decode(net: Decoder, rows: int, context: int, steps: int, pages: int | None 
     return seconds(step, steps), slots.nbytes
 
 
+def decode_sampled(net: Decoder, rows: int, context: int, steps: int) -> float:
+    """Seconds of a step whose tokens are drawn on the device: temperature 0.8, top_k 40, top_p 0.9."""
+    slots, numbers = filled(net, rows, context, steps + 8)
+    draws = Draws(rows, slots.device)
+    for slot in numbers:
+        draws.set(slot, SamplingParams(temperature=0.8, top_k=40, top_p=0.9), slot, 0, 0)
+    graph = StepGraph(net, slots, rows, draws=draws)
+    graph.slot_B.copy_(torch.tensor(numbers, dtype=torch.int32))
+    return seconds(graph.run, steps)
+
+
 def free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
@@ -206,6 +219,7 @@ def correct() -> None:
             judge.load_state_dict(net.state_dict())
             expected = [judge(text) for text in texts]
             net.to("cuda")
+            place(net)
             slots = Slots(net, 4, 200)
             numbers, got, want = [slots.take() for _ in texts], [], []
             for slot, text, whole in zip(numbers, texts, expected, strict=True):
@@ -221,6 +235,24 @@ def correct() -> None:
             worst[key] = max(worst[key], error) if math.isfinite(error) else math.inf
             print(f"      {name:20s} {key} {error:.2e}", flush=True)
     note(error_fp32=worst["fp32"], error_bf16=worst["bf16"])
+    note(error_packed=max(_packed_error(kind) for kind in ("Q4_K", "Q6_K", "Q8_0", "INT8", "NF4")))
+
+
+def _packed_error(kind: str) -> float:
+    """Products of 1, 8 and 32 rows, a gate and a sum against the numbers that the bits stand for; inputs of eight bits
+    cost about 0.005."""
+    m, up = packed(kind, (1088, 3072), 0.02), packed(kind, (1088, 3072), 0.02)
+    W, U, worst = m.numbers(), up.numbers(), 0.0
+    for rows in (1, 8, 32):
+        x = torch.randn(rows, 3072, device="cuda")
+        pairs = [(m.multiply(x), x @ W.T)]
+        if rows == 1 and m.meets_rounded:
+            base = torch.randn(1, 1088, device="cuda")
+            pairs.append((m.meet_rounded(x, base=base) - base, x @ W.T))
+            pairs.append((gated(x, m, up, "silu"), torch.nn.functional.silu(x @ W.T) * (x @ U.T)))
+        worst = max([worst, *(float((got - want).norm() / want.norm()) for got, want in pairs)])
+    print(f"      {kind:20s} {worst:.2e}", flush=True)
+    return worst
 
 
 def decode1() -> None:
@@ -228,6 +260,7 @@ def decode1() -> None:
     note(parameters=sum(p.numel() for p in net.parameters()), bf16_GB=weight_bytes(net) / 1e9)
     time_, _ = decode(net, 1, 512, 100)
     note(decode1_bf16_tok_s=1 / time_)
+    note(decode1_bf16_sampled_tok_s=1 / decode_sampled(net, 1, 512, 50))
     if "copy_GBps" in RESULT:
         note(decode1_bf16_of_bandwidth=weight_bytes(net) / 1e9 / RESULT["copy_GBps"] / time_)
 
@@ -252,10 +285,16 @@ def profile() -> None:
 
 
 def decode1_packed() -> None:
-    for kind in ("Q4_K", "NF4", "Q8_0", "INT8"):
+    for kind in ("Q4_K", "Q6_K", "Q8_0", "INT8", "NF4"):
         net = network(MODEL, kind)
         time_, _ = decode(net, 1, 512, 60)
         note(**{f"decode1_{kind}_tok_s": 1 / time_, f"{kind}_GB": weight_bytes(net) / 1e9})
+        if "decode1_bf16_tok_s" in RESULT:
+            note(**{f"{kind}_times_bf16": 1 / time_ / RESULT["decode1_bf16_tok_s"]})
+        if kind == "Q4_K":
+            note(decode1_Q4_K_sampled_tok_s=1 / decode_sampled(net, 1, 512, 50))
+            for rows in (8, 32):
+                note(**{f"decode{rows}_Q4_K_tok_s": rows / decode(net, rows, 512, 20)[0]})
         if "copy_GBps" in RESULT:
             note(**{f"decode1_{kind}_of_bandwidth": weight_bytes(net) / 1e9 / RESULT["copy_GBps"] / time_})
         del net
@@ -267,7 +306,29 @@ def decode32() -> None:
     for rows, context in ((8, 16384), (32, 16384)):
         time_, memory = decode(net, rows, context, 40)
         note(**{f"decode{rows}_16k_tok_s": rows / time_, f"decode{rows}_16k_memory_GB": memory / 1e9})
+        if rows == 32:
+            note(decode32_16k_sampled_tok_s=rows / decode_sampled(net, rows, context, 20))
         free()
+
+
+def scan() -> None:
+    """The chunk scan alone, 8K tokens of one layer, beside mamba-ssm's kernel where it is installed."""
+    from tiercel.ops.triton.ssd import ssd
+
+    H, P, N, L = 24, 128, 256, 8192
+    xBC = torch.randn(L, H * P + 2 * N, device="cuda", dtype=torch.bfloat16) / 8
+    dt, A, D = torch.rand(L, H, device="cuda") / 10, -torch.rand(H, device="cuda") - 0.1, torch.ones(H, device="cuda")
+    S = torch.zeros(H, N, P, device="cuda")
+    note(scan_8192_ms=1e3 * seconds(lambda: ssd(xBC, dt, A, D, S, groups=1, skip=0, commit=L), 10))
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError as error:
+        note(mamba_ssm=f"not installed ({error})")
+        return
+    x, B, C = (t.contiguous() for t in xBC.split((H * P, N, N), 1))
+    x, B, C = x.view(1, L, H, P), B.view(1, L, 1, N), C.view(1, L, 1, N)
+    time_ = seconds(lambda: mamba_chunk_scan_combined(x, dt.unsqueeze(0), A, B, C, 256, D=D), 10)
+    note(mamba_ssm_scan_8192_ms=1e3 * time_)
 
 
 def prefill() -> None:
@@ -358,7 +419,7 @@ def transformers_() -> None:
 
 ROWS: dict[str, Callable[[], None]] = {
     "roofline": roofline, "correct": correct, "decode1": decode1, "packed": decode1_packed, "decode32": decode32,
-    "prefill": prefill, "transformers": transformers_, "context32k": context32k, "profile": profile,
+    "prefill": prefill, "scan": scan, "transformers": transformers_, "context32k": context32k, "profile": profile,
 }  # fmt: skip
 
 

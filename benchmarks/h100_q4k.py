@@ -1,4 +1,4 @@
-"""Packed products of Falcon-H1-7B's decode on one GPU: every tile of the kernels tried on every shape, and a whole step.
+"""Packed products of Falcon-H1-7B's decode on one GPU: tiles of the kernels on every shape, and a whole step.
 
     PYTHONPATH=src OUT=out python3 benchmarks/h100_q4k.py            two minutes on an H100
 
@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,54 +86,49 @@ def together(runs: list[Callable[[], Any]]) -> None:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **more: Any) -> Any:
         return launch(self, *args, grid=grid, warmup=True, **more)
 
-    with contextlib.suppress(Exception), ThreadPoolExecutor(14) as pool:
-        with triton.AsyncCompileMode(pool, ignore_errors=True):
-            JITFunction.run = compile_only  # type: ignore[method-assign]
-            try:
-                for run in runs:
-                    with contextlib.suppress(Exception):
-                        run()
-            finally:
-                JITFunction.run = launch  # type: ignore[method-assign]
+    with (
+        contextlib.suppress(Exception),
+        ThreadPoolExecutor(14) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        JITFunction.run = compile_only  # type: ignore[method-assign]
+        try:
+            for run in runs:
+                with contextlib.suppress(Exception):
+                    run()
+        finally:
+            JITFunction.run = launch  # type: ignore[method-assign]
 
 
-def one_row(kind: str, shapes: list[str], tiles: list[tuple[int, int, int, int]], rows: int, budget: float) -> None:
+def one_row(kind: str, shapes: list[str], tiles: list[tuple[int, int, int, int]], budget: float) -> None:
     for shape in shapes:
-        if not left(budget):
+        if left(budget):
+            one_shape(kind, shape, tiles)
+            free()
+        else:
             print(f"    {kind} {shape}: no time left")
-            continue
-        N, K, _ = SHAPES[shape]
-        ms = matrices(kind, N, K)
-        x = torch.randn(rows, K, device="cuda", dtype=torch.bfloat16)
-        r = rounded.rounded(x)
-        pair = shape == "gate+up"
 
-        def run(m: DeviceQTensor, t: tuple[int, int, int, int], **more: Any) -> torch.Tensor:
-            if pair:
-                more |= {"up": ms[-1].words if m is not ms[-1] else ms[0].words, "activation": "silu"}
-            return rounded.product(r, kind, (N, K), m.words, x.dtype, tiles=t, **more)
 
-        options: list[tuple[str, tuple[int, int, int, int], dict[str, Any]]] = [(str(t), t, {}) for t in tiles]
-        if pair:
-            options += [(f"{t} rounding", t, {"round": True}) for t in ROUNDING]
-            others = [DeviceQTensor(kind, (N, K), *(t.clone() for t in m.parts)) for m in ms]
-        together([lambda o=o: run(ms[0], o[1], **o[2]) for o in options])
-        for name, t, more in options:
-            with attempt(f"{kind} {shape} {name}"):
-                if pair:
-                    runs = [
-                        lambda m=m, u=u: rounded.product(
-                            r, kind, (N, K), m.words, x.dtype, tiles=t, up=u.words, activation="silu", **more
-                        )
-                        for m, u in zip(ms, others, strict=True)
-                    ]  # fmt: skip
-                else:
-                    runs = [lambda m=m: run(m, t, **more) for m in ms]
-                record(shape, rows, kind, name, graph_seconds(runs), ms[0].nbytes * (2 if pair else 1))
-        del ms
-        if pair:
-            del others
-        free()
+def one_shape(kind: str, shape: str, tiles: list[tuple[int, int, int, int]]) -> None:
+    N, K, _ = SHAPES[shape]
+    pair = shape == "gate+up"
+    ms = matrices(kind, N, K)
+    others = matrices(kind, N, K) if pair else ms
+    r = rounded.rounded(torch.randn(1, K, device="cuda", dtype=torch.bfloat16))
+
+    def run(i: int, t: tuple[int, int, int, int], round: bool) -> torch.Tensor:
+        up = others[i].words if pair else None
+        return rounded.product(
+            r, kind, (N, K), ms[i].words, torch.bfloat16, tiles=t, up=up, activation="silu" if pair else None,
+            round=round,
+        )  # fmt: skip
+
+    options = [(t, False) for t in tiles] + [(t, True) for t in ROUNDING if pair]
+    together([partial(run, 0, *option) for option in options])
+    for t, round in options:
+        with attempt(f"{kind} {shape} {t}"):
+            time_ = graph_seconds([partial(run, i, t, round) for i in range(len(ms))])
+            record(shape, 1, kind, f"{t}{' rounding' if round else ''}", time_, ms[0].nbytes * (1 + pair))
 
 
 def some_rows(budget: float) -> None:
@@ -143,14 +139,14 @@ def some_rows(budget: float) -> None:
             x = torch.randn(rows, K, device="cuda", dtype=torch.bfloat16)
             if left(budget):
                 with attempt(f"present {shape} {rows}"):
-                    record(shape, rows, "Q4_K", "tiles unpacked (present)", graph_seconds(
-                        [lambda m=m: m.multiply(x) for m in ms]), ms[0].nbytes)  # fmt: skip
+                    time_ = graph_seconds([partial(m.multiply, x) for m in ms])
+                    record(shape, rows, "Q4_K", "tiles unpacked (present)", time_, ms[0].nbytes)
             options = linear.SOME_TRIED
-            together([lambda t=t: linear.some(x, ms[0], None, 1.0, tiles=t) for t in options])
+            together([partial(linear.some, x, ms[0], None, 1.0, tiles=t) for t in options])
             for t in options:
                 if left(budget):
                     with attempt(f"some {shape} {rows} {t}"):
-                        runs = [lambda m=m: linear.some(x, m, None, 1.0, tiles=t) for m in ms]
+                        runs = [partial(linear.some, x, m, None, 1.0, tiles=t) for m in ms]
                         record(shape, rows, "Q4_K", f"some {t}", graph_seconds(runs), ms[0].nbytes)
         del ms
         free()
@@ -192,7 +188,7 @@ def early(kind: str = "Q4_K") -> None:
                 h = rounded.product(r, kind, (N, K), a.words, torch.bfloat16, tiles=(32, 16, 8, 1), round=True, pdl=pdl)
                 rounded.product(rounded.rounded(h), kind, (K, N), b.words, torch.bfloat16, tiles=(1, 64, 1, 1), pdl=pdl)
 
-            runs = [lambda a=a, b=b: run(a, b) for a, b in zip(wide, narrow, strict=True)]
+            runs = [partial(run, a, b) for a, b in zip(wide, narrow, strict=True)]
             record("wide, narrow", 1, kind, f"pdl {pdl}", graph_seconds(runs), wide[0].nbytes + narrow[0].nbytes)
 
 
@@ -204,10 +200,10 @@ def main() -> None:
     parts: list[tuple[str, Callable[[], None]]] = [
         ("roofline", h100.roofline),
         ("step Q4_K", lambda: step("Q4_K", True)),
-        ("one row Q4_K", lambda: one_row("Q4_K", list(SHAPES), TILES, 1, budget * 0.55)),
+        ("one row Q4_K", lambda: one_row("Q4_K", list(SHAPES), TILES, budget * 0.55)),
         ("8 and 32 rows", lambda: some_rows(budget * 0.72)),
-        ("one row Q6_K", lambda: one_row("Q6_K", ["down", "in+qkv"], TILES[:9], 1, budget * 0.8)),
-        ("one row Q8_0", lambda: one_row("Q8_0", ["down"], TILES[:9], 1, budget * 0.85)),
+        ("one row Q6_K", lambda: one_row("Q6_K", ["down", "in+qkv"], TILES[:9], budget * 0.8)),
+        ("one row Q8_0", lambda: one_row("Q8_0", ["down"], TILES[:9], budget * 0.85)),
         ("step Q6_K", lambda: step("Q6_K", False)),
         ("step Q8_0", lambda: step("Q8_0", False)),
         ("step INT8", lambda: step("INT8", False)),

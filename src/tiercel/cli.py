@@ -129,6 +129,7 @@ def run(
     quantize: Annotated[str | None, typer.Option(help="Pack while loading: q4_k_m, q8_0, int8, nf4, ….")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Do not round inputs of packed matrices; slower.")] = False,
     context: Annotated[int | None, typer.Option(help="Length of the context in tokens.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for one GPU.")] = "cpu",
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thoughts first, or not.")] = None,
     hide_thinking: Annotated[bool, typer.Option("--hidethinking", help="Do not show the thoughts.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the timings.")] = False,
@@ -166,7 +167,8 @@ def run(
     if text is None and votes is not None:
         raise RequestError("a vote is on one prompt; give it, or pipe it in")
     began = time.perf_counter()
-    packing = ({"quantize": quantize} if quantize else {}) | ({"exact": True} if exact else {})
+    packing: dict[str, Any] = ({"quantize": quantize} if quantize else {}) | ({"exact": True} if exact else {})
+    packing |= {} if device == "cpu" else {"device": device}
     talker = _open(model, dtype, context, **packing)
     load = time.perf_counter() - began
     params = dataclasses.replace(talker.default_params(), **given)
@@ -240,7 +242,7 @@ def _messages(system: str | None, text: str) -> list[dict[str, str]]:
 def open_talker(
     name: str, dtype: str, context: int | None, report: Callable[[str, int, int], None], **packing: Any
 ) -> Talker:
-    """The model behind a name, loaded, with a memory of its conversation; packing: `load`'s quantize and exact."""
+    """The model behind a name, with a memory of its conversation; packing: `load`'s quantize, exact and device."""
     import tiercel
     from tiercel.console import ModelTalker
     from tiercel.weights import hub
@@ -430,6 +432,7 @@ def bench(
     random: Annotated[str | None, typer.Option(help="Random weights, packed so: q4_k_m, q8_0, int8, bf16, ….")] = None,
     write: Annotated[Path | None, typer.Option(help="Keep the random weights as this .gguf file.")] = None,
     vs: Annotated[list[str] | None, typer.Option(help="llama.cpp or transformers, in turn; may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for one GPU.")] = "cpu",
     json: Json = False,
 ) -> None:
     """Measure a model: prefill, decode, load, memory.
@@ -441,7 +444,18 @@ def bench(
     from tiercel.console import waiting
 
     case = Case(
-        model, _lengths(prompt), generate, context, batch, threads, repeat, dtype, random, write, tuple(vs or ())
+        model,
+        _lengths(prompt),
+        generate,
+        context,
+        batch,
+        threads,
+        repeat,
+        dtype,
+        random,
+        write,
+        tuple(vs or ()),
+        device,
     )
     with waiting(f"measuring {model}", unit="rounds") as report:
         found = run(case, report)
@@ -510,6 +524,7 @@ def serve(
     keep_alive: Annotated[
         str | None, typer.Option(help='How long an unused model stays: "5m", "1h", -1 for ever.')
     ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, or cuda for one GPU.")] = None,
     drain: Annotated[float | None, typer.Option(help="Seconds that answers may go on after a signal.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any limit, NAME=VALUE; see serve/settings.py.")
@@ -523,7 +538,7 @@ def serve(
 
     given: dict[str, Any] = {
         "host": host, "port": port, "api_key": api_key, "manage": manage, "slots": slots, "queue": queue,
-        "drain": drain, "allow_hosts": tuple(allow_host) if allow_host else None,
+        "drain": drain, "device": device, "allow_hosts": tuple(allow_host) if allow_host else None,
         "allow_origins": tuple(allow_origin) if allow_origin else None,
         **named(set_ or []),
     }  # fmt: skip

@@ -30,6 +30,7 @@ from tiercel.families.family import Layout
 from tiercel.generate import Times
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
+from tiercel.model.placed import move
 from tiercel.sampling import Logprob, SamplingParams
 from tiercel.text import Text
 from tiercel.text.stream import Piece
@@ -199,6 +200,7 @@ def load(
     quantize: str | None = None,
     exact: bool = False,
     max_length: int | None = None,
+    device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """A model by path, short name or hub name; the small reasoner that comes with this package without one.
@@ -208,10 +210,13 @@ def load(
     dtype: "auto" as stored, or float32, bfloat16, float16.  max_length: a smaller context than the model's.
     quantize: "q4_k_m", "q8_0", "int8", "nf4", …: packed while it is read, so that little more memory is needed.
     exact: inputs of packed matrices are not rounded to eight bits: slower, and as if the weights were unpacked.
+    device: "cpu", or "cuda" for one GPU.
     Raises ModelNotFound, FormatError, UnsupportedError, DoesNotFit, Offline.
     """
     path = hub.resolve(name, pull=True)
     network, text, layout = weights.load(path, dtype=dtype, quantize=quantize, exact=exact, progress=progress)
+    if device != "cpu":
+        move(network, device)
     defaults = weights.generation_defaults(path)
     return Model(network, text, layout, name=str(name), max_length=max_length, defaults=defaults)
 

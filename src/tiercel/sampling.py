@@ -480,6 +480,7 @@ class Sampler:
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.output_ids: list[int] = []
         self.last_logprobs: dict[int, Logprob] | None = None
+        self.ahead: int | None = None  # the next token, chosen where the logits are (ops/sampling.py)
         self._bad_words = [list(ids) for ids in bad_words]
         self._stop_ids = self._inside("stop_token_ids", [*eos, *(params.stop_token_ids or ())])
         self._allowed = self._inside("allowed_token_ids", params.allowed_token_ids or ())
@@ -512,6 +513,9 @@ class Sampler:
         """
         import torch
 
+        if self.ahead is not None:
+            token, self.ahead = self.ahead, None
+            return token
         if logits_V.shape != (self.vocab_size,):
             raise ValueError(f"logits must be ({self.vocab_size},), not {tuple(logits_V.shape)}")
         raw_V = logits_V.detach().to("cpu", torch.float32)
@@ -530,6 +534,18 @@ class Sampler:
         if self.params.logprobs is not None:
             self.last_logprobs = top_logprobs(raw_V, token, self.params.logprobs)
         return token
+
+    @property
+    def free(self) -> bool:
+        """Whether the next token follows from logits, temperature, min_p, top_k, top_p and the draw alone."""
+        p = self.params
+        steered = self.steering is not None or self._penalized or self._allowed or self._bad_words or p.logit_bias
+        return not steered and p.logprobs is None and len(self.output_ids) >= p.min_tokens
+
+    @property
+    def u(self) -> float:
+        """What the next draw will draw with."""
+        return uniform(self.seed, self.choice, len(self.output_ids))
 
     def accept(self, token: int) -> None:
         """The token is part of the output from now on."""
@@ -589,4 +605,4 @@ class Sampler:
             logits_V = keep_top_k(logits_V, params.top_k)
         if params.top_p < 1:
             logits_V = keep_top_p(logits_V, params.top_p)
-        return draw(logits_V, uniform(self.seed, self.choice, len(self.output_ids)))
+        return draw(logits_V, self.u)

@@ -76,6 +76,7 @@ def test_answers_that_fork_and_slots_that_come_back(net):
     assert len(slots.free) == slots.count and not any(slots.pages)
 
 
+@pytest.mark.slow
 def test_who_is_sent_back_goes_on_where_it_was(net):
     e = engine(net, slots=1)
     request = e.add(ids(40), greedy(3))
@@ -86,6 +87,7 @@ def test_who_is_sent_back_goes_on_where_it_was(net):
     assert answer(request) == expected(net, ids(40), greedy(3))
 
 
+@pytest.mark.slow
 def test_a_conversation_is_saved_and_goes_on_in_another_process(net, tmp_path):
     first, second = (OnDevice(net, 1, 200) for _ in range(2))
     text = torch.tensor(ids(75), device=DEVICE)

@@ -22,7 +22,10 @@ from tiercel.ops.triton.rounded import rounded
 SIZES = dict(width=256, ffn_width=256, repeat=1, mamba_head_dim=128, head_dim=64, kv_heads=1, groups=2, state=16)
 
 
-@pytest.fixture(scope="module", params=["Q4_K", "Q6_K", "Q8_0", "INT8", "plain"])
+@pytest.fixture(
+    scope="module",
+    params=["Q4_K", *(pytest.param(type, marks=pytest.mark.slow) for type in ("Q6_K", "Q8_0", "INT8", "plain"))],
+)
 def networks(request):
     """One whose matrices are packed, and a plain one of the same numbers."""
     plain = tiny.network("attention+mamba2", native=False, **SIZES).requires_grad_(False)
@@ -38,10 +41,10 @@ def networks(request):
     return plain.to(DEVICE), packed, request.param
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_steps(networks, rows):
     plain, packed, type = networks
-    texts = [torch.randint(0, 300, (20 + i,), generator=torch.Generator().manual_seed(i)) for i in range(rows)]
+    texts = [torch.randint(0, 300, (6 + i,), generator=torch.Generator().manual_seed(i)) for i in range(rows)]
     texts = [text.to(DEVICE) for text in texts]
     expected = [plain(text) for text in texts]
     slots = Slots(packed, 4, 100)

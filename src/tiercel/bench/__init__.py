@@ -51,6 +51,7 @@ class Case:
     random: str | None = None
     write: Path | None = None
     vs: tuple[str, ...] = ()
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name, least in (("generate", 0), ("context", 0), ("batch", 1), ("repeat", 1), ("threads", 1)):
@@ -66,6 +67,10 @@ class Case:
         unknown = [peer for peer in self.vs if peer not in PEERS]
         if unknown:
             raise RequestError(f"no peer {unknown[0]!r}; known: {', '.join(PEERS)}")
+        if self.device not in ("cpu", "cuda"):
+            raise RequestError(f"a device is cpu or cuda, not {self.device!r}")
+        if self.device != "cpu" and "llama.cpp" in self.vs:
+            raise RequestError("llama.cpp is measured on the CPU: leave out --device or --vs llama.cpp")
         if self.batch > 1 and "llama.cpp" in self.vs:
             raise RequestError("llama-bench decodes one row at a time: leave out --batch or --vs llama.cpp")
 
@@ -95,9 +100,15 @@ def run(case: Case, report: Report = lambda what, done, total: None) -> dict[str
 
 def _engines(case: Case, files: Files, report: Report) -> Any:
     threads = case.threads or cores()
-    yield "memory", Worker({"engine": "memory", "threads": threads})
+    yield "memory", Worker({"engine": "memory", "threads": threads, "device": case.device})
     report(f"loading {case.model}", 0, 0)
-    ours = Worker({"engine": "tiercel", "threads": threads, "dtype": case.dtype, **files.ours})
+    longest = max(*case.prompts, case.context + case.generate) + 8
+    ours = Worker(
+        {
+            "engine": "tiercel", "threads": threads, "dtype": case.dtype, "device": case.device, "rows": case.batch,
+            "longest": longest, **files.ours,
+        }
+    )  # fmt: skip
     ours.round({**case.round, "generate": min(case.generate, 2)})  # once without counting
     yield "tiercel", ours
     for peer in case.vs:
@@ -127,6 +138,7 @@ def _result(case: Case, engines: dict[str, Engine], rounds: dict[str, list[dict[
         "model": case.model,
         "random": case.random,
         "machine": cpu_name(),
+        "device": case.device,
         "threads": case.threads or cores(),
         "date": date.today().isoformat(),
         "repeat": case.repeat,
@@ -146,6 +158,8 @@ def _result(case: Case, engines: dict[str, Engine], rounds: dict[str, list[dict[
                  for t, m in zip(ours, rounds["memory"], strict=True)]  # fmt: skip
         out |= {"bytes_per_token": step // case.batch, "read_gb_s": round(step * speed / 1e9, 2),
                 "read_share": round(statistics.median(share), 3)}  # fmt: skip
+    if "product_tflops" in rounds["memory"][0]:
+        out["product_tflops"] = round(statistics.median(turn["product_tflops"] for turn in rounds["memory"]), 1)
     if case.vs:
         out["peers"] = {peer: _beside(ours, rounds[peer], engines[peer].about) for peer in case.vs}
     return out

@@ -198,7 +198,7 @@ def _llama_cpp(files: Files, threads: int, case: Case) -> Engine:
 
 
 def _transformers(files: Files, threads: int, case: Case) -> Engine:
-    worker = Worker({"engine": "transformers", "threads": threads, "path": str(files.folder)})
+    worker = Worker({"engine": "transformers", "threads": threads, "path": str(files.folder), "device": case.device})
     worker.round({**case.round, "generate": min(case.generate, 2)})  # once without counting, as ours
     return worker
 

@@ -37,6 +37,12 @@ class Network(Protocol):
     def step_bytes(self, context: int, rows: int) -> int: ...
 
 
+def wait() -> None:
+    """Until a GPU has done what it was told; nothing where none is used."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def rates(network: Network, order: dict[str, Any], kept: dict[Any, Any]) -> dict[str, Any]:
     """One round: tokens per second of each prefill and of decode.  kept: contexts that were read in earlier rounds."""
     rows, context, count = order["batch"], order["context"], order["generate"]
@@ -45,6 +51,7 @@ def rates(network: Network, order: dict[str, Any], kept: dict[Any, Any]) -> dict
         tokens_BL, memory = _tokens(network, rows, length), network.empty(rows)
         began = time.perf_counter()
         read(network, tokens_BL, memory)
+        wait()
         out["prefill"][str(length)] = rows * length / (time.perf_counter() - began)
         del memory
     if count:
@@ -52,9 +59,11 @@ def rates(network: Network, order: dict[str, Any], kept: dict[Any, Any]) -> dict
             kept[rows, context] = read(network, _tokens(network, rows, context), network.empty(rows))
         token_B1 = _tokens(network, rows, 1)
         memory = network.feed(token_B1, network.fork(kept[rows, context]))  # not counted: buffers grow here
+        wait()
         began = time.perf_counter()
         for _ in range(count):
             memory = network.feed(token_B1, memory)
+        wait()
         out["decode"] = rows * count / (time.perf_counter() - began)
         out["bytes_per_step"] = network.step_bytes(context + 1 + count // 2, rows)
     return out
@@ -78,7 +87,14 @@ class Tiercel:
         from tiercel.plan import parameter_count
 
         began = time.perf_counter()
-        self.network = self._load(order)
+        self.network, self.states = self._load(order), None
+        self.device = order.get("device", "cpu")
+        if self.device != "cpu":
+            from tiercel.model.on_device import OnDevice
+            from tiercel.model.placed import move
+
+            move(self.network, self.device)
+            self.states = OnDevice(self.network, 2 * order["rows"], order["longest"])
         loaded = time.perf_counter()
         config = self.network.config
         self.vocabulary = config.vocab_size
@@ -107,10 +123,10 @@ class Tiercel:
         return load.of_source(source, order["dtype"])
 
     def empty(self, rows: int) -> list[Any]:
-        return [self.network.new_state() for _ in range(rows)]
+        return [(self.states or self.network).new_state() for _ in range(rows)]
 
     def feed(self, tokens_BL: torch.Tensor, memory: list[Any]) -> list[Any]:
-        self.network(list(tokens_BL), memory, keep=1)
+        (self.states or self.network)(list(tokens_BL.to(self.device)), memory, keep=1)
         return memory
 
     def fork(self, memory: list[Any]) -> list[Any]:
@@ -132,6 +148,8 @@ class Transformers:
         transformers.utils.logging.disable_progress_bar()
         began = time.perf_counter()
         self.model = transformers.AutoModelForCausalLM.from_pretrained(order["path"], dtype=torch.bfloat16).eval()
+        self.device = order.get("device", "cpu")
+        self.model.to(self.device)
         loaded = time.perf_counter()
         self.vocabulary = self.model.config.vocab_size
         self.feed(_tokens(self, 1, SHORT_PROMPT), None)
@@ -147,6 +165,7 @@ class Transformers:
 
     @torch.inference_mode()
     def feed(self, tokens_BL: torch.Tensor, memory: Any) -> Any:
+        tokens_BL = tokens_BL.to(self.device)
         return self.model(tokens_BL, past_key_values=memory, use_cache=True, logits_to_keep=1).past_key_values
 
     def fork(self, memory: Any) -> Any:
@@ -160,19 +179,38 @@ class Transformers:
 
 
 class Memory:
-    """Sums of a large buffer: nothing but reading."""
+    """Sums of a large buffer: nothing but reading.  On a GPU copies of it, and products of bfloat16 matrices."""
 
     def __init__(self, order: dict[str, Any]) -> None:
-        self.buffer = torch.ones(BUFFER_BYTES // 8, dtype=torch.int64)
+        self.device = order.get("device", "cpu")
+        size = BUFFER_BYTES if self.device == "cpu" else 1 << 32
+        self.buffer = torch.ones(size // 8, dtype=torch.int64, device=self.device)
         self.about: dict[str, Any] = {}
 
     def round(self, order: dict[str, Any]) -> dict[str, Any]:
+        if self.device != "cpu":
+            return self._on_device()
         times = []
         for _ in range(5):
             began = time.perf_counter()
             self.buffer.sum()
             times.append(time.perf_counter() - began)
         return {"bandwidth_gb_s": self.buffer.nbytes / min(times) / 1e9}
+
+    def _on_device(self) -> dict[str, Any]:
+        other = torch.empty_like(self.buffer)
+        a, b = (torch.randn(8192, 8192, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        seconds = {}
+        for name, run in (("copy", lambda: other.copy_(self.buffer)), ("product", lambda: a @ b)):
+            for times in (3, 10):
+                wait()
+                began = time.perf_counter()
+                for _ in range(times):
+                    run()
+                wait()
+                seconds[name] = (time.perf_counter() - began) / times
+        copied = 2 * self.buffer.nbytes / seconds["copy"] / 1e9
+        return {"bandwidth_gb_s": copied, "product_tflops": 2 * 8192**3 / seconds["product"] / 1e12}
 
 
 ENGINES: dict[str, Any] = {"tiercel": Tiercel, "transformers": Transformers, "memory": Memory}

@@ -29,7 +29,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.on_device import OnDevice
 from tiercel.model.state import State, nbytes_together
+from tiercel.ops.sampling import choose
 from tiercel.sampling import SamplingParams
 from tiercel.text.stream import Piece
 
@@ -59,7 +60,7 @@ CLOSEST = 64  # tokens between them, at least
 class Model(Protocol):
     """What an engine needs of a `tiercel.Model`."""
 
-    network: Decoder | OnDevice
+    network: Decoder
     text: Text | None
     max_length: int
 
@@ -111,7 +112,8 @@ class Engine:
             raise RequestError(f"an engine needs slots, and as many step tokens, not {slots} and {step_tokens}")
         self.model, self.network, self.max_queue, self.state_bytes = model, model.network, max_queue, state_bytes
         if isinstance(self.network, Decoder) and self.network.embed.weight.device.type == "cuda":
-            self.network = OnDevice(self.network, slots, model.max_length)
+            # what an engine asks of a Decoder and its states it answers too
+            self.network = cast(Decoder, OnDevice(self.network, slots, model.max_length))
         if isinstance(self.network, OnDevice) and state_bytes is None:
             self.state_bytes = self.network.state_bytes
         self.drafter, self.costs = drafter, StepCosts()
@@ -445,6 +447,8 @@ class Engine:
         except BaseException:  # Ctrl+C in the middle of a layer
             self._start_again(rows)
             raise
+        if isinstance(self.network, OnDevice):
+            _choose_ahead(rows, logits)
         seconds = time.perf_counter() - began
         self._speed += 0.05 * (count / seconds - self._speed)
         if all(row.count == 1 for row in rows):
@@ -606,6 +610,28 @@ class Engine:
     def _patience(self) -> float:
         """Seconds until the queue is likely to be shorter."""
         return min(max(sum(choice.pending for choice in list(self.scheduler.waiting)) / self._speed, 1.0), 60.0)
+
+
+def _choose_ahead(rows: list[Row], logits: Sequence[Tensor]) -> None:
+    """The next tokens of everybody whose request leaves it to the device, with one answer from there."""
+    free = [
+        (row.choice.sampler, row_logits[-1])
+        for row, row_logits in zip(rows, logits, strict=True)
+        if row.choice.length == len(row.choice.tokens) and not row.drafts and row.choice.sampler.free
+    ]
+    if not free:
+        return
+    logits_BV = torch.stack([logits_V for _, logits_V in free])
+    params = [sampler.params for sampler, _ in free]
+    columns = [
+        [0.0 if p.greedy else p.temperature for p in params], [p.min_p for p in params],
+        [float(max(p.top_k, 0)) for p in params], [p.top_p for p in params], [sampler.u for sampler, _ in free],
+    ]  # fmt: skip
+    t, min_p, k, top_p, u = torch.tensor(columns, dtype=torch.float64).to(logits_BV.device)
+    chosen = choose(logits_BV, t.float(), min_p, k.long(), top_p, u)
+    finite = logits_BV.amax(1).isfinite()  # the sampler says what is wrong with the others
+    for (sampler, _), token in zip(free, torch.where(finite, chosen, -1).tolist(), strict=True):
+        sampler.ahead = token if token >= 0 else None
 
 
 def _its(row: Row) -> State:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig
-from tiercel.model.layers import Linear, Ready, rounds
+from tiercel.model.layers import NOTHING, Linear, Ready, rounds
 from tiercel.model.packed import PackedRows
 from tiercel.model.state import AttentionState
 from tiercel.ops.attention import attention
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         h_TD: Tensor,
         batch: Batch | PackedRows,
         memories: Sequence[AttentionState | None],
-        ready: Ready = {},  # noqa: B006 (read only)
+        ready: Ready = NOTHING,
     ) -> Tensor:
         """h: (T, D) → (T, D); every row attends to its own past.  ready: products with h made elsewhere."""
         if not isinstance(batch, PackedRows) and batch.native:

@@ -21,7 +21,7 @@ class Draws:
     def __init__(self, count: int, device: torch.device) -> None:
         self.temperature_S, self.min_p_S = torch.zeros(count, device=device), torch.zeros(count, device=device)
         self.top_k_S = torch.zeros(count, dtype=torch.int64, device=device)
-        self.top_p_S = torch.ones(count, device=device)
+        self.top_p_S = torch.ones(count, dtype=torch.float64, device=device)
         self.u_SA = torch.zeros(count, AHEAD, dtype=torch.float64, device=device)
         self.used_S = torch.zeros(count, dtype=torch.int64, device=device)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from tiercel.ops.norm import add_rms_norm, rms_norm
 
 Matrix = Tensor | QTensor
 Ready = Mapping[nn.Module, Tensor]  # answers of Linears that were computed together with others
+NOTHING: Ready = MappingProxyType({})
 
 
 def rounds(after: nn.Module) -> dict[str, bool]:

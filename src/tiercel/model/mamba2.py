@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tiercel.model.batch import Batch
 from tiercel.model.config import Mamba2Config
 from tiercel.model.derived import Derived, float32
-from tiercel.model.layers import Linear, Ready, rounds
+from tiercel.model.layers import NOTHING, Linear, Ready, rounds
 from tiercel.model.packed import CHUNK, PackedRows
 from tiercel.model.state import Mamba2State
 from tiercel.ops.conv1d import conv1d
@@ -49,7 +49,7 @@ class Mamba2(nn.Module):
         u_TD: Tensor,
         batch: Batch | PackedRows,
         memories: Sequence[Mamba2State | None],
-        ready: Ready = {},  # noqa: B006 (read only)
+        ready: Ready = NOTHING,
     ) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state.  ready: products with u made elsewhere."""
         if not isinstance(batch, PackedRows) and batch.native:

@@ -155,7 +155,7 @@ class SlotState:
         return pages
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Be as when the snapshot was taken.  RequestError where it is a CPU's with more open inputs than a slot has."""
+        """Be as when the snapshot was taken.  RequestError for a CPU's with more open inputs than a slot has."""
         slots, slot, length = self.slots, self.slot, snapshot.length
         if length - snapshot.oldest > slots.chunk and snapshot.layers:
             raise RequestError("this state was saved on a CPU and cannot go on here: read the text again")

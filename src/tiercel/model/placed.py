@@ -6,17 +6,20 @@ Their parts stay where they were, as rows of the whole: prompts, exports and fin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from tiercel.errors import RequestError
 from tiercel.model.attention import Attention
 from tiercel.model.layers import Linear, hold
 from tiercel.model.mamba2 import Mamba2
-from tiercel.ops.linear import linear
+from tiercel.ops import triton
+from tiercel.ops.linear import QTensor, linear
 
 if TYPE_CHECKING:
+    from tiercel.model.block import Block
     from tiercel.model.decoder import Decoder
 
 
@@ -44,9 +47,43 @@ class Joint:
         return dict(zip(self.linears, linear(h_TD, self.weight).split(widths, -1), strict=True))
 
 
+PRECISE = ("A_log", "D", "dt_bias")  # stay float32
+
+
+def move(network: Decoder, device: str | torch.device) -> None:
+    """Put a network on a GPU to be run: packed matrices in the planes of its kernels, the rest in bfloat16 (float32
+    where the matrices are).  RequestError where there is no such GPU."""
+    if not triton.there or not torch.cuda.is_available():
+        what = "a GPU that PyTorch sees" if triton.there else "triton: pip install triton"
+        raise RequestError(f"device {str(device)!r} needs {what}")
+    from tiercel.ops.triton.linear import on_device
+
+    network.unpack()
+    plain = (
+        torch.float32 if network.embed.weight.dtype == torch.float32 and not _any_packed(network) else torch.bfloat16
+    )
+    for module in network.modules():
+        for name, value in [*vars(module).items(), *module._parameters.items()]:
+            if isinstance(value, QTensor):
+                moved: Any = on_device(value, device)
+                held = moved if isinstance(moved, QTensor) else nn.Parameter(moved, requires_grad=False)
+                hold(module, name, held)
+            elif isinstance(value, list) and value and isinstance(value[0], QTensor):
+                raise RequestError("packed experts have no kernels for GPUs yet: load the model with dtype='bfloat16'")
+            elif isinstance(value, nn.Parameter):
+                kind = torch.float32 if name in PRECISE else plain
+                hold(module, name, nn.Parameter(value.detach().to(device, kind), requires_grad=False))
+    network._tie()
+    network._steps.clear()
+
+
+def _any_packed(network: Decoder) -> bool:
+    return any(isinstance(value, QTensor) for module in network.modules() for value in vars(module).values())
+
+
 def place(network: Decoder) -> None:
     """Join what reads one input, and let norms round where packed matrices follow; weights are on their device."""
-    for block in network.layers:
+    for block in cast("Sequence[Block]", network.layers):
         readers: list[Linear] = []
         for mixer in block.mixers.values():
             if isinstance(mixer, Mamba2):

@@ -18,10 +18,10 @@ def choose(
     logits_BV: Tensor, temperature_B: Tensor, min_p_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, u_B: Tensor
 ) -> Tensor:
     """(B) int64.  temperature 0: the likeliest · min_p 0, top_k 0, top_p 1: no cut · u in [0, 1), float64."""
-    B, V = logits_BV.shape
+    V = logits_BV.shape[1]
     l_BV = logits_BV.float()
     l_BV = (l_BV - l_BV.amax(1, keepdim=True)) / torch.where(temperature_B > 0, temperature_B, 1.0).unsqueeze(1)
-    l_BV = l_BV.masked_fill(l_BV < min_p_B.log().unsqueeze(1), -math.inf)
+    l_BV = l_BV.masked_fill(l_BV < min_p_B.double().log().float().unsqueeze(1), -math.inf)
     sorted_BV, ids_BV = l_BV.sort(1, descending=True)
     k_B = torch.where((top_k_B > 0) & (top_k_B < V), top_k_B, V).long()
     out_BV = sorted_BV < sorted_BV.gather(1, k_B.unsqueeze(1) - 1)  # those that tie with the last stay

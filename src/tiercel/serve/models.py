@@ -31,7 +31,7 @@ def open_model(path: Path, settings: Settings) -> tuple[Any, Any]:
     import tiercel
     from tiercel.engine import AsyncEngine, Engine
 
-    model = tiercel.load(path)
+    model = tiercel.load(path, device=settings.device)
     engine = Engine(
         model, slots=settings.slots, max_queue=settings.queue, cache_bytes=settings.cache_bytes,
         spill=Path(settings.spill).expanduser() if settings.spill else None,

@@ -43,6 +43,7 @@ class Settings:
         None  # of texts that were read, in memory, for each model; None: an eighth of what is free
     )
     spill: str = ""  # a folder for those that do not fit
+    device: str = "cpu"  # or cuda: one GPU
 
     body_timeout: float = 30.0  # for a request to arrive
     head_timeout: float = 10.0  # for its first lines, before that

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from tiercel.ops.triton.norm import store_rounded
 from tiercel.ops.triton.rounded import Rounded, keep_rounded
 
@@ -152,7 +153,8 @@ def _join(
 
 
 def attention_step(
-    q_THP: Tensor, memory: Any, table: Tensor, slot_T: Tensor, length_S: Tensor, *, scale: float, window: int | None, round: bool = False,
+    q_THP: Tensor, memory: Any, table: Tensor, slot_T: Tensor, length_S: Tensor,
+    *, scale: float, window: int | None, round: bool = False,
 ) -> Tensor:  # fmt: skip
     """(T, H · P): the newest token of each text, number `length`, whose key is in its page, over all its keys."""
     k_pages, v_pages = memory.k, memory.v

@@ -37,8 +37,8 @@ TYPES = ("Q4_K", "Q6_K", "NF4", "Q8_0", "INT8")
 SOME = 64
 PLAIN = 4, 512, 4, 3  # outputs and inputs that a program takes at a time, its warps, loads under way
 FEW_SHAPE = 1, 64, 2, 1  # the same, inputs in groups of 64 or 32
-ROUNDED_SHAPE = 1, 64, 1, 1  # outputs and groups of 64 inputs at a time, warps, loads under way, of rounded rows
-PAIR_SHAPE = 32, 16, 8, 1  # the same for a gate and its other half
+ROUNDED_SHAPE = 1, 16, 1, 1  # outputs and groups of 64 inputs at a time, warps, loads under way, of rounded rows
+PAIR_SHAPE = 32, 8, 8, 1  # the same for a gate and its other half
 
 
 @triton.jit
@@ -229,7 +229,7 @@ def some(
     BN, BG, warps, stages, pieces, first = tiles
     BT = max(16, min(64, triton.next_power_of_2(T)))
     y = torch.empty(pieces, T, N, dtype=x_TK.dtype if pieces == 1 else torch.float32, device=x_TK.device)
-    q, _, scales, d = m.words
+    _, _, scales, d = m.words
     _some_q4_k[(triton.cdiv(N, BN), triton.cdiv(T, BT), pieces)](
         x_TK, m.q, scales, d, y if bias_N is None else bias_N, y, T, N, K, scale, x_TK.stride(0),
         BIAS=bias_N is not None, BT=BT, BN=BN, BG=BG, STAGES=stages, PIECES=pieces, FIRST=first,
@@ -308,8 +308,8 @@ def plain(
     _plain[(triton.cdiv(N, BN),)](
         x_TK, weight_NK, weight_NK if up_NK is None else up_NK, x_TK if bias_N is None else bias_N,
         x_TK if base is None else base, y_TN, N, K,
-        x_TK.stride(0), weight_NK.stride(0), T=x_TK.shape[0], BIAS=bias_N is not None, BASE=base is not None, ACTIVATION=activation,
-        BN=BN, BK=BK, STAGES=stages, num_warps=warps,
+        x_TK.stride(0), weight_NK.stride(0), T=x_TK.shape[0], BIAS=bias_N is not None, BASE=base is not None,
+        ACTIVATION=activation,         BN=BN, BK=BK, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y_TN.view(*x.shape[:-1], N)
 
@@ -405,7 +405,7 @@ class DeviceQTensor(QTensor):
     ) -> Tensor:
         """`rounded.product` of few rows (…, K); `base`, what is added, gives its dtype to the answer."""
         y_TN = product(
-            rounded(x), self.type, tuple(self.shape), self.words, x.dtype if base is None else base.dtype,
+            rounded(x), self.type, (self.shape[0], self.shape[1]), self.words, x.dtype if base is None else base.dtype,
             bias_N=bias_N, scale=scale, up=None if up is None else up.words, activation=activation, base=base,
             round=round, tiles=ROUNDED_SHAPE if up is None else PAIR_SHAPE,
         )  # fmt: skip

@@ -75,6 +75,11 @@ def mamba2(
     H, C = A_H.shape[0], weight_KC.shape[1]
     I = H * head_dim
     xBC_TC, dt_TH = zxBCdt_TD[:, I : I + C], zxBCdt_TD[:, I + C :]
+    if batch.step and len(xBC_TC) <= FEW:
+        return ssd_step(
+            xBC_TC, dt_TH, dt_bias_H, A_H, D_H, memory, batch.slot_T, batch.slots.length_S, batch.slots.base_S,
+            dt_limit=dt_limit, conv=(weight_KC, bias_C),
+        )  # fmt: skip
     if batch.step:
         out_TC = torch.empty(xBC_TC.shape, dtype=memory.x.dtype, device=xBC_TC.device)
         conv1d(

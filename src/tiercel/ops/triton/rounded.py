@@ -1,7 +1,7 @@
 """Few rows of eight-bit inputs times a packed matrix: what decoding one text spends its time on.
 
-Inputs are rounded to eight bits, one scale for 32 of them (about 0.5 % of the norm of y), and meet the weights four at a
-time as integers.  Weights lie in planes of 32-bit words, nothing of the file is rounded:
+Inputs are rounded to eight bits, one scale for 32 of them (about 0.5 % of the norm of y), and meet the weights four at
+a time as integers.  Weights lie in planes of 32-bit words, nothing of the file is rounded:
 
     Q4_K   q (N, K / 2) · scale and minimum of 32 values, a byte each (N, K / 32, 2) · d, dmin float16 (N, K / 256, 2)
     Q6_K   q (N, K / 2) low nibbles · top (N, K / 4) · scales int8 (N, K / 16) · d float16 (N, K / 256)

@@ -27,10 +27,25 @@ def _softplus(x):
 
 
 @triton.jit
+def _convolved(row, ring, weight, bias, c, real, position, size, C, K: tl.constexpr, BIAS: tl.constexpr):
+    """Channels c of the newest token: silu of their convolution as the ring would hold it; what goes into it."""
+    new = tl.load(row + c, real, 0.0).to(ring.dtype.element_ty)
+    sum_ = tl.load(bias + c, real, 0.0).to(tl.float32) if BIAS else new.to(tl.float32) * 0.0
+    for k in tl.static_range(K - 1):
+        before = position - (K - 1 - k)
+        at = tl.maximum(before, 0) % size * C
+        old = tl.load(ring + at + c, real & (before >= 0), 0.0).to(tl.float32)
+        sum_ += tl.load(weight + k * C + c, real, 0.0).to(tl.float32) * old
+    sum_ += tl.load(weight + (K - 1) * C + c, real, 0.0).to(tl.float32) * new.to(tl.float32)
+    return (sum_ * tl.sigmoid(sum_)).to(ring.dtype.element_ty).to(tl.float32), new
+
+
+@triton.jit
 def _step(
-    xBC, dt_in, dt_bias, A, D, S, x_ring, B_ring, dt_ring, slot_T, length_S, base_S, y,
-    stride_xBC, stride_dt, stride_y, low, high, H, P, N, G, R,
-    CHUNK: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+    xBC, dt_in, dt_bias, A, D, S, x_ring, B_ring, dt_ring, columns, weight, bias, slot_T, length_S, base_S, y,
+    stride_xBC, stride_dt, stride_y, low, high, H, P, N, G, R, size,
+    CONV: tl.constexpr, BIAS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr,
+    BN: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slot_T + t).to(tl.int64)
@@ -51,14 +66,29 @@ def _step(
         both = kept[:, None] & inside[None, :]
         x_JP = tl.load(x_ring + (head * R + number)[:, None] * P + p[None, :], both, 0.0).to(tl.float32)
         row = xBC + t * stride_xBC
-        x_P = tl.load(row + h * P + p, inside, 0.0).to(tl.float32)
+        C = H * P + 2 * G * N
+        ring = columns + slot * size * C
+        newest = ring + (length % size) * C  # nobody reads there in this step
+        if CONV > 0:
+            x_P, raw = _convolved(row, ring, weight, bias, h * P + p, inside, length, size, C, CONV, BIAS)
+            tl.store(newest + h * P + p, raw, inside)
+        else:
+            x_P = tl.load(row + h * P + p, inside, 0.0).to(tl.float32)
+        keeps = (h % (H // G) == 0) & (tl.program_id(2) == 0)
         commit = open_ >= CHUNK
         y_P, scores_J, score = tl.zeros((BP,), tl.float32), tl.zeros((BJ,), tl.float32), 0.0
         for n0 in range(0, N, BN):
             n = n0 + tl.arange(0, BN)
             real = n < N
-            B_new = tl.load(row + H * P + g * N + n, real, 0.0)
-            C_N = tl.load(row + H * P + (G + g) * N + n, real, 0.0).to(tl.float32)
+            of_B, of_C = H * P + g * N + n, H * P + (G + g) * N + n
+            if CONV > 0:
+                B_new, raw_B = _convolved(row, ring, weight, bias, of_B, real, length, size, C, CONV, BIAS)
+                C_N, raw_C = _convolved(row, ring, weight, bias, of_C, real, length, size, C, CONV, BIAS)
+                tl.store(newest + of_B, raw_B, real & keeps)
+                tl.store(newest + of_C, raw_C, real & keeps)
+            else:
+                B_new = tl.load(row + of_B, real, 0.0).to(tl.float32)
+                C_N = tl.load(row + of_C, real, 0.0).to(tl.float32)
             at = S + (head * N + n)[:, None] * P + p[None, :]
             there = real[:, None] & inside[None, :]
             S_NP = tl.load(at, there, 0.0)
@@ -67,11 +97,11 @@ def _step(
             ).to(tl.float32)  # fmt: skip
             y_P += tl.sum(S_NP * C_N[:, None], 0)
             scores_J += tl.sum(B_JN * C_N[None, :], 1)
-            score += tl.sum(B_new.to(tl.float32) * C_N, 0)
+            score += tl.sum(B_new * C_N, 0)
             if commit:
                 added = tl.dot(tl.trans(B_JN * weight_J[:, None]), x_JP, input_precision=PRECISION)
                 tl.store(at, S_NP * tl.exp(last) + added, there)
-            if (h % (H // G) == 0) & (tl.program_id(2) == 0):
+            if keeps:
                 tl.store(B_ring + (group * R + length % R) * N + n, B_new.to(B_ring.dtype.element_ty), real)
         raw = tl.load(dt_in + t * stride_dt + h).to(tl.float32) + tl.load(dt_bias + h)
         dt_new = tl.minimum(tl.maximum(_softplus(raw), low), high)
@@ -99,20 +129,25 @@ def ssd_step(
     base_S: Tensor,
     *,
     dt_limit: tuple[float, float],
+    conv: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """y + D x (T, H · P) float32 of one new token of each text; its input joins the ring, and where a chunk is full S
     is rewritten (its base and all lengths are the caller's to move on).
 
     memory: `model.slots.Mamba2Slots`, with at most a chunk of open inputs.  slot_T: −1 for nobody's rows, whose y is 0.
+    conv: weight (K, C) and bias, where xBC is not convolved yet: for few rows, as every head makes B and C anew.
     """
+    weight_KC, bias_C = (A_H, None) if conv is None else conv
     T = xBC_TC.shape[0]
     _, H, N, P = memory.S.shape
     G, R = memory.B.shape[1:3]
     y_TI = torch.empty(T, H * P, dtype=torch.float32, device=xBC_TC.device)
     BP = min(max(16, triton.next_power_of_2(P)), 32 if T < 8 else 64)
     _step[(T, H, triton.cdiv(P, BP))](
-        xBC_TC, dt_TH, dt_bias_H, A_H, D_H, memory.S, memory.x, memory.B, memory.dt, slot_T, length_S, base_S, y_TI,
+        xBC_TC, dt_TH, dt_bias_H, A_H, D_H, memory.S, memory.x, memory.B, memory.dt, memory.columns, weight_KC,
+        weight_KC if bias_C is None else bias_C, slot_T, length_S, base_S, y_TI,
         xBC_TC.stride(0), dt_TH.stride(0), y_TI.stride(0), *dt_limit, H, P, N, G, R,
+        memory.columns.shape[1], CONV=0 if conv is None else len(weight_KC), BIAS=bias_C is not None,
         CHUNK=memory.chunk, BJ=max(16, triton.next_power_of_2(memory.chunk)),
         BN=max(16, min(64, triton.next_power_of_2(N))), BP=BP, PRECISION=_precision(memory.x), num_warps=4,
     )  # fmt: skip
