@@ -30,9 +30,14 @@ Opener = Callable[[Path, Settings], tuple[Any, Any]]  # → (Model, AsyncEngine 
 def open_model(path: Path, settings: Settings) -> tuple[Any, Any]:
     import tiercel
     from tiercel.engine import AsyncEngine, Engine
+    from tiercel.planning import fit
 
-    model = tiercel.load(path)
-    engine = Engine(model, slots=settings.slots, max_queue=settings.queue)
+    fitted = fit(path, slots=settings.slots, context=settings.context or None)
+    log.info("%s", fitted.line)
+    model = tiercel.load(path, max_length=fitted.context)
+    engine = Engine(
+        model, slots=fitted.slots, max_queue=settings.queue, cache_bytes=fitted.cache, state_bytes=fitted.states
+    )
     _warm(engine)
     return model, AsyncEngine(engine)
 
