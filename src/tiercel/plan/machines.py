@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from tiercel.errors import RequestError
+from tiercel.quant import panel_bytes
 
 GB, TERA = 1e9, 1e12
 
@@ -58,11 +58,68 @@ class Machine:
         return bool(self.products)
 
 
-def from_probe(name: str, memory: int, free: int, found: Mapping[str, Any]) -> Machine:
-    """What `bench.probe.measure` found."""
-    products = {kind: Product(**rates) for kind, rates in found["products"].items()}
-    rest = {key: float(value) for key, value in found.items() if key != "products"}
-    return Machine(name, memory, free, products, source="measured here", **rest)
+# ── this machine, from pieces of work whose seconds `bench/probe.py` measures
+
+BUFFER = 1 << 28  # bytes
+LARGE, SMALL = (16_384, 4096), (2048, 2048)  # matrices beyond the caches and within
+FEW, MANY = 8, 512  # rows
+LAYERS, CONTEXT = 4, 4096
+# What whole networks take over the sum of these pieces: CPU time of one Zen-4 thread, AVX2, 2026-11-24, SmolLM2 and the
+# 0.5B in Q4_K_M and Q8_0 after 512 and 2,048 tokens, one row and four: steps 1.16 to 1.33 (a matrix of the probe lies
+# partly in the last cache), prompts 0.99 to 1.02 (SmolLM2 1.10 to 1.15: its matrices are small).
+STEP, PROMPT = 1.22, 1.03
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A network of LAYERS small layers, after so many tokens."""
+
+    layers: str
+    context: int
+    sizes: Mapping[str, int]
+
+
+_HEADS = {"heads": 8, "kv_heads": 2, "head_dim": 64}
+_BIG2, _SMALL2 = ({"expand": n, "mamba_head_dim": 64, "state": state} for n, state in ((24, 128), (1, 16)))
+PROBES: dict[str, Piece] = {
+    "layer": Piece("attention", 0, {"heads": 1, "head_dim": 16}),
+    "attention near": Piece("attention/-", 0, _HEADS),
+    "attention far": Piece("attention/-", CONTEXT, _HEADS),
+    "mamba2 big": Piece("mamba2/-", 0, _BIG2),
+    "mamba2 small": Piece("mamba2/-", 0, _SMALL2),
+    "mamba1 big": Piece("mamba1/-", 0, {"expand": 24, "state": 16}),
+    "mamba1 small": Piece("mamba1/-", 0, {"expand": 1, "state": 16}),
+}
+
+
+def from_probe(name: str, memory: int, free: int, seconds: Mapping[str, float]) -> Machine:
+    """The rates behind those seconds; where two are subtracted, the rest is what differs between the two."""
+
+    def more(a: str, b: str, what: str) -> float:
+        return max(seconds[f"{a} {what}"] - seconds[f"{b} {what}"], seconds[f"{a} {what}"] / 20)
+
+    def product(kind: str) -> Product:
+        large, small = (shape[0] * shape[1] for shape in (LARGE, SMALL))
+        return Product(
+            panel_bytes(kind, *LARGE) / seconds[f"{kind} one"] / STEP,
+            2 * FEW * large / seconds[f"{kind} few"] / STEP,
+            2 * MANY * small / seconds[f"{kind} many"] / PROMPT,
+        )
+
+    heads, kv_heads, P = _HEADS.values()
+    cells2 = LAYERS * (64 * 24 * 128 - 64 * 16)
+    cells1 = LAYERS * (64 * 24 * 16 - 64 * 16)
+    return Machine(
+        name, memory, free,
+        {kind: product(kind) for kind in (key.removesuffix(" one") for key in seconds if key.endswith(" one"))},
+        attend=LAYERS * 4 * heads * P * MANY * CONTEXT / more("attention far", "attention near", "chunk"),
+        attend_read=LAYERS * 2 * kv_heads * P * 2 * CONTEXT / more("attention far", "attention near", "step") / STEP,
+        scan=cells2 * MANY / more("mamba2 big", "mamba2 small", "chunk"),
+        scan_read=4 * cells2 / more("mamba2 big", "mamba2 small", "step") / STEP,
+        scan1=cells1 * MANY / more("mamba1 big", "mamba1 small", "chunk"),
+        scan1_read=4 * cells1 / more("mamba1 big", "mamba1 small", "step") / STEP,
+        layer_s=seconds["layer step"] / LAYERS * STEP, read=BUFFER / seconds["read"], source="measured here",
+    )  # fmt: skip
 
 
 # ── the table
