@@ -66,8 +66,8 @@ FEW, MANY = 8, 512  # rows
 LAYERS, CONTEXT = 4, 4096
 # What whole networks take over the sum of these pieces: CPU time of one Zen-4 thread, AVX2, 2026-11-24, SmolLM2 and the
 # 0.5B in Q4_K_M and Q8_0 after 512 and 2,048 tokens, one row and four: steps 1.16 to 1.33 (a matrix of the probe lies
-# partly in the last cache), prompts 0.99 to 1.02 (SmolLM2 1.10 to 1.15: its matrices are small).
-STEP, PROMPT = 1.22, 1.03
+# partly in the last cache), in bf16 0.90; prompts 0.99 to 1.02 (SmolLM2 1.10 to 1.15: its matrices are small).
+STEP, STEP_FLOATS, PROMPT = 1.22, 0.9, 1.03
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,10 @@ def from_probe(name: str, memory: int, free: int, seconds: Mapping[str, float]) 
 
     def product(kind: str) -> Product:
         large, small = (shape[0] * shape[1] for shape in (LARGE, SMALL))
+        step = STEP_FLOATS if kind in ("BF16", "F32") else STEP
         return Product(
-            panel_bytes(kind, *LARGE) / seconds[f"{kind} one"] / STEP,
-            2 * FEW * large / seconds[f"{kind} few"] / STEP,
+            panel_bytes(kind, *LARGE) / seconds[f"{kind} one"] / step,
+            2 * FEW * large / seconds[f"{kind} few"] / step,
             2 * MANY * small / seconds[f"{kind} many"] / PROMPT,
         )
 
