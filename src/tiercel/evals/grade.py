@@ -21,7 +21,7 @@ _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*")
 
 def final(text: str) -> str:
     """What is said after the thoughts; nothing where the thoughts never end."""
-    head, tag, rest = text.rpartition("</think>")
+    _, tag, rest = text.rpartition("</think>")
     if tag:
         return rest
     return "" if "<think>" in text else text

@@ -4,7 +4,7 @@ A `Task` has items; how they are asked depends on its kind:
 
     "generate"   the model writes, `grade` looks at what it wrote (several samples of one question share its prefill)
     "choose"     the model never writes: the likeliest of the given continuations is its choice, as in lm-eval:
-                 acc by the sum of log-probabilities, acc_norm by the sum per character of the choice, acc_bytes per byte
+                 acc by the sum of log-probabilities, acc_norm and acc_bytes by that per character and byte
     "continue"   one continuation: right when each of its tokens is the likeliest
 
 An answer is read only from what stands after the thoughts: what a model merely thought does not count.
