@@ -103,7 +103,9 @@ class Endpoint:
                             int(usage.get("completion_tokens") or 0))  # fmt: skip
             return sample, int(usage.get("prompt_tokens") or 0)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
-            raise TiercelError(f"{self.url} answers something that is no completion: {json.dumps(found)[:120]}") from None
+            raise TiercelError(
+                f"{self.url} answers something that is no completion: {json.dumps(found)[:120]}"
+            ) from None
 
     def _post(self, path: str, body: dict[str, Any], leaving: threading.Event) -> Any:
         """The answer's JSON; a connection that breaks, 429 and 5xx are tried again."""

@@ -28,7 +28,7 @@ class Problems(Task):
 
     def load(self, folder: str | None) -> list[Item]:
         try:
-            from tiercel.problems import FAMILIES  # type: ignore[import-not-found, unused-ignore]
+            from tiercel.problems import FAMILIES  # type: ignore[import-not-found, import-untyped, unused-ignore]
         except ImportError:
             raise RequestError("this version has no tiercel.problems, whose test sets this task asks") from None
         self.families: Any = FAMILIES

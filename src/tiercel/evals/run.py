@@ -14,8 +14,10 @@ import json
 import math
 import os
 import platform
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Progress = Callable[[int, int, float], None]  # items done, items in all, running score
 FORMAT = 1
-TIMES = ("seconds", "cached_tokens")  # of a record: what may differ between two runs that are equal
+TIMES = ("seconds", "latency", "cached_tokens", "folder")  # what may differ between two runs that are equal
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Result:
 
     score, interval: of the measure that `metric` names, 0 … 1 · metrics: further ones by name
     chance, majority: what guessing and the commonest answer would score, None where that means nothing
+    seconds: by the clock, from when the first item was asked, interruptions left out
     cut: outputs that the token budget ended · errors: items that could not be asked (they count as wrong)
     items: one record each, in the order of the task, with every transcript
     """
@@ -65,10 +68,11 @@ class Result:
     seconds: float
     versions: dict[str, str]
     items: list[Record]
+    folder: Path | None = None  # where it is kept
 
     def to_dict(self, *, items: bool = True, times: bool = True) -> dict[str, Any]:
         """Plain data.  times=False: only what two equal runs have in common."""
-        found = dict(vars(self))
+        found = {**vars(self), "folder": None if self.folder is None else str(self.folder)}
         if not items:
             del found["items"]
         if not times:
@@ -84,18 +88,20 @@ def evaluate(
     settings: Settings | None = None,
     *,
     out: Path | None = None,
+    under: Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Ask every item, grade the answers, and count.
 
-    out: a folder that keeps the transcripts and lets the run be resumed (`fresh`: what is there is left behind).
+    out: a folder that keeps the transcripts and lets the run be resumed (`fresh`: what is there is thrown away)
+    under: a folder of runs, in which this one gets a folder named by model, task and all that decides its outcome
     Raises RequestError (settings, a model without chat template, a folder of another run), FormatError (data).
     """
     from tiercel.evals.local import LocalModel
 
     settings = settings or Settings()
-    answerer: Answerer = model if hasattr(model, "answer") else LocalModel(model)  # type: ignore[assignment, arg-type]
+    answerer: Answerer = model if hasattr(model, "answer") else LocalModel(model)  # type: ignore[assignment]
     items = chosen(task.load(settings.data), settings.limit, settings.seed)
     if not items:
         raise FormatError(f"{task.name} has no items")
@@ -104,22 +110,28 @@ def evaluate(
     if settings.system:
         if not plan["chat"]:
             raise RequestError("a system message needs the chat template; leave it out or ask with --chat")
-        prompts = [[{"role": "system", "content": settings.system}, *p] for p in prompts]  # type: ignore[misc]
+        first = {"role": "system", "content": settings.system}
+        prompts = [[first, *prompt] for prompt in prompts if not isinstance(prompt, str)]
     about = {"format": FORMAT, "model": answerer.about(), "task": about_task(task, plan),
              "settings": settings_of(settings, plan)}  # fmt: skip
+    if out is None and under is not None:
+        out = under / folder_name(about)
     with Log(out, about, fresh) as log:
         records = log.records
         left = [i for i, item in enumerate(items) if item.id not in records]
         running = [records[item.id]["score"] for item in items if item.id in records]
         if progress is not None:
             progress(len(running), len(items), _mean(running))
+        last = time.perf_counter()
         for record in _ask(answerer, task, items, prompts, left, plan, settings):
-            log.write(record)
+            now = time.perf_counter()
+            log.write(record | {"seconds": round(now - last, 4)})
+            last = now
             running.append(record["score"])
             if progress is not None:
                 progress(len(running), len(items), _mean(running))
         found = [records[item.id] for item in items]
-    return summarize(about, task, items, found)
+    return replace(summarize(about, task, items, found), folder=out)
 
 
 def resolve(answerer: Answerer, task: Task, settings: Settings) -> dict[str, Any]:
@@ -171,6 +183,14 @@ def about_task(task: Task, plan: dict[str, Any]) -> dict[str, Any]:
     return {"name": task.name, "title": task.title or task.name, "kind": task.kind, "data": list(task.sources)}
 
 
+def folder_name(about: dict[str, Any]) -> str:
+    """The same for the same question, so that the same command goes on where it was interrupted."""
+    model = re.sub(r"[^A-Za-z0-9._-]+", "-", about["model"]["name"].rstrip("/").rpartition("/")[2])[:60].strip(".-")
+    task = re.sub(r"[^A-Za-z0-9._-]+", "-", about["task"]["name"])[:60].strip(".-")
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{model or 'model'}-{task or 'task'}-{digest}"
+
+
 # ── asking ──
 
 
@@ -203,7 +223,7 @@ def seed_of(seed: int, id: str) -> int:
 
 
 def _graded(task: Task, item: Item, prompt: Prompt, answers: Answers) -> Record:
-    samples = []
+    samples: list[Record] = []
     for sample in answers.samples:
         verdict = task.grade(item, grade.final(sample.text))
         samples.append({"text": sample.text, "thinking": sample.thinking, "finish_reason": sample.finish_reason,
@@ -219,7 +239,11 @@ def _graded(task: Task, item: Item, prompt: Prompt, answers: Answers) -> Record:
 def _scored(task: Task, item: Item, prompt: str, scored: Scored) -> Record:
     texts = list(task.continuations(item))
     logprobs = [each.logprob for each in scored.likelihoods]
-    record = _record(item, prompt, scored) | {"continuations": texts, "logprobs": logprobs, "generated_tokens": 0}
+    record: Record = _record(item, prompt, scored) | {
+        "continuations": texts,
+        "logprobs": logprobs,
+        "generated_tokens": 0,
+    }
     if not logprobs:
         return record | {"score": 0.0, "scores": {}}
     if task.kind == "continue":
@@ -238,7 +262,7 @@ def _scored(task: Task, item: Item, prompt: str, scored: Scored) -> Record:
 def _record(item: Item, prompt: Prompt, answers: Answers | Scored) -> Record:
     record = {"id": item.id, "group": item.group, "gold": item.gold, "prompt": prompt,
               "prompt_tokens": answers.prompt_tokens, "cached_tokens": answers.cached_tokens,
-              "seconds": round(answers.seconds, 4)}  # fmt: skip
+              "latency": round(answers.seconds, 4)}  # fmt: skip
     return record | ({"error": str(answers.error)} if answers.error is not None else {})
 
 
@@ -263,14 +287,11 @@ def summarize(about: dict[str, Any], task: Task, items: Sequence[Item], records:
         low, high = wilson(sum(scores), len(scores))
         interval = {"low": low, "high": high, "level": 0.95, "method": "Wilson"}
     metrics = _further(task, records, settings["samples"])
-    groups: dict[str, dict[str, float]] = {}
+    by_group: dict[str, list[float]] = {}
     for record in records:
         if record["group"]:
-            group = groups.setdefault(record["group"], {"items": 0, "score": 0.0})
-            group["items"] += 1
-            group["score"] += record["score"]
-    for group in groups.values():
-        group["score"] /= group["items"]
+            by_group.setdefault(record["group"], []).append(record["score"])
+    groups = {name: {"items": len(part), "score": _mean(part)} for name, part in sorted(by_group.items())}
     majority = task.majority(items)
     return Result(
         model=about["model"],
@@ -280,7 +301,7 @@ def summarize(about: dict[str, Any], task: Task, items: Sequence[Item], records:
         score=_mean(scores),
         interval=interval,
         metrics=metrics,
-        groups=dict(sorted(groups.items())),
+        groups=groups,
         chance=task.chance(items),
         majority=None if majority is None else {"answer": majority[0], "score": majority[1]},
         n_items=len(records),

@@ -10,6 +10,7 @@ Two lines go to REPORT_FD: {"held": {protection: by what}} before the program st
 Whatever the system refuses is left out of `held`; without "files" and "processes" nothing is started.
 """
 
+# ruff: noqa: PTH  (pathlib takes long to load, and this starts once for every program)
 from __future__ import annotations
 
 import contextlib
@@ -57,6 +58,8 @@ def keep(order: dict[str, Any], report: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     held = namespaces()
+    if "mounts" in held:
+        own_folder(order, held)
     end = time.monotonic() + order["timeout"]
     first = os.fork()
     if first == 0:
@@ -66,8 +69,14 @@ def keep(order: dict[str, Any], report: int) -> None:
         done, _ = os.waitpid(first, os.WNOHANG)
         if done:
             break
-        if time.monotonic() > end or memory_of(descendants()) > order["memory"] or folder_bytes(order) > WORK_BYTES:
-            late = time.monotonic() > end
+        everybody = descendants()
+        if time.monotonic() > end:
+            late = True
+            break
+        # root is above RLIMIT_NPROC, and RLIMIT_AS is each process's own: so all together are watched from here
+        if len(everybody) > order["processes"] + 2 or memory_of(everybody) > order["memory"]:
+            break
+        if "disk" not in held and folder_bytes(order) > WORK_BYTES:
             break
         time.sleep(LOOK_EVERY)
     end_all()
@@ -88,7 +97,7 @@ def namespaces() -> dict[str, str]:
         if uid != 0:
             call("unshare", NEWUSER | together)
             for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-                with open(f"/proc/self/{name}", "w") as file:  # noqa: PTH123  (pathlib takes long to load)
+                with open(f"/proc/self/{name}", "w") as file:  (pathlib takes long to load)
                     file.write(text)
         else:
             call("unshare", together)
@@ -105,7 +114,7 @@ def descendants() -> list[int]:
     parents: dict[int, int] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{name}/stat", "rb") as file:  # noqa: PTH123
+            with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{name}/stat", "rb") as file:
                 parents[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
     mine, found = {os.getpid()}, list[int]()
     while True:
@@ -120,14 +129,14 @@ def memory_of(pids: list[int]) -> int:
     """Bytes that these processes hold together; pages they share count for each."""
     total = 0
     for pid in pids:
-        with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/statm", "rb") as file:  # noqa: PTH123
+        with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/statm", "rb") as file:
             fields = file.read().split()
             total += (int(fields[1]) - int(fields[2])) * resource.getpagesize()  # resident, without what files back
     return total
 
 
 def folder_bytes(order: dict[str, Any]) -> int:
-    """What lies in the folder (0 where it has a file system of its own, which has its own limit)."""
+    """What lies in the folder."""
     total = 0
     for path, _, names in os.walk(order["folder"]):
         for name in names:
@@ -161,8 +170,6 @@ def wait_for_program(order: dict[str, Any], held: dict[str, str], report: int) -
     call("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     call("prctl", SUBREAPER, 1, 0, 0, 0)
     call("prctl", DUMPABLE, 0, 0, 0, 0)
-    if "mounts" in held:
-        own_folder(order, held)
     os.set_inheritable(report, False)
     program = os.fork()
     if program == 0:
@@ -175,7 +182,12 @@ def wait_for_program(order: dict[str, Any], held: dict[str, str], report: int) -
             os.closerange(3, report)
             os.closerange(report + 1, 4096)
             executable = os.path.realpath(sys.executable)
-            environment = {"HOME": order["folder"], "TMPDIR": order["folder"], "LC_ALL": "C.UTF-8", "PATH": "/nonexistent"}
+            environment = {
+                "HOME": order["folder"],
+                "TMPDIR": order["folder"],
+                "LC_ALL": "C.UTF-8",
+                "PATH": "/nonexistent",
+            }
             os.execve(executable, [executable, "-I", "-S", "-B", "-X", "utf8", "program.py"], environment)
         except BaseException as error:
             with contextlib.suppress(OSError):
@@ -193,7 +205,7 @@ def own_folder(order: dict[str, Any], held: dict[str, str]) -> None:
     folder = order["folder"].encode()
     with contextlib.suppress(OSError):
         call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
-        with open(f"{order['folder']}/program.py", "rb") as file:  # noqa: PTH123
+        with open(f"{order['folder']}/program.py", "rb") as file:
             program = file.read()
         attributes = struct.pack("QQQQ", 1, 0, 0, 0)  # MOUNT_ATTR_RDONLY
         with contextlib.suppress(OSError):
@@ -201,7 +213,7 @@ def own_folder(order: dict[str, Any], held: dict[str, str]) -> None:
             held["files"] = "read-only mounts"
         options = f"size={WORK_BYTES},nr_inodes={WORK_FILES},mode=0700".encode()
         call("mount", b"tmpfs", folder, b"tmpfs", MS_NOSUID | MS_NODEV, options)
-        with open(f"{order['folder']}/program.py", "wb") as file:  # noqa: PTH123
+        with open(f"{order['folder']}/program.py", "wb") as file:
             file.write(program)
         held["disk"] = "own file system"
 
@@ -252,7 +264,7 @@ def drop_rights(order: dict[str, Any], held: dict[str, str]) -> None:
 
 def uid_mapped() -> bool:
     """Whether this root is only the root of a user namespace of ours."""
-    with open("/proc/self/uid_map") as file:  # noqa: PTH123
+    with open("/proc/self/uid_map") as file:
         return file.read().split()[2] == "1"
 
 
