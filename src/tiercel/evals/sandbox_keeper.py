@@ -10,7 +10,8 @@ Two lines go to REPORT_FD: {"held": {protection: by what}} before the program st
 Whatever the system refuses is left out of `held`; without "files" and "processes" nothing is started.
 """
 
-# ruff: noqa: PTH  (pathlib takes long to load, and this starts once for every program)
+# ruff: noqa: PTH100, PTH103, PTH109, PTH110, PTH112, PTH116, PTH118, PTH120, PTH123, PTH208
+# pathlib takes long to load, and this starts once for every program
 from __future__ import annotations
 
 import contextlib
@@ -97,7 +98,7 @@ def namespaces() -> dict[str, str]:
         if uid != 0:
             call("unshare", NEWUSER | together)
             for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
-                with open(f"/proc/self/{name}", "w") as file:  (pathlib takes long to load)
+                with open(f"/proc/self/{name}", "w") as file:
                     file.write(text)
         else:
             call("unshare", together)
