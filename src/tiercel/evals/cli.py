@@ -31,14 +31,15 @@ def evaluate(
     chat: Annotated[bool | None, typer.Option("--chat/--plain", help="With the chat template, or plain text.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thoughts first, or not.")] = None,
-    choices: Annotated[
-        str | None, typer.Option(help="likelihood, or letters: the model writes the letter of its choice.")
+    letters: Annotated[
+        bool | None,
+        typer.Option("--letters/--likelihood", help="Choices: the model writes the letter, or the likeliest counts."),
     ] = None,
     endpoint: Annotated[
         str | None, typer.Option(help="An OpenAI-compatible address, as http://127.0.0.1:11434/v1.")
     ] = None,
     question: Annotated[str | None, typer.Option(help="FILE.jsonl: the field with the question.")] = None,
-    options: Annotated[str | None, typer.Option("--options", help="FILE.jsonl: the field with the choices.")] = None,
+    choices: Annotated[str | None, typer.Option(help="FILE.jsonl: the field with the choices.")] = None,
     answer: Annotated[str | None, typer.Option(help="FILE.jsonl: the field with the right answer.")] = None,
     kind: Annotated[str | None, typer.Option(help="FILE.jsonl: answers are number, math, text or letter.")] = None,
     answer_from: Annotated[int | None, typer.Option(help="FILE.jsonl: numbered answers count from 0 or 1.")] = None,
@@ -63,12 +64,13 @@ def evaluate(
 
     if not task:
         raise RequestError(f"which task? --task {' | '.join(TASKS)} | FILE.jsonl")
+    by = None if letters is None else "letters" if letters else "likelihood"
     settings = Settings(
         chat=chat, system=system, think=think, shots=shots, samples=samples, max_tokens=max_tokens,
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, choices=choices, limit=limit, seed=seed,
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, choices=by, limit=limit, seed=seed,
         slots=slots, data=data,
     )  # fmt: skip
-    fields = {"question": question, "choices": options, "answer": answer, "kind": kind, "answer_from": answer_from}
+    fields = {"question": question, "choices": choices, "answer": answer, "kind": kind, "answer_from": answer_from}
     named = {name: value for name, value in fields.items() if value is not None}
     tasks = [open_task(name, **(named if name not in TASKS else {})) for name in task]
     if named and all(name in TASKS for name in task):

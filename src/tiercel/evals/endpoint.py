@@ -44,7 +44,7 @@ class Endpoint:
         return {"name": self.name, "endpoint": self.url}
 
     def score(self, contexts: Iterable[tuple[int, str, list[str]]], ask: Ask) -> Iterator[Scored]:
-        raise RequestError(f"{self.url} gives no likelihoods; ask with --choices letters")
+        raise RequestError(f"{self.url} gives no likelihoods; ask with --letters")
 
     def answer(self, questions: Iterable[Question], ask: Ask) -> Iterator[Answers]:
         waiting = iter(questions)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-LONGEST = 4000  # characters of an answer that are looked at; a longer one is not an answer
+LONGEST = 4000  # characters of an answer; a longer one is not an answer
+END, BOXES = 20_000, 32  # characters at the end of a text in which its answer is looked for, and boxes
 NUMBER = r"[-+−]?\s?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?|[-+−]?\.\d+"
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*")
 
@@ -29,7 +30,8 @@ def final(text: str) -> str:
 
 def boxed(text: str) -> str | None:
     r"""The content of the last complete \boxed{…}; braces inside count, escaped ones do not."""
-    for match in reversed(list(_BOX.finditer(text))):
+    text = text[-END:]
+    for match in list(_BOX.finditer(text))[: -BOXES - 1 : -1]:
         start = match.end()
         if start >= len(text):
             continue
@@ -53,12 +55,14 @@ def boxed(text: str) -> str | None:
 
 def last_number(text: str) -> str | None:
     """The last number in a text, without what only decorates it."""
+    text = text[-END:]
     found = re.findall(rf"(?<![\w.])(?:{NUMBER})", text.replace("\\!", "").replace("{,}", ","))
     return found[-1] if found else None
 
 
 def stated_number(text: str) -> str | None:
     r"""The number a solution gives as its answer: boxed, after ####, after "answer is", else the last one."""
+    text = text[-END:]
     box = boxed(text)
     if box is not None:
         return last_number(plain(box)) if number(box) is None else box
@@ -123,7 +127,7 @@ def _folded(text: str) -> str:
 
 def letter(text: str, count: int) -> str | None:
     """The letter of a choice that a text settles on: boxed, "answer is C", "C.", or the last one standing alone."""
-    last = chr(ord("A") + count - 1)
+    text, last = text[-END:], chr(ord("A") + count - 1)
     box = boxed(text)
     if box is not None:
         inside = plain(box).strip("() .")

@@ -5,8 +5,8 @@
 question   the field with the question; "question", "problem", "prompt" or "query" when not named
 choices    the field with a list of texts, or {"text": […]}: then it is a choice by likelihood, " {choice}" after
            "Question: {question}\\nAnswer:"; without it the model writes
-answer     the field with the right answer.  With choices: a letter, the text of a choice, or a number, which is an index
-           from 0 (`--answer-from 1`: from 1).  A digit in quotes that is the text of no choice is an error unless
+answer     the field with the right answer.  With choices: a letter, the text of a choice, or a number, an index from 0
+           (`--answer-from 1`: from 1).  A digit in quotes that is the text of no choice is an error unless
            --answer-from says what it counts from: that is the mistake of a well-known bad copy of ARC.
 kind       of written answers: "number" (exact), "math" (LaTeX), "text" (case and spaces aside), "letter"; when not
            named it is "number" where every answer is one, else "text"

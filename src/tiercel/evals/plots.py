@@ -16,7 +16,7 @@ def svg(height: int, body: str, label: str) -> str:
 
 def score(value: float, interval: dict[str, float], baselines: Sequence[tuple[str, float]]) -> str:
     """A bar from 0 to 100 %, its interval, and where the baselines are."""
-    left, right = 10, WIDTH - 40
+    left, right = 16, WIDTH - 40
     x = lambda share: left + share * (right - left)  # noqa: E731
     body = "".join(f'<line class="line" x1="{x(t / 4):.1f}" x2="{x(t / 4):.1f}" y1="24" y2="60"/>'
                    f'<text class="dim" x="{x(t / 4):.1f}" y="76" text-anchor="middle">{25 * t} %</text>'
@@ -43,7 +43,7 @@ def bars(rows: Sequence[tuple[str, float, float, float]]) -> str:
     body = ""
     for number, (name, value, low, high) in enumerate(sorted(rows, key=lambda row: -row[1])):
         y = 8 + 22 * number
-        shown = name if len(name) <= 38 else name[:37] + "…"
+        shown = name if len(name) <= 36 else name[:35] + "…"
         body += f'<text x="{left - 10}" y="{y + 12}" text-anchor="end">{escape(shown)}</text>'
         body += f'<rect class="mark" x="{left}" y="{y}" width="{max(x(value) - left, 1):.1f}" height="15" rx="2"/>'
         body += whisker(x(low), x(high), y + 7.5)
@@ -82,7 +82,7 @@ def picks(found: Sequence[tuple[int, int]]) -> str:
     most = max(max(pair) for pair in found) + 1
     taken = [sum(pick == i for pick, _ in found) for i in range(most)]
     gold = [sum(right == i for _, right in found) for i in range(most)]
-    top, bottom, left, highest = 10, 130, 40, max(*taken, *gold)
+    top, bottom, left, highest = 20, 140, 40, max(*taken, *gold)
     width = min((WIDTH - left - 20) / most, 140)
     body = f'<line class="line" x1="{left}" x2="{WIDTH - 20}" y1="{bottom}" y2="{bottom}"/>'
     for i in range(most):

@@ -59,7 +59,10 @@ def _between(result: Result) -> str:
 def facts(result: Result) -> list[tuple[str, str]]:
     """Everything but the items, as lines of name and text."""
     s, per = result.settings, result.n_samples // max(result.n_items, 1)
+    total, lengths = result.task["items"], result.generated_tokens > 0
     asked = f"{result.n_items} items"
+    if result.n_items < total:
+        asked = f"{result.n_items} of {total} items (drawn with seed {s['seed']})"
     if result.settings["choices"] == "likelihood":
         how = f"likelihood of the given continuations, plain text, {s['shots']} shots"
     else:
@@ -82,9 +85,9 @@ def facts(result: Result) -> list[tuple[str, str]]:
         ("how", how),
         ("also", also),
         ("baselines", ", ".join(baselines)),
-        ("cut", f"{result.cut} of {result.n_samples} outputs ended by the token budget" if result.generated_tokens else ""),
-        ("no answer", f"{result.unanswered} outputs in which no answer was found" if result.unanswered else ""),
-        ("not asked", f"{result.errors} items that do not fit the context; they count as wrong" if result.errors else ""),
+        ("cut", f"{result.cut} of {result.n_samples} outputs ended by the token budget" if lengths else ""),
+        ("no answer", f"{result.unanswered} outputs without an answer" if result.unanswered else ""),
+        ("not asked", f"{result.errors} items do not fit the context and count as wrong" if result.errors else ""),
         ("spent", f"{result.generated_tokens} tokens written, {result.prompt_tokens} read "
                   f"({result.cached_tokens} of them reused), {result.seconds:.1f} s"),
         ("model", ", ".join(f"{name} {value}" for name, value in model.items())),
@@ -121,9 +124,11 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.4rem; margin: 0 } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem }
 .score { font-size: 3rem; font-weight: 650; line-height: 1.1; margin: .5rem 0 0 } .dim { color: var(--dim) }
 table { border-collapse: collapse; width: 100% } td { padding: .25rem .6rem .25rem 0; vertical-align: top;
-       border-top: 1px solid var(--line); overflow-wrap: anywhere } td:first-child { color: var(--dim); white-space: nowrap }
+       border-top: 1px solid var(--line); overflow-wrap: anywhere }
+td:first-child { color: var(--dim); white-space: nowrap }
 svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif } svg text { fill: var(--ink) }
-svg .dim { fill: var(--dim) } svg .good { fill: var(--good) } svg .bad { fill: var(--bad) } svg .mark { fill: var(--mark) }
+svg .dim { fill: var(--dim) } svg .good { fill: var(--good) } svg .bad { fill: var(--bad) }
+svg .mark { fill: var(--mark) }
 svg .line { stroke: var(--line) } svg .whisker { stroke: var(--ink); stroke-width: 1.5 }
 details { border-top: 1px solid var(--line); padding: .3rem 0 } summary { cursor: pointer; overflow-wrap: anywhere }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .6rem; border-radius: 6px;

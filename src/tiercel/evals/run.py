@@ -102,7 +102,8 @@ def evaluate(
 
     settings = settings or Settings()
     answerer: Answerer = model if hasattr(model, "answer") else LocalModel(model)  # type: ignore[assignment]
-    items = chosen(task.load(settings.data), settings.limit, settings.seed)
+    everything = task.load(settings.data)
+    items = chosen(everything, settings.limit, settings.seed)
     if not items:
         raise FormatError(f"{task.name} has no items")
     plan = resolve(answerer, task, settings)
@@ -112,7 +113,7 @@ def evaluate(
             raise RequestError("a system message needs the chat template; leave it out or ask with --chat")
         first = {"role": "system", "content": settings.system}
         prompts = [[first, *prompt] for prompt in prompts if not isinstance(prompt, str)]
-    about = {"format": FORMAT, "model": answerer.about(), "task": about_task(task, plan),
+    about = {"format": FORMAT, "model": answerer.about(), "task": about_task(task, len(everything)),
              "settings": settings_of(settings, plan)}  # fmt: skip
     if out is None and under is not None:
         out = under / folder_name(about)
@@ -142,13 +143,13 @@ def resolve(answerer: Answerer, task: Task, settings: Settings) -> dict[str, Any
         likelihood = getattr(answerer, "likelihoods", True)
         choices = settings.choices or ("likelihood" if likelihood else "letters")
         if choices == "likelihood" and not likelihood:
-            raise RequestError(f"{answerer.name} is an address, which gives no likelihoods; ask with --choices letters")
+            raise RequestError(f"{answerer.name} is an address, which gives no likelihoods; ask with --letters")
         if choices == "letters" and task.kind == "continue":
             raise RequestError(f"{task.name} needs likelihoods, which only a model that is loaded here gives")
         if choices == "likelihood":
             if chat:
                 raise RequestError(f"likelihoods are taken of plain text; leave --chat out for {task.name}, "
-                                   "or let the model write with --choices letters")  # fmt: skip
+                                   "or let the model write with --letters")  # fmt: skip
             chat = False
         elif chat is None:
             chat = True
@@ -179,8 +180,10 @@ def settings_of(settings: Settings, plan: dict[str, Any]) -> dict[str, Any]:
     return plan | {"system": settings.system, "think": settings.think, "seed": settings.seed}
 
 
-def about_task(task: Task, plan: dict[str, Any]) -> dict[str, Any]:
-    return {"name": task.name, "title": task.title or task.name, "kind": task.kind, "data": list(task.sources)}
+def about_task(task: Task, items: int) -> dict[str, Any]:
+    """items: how many the whole task has."""
+    return {"name": task.name, "title": task.title or task.name, "kind": task.kind, "items": items,
+            "data": [dict(source) for source in task.sources]}  # fmt: skip
 
 
 def folder_name(about: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ Two lines go to REPORT_FD: {"held": {protection: by what}} before the program st
 Whatever the system refuses is left out of `held`; without "files" and "processes" nothing is started.
 """
 
-# ruff: noqa: PTH100, PTH103, PTH109, PTH110, PTH112, PTH116, PTH118, PTH120, PTH123, PTH208
+# ruff: noqa: PTH112, PTH116, PTH118, PTH120, PTH123, PTH208
 # pathlib takes long to load, and this starts once for every program
 from __future__ import annotations
 
