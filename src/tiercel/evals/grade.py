@@ -78,7 +78,7 @@ def plain(text: str) -> str:
     text = text.strip().replace("{,}", ",").replace("\\!", "").replace("−", "-")
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 ", text)
     text = re.sub(r"\\(?:left|right|displaystyle|,|;|:|\s|quad)", "", text)
-    return text.replace("\\$", "").replace("$", "").replace("\\%", "%").replace("^\\circ", "").strip(" .")
+    return text.replace("\\$", "").replace("$", "").replace("\\%", "%").replace("^\\circ", "").strip().rstrip(" .")
 
 
 def number(text: str) -> Fraction | None:
@@ -134,8 +134,9 @@ def letter(text: str, count: int) -> str | None:
         return inside.upper() if re.fullmatch(rf"[A-{last}]", inside, re.IGNORECASE) else None
     patterns = (
         rf"answer(?:\s+is)?\s*[:=]?\s*[*\"(]*([A-{last}])\b",
-        rf"^\s*[*(]*([A-{last}])[*).:]*(?:\s|$)",
-        rf"(?<![\w'])([A-{last}])(?![\w'])",
+        rf"^\s*[*(]*([A-{last}])[*]*(?:[).:]|\s*$)",
+        # "A good question" and "I think" name no choice; "A is right" does
+        rf"(?<![\w'])(?![AI]\s+(?!is\b|because\b)[a-z])([A-{last}])(?![\w'])",
     )
     for pattern in patterns:
         found = re.findall(pattern, text, re.MULTILINE)
