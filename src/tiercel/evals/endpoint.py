@@ -111,7 +111,7 @@ class Endpoint:
         """The answer's JSON; a connection that breaks, 429 and 5xx are tried again."""
         why = ""
         for attempt in range(TRIES):
-            if attempt and leaving.wait(self.pause * 2 ** (attempt - 1)):
+            if leaving.wait(self.pause * 2 ** (attempt - 1) if attempt else 0):
                 break
             try:
                 status, found = self._once(path, body)

@@ -379,8 +379,12 @@ class Log:
                 with atomic_write(head) as file:
                     file.write((json.dumps(about, ensure_ascii=False, indent=1) + "\n").encode())
             self._file = lines.open("a+b")
-            self._lock()
-            self._read(lines)
+            try:
+                self._lock()
+                self._read(lines)
+            except BaseException:
+                self._file.close()
+                raise
         except OSError as error:
             raise TiercelError(f"{folder} cannot hold the run: {error.strerror or error}") from None
 
@@ -423,7 +427,6 @@ class Log:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._file.close()
             raise RequestError(f"{self.folder} is being written by another run") from None
 
     def _read(self, path: Path) -> None:
