@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from tiercel.errors import RequestError, TiercelError
+from tiercel.evals.cli import evaluate
 
 if TYPE_CHECKING:
     from tiercel.console import Prompt, Talker
@@ -464,6 +465,11 @@ def quantize(
         _print_json({"model": model} | found)
     else:
         print("\n".join(told(model, found)))
+
+
+# ── judging
+
+app.command("eval")(evaluate)
 
 
 # ── the server
