@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from tiercel.errors import RequestError, TiercelError
-from tiercel.evals.cli import evaluate
+from tiercel.evals.cli import compare, evaluate
 
 if TYPE_CHECKING:
     from tiercel.console import Prompt, Talker
@@ -470,6 +470,7 @@ def quantize(
 # ── judging
 
 app.command("eval")(evaluate)
+app.command("compare")(compare)
 
 
 # ── the server

@@ -123,3 +123,52 @@ def _answerer(
         loaded = tiercel.load(model, dtype=dtype, quantize=quantize, exact=exact, max_length=context,
                               progress=lambda done, total: report(f"loading {model}", done, total))  # fmt: skip
     return LocalModel(loaded)
+
+
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Models as for run, or NAME@http://host:port/v1.")],
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="A benchmark, or FILE.jsonl; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="So many items of each task.", min=1)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Token budget of an answer, thoughts included.")] = None,
+    letters: Annotated[
+        bool | None,
+        typer.Option("--letters/--likelihood", help="Choices: the model writes the letter, or the likeliest counts."),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Contexts for speed and memory, N[,N…]; 0 for none.")] = "512,2048",
+    seed: Annotated[int, typer.Option(help="Of what --limit draws.")] = 0,
+    data: Annotated[str | None, typer.Option(help="The folder with the benchmark files.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the page and of what is kept.")] = Path("tiercel-compare"),
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")] = False,
+) -> None:
+    """Set models side by side: scores, speed and memory, on one page.
+
+    The same command goes on where it was interrupted.  What failed is said in its place; the rest is kept.
+    """
+    from tiercel.console import waiting
+    from tiercel.errors import RequestError
+    from tiercel.evals import compare as side
+    from tiercel.evals.task import Settings, open_task
+
+    try:
+        wanted = [int(word) for word in lengths.split(",") if int(word)]
+    except ValueError as error:
+        raise RequestError(f"--lengths takes lengths such as 512,2048, not {lengths!r}") from error
+    if not task and not wanted:
+        raise RequestError("nothing is left to compare: give --task or --lengths")
+    by = None if letters is None else "letters" if letters else "likelihood"
+    settings = Settings(max_tokens=max_tokens, choices=by, limit=limit, seed=seed, data=data)
+
+    def opened(each: side.Entrant) -> Any:
+        return _answerer(each.name, each.address, dtype="auto", quantize=None, exact=False, context=None)
+
+    with waiting("comparing", unit="parts") as report:
+        found = side.compare(
+            models, lambda: [open_task(name) for name in task or ()], settings, wanted, out, opened,
+            lambda line: report(line, 0, 0),
+        )  # fmt: skip
+    if json:
+        print(json_module.dumps(found, ensure_ascii=False), flush=True)
+    else:
+        print(f"{side.markdown(found)}\n{out / 'comparison.html'}")
