@@ -143,12 +143,13 @@ def run(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], about: str) -> str:
-    head = "| model | precision | context | slots | memory: plan, measured | off | prefill tok/s | off | decode tok/s | off |"
-    out = [head, "|---|---|---:|---:|---|---:|---|---:|---|---:|"]
+    head = "| model | precision | context | slots | memory: plan, measured | off | prefill tok/s | off | decode tok/s "
+    out = [f"{head}| off |", "|---|---|---:|---:|---|---:|---|---:|---|---:|"]
     for row in rows:
         case, a, b, ratio = row["case"], row["predicted"], row["measured"], row["ratio"]
         cells = [case["model"], a["precision"], f"{case['context']:,}", str(case["slots"]),
-                 f"{a['total_bytes'] / 1e6:,.0f}, {b['total_bytes'] / 1e6:,.0f} MB", f"{ratio['total_bytes'] - 1:+.1%}"]  # fmt: skip
+                 f"{a['total_bytes'] / 1e6:,.0f}, {b['total_bytes'] / 1e6:,.0f} MB",
+                 f"{ratio['total_bytes'] - 1:+.1%}"]  # fmt: skip
         for name in ("prefill_tok_s", "decode_tok_s"):
             cells += [f"{a[name]:.1f}, {b[name]:.1f}", f"{ratio[name] - 1:+.0%}"] if name in ratio else ["", ""]
         out.append("| " + " | ".join(cells) + " |")

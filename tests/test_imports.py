@@ -16,7 +16,16 @@ LEVELS = {  # a part imports from its own level or below; the command line may i
     "llm": 6, "serve": 7, "evals": 7, "cli": 7,
 }  # fmt: skip
 # what a file at the root belongs to
-PART = {"console": "cli", "show": "cli", "doctor": "cli", "bench": "cli", "shrink": "cli", "planning": "cli", "chart": "cli", "__main__": "cli"}
+PART = {
+    "console": "cli",
+    "show": "cli",
+    "doctor": "cli",
+    "bench": "cli",
+    "shrink": "cli",
+    "planning": "cli",
+    "chart": "cli",
+    "__main__": "cli",
+}
 # families need only configs; a state writes files; the text side reads and writes them
 ALLOWED = {("model", "weights"), ("text", "weights")}
 

@@ -127,7 +127,9 @@ def test_a_gguf_file_is_planned_from_its_header(tmp_path):
     write(Case("falcon-h1:90m", random="q4_k_m", write=file), file, lambda *a: None)
     found = planning.plan(str(file), device=LAPTOP)
     assert found["weights_bytes"] == weight_bytes(load(file)[0])
-    assert found["process_bytes"] < planning.plan("falcon-h1:90m", device=LAPTOP)["process_bytes"]  # it has no tokenizer
+    assert (
+        found["process_bytes"] < planning.plan("falcon-h1:90m", device=LAPTOP)["process_bytes"]
+    )  # it has no tokenizer
 
 
 def test_a_longer_context_is_slower_and_eight_rows_are_faster_together():

@@ -1,8 +1,8 @@
 """`tiercel plan`: a name becomes a forecast, and `run` and `serve` fit themselves to what is free.
 
-    a model here          its header says every tensor's type
-    a published shape     falcon-h1:7b …, in bfloat16 as it is published
-    config.json, pattern  the same of a shape of one's own
+a model here          its header says every tensor's type
+a published shape     falcon-h1:7b …, in bfloat16 as it is published
+config.json, pattern  the same of a shape of one's own
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from tiercel.errors import DoesNotFit, ModelNotFound, RequestError, TiercelError
 from tiercel.families import from_gguf, from_hf
 from tiercel.families.family import Layout
-from tiercel.families.pattern import PATTERN, read_file, rows
+from tiercel.families.pattern import read_file
 from tiercel.families.shapes import SHAPES
 from tiercel.model.config import ModelConfig
 from tiercel.plan import human_bytes
@@ -79,7 +79,7 @@ def _of_path(name: str, path: Path) -> Subject:
         with GGUFFile(path) as file:
             layout = from_gguf(file.metadata, file.tensors)
             types = {tensor: entry.type for tensor, entry in file.tensors.items()}
-            tokenizer = "tokenizer.ggml.model" in file.metadata
+            tokenizer = file.metadata.get("tokenizer.ggml.model", "no_vocab") != "no_vocab"
         return Subject(name, layout.config, _ours(layout, types, gguf=True), tokenizer)
     if path.suffix in (".json", ".toml"):
         return Subject(name, read_file(path), "F32", tokenizer=False)
@@ -372,7 +372,9 @@ def _chart(found: dict[str, Any]) -> list[str]:
     for row in found["lengths"]:
         for who, words in (("model", "this"), ("transformer", "Transformer")):
             total = row[who]["total_bytes"]
-            bars.append((f"{row['context']:,}" if who == "model" else "", float(total), f"{human_bytes(total)} {words}"))
+            bars.append(
+                (f"{row['context']:,}" if who == "model" else "", float(total), f"{human_bytes(total)} {words}")
+            )
     free = human_bytes(found["free_bytes"])
     head = f"memory against context; ┊ is what {found['device']} has free, {free}"
     return [head, *chart.terminal(bars, limit=float(found["free_bytes"]))]

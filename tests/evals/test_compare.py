@@ -53,7 +53,7 @@ def ask(tmp_path):
 
 def test_scores_speed_and_memory_of_all_stand_on_one_page(ask):
     found = ask({"four": Scripted("four", "4"), "six": Scripted("six", "the answer is 6")})
-    assert [list(m["scores"].values())[0]["score"] for m in found["models"]] == [0.25, 0.25]
+    assert [next(iter(m["scores"].values()))["score"] for m in found["models"]] == [0.25, 0.25]
     page, table = (ask.out / f"comparison.{kind}" for kind in ("html", "md"))
     for text in (page.read_text(), table.read_text()):
         assert "four" in text and "25.0" in text and "512 MB" in text

@@ -22,7 +22,7 @@ from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, pattern, rows
 from tiercel.model.decoder import Decoder
 from tiercel.ops.linear import QTensor
-from tiercel.plan.machines import BUFFER, CONTEXT, FEW, LAYERS, LARGE, MANY, PROBES, SMALL, Piece
+from tiercel.plan.machines import BUFFER, FEW, LARGE, LAYERS, MANY, PROBES, SMALL, Piece
 
 
 def best(run: Callable[[], Any], tries: int = 5) -> float:

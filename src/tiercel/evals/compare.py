@@ -192,8 +192,8 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
         head = ["model", *tasks]
         rows = [[m["model"], *(_cell(m, task) for task in tasks)] for m in models]
         out.append(("scores, % (95 % interval)", [head, *rows]))
-    lengths = sorted({int(n) for m in models for n in m["speed"]} | {
-        int(name.rpartition(" ")[2]) for m in models for name in m["errors"] if name.startswith("speed at")})  # fmt: skip
+    failed = {int(name.split()[-1]) for m in models for name in m["errors"] if name.startswith("speed at")}
+    lengths = sorted({int(n) for m in models for n in m["speed"]} | failed)
     for key, title in SPEEDS.items() if lengths else ():
         rows = []
         for m in models:
@@ -222,7 +222,8 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join([*out, ""])
 
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:54rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:54rem;margin:2rem auto;
+padding:0 1rem;color:#222;background:#fff}
 table{border-collapse:collapse;margin:.5rem 0 1.5rem;font-size:.92em;display:block;overflow-x:auto}
 td,th{padding:.3rem .8rem;border-bottom:1px solid #8884;text-align:right}td:first-child,th:first-child{text-align:left}
 svg{width:100%;height:auto;margin:.5rem 0}h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}

@@ -1,14 +1,14 @@
 """A network on a machine: what it takes, part by part, how fast it will be, whether it fits, and what would.
 
-    weights     every matrix in the packing it is held in, filled up to the kernels' panels
-    KV          whole pages of 64 tokens for every sequence
-    states      committed state (float32) and open inputs of every sequence
-    snapshots   places to go back to, of which a conversation leaves SNAPSHOTS
-    working     what one forward of 512 tokens needs between layers
-    process     Python, torch and what it loads at the first step, the tokenizer's tables
+weights     every matrix in the packing it is held in, filled up to the kernels' panels
+KV          whole pages of 64 tokens for every sequence
+states      committed state (float32) and open inputs of every sequence
+snapshots   places to go back to, of which a conversation leaves SNAPSHOTS
+working     what one forward of 512 tokens needs between layers
+process     Python, torch and what it loads at the first step, the tokenizer's tables
 
-    step of R rows = Σ matrices + R · (keys, values and states read) + layers · a layer's own time
-    prompt of n tokens = Σ products + attention (n² / 2 pairs) + scan
+step of R rows = Σ matrices + R · (keys, values and states read) + layers · a layer's own time
+prompt of n tokens = Σ products + attention (n² / 2 pairs) + scan
 """
 
 from __future__ import annotations
@@ -274,9 +274,7 @@ def _products(config: ModelConfig, held: list[Matrix], machine: Machine, rows: i
     for matrix, met, share in _read(config, held, rows, prompt):
         values[matrix.kind, met] += int(matrix.values * share)
         nbytes[matrix.kind, met] += int(matrix.nbytes(not machine.gpu) * share)
-    return sum(
-        _seconds(machine.product(kind), nbytes[kind, met], values[kind, met], met) for kind, met in values
-    )
+    return sum(_seconds(machine.product(kind), nbytes[kind, met], values[kind, met], met) for kind, met in values)
 
 
 def _read(config: ModelConfig, held: list[Matrix], rows: int, prompt: bool) -> Iterator[tuple[Matrix, int, float]]:

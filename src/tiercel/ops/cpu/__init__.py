@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tiercel import quant
 from tiercel.errors import RequestError
 from tiercel.quant import panel_bytes as panel_bytes
 
