@@ -51,8 +51,8 @@ def network(piece: Piece) -> Decoder:
     from tiercel.weights.load import of_source
     from tiercel.weights.random import RandomSource, kinds_of
 
-    sizes = {"width": 64, "ffn_width": 64, "vocab_size": 256, "max_length": 1 << 20}
-    config = pattern(piece.layers, repeat=LAYERS, **sizes, **piece.sizes)
+    sizes: dict[str, Any] = {**piece.sizes, "width": 64, "ffn_width": 64, "vocab_size": 256, "max_length": 1 << 20}
+    config = pattern(piece.layers, repeat=LAYERS, **sizes)
     layout = Layout(PATTERN, config, rows(config))
     return of_source(RandomSource(layout, kinds_of(layout, "q8_0"), 0))
 

@@ -32,7 +32,7 @@ from tiercel.model.config import (
     RopeConfig,
 )
 from tiercel.plan.machines import Machine, Product
-from tiercel.plan.sizes import PAGE, human_bytes, kv_bytes_per_token, open_bytes, parameter_count, shapes, state_bytes
+from tiercel.plan.sizes import PAGE, kv_bytes_per_token, open_bytes, parameter_count, shapes, state_bytes
 from tiercel.quant import PACKED_TYPES, fits, panel_bytes, recipes, row_bytes
 
 FORWARD = 512  # tokens of one call while a prompt is read (generate.PREFILL)
@@ -352,10 +352,5 @@ def smaller(now: Forecast, quantize: str | None, packed: bool) -> Iterator[Setti
     yield from (dataclasses.replace(at, context=n) for n in contexts)
     for name in lower:
         yield from (Setting(now.context, n, name) for n in slots)
-    for name in (quantize, *lower):
-        yield from (Setting(n, slots[-1] if slots else now.slots, name) for n in contexts)
-
-
-def told(f: Forecast) -> str:
-    """The memory of a forecast in a few words."""
-    return f"{human_bytes(f.total_bytes)} for {f.slots} × {f.context:,} tokens in {f.precision}"
+    fewest = slots[-1] if slots else now.slots
+    yield from (Setting(n, fewest, name) for name in (quantize, *lower) for n in contexts)

@@ -119,7 +119,8 @@ def from_probe(name: str, memory: int, free: int, seconds: Mapping[str, float]) 
         scan_read=4 * cells2 / more("mamba2 big", "mamba2 small", "step") / STEP,
         scan1=cells1 * MANY / more("mamba1 big", "mamba1 small", "chunk"),
         scan1_read=4 * cells1 / more("mamba1 big", "mamba1 small", "step") / STEP,
-        layer_s=seconds["layer step"] / LAYERS * STEP, read=BUFFER / seconds["read"], source="measured here; again with --measure, when it is quiet",
+        layer_s=seconds["layer step"] / LAYERS * STEP, read=BUFFER / seconds["read"],
+        source="measured here; again with --measure, when it is quiet",
     )  # fmt: skip
 
 
