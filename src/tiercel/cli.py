@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from tiercel.errors import RequestError, TiercelError
+from tiercel.evals.cli import compare, evaluate
 from tiercel.train.cli import app as train_app
 
 if TYPE_CHECKING:
@@ -245,13 +246,17 @@ def open_talker(
     """The model behind a name, with a memory of its conversation; packing: `load`'s quantize, exact and device."""
     import tiercel
     from tiercel.console import ModelTalker
+    from tiercel.planning import fit
     from tiercel.weights import hub
 
     hub.resolve(name, pull=True, progress=report)
+    fitted = fit(name, context=context, dtype=dtype, quantize=packing.get("quantize"))
+    if sys.stderr.isatty() or fitted.context < (context or fitted.wanted):
+        print(fitted.line, file=sys.stderr, flush=True)
     loaded = tiercel.load(
         name,
         dtype=dtype,
-        max_length=context,
+        max_length=fitted.context,
         progress=lambda done, total: report(f"loading {name}", done, total),
         **packing,
     )
@@ -417,6 +422,36 @@ def export(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A model as for run, a shape (falcon-h1:7b), config.json or pattern.")],
+    context: Annotated[int | None, typer.Option(help="Tokens of each text; 4096 without it.")] = None,
+    slots: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 1,
+    quantize: Annotated[str | None, typer.Option(help="As if packed while loading: q4_k_m, q8_0, ….")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, f32, bf16 or f16.")] = "auto",
+    device: Annotated[str, typer.Option(help="this, or a name of the table: laptop-ddr5, rtx-4090, h100, ….")] = "this",
+    measure: Annotated[bool, typer.Option("--measure", help="Measure this machine again.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write memory against context as this .svg file.")] = None,
+    json: Json = False,
+) -> None:
+    """Say whether a model will fit, and how fast it will be, before anything is loaded."""
+    from tiercel import planning
+    from tiercel.console import waiting
+
+    if plot is not None and plot.suffix != ".svg":
+        raise RequestError(f"--plot writes an .svg file, not {plot}")
+    with waiting("measuring this machine", unit="parts"):
+        found = planning.plan(
+            model, context=context, slots=slots, quantize=quantize, dtype=dtype, device=device, measure=measure
+        )
+    if plot is not None:
+        plot.write_text(planning.plot(found), encoding="utf-8")
+    if json:
+        _print_json(found)
+    else:
+        print(planning.table(found))
+
+
+@app.command()
 def bench(
     model: Annotated[
         str,
@@ -501,6 +536,12 @@ def quantize(
         _print_json({"model": model} | found)
     else:
         print("\n".join(told(model, found)))
+
+
+# ── judging
+
+app.command("eval")(evaluate)
+app.command("compare")(compare)
 
 
 # ── the server

@@ -97,7 +97,12 @@ def _heads(config: ModelConfig) -> list[str]:
 
 
 def _safetensors_types(path: Path) -> Counter[str]:
-    """How many tensors of each dtype a file's header lists; its weights are not looked at."""
+    """How many tensors of each dtype a file's header lists."""
+    return Counter(stored_types(path).values())
+
+
+def stored_types(path: Path) -> dict[str, str]:
+    """The type of every tensor a file's header lists; its weights are not looked at."""
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
@@ -108,8 +113,7 @@ def _safetensors_types(path: Path) -> Counter[str]:
         nf4 = tuple(name.removesuffix(NF4_STATE) for name in header if name.endswith(NF4_STATE))
         packed |= dict.fromkeys(nf4, "NF4")
         parts = {f"{name}.{part}" for name in nf4 for part in NF4_PARTS}
-        kinds = [str(packed.get(name, entry["dtype"]))[:16] for name, entry in header.items() if name not in parts]
-        return Counter(kinds)
+        return {name: str(packed.get(name, entry["dtype"]))[:16] for name, entry in header.items() if name not in parts}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise FormatError(f"{path} is not a safetensors file, or not all of it; fetch it again") from error
 

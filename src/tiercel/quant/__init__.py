@@ -60,6 +60,16 @@ def row_bytes(type: str, values: int) -> int:
     return values // packing.values * packing.bytes
 
 
+def panel_bytes(type: str, outputs: int, inputs: int) -> int:
+    """What a matrix takes in the kernels' panels: rows filled up to sixteen, rows of numbers to whole vectors."""
+    panels = -(-outputs // 16)
+    if type == "INT8":
+        return panels * (64 + -(-inputs // 32) * 512)
+    if type in ("BF16", "F32"):
+        return panels * (-(-inputs // 2) * 64 if type == "BF16" else inputs * 64)
+    return panels * 16 * row_bytes(type, inputs)
+
+
 def dequantize(type: str, raw: Tensor) -> Tensor:
     """(…, bytes per row) uint8 → (…, values per row) float32; whole blocks in every row."""
     import torch

@@ -30,12 +30,22 @@ Opener = Callable[[Path, Settings], tuple[Any, Any]]  # → (Model, AsyncEngine 
 def open_model(path: Path, settings: Settings) -> tuple[Any, Any]:
     import tiercel
     from tiercel.engine import AsyncEngine, Engine
+    from tiercel.planning import fit
 
-    model = tiercel.load(path, device=settings.device)
-    engine = Engine(
-        model, slots=settings.slots, max_queue=settings.queue, cache_bytes=settings.cache_bytes,
-        spill=Path(settings.spill).expanduser() if settings.spill else None,
-    )  # fmt: skip
+    size: dict[str, Any]
+    context: int | None
+    if settings.device == "cpu":  # a GPU's slots see to their memory themselves
+        fitted = fit(path, slots=settings.slots, context=settings.context or None)
+        log.info("%s", fitted.line)
+        size = {"slots": fitted.slots, "cache_bytes": fitted.cache, "state_bytes": fitted.states}
+        context = fitted.context
+    else:
+        size, context = {"slots": settings.slots}, settings.context or None
+    if settings.cache_bytes is not None:
+        size["cache_bytes"] = settings.cache_bytes
+    model = tiercel.load(path, device=settings.device, max_length=context)
+    spill = Path(settings.spill).expanduser() if settings.spill else None
+    engine = Engine(model, max_queue=settings.queue, spill=spill, **size)
     engine.warm_up()
     return model, AsyncEngine(engine)
 

@@ -33,7 +33,8 @@ class Settings:
     embed_inputs: int = 512
     connections: int = 4096
 
-    slots: int = 8  # sequences that run at once
+    slots: int = 8  # sequences that run at once; fewer where memory has no room for them
+    context: int = 0  # tokens of one text; 0: what the model was made for, as far as memory allows
     queue: int = 64  # requests that wait for one
     queue_contexts: int = 4  # prompt tokens of all requests in flight, in contexts of the model
     vote_traces: int = 64  # of one vote

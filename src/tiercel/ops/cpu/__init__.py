@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tiercel import quant
 from tiercel.errors import RequestError
+from tiercel.quant import panel_bytes as panel_bytes
 
 if TYPE_CHECKING:
     from tiercel.ops.cpu.tape import Tape
@@ -96,16 +96,6 @@ def quantize(type: str, x: Tensor, weights: Tensor | None, out: Tensor) -> None:
     rows, width = x.shape
     at = 0 if weights is None else weights.data_ptr()
     _native.quantize(FORMATS[type], x.data_ptr(), at, out.data_ptr(), rows, width, out.shape[1])
-
-
-def panel_bytes(type: str, outputs: int, inputs: int) -> int:
-    """What a matrix takes in panels: its rows filled up to sixteen, rows of numbers to whole vectors."""
-    panels = -(-outputs // 16)
-    if type == "INT8":
-        return panels * (64 + -(-inputs // 32) * 512)
-    if type in ("BF16", "F32"):
-        return panels * (-(-inputs // 2) * 64 if type == "BF16" else inputs * 64)
-    return panels * 16 * quant.row_bytes(type, inputs)
 
 
 def to_panels(type: str, raw_NB: Tensor, panels: Tensor, shape: Sequence[int], start: int) -> None:

@@ -1,13 +1,14 @@
-"""Will it fit: what a config says about size before a byte of the model is read.  No torch.
+"""What a config says about size before a byte of the model is read.
 
 parameters   per matrix rows × columns, summed (formula per part below)
 KV           2 · kv_heads · head_dim per attention layer and token
 state        H · P · N per Mamba-2 layer, I · N per Mamba-1 layer and sequence, whatever the length
+open inputs  of two chunks of each state-space layer: what `model/state.py` keeps so that a text can be cut
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tiercel.errors import DoesNotFit
@@ -45,6 +46,19 @@ def state_bytes(config: ModelConfig, bytes: int = 4) -> int:
     a few per cent of it.
     """
     return bytes * sum(_each_layer(config, _state_values))
+
+
+PAGE = 64  # tokens of a page of keys and values (model/pages.py)
+LONGEST_CHUNK = 64  # tokens after which S is rewritten at the latest (model/state.py)
+
+
+def open_bytes(config: ModelConfig, bytes: int = 2, *, snapshot: bool = False) -> int:
+    """What comes on top of the committed state of one sequence: columns, x, B and dt of two chunks; `bytes` per value.
+
+    Mamba-1 layers hold the running state as well.  snapshot: what a snapshot copies instead: one chunk, no running
+    state (it keeps what is open where it was taken; that is half a chunk to a chunk and a half).
+    """
+    return sum(_each_layer(config, lambda layer, D: sum(_open_bytes(m, bytes, snapshot) for m in layer.mixers)))
 
 
 def pattern(config: ModelConfig) -> str:
@@ -142,6 +156,20 @@ def _state_values(layer: LayerConfig, D: int) -> int:
     return mamba1 + sum(m.inner * m.state for m in layer.mixers if isinstance(m, Mamba2Config))
 
 
+def _open_bytes(mixer: Mixer, bytes: int, snapshot: bool) -> int:
+    if isinstance(mixer, AttentionConfig):
+        return 0
+    rows = min(mixer.chunk, LONGEST_CHUNK) * (1 if snapshot else 2)
+    if isinstance(mixer, Mamba2Config):
+        B, running, dt = mixer.groups * mixer.state, 0, mixer.heads
+        channels = mixer.channels
+    else:
+        B, running, dt = mixer.state, 0 if snapshot else 4 * mixer.inner * mixer.state, mixer.inner
+        channels = mixer.inner
+    values = (mixer.conv - 1 + rows) * channels + rows * (mixer.inner + B)
+    return bytes * values + 4 * rows * dt + running
+
+
 def _each_layer(config: ModelConfig, count: Callable[[LayerConfig, int], int]) -> list[int]:
     """`count` of every layer; equal layers are worked out once."""
     known: dict[LayerConfig, int] = {}
@@ -149,6 +177,77 @@ def _each_layer(config: ModelConfig, count: Callable[[LayerConfig, int], int]) -
         known[layer] if layer in known else known.setdefault(layer, count(layer, config.width))
         for layer in config.layers
     ]
+
+
+# ── the shape of every parameter
+
+
+def shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """Name, shape, and whether it is kept wide (norms, convolutions, decays, routers), of every parameter."""
+    V, D = config.vocab_size, config.width
+    yield "embed.weight", (V, D), False
+    yield "norm.weight", (D,), True
+    if not config.tied:
+        yield "head.weight", (V, D), False
+    for i, layer in enumerate(config.layers):
+        yield f"layers.{i}.mixer_norm.weight", (D,), True
+        for mixer in layer.mixers:
+            for name, shape, precise in _mixer_shapes(mixer, D):
+                yield f"layers.{i}.mixers.{mixer.kind}.{name}", shape, precise
+        if layer.feed_forward is not None:
+            yield f"layers.{i}.ffn_norm.weight", (D,), True
+            for name, shape, precise in _feed_forward_shapes(layer.feed_forward, D):
+                yield f"layers.{i}.feed_forward.{name}", shape, precise
+
+
+Shapes = Iterator[tuple[str, tuple[int, ...], bool]]
+
+
+def _linear(name: str, N: int, K: int, bias: bool) -> Shapes:
+    yield f"{name}.weight", (N, K), False
+    if bias:
+        yield f"{name}.bias", (N,), False
+
+
+def _mixer_shapes(c: Mixer, D: int) -> Shapes:
+    match c:
+        case AttentionConfig():
+            q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+            for name, N in (("q", q), ("k", kv), ("v", kv)):
+                yield from _linear(name, N, D, c.qkv_bias)
+            yield from _linear("o", D, q, c.out_bias)
+        case Mamba2Config():
+            yield from (("A_log", (c.heads,), True), ("D", (c.heads,), True), ("dt_bias", (c.heads,), True))
+            yield from _convolution(c.channels, c)
+            if c.gated_norm != "none":
+                yield "out_norm", (c.inner,), True
+            yield from _linear("in_proj", c.inner + c.channels + c.heads, D, c.in_bias)
+            yield from _linear("out_proj", D, c.inner, c.out_bias)
+        case Mamba1Config():
+            I, N, R = c.inner, c.state, c.dt_rank
+            yield from (("A_log", (I, N), True), ("D", (I,), True), ("dt_bias", (I,), True))
+            yield from _convolution(I, c)
+            yield from _linear("in_proj", 2 * I, D, c.proj_bias)
+            yield from _linear("out_proj", D, I, c.proj_bias)
+            yield from (("x_proj.weight", (R + 2 * N, I), False), ("dt.weight", (I, R), False))
+            if c.inner_norms:
+                yield from ((f"{name}_norm.weight", (size,), True) for name, size in (("dt", R), ("B", N), ("C", N)))
+
+
+def _convolution(channels: int, c: Mamba1Config | Mamba2Config) -> Shapes:
+    yield "conv", (channels, c.conv), True
+    if c.conv_bias:
+        yield "conv_bias", (channels,), True
+
+
+def _feed_forward_shapes(c: FeedForward, D: int) -> Shapes:
+    if isinstance(c, MoEConfig):
+        yield "router.weight", (c.experts, D), True
+        for name, N, K in (("gate", c.width, D), ("up", c.width, D), ("down", D, c.width)):
+            yield name, (c.experts, N, K), False
+        return
+    for name, N, K in (("gate", c.width, D), ("up", c.width, D), ("down", D, c.width)):
+        yield from _linear(name, N, K, c.bias)
 
 
 # ── the picture

@@ -1,0 +1,178 @@
+"""Does our lm-eval model class give what transformers gives from the same GGUF, and do our prompts and filters agree?
+
+    python benchmarks/lm_eval_agreement.py --items 200 --out agreement.json      (an hour on two cores)
+
+ARC-Challenge and MMLU (5 shots): the choice of each item, SmolLM2-135M through `TiercelLM` (exact) and through HFLM
+on the GGUF as transformers unpacks it, both in lm-eval's own tasks on our local files.  GSM8K (5 shots): the
+prompts of lm-eval and of `tiercel eval`, the verdicts of both filters on the same outputs, and the outputs themselves.
+Every item on which they differ is printed with both likelihoods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+import transformers
+from lm_eval.models.huggingface import HFLM
+
+import tiercel
+from tiercel.evals import open_task
+from tiercel.evals.gsm8k import GSM8K
+from tiercel.evals.lm_eval import TiercelLM
+from tiercel.evals.task import Item, Task, chosen
+from tiercel.weights import hub
+
+LETTERS = ["A", "B", "C", "D"]
+
+
+def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config(name: str, files: dict[str, str], **more: Any) -> dict[str, Any]:
+    return {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test", **more}
+
+
+def arc_task(items: list[Item], folder: Path) -> list[dict[str, Any]]:
+    """tasks/arc/arc_challenge.yaml on local rows."""
+    rows = [{"question": i.question, "choices": list(i.choices), "gold": int(i.gold), "id": i.id} for i in items]
+    return [config("arc_challenge_local", {"test": written(folder, "arc", rows)}, output_type="multiple_choice",
+                   doc_to_text="Question: {{question}}\nAnswer:", doc_to_target="{{gold}}", doc_to_choice="{{choices}}",
+                   metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}])]  # fmt: skip
+
+
+def mmlu_tasks(items: list[Item], task: Task, folder: Path) -> list[dict[str, Any]]:
+    """tasks/mmlu/default, a task for each subject, on local rows; 5 shots, the first of dev."""
+    tasks = []
+    for subject in sorted({item.group for item in items}):
+        rows = [[{"question": i.question, "choices": list(i.choices), "answer": int(i.gold), "id": i.id} for i in part]
+                for part in ([i for i in items if i.group == subject], task.examples[subject])]  # fmt: skip
+        files = {"test": written(folder, f"test_{subject}", rows[0]), "dev": written(folder, f"dev_{subject}", rows[1])}
+        listed = "".join(f"{letter}. {{{{choices[{n}]}}}}\n" for n, letter in enumerate(LETTERS))
+        tasks.append(config(f"mmlu_{subject}_local", files, fewshot_split="dev", fewshot_config={"sampler": "first_n"},
+                            num_fewshot=5, output_type="multiple_choice", doc_to_choice=LETTERS, doc_to_target="answer",
+                            doc_to_text="{{question.strip()}}\n" + listed + "Answer:",
+                            description="The following are multiple choice questions (with answers) about "
+                            f"{subject.replace('_', ' ')}.\n\n", metric_list=[{"metric": "acc"}]))  # fmt: skip
+    return tasks
+
+
+def gsm8k_task(items: list[Item], task: GSM8K, folder: Path, tokens: int) -> list[dict[str, Any]]:
+    """tasks/gsm8k/gsm8k.yaml on local rows; the shots are the first of train."""
+    shots = [{"question": q, "answer": a, "id": ""} for q, a in task.examples[:5]]
+    rows = [{"question": i.question, "answer": i.more["target"], "id": i.id} for i in items]
+    files = {"test": written(folder, "gsm8k", rows), "train": written(folder, "gsm8k_train", shots)}
+    take = {"function": "take_first"}
+    return [config("gsm8k_local", files, fewshot_split="train", fewshot_config={"sampler": "first_n"}, num_fewshot=5,
+                   output_type="generate_until", doc_to_text="Question: {{question}}\nAnswer:",
+                   doc_to_target="{{answer}}",
+                   metric_list=[{"metric": "exact_match", "ignore_case": True, "ignore_punctuation": False,
+                                 "regexes_to_ignore": [",", "\\$", "(?s).*#### ", "\\.$"]}],
+                   generation_kwargs={"until": ["Question:", "</s>", "<|im_end|>"], "do_sample": False,
+                                      "temperature": 0.0, "max_gen_toks": tokens},
+                   filter_list=[
+                       {"name": "strict-match", "filter": [
+                           {"function": "regex", "regex_pattern": "#### (\\-?[0-9\\.\\,]+)"}, take]},
+                       {"name": "flexible-extract", "filter": [
+                           {"function": "regex", "group_select": -1,
+                            "regex_pattern": "(-?[$0-9.,]{2,})|(-?[0-9]+)"}, take]},
+                   ])]  # fmt: skip
+
+
+def run(model: Any, tasks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """id → the samples lm-eval logs of it (one for each filter)."""
+    found = lm_eval.simple_evaluate(model=model, tasks=tasks, log_samples=True, bootstrap_iters=0, verbosity="ERROR")
+    by_id: dict[str, list[dict[str, Any]]] = {}
+    for samples in found["samples"].values():
+        for sample in samples:
+            by_id.setdefault(sample["doc"]["id"], []).append(sample)
+    return by_id
+
+
+def choice_of(sample: dict[str, Any], lengths: bool) -> tuple[int, list[float]]:
+    values = [float(response[0][0] if isinstance(response[0], (list, tuple)) else response[0])
+              for response in sample["resps"]]  # fmt: skip
+    texts = [sample["arguments"][n][1] for n in range(len(values))]
+    ranked = [v / len(t.removeprefix(" ")) for v, t in zip(values, texts, strict=True)] if lengths else values
+    return max(range(len(ranked)), key=lambda n: ranked[n]), values
+
+
+def compare_choices(name: str, task: Task, items: list[Item], ours: Any, theirs: Any, lengths: bool) -> dict[str, Any]:
+    same, prompts, worst, apart = 0, 0, 0.0, []
+    for item in items:
+        (a,), (b,) = ours[item.id], theirs[item.id]
+        (pick_a, values_a), (pick_b, values_b) = choice_of(a, lengths), choice_of(b, lengths)
+        prompts += a["arguments"][0][0] == task.prompt(item, task.shots, chat=False)
+        worst = max(worst, *(abs(x - y) for x, y in zip(values_a, values_b, strict=True)))
+        same += pick_a == pick_b
+        if pick_a != pick_b:
+            apart.append({"id": item.id, "ours": values_a, "theirs": values_b})
+    return {"task": name, "items": len(items), "same_choice": same, "same_prompt": prompts,
+            "largest_difference_of_a_logprob": worst, "apart": apart}  # fmt: skip
+
+
+def compare_gsm8k(task: GSM8K, items: list[Item], ours: Any, theirs: Any) -> dict[str, Any]:
+    counts = dict.fromkeys(("same_prompt", "same_output", "same_strict", "same_flexible", "judged"), 0)
+    for item in items:
+        counts["same_prompt"] += ours[item.id][0]["arguments"][0][0] == task.prompt(item, 5, chat=False)
+        counts["same_output"] += ours[item.id][0]["resps"] == theirs[item.id][0]["resps"]
+        for sample in (*ours[item.id], *theirs[item.id]):
+            kind = sample["filter"].split("-")[0]
+            verdict = task.grade(item, sample["resps"][0][0]).scores[kind]
+            counts[f"same_{kind}"] += verdict == sample["exact_match"]
+            counts["judged"] += kind == "strict"
+    return {"task": "gsm8k", "items": len(items), **counts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--items", type=int, default=200)
+    parser.add_argument("--gsm8k-items", type=int, default=None)
+    parser.add_argument("--gsm8k-tokens", type=int, default=256)
+    parser.add_argument("--data", default=None)
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    file = hub.resolve(args.model, pull=True)
+    ours = TiercelLM(tiercel.load(args.model, exact=True))
+    named = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**named)
+    theirs = HFLM(pretrained=transformers.AutoModelForCausalLM.from_pretrained(**named, dtype=torch.float32),
+                  tokenizer=tokenizer, batch_size=1, device="cpu")  # fmt: skip
+    versions = {"tiercel": tiercel.__version__, "lm_eval": lm_eval.__version__, "torch": torch.__version__,
+                "transformers": transformers.__version__, "machine": platform.machine()}  # fmt: skip
+    report: dict[str, Any] = {"model": args.model, "versions": versions, "tasks": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for task_name, count in (("arc_challenge", args.items), ("mmlu", args.items),
+                                 ("gsm8k", args.gsm8k_items or args.items)):  # fmt: skip
+            task: Any = open_task(task_name)
+            items = chosen(task.load(args.data), count, 0)
+            tasks = (arc_task(items, folder) if task_name == "arc_challenge" else mmlu_tasks(items, task, folder)
+                     if task_name == "mmlu" else gsm8k_task(items, task, folder, args.gsm8k_tokens))  # fmt: skip
+            began = time.perf_counter()
+            a = run(ours, tasks)
+            middle = time.perf_counter()
+            b = run(theirs, tasks)
+            end = time.perf_counter()
+            found = (compare_gsm8k(task, items, a, b) if task_name == "gsm8k" else
+                     compare_choices(task_name, task, items, a, b, task.normalized))  # fmt: skip
+            found |= {"seconds_ours": round(middle - began, 1), "seconds_theirs": round(end - middle, 1)}
+            report["tasks"].append(found)
+            print(json.dumps(found, indent=1), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

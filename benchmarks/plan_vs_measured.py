@@ -1,0 +1,197 @@
+"""What `tiercel plan` says against what comes: twelve combinations of model, precision, context and slots.
+
+    python benchmarks/plan_vs_measured.py                all: under eight minutes on two quiet cores
+    python benchmarks/plan_vs_measured.py --memory       memory alone, which may be measured on a busy machine
+    python benchmarks/plan_vs_measured.py --list         the combinations and what is predicted
+
+A process for each: it loads the model, reads one prompt of the context's length (prefill), holds it for every slot,
+lets all of them decode, and keeps four snapshots of each; its peak of resident memory is what counts.  Where a prompt
+is longer than READ tokens its beginning is random memory, and prefill is timed on a prompt of READ tokens.
+Bars: memory within 5 %, speed within 20 %.  Results: benchmarks/results/plan.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+READ = 2048  # tokens that are really read
+STEPS = 24
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    quantize: str | None
+    context: int
+    slots: int
+
+
+HALF = "falcon-h1:0.5b"
+CASES = (
+    Case("smollm2", None, 512, 1), Case("smollm2", None, 2048, 4), Case("smollm2", None, 8192, 2),
+    Case(HALF, "q4_k_m", 512, 1), Case(HALF, "q4_k_m", 2048, 4), Case(HALF, "q4_k_m", 16_384, 1),
+    Case(HALF, "q8_0", 1024, 1), Case(HALF, "q8_0", 4096, 2),
+    Case(HALF, None, 1024, 1),
+    Case("falcon-h1:1.5b", "q4_k_m", 1024, 1), Case("falcon-h1:1.5b", "q4_k_m", 8192, 2),
+    Case("falcon-h1:90m", "q8_0", 2048, 8),
+)  # fmt: skip
+
+
+def predicted(case: Case, measure: bool, speed: bool) -> dict[str, Any]:
+    """The plan of a case; random weights have no tokenizer."""
+    from tiercel import planning
+    from tiercel.plan.forecast import forecast, matrices, prefill_seconds
+
+    what = planning.subject(case.model)
+    held = matrices(what.config, what.stored, "auto", case.quantize)
+    kinds = sorted({m.kind for m in held if not m.precise and len(m.shape) > 1})
+    on = planning.this_machine(kinds if speed else (), measure=measure)
+    made = forecast(
+        what.config, on, stored=what.stored, quantize=case.quantize, context=case.context, slots=case.slots,
+        tokenizer=case.model == "smollm2",
+    )  # fmt: skip
+    read = min(case.context, READ)
+    prefill = read / prefill_seconds(what.config, held, on, read) if speed else None
+    return made.to_dict() | {"prefill_tok_s": prefill}
+
+
+# ── a case, in a process of its own
+
+
+def child(case: Case, tries: int = 2) -> dict[str, Any]:
+    """tries: how often the prompt is read; once, and 512 tokens of it, where memory alone counts."""
+    import torch
+
+    import tiercel
+    from tiercel.bench.models import random_source
+    from tiercel.bench.rss import peak_rss
+    from tiercel.weights import load
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if case.model == "smollm2":
+        network = tiercel.load(case.model).network
+    else:
+        network = load.of_source(random_source(case.model, case.quantize or "bf16"))
+    loaded = peak_rss(os.getpid())
+    with torch.inference_mode():
+        ids = torch.randint(network.config.vocab_size, (READ,), generator=torch.Generator().manual_seed(0))
+        read, speeds = min(case.context, READ if tries > 1 else 512), []
+        for _ in range(tries):
+            state = network.new_state()
+            began = time.perf_counter()
+            for start in range(0, read, 512):
+                network(ids[start : min(start + 512, read)], state, keep=1)
+            speeds.append(read / (time.perf_counter() - began))
+        states = [_longer(network, state, case.context) for _ in range(case.slots)]
+        del state
+        snapshots = [state.snapshot() for state in states for _ in range(4)]
+        for _ in range(4):
+            network([ids[:1]] * case.slots, states, keep=1)
+        steps = []
+        for _ in range(STEPS):
+            began = time.perf_counter()
+            network([ids[:1]] * case.slots, states, keep=1)
+            steps.append(time.perf_counter() - began)
+    assert len(snapshots) == 4 * case.slots
+    return {"loaded_bytes": loaded, "total_bytes": peak_rss(os.getpid()), "prefill_tok_s": max(speeds),
+            "decode_tok_s": case.slots / sorted(steps)[STEPS // 2]}  # fmt: skip
+
+
+def _longer(network: Any, state: Any, length: int) -> Any:
+    """A state of its own with the recurrent part of `state`, and keys and values of so many tokens (its own repeated).
+
+    The last STEPS + 4 tokens are left for decoding.
+    """
+    twin = network.new_state()
+    length = max(length - STEPS - 4, 1) // 64 * 64
+    twin.reserve(length)
+    for i, page in enumerate(twin.pages):
+        page.memory.copy_(state.pages[i % len(state.pages)].memory)
+    for part, own in zip(twin._parts, state._parts, strict=True):
+        if hasattr(part, "S"):
+            tensors = {name: tensor for name, tensor in own.tensors().items()}
+            part.adopt(tensors, length, length - own.open)
+    twin.length = length
+    return twin
+
+
+# ── all of them
+
+
+def run(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    speed = not args.memory
+    said = predicted(case, args.measure, speed)
+    threads = str(args.threads)
+    order = [sys.executable, __file__, "--child", json.dumps(asdict(case)), *(["--memory"] if args.memory else [])]
+    done = subprocess.run(order, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+    if done.returncode:
+        sys.exit(f"{case}: {done.stderr.strip().splitlines()[-1]}")
+    found = json.loads(done.stdout)
+    names = ("total_bytes", "prefill_tok_s", "decode_tok_s") if speed else ("total_bytes",)
+    return {"case": asdict(case), "predicted": {name: said[name] for name in said if name != "device"},
+            "measured": found, "ratio": {name: said[name] / found[name] for name in names}}  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]], about: str) -> str:
+    head = "| model | precision | context | slots | memory: plan, measured | off | prefill tok/s | off | decode tok/s "
+    out = [f"{head}| off |", "|---|---|---:|---:|---|---:|---|---:|---|---:|"]
+    for row in rows:
+        case, a, b, ratio = row["case"], row["predicted"], row["measured"], row["ratio"]
+        cells = [case["model"], a["precision"], f"{case['context']:,}", str(case["slots"]),
+                 f"{a['total_bytes'] / 1e6:,.0f}, {b['total_bytes'] / 1e6:,.0f} MB",
+                 f"{ratio['total_bytes'] - 1:+.1%}"]  # fmt: skip
+        for name in ("prefill_tok_s", "decode_tok_s"):
+            cells += [f"{a[name]:.1f}, {b[name]:.1f}", f"{ratio[name] - 1:+.0%}"] if name in ratio else ["", ""]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*out, "", about, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true", help="memory alone")
+    parser.add_argument("--list", action="store_true", help="predict, measure nothing but the machine")
+    parser.add_argument("--measure", action="store_true", help="measure the machine's own speeds again")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of combinations, from 0")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=None)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child(Case(**json.loads(args.child)), 1 if args.memory else 2)))
+        return
+    from tiercel.bench import cores
+    from tiercel.doctor import cpu_name
+
+    args.threads = args.threads or cores()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    cases = [CASES[i] for i in args.only] if args.only else CASES
+    if args.list:
+        for case in cases:
+            said = predicted(case, args.measure, not args.memory)
+            print(case, {k: said[k] for k in ("total_bytes", "prefill_tok_s", "decode_tok_s")})
+        return
+    rows, measured = [], set()
+    for case in cases:
+        args.measure = args.measure or (not args.memory and case.model not in measured and not measured)
+        rows.append(run(case, args))
+        args.measure = False
+        measured.add(case.model)
+        print(case, {k: f"{v - 1:+.1%}" for k, v in rows[-1]["ratio"].items()}, file=sys.stderr, flush=True)
+    about = f"{cpu_name()}, {args.threads} thread(s), {date.today().isoformat()}, benchmarks/plan_vs_measured.py"
+    out = HERE / "results" / ("plan-memory" if args.memory else "plan")
+    out.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table(rows, about))
+    print(table(rows, about))
+
+
+if __name__ == "__main__":
+    main()

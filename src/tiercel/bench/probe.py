@@ -1,0 +1,92 @@
+"""How long known pieces of work take here:   python -m tiercel.bench.probe '["Q4_K", "Q6_K"]'
+
+What `tiercel plan` reckons with (`plan.machines.from_probe` says what follows), measured in some seconds in a process
+of its own, as plan has no torch.  Seconds of the fastest try: a busy machine only ever makes them longer.
+
+    read                      a buffer far larger than the caches
+    KIND one | few | many     a product with 1, 8 and 512 rows
+    attention, mamba …        tiny networks that are all mixer: reading 512 tokens, and one step
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tiercel.families.family import Layout
+from tiercel.families.pattern import PATTERN, pattern, rows
+from tiercel.model.decoder import Decoder
+from tiercel.ops.linear import QTensor
+from tiercel.plan.machines import BUFFER, FEW, LARGE, LAYERS, MANY, PROBES, SMALL, Piece
+
+
+def best(run: Callable[[], Any], tries: int = 5) -> float:
+    """Seconds."""
+    times = []
+    for _ in range(tries):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def products(kind: str) -> dict[str, float]:
+    out = {}
+    for name, shape, T in ((f"{kind} one", LARGE, 1), (f"{kind} few", LARGE, FEW), (f"{kind} many", SMALL, MANY)):
+        matrix = QTensor(kind, shape)
+        matrix.data.zero_()
+        x = torch.rand(T, shape[1])
+        matrix.multiply(x)
+        out[name] = best(lambda matrix=matrix, x=x: matrix.multiply(x))  # type: ignore[misc]
+    return out
+
+
+def network(piece: Piece) -> Decoder:
+    """Random weights; matrices are next to nothing beside the mixers."""
+    from tiercel.weights.load import of_source
+    from tiercel.weights.random import RandomSource, kinds_of
+
+    sizes: dict[str, Any] = {**piece.sizes, "width": 64, "ffn_width": 64, "vocab_size": 256, "max_length": 1 << 20}
+    config = pattern(piece.layers, repeat=LAYERS, **sizes)
+    layout = Layout(PATTERN, config, rows(config))
+    return of_source(RandomSource(layout, kinds_of(layout, "q8_0"), 0))
+
+
+def mixer(name: str, piece: Piece) -> dict[str, float]:
+    """Seconds of reading 512 tokens and of one step, after so many."""
+    net, tokens = network(piece), torch.zeros(MANY, dtype=torch.long)
+    state = net.new_state()
+    for _ in range(0, piece.context, MANY):
+        net(tokens, state, keep=1)
+    snapshot = state.snapshot()
+
+    def again() -> None:
+        state.restore(snapshot)
+        net(tokens, state, keep=1)
+
+    chunk = best(again, 4)
+    state.restore(snapshot)
+    for _ in range(4):
+        net(tokens[:1], state, keep=1)
+    return {f"{name} chunk": chunk, f"{name} step": best(lambda: net(tokens[:1], state, keep=1), 32)}
+
+
+@torch.inference_mode()
+def measure(kinds: list[str]) -> dict[str, float]:
+    buffer = torch.ones(BUFFER // 8, dtype=torch.int64)
+    out = {"read": best(buffer.sum)}
+    del buffer
+    for kind in kinds:
+        out |= products(kind)
+    for name, piece in PROBES.items():
+        out |= mixer(name, piece)
+    return out
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))))

@@ -1,0 +1,34 @@
+"""What a model is worth: benchmarks, graders, votes, comparisons.
+
+    from tiercel.evals import evaluate, open_task, Settings
+    result = evaluate(tiercel.load("smollm2"), open_task("gsm8k"), Settings(limit=20))
+    result.score, result.interval
+
+task.py        what a benchmark is, and the list of them (one file each: gsm8k.py, arc_challenge.py, …)
+data.py        where their files come from, checked by sha256
+local.py       a loaded model as somebody who answers · endpoint.py: an OpenAI-compatible address as the same
+run.py         evaluate: asks, grades, keeps every transcript, goes on where it was interrupted
+report.py      JSON, Markdown and one HTML page
+grade.py       when two answers are the same · math_worker.py: the same with mathematics, in a process of its own
+sandbox.py     runs what a model programmed
+lm_eval.py     our models for lm-eval
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tiercel.evals.run import Result, evaluate
+    from tiercel.evals.task import Settings, Task, open_task
+
+_HOME = {"evaluate": "run", "Result": "run", "Settings": "task", "Task": "task", "open_task": "task"}
+__all__ = ["Result", "Settings", "Task", "evaluate", "open_task"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"tiercel.evals.{_HOME[name]}"), name)

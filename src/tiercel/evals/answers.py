@@ -1,0 +1,90 @@
+"""Who answers, whatever it is: a model loaded here (local.py) or an address (endpoint.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tiercel.errors import TiercelError
+from tiercel.evals.task import Prompt
+
+
+@dataclass(frozen=True)
+class Ask:
+    """How every question of a run is asked; the sampling parameters, resolved."""
+
+    chat: bool
+    samples: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    stop: tuple[str, ...]
+    think: bool | None
+    slots: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer.  text: after the thoughts · finish_reason: "length" where the budget cut it · tokens: it took"""
+
+    text: str
+    thinking: str
+    finish_reason: str | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All answers to one question; or the error that kept it from being asked (a prompt that does not fit)."""
+
+    key: int
+    samples: list[Sample]
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    seconds: float = 0.0
+    error: TiercelError | None = None
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """logprob: sum over the continuation's tokens · greedy: each of them was the likeliest · tokens: how many"""
+
+    logprob: float
+    greedy: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Scored:
+    key: int
+    likelihoods: list[Likelihood]
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    seconds: float = 0.0
+    error: TiercelError | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """key: number of the item · seed: of its samples, its own whatever is asked beside it"""
+
+    key: int
+    prompt: Prompt
+    seed: int
+
+
+class Answerer(Protocol):
+    name: str
+    has_template: bool
+
+    def about(self) -> dict[str, Any]:
+        """What a report says of it: name, hashes, sizes, precision."""
+
+    def answer(self, questions: Iterable[Question], ask: Ask) -> Iterator[Answers]:
+        """Answers in the order they are ready."""
+
+    def score(self, contexts: Iterable[tuple[int, str, list[str]]], ask: Ask) -> Iterator[Scored]:
+        """Likelihoods of continuations of a text."""

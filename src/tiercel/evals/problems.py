@@ -1,0 +1,55 @@
+"""Problems that check themselves: additions, countdowns, word problems, … made by rules (`tiercel.problems`).
+
+data     none: `FAMILIES[…].test_set(n)`, the same for the same seed; the hash of a question decides whether it may be
+         trained on, so that these never were.  100 of each family, and 25 beyond the sizes of training
+         ("addition, larger").
+chat     the question alone
+plain    the question and a line's end
+counts   what the family's own checker takes for right, after the thoughts
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from tiercel.errors import RequestError
+from tiercel.evals.task import Item, Prompt, Task, Verdict
+
+OF_EACH, LARGER = 100, 25
+
+
+class Problems(Task):
+    name, title = "problems", "Problems that check themselves"
+    max_tokens = 1024
+    spread_over = "family"
+    from_model = True
+
+    def load(self, folder: str | None) -> list[Item]:
+        try:
+            from tiercel.problems import FAMILIES  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        except ImportError:
+            raise RequestError("this version has no tiercel.problems, whose test sets this task asks") from None
+        self.families: Any = FAMILIES
+        items = []
+        for name, family in FAMILIES.items():
+            for larger, count in ((False, OF_EACH), (True, LARGER)):
+                group = f"{name}, larger" if larger else name
+                for number, problem in enumerate(family.test_set(count, larger=larger)):
+                    items.append(Item(f"{group}/{number}", problem.question, problem.answer, group=group,
+                                      more={"problem": problem}))  # fmt: skip
+        together = hashlib.sha256("\0".join(f"{item.question}\0{item.gold}" for item in items).encode()).hexdigest()
+        self.sources = [{"file": "tiercel.problems", "sha256": together, "rows": len(items)}]
+        return items
+
+    def prompt(self, item: Item, shots: int, *, chat: bool) -> Prompt:
+        return [{"role": "user", "content": item.question}] if chat else f"{item.question}\n"
+
+    def grade(self, item: Item, text: str) -> Verdict:
+        problem = item.more["problem"]
+        said = text.strip()
+        return Verdict(said or None, bool(said) and bool(self.families[problem.family].correct(said, problem)))
+
+    def majority(self, items: Sequence[Item]) -> tuple[str, float] | None:
+        return None

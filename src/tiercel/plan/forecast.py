@@ -1,0 +1,356 @@
+"""A network on a machine: what it takes, part by part, how fast it will be, whether it fits, and what would.
+
+weights     every matrix in the packing it is held in, filled up to the kernels' panels
+KV          whole pages of 64 tokens for every sequence
+states      committed state (float32) and open inputs of every sequence
+snapshots   places to go back to, of which a conversation leaves SNAPSHOTS
+working     what one forward of 512 tokens needs between layers
+process     Python, torch and what it loads at the first step, the tokenizer's tables
+
+step of R rows = Σ matrices + R · (keys, values and states read) + layers · a layer's own time
+prompt of n tokens = Σ products + attention (n² / 2 pairs) + scan
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tiercel.errors import RequestError
+from tiercel.model.config import (
+    AttentionConfig,
+    GatedMLPConfig,
+    LayerConfig,
+    Mamba1Config,
+    Mamba2Config,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+)
+from tiercel.plan.machines import Machine, Product
+from tiercel.plan.sizes import PAGE, kv_bytes_per_token, open_bytes, parameter_count, shapes, state_bytes
+from tiercel.quant import PACKED_TYPES, fits, panel_bytes, recipes, row_bytes
+
+FORWARD = 512  # tokens of one call while a prompt is read (generate.PREFILL)
+SNAPSHOTS = 4  # last user turn, end of the prompt and one before it, end of the answer (engine/engine.py)
+# Resident bytes of a process that answers, the network aside, read from /proc on Linux with torch 2.13: 240 MB after
+# the imports, 12 of libraries met while loading, 110 at the first step, when torch imports its dispatch machinery.
+PROCESS = 362_000_000
+GPU_PROCESS = 600_000_000  # a CUDA context and the kernels
+TOKENIZER = 1_200  # bytes for each word of the vocabulary: SmolLM2's 49,152 take 58 MB
+FLOATS = {"float32": "F32", "f32": "F32", "float": "F32", "bfloat16": "BF16", "bf16": "BF16",
+          "float16": "F16", "f16": "F16", "half": "F16"}  # fmt: skip
+SIZES = {"F32": 4, "BF16": 2, "F16": 2}
+LENGTHS = (4096, 32_768, 131_072, 262_144)
+SMALLER = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What is held under one name, and how."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    precise: bool
+
+    @property
+    def values(self) -> int:
+        return math.prod(self.shape)
+
+    def nbytes(self, panels: bool) -> int:
+        if self.kind in SIZES and (not panels or self.precise or len(self.shape) < 2):
+            return SIZES[self.kind] * self.values
+        *experts, N, K = self.shape
+        one = panel_bytes(self.kind, N, K) if panels else N * row_bytes(self.kind, K)
+        return math.prod(experts) * one
+
+
+def matrices(
+    config: ModelConfig, stored: Mapping[str, str] | str, dtype: str = "auto", quantize: str | None = None
+) -> list[Matrix]:
+    """Every parameter in the type `weights.load` will hold it in.
+
+    stored: type of each parameter, or of all, as the file has them.  Raises RequestError for names not known.
+    """
+    all_ = list(shapes(config))
+    kinds = dict.fromkeys((name for name, *_ in all_), stored) if isinstance(stored, str) else dict(stored)
+    if quantize is not None:
+        if dtype != "auto":
+            raise RequestError(f"choose one: --dtype {dtype} or --quantize {quantize}")
+        if (recipe := recipes.find(quantize)) is None:
+            raise RequestError(f"no recipe {quantize!r}; known: {', '.join(recipes.RECIPES)}")
+        kinds |= recipes.kinds({name: shape for name, shape, _ in all_}, recipe)
+    if dtype == "auto":
+        largest = kinds.get(max(all_, key=lambda part: math.prod(part[1]))[0], "BF16")
+        plain = "F32" if largest in ("F32", "F64") or largest in PACKED_TYPES else "BF16"
+    elif (found := FLOATS.get(dtype)) is not None:
+        plain = found
+    else:
+        raise RequestError(f"dtype {dtype!r} is not known; choose auto, float32, bfloat16 or float16")
+
+    def kind(name: str, shape: tuple[int, ...], precise: bool) -> str:
+        if precise or len(shape) < 2:
+            return "F32"
+        own = kinds.get(name, plain)
+        return own if dtype == "auto" and own in PACKED_TYPES and fits(own, shape[-1]) else plain
+
+    return [Matrix(name, kind(name, shape, precise), shape, precise) for name, shape, precise in all_]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes and tokens a second; None where the machine's speeds are not known.
+
+    state_bytes_per_sequence: committed, float32; open inputs come on top · decode_tok_s: all slots together
+    cache: what snapshots may take; given or SNAPSHOTS for each slot
+    """
+
+    parameters: int
+    precision: str
+    context: int
+    slots: int
+    device: str
+    weights_bytes: int
+    kv_bytes_per_token: int
+    kv_bytes: int
+    state_bytes_per_sequence: int
+    open_bytes_per_sequence: int
+    state_bytes: int
+    snapshot_bytes: int
+    snapshots_bytes: int
+    working_bytes: int
+    process_bytes: int
+    total_bytes: int
+    free_bytes: int
+    fits: bool
+    prefill_tok_s: float | None
+    decode_tok_s: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What one sequence's memory takes: the number a context is paid with."""
+        return (self.kv_bytes + self.state_bytes) // self.slots
+
+
+def forecast(
+    config: ModelConfig,
+    machine: Machine,
+    *,
+    stored: Mapping[str, str] | str = "BF16",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    context: int,
+    slots: int = 1,
+    tokenizer: bool = True,
+    cache: int | None = None,
+) -> Forecast:
+    """Raises RequestError for what cannot be asked."""
+    if context < 1 or slots < 1:
+        raise RequestError(f"a plan needs a context and slots from 1, not {context} and {slots}")
+    held = matrices(config, stored, dtype, quantize)
+    size = _state_size(held)
+    weights = sum(matrix.nbytes(not machine.gpu) for matrix in held)
+    kv = slots * -(-context // PAGE) * PAGE * kv_bytes_per_token(config, size)
+    state, opened = state_bytes(config), open_bytes(config, size)
+    snapshot = state + open_bytes(config, size, snapshot=True)
+    snapshots = (SNAPSHOTS * slots * snapshot if state else 0) if cache is None else cache
+    working = _working(config, slots)
+    process = (GPU_PROCESS if machine.gpu else PROCESS) + (TOKENIZER * config.vocab_size if tokenizer else 0)
+    total = weights + kv + slots * (state + opened) + snapshots + working + process
+    speed = machine.measured
+    return Forecast(
+        parameters=parameter_count(config),
+        precision=_precision(held),
+        context=context,
+        slots=slots,
+        device=machine.name,
+        weights_bytes=weights,
+        kv_bytes_per_token=kv_bytes_per_token(config, size),
+        kv_bytes=kv,
+        state_bytes_per_sequence=state,
+        open_bytes_per_sequence=opened,
+        state_bytes=slots * (state + opened),
+        snapshot_bytes=snapshot,
+        snapshots_bytes=snapshots,
+        working_bytes=working,
+        process_bytes=process,
+        total_bytes=total,
+        free_bytes=machine.free,
+        fits=total <= machine.free,
+        prefill_tok_s=_rounded(context / prefill_seconds(config, held, machine, context)) if speed else None,
+        decode_tok_s=_rounded(slots / step_seconds(config, held, machine, context, slots)) if speed else None,
+    )
+
+
+def _state_size(held: list[Matrix]) -> int:
+    """Bytes of a value that states keep of the inputs (model/decoder.py): bfloat16 beside packed matrices."""
+    return 4 if held[0].kind == "F32" else 2
+
+
+def _precision(held: list[Matrix]) -> str:
+    count: Counter[str] = Counter()
+    for matrix in held:
+        if not matrix.precise and len(matrix.shape) > 1:
+            count[matrix.kind] += matrix.values
+    return " + ".join(kind for kind, values in count.most_common(2) if values > 0.02 * count.total())
+
+
+def _rounded(speed: float) -> float:
+    return float(f"{speed:.4g}")
+
+
+def _working(config: ModelConfig, slots: int) -> int:
+    """float32 of FORWARD tokens that live at once in the widest layer, and the logits of all slots."""
+    return 4 * FORWARD * (4 * config.width + max(map(_layer_width, set(config.layers)))) + 4 * slots * config.vocab_size
+
+
+def _layer_width(layer: LayerConfig) -> int:
+    """Numbers of one token between the norms of a layer."""
+    width = 0
+    for mixer in layer.mixers:
+        if isinstance(mixer, AttentionConfig):
+            width += (2 * mixer.heads + 2 * mixer.kv_heads) * mixer.head_dim
+        elif isinstance(mixer, Mamba2Config):
+            width += 2 * (mixer.inner + mixer.channels) + mixer.heads
+        else:
+            width += 5 * mixer.inner
+    ffn = layer.feed_forward
+    return max(width, 3 * ffn.width * (ffn.active if isinstance(ffn, MoEConfig) else 1) if ffn else 0)
+
+
+# ── speed
+
+
+def step_seconds(config: ModelConfig, held: list[Matrix], machine: Machine, context: int, rows: int = 1) -> float:
+    """One token of each of so many sequences, all of them at this length."""
+    size, read = _state_size(held), 0.0
+    attention = size * sum(
+        2 * m.kv_heads * m.head_dim * min(context, m.window or context)
+        for layer in config.layers for m in layer.mixers if isinstance(m, AttentionConfig)
+    )  # fmt: skip
+    mamba1, mamba2 = _cells(config)
+    read += attention / machine.attend_read + 4 * mamba2 / machine.scan_read + 4 * mamba1 / machine.scan1_read
+    layers = len(config.layers) * machine.layer_s
+    return _products(config, held, machine, rows) + rows * read + layers
+
+
+def prefill_seconds(config: ModelConfig, held: list[Matrix], machine: Machine, tokens: int) -> float:
+    """A prompt from empty, FORWARD tokens at a time."""
+    calls, last = divmod(tokens, FORWARD)
+    products = calls * _products(config, held, machine, FORWARD, prompt=True)
+    products += _products(config, held, machine, last, prompt=True) if last else 0.0
+    pairs = 0.0
+    for layer in config.layers:
+        for m in layer.mixers:
+            if isinstance(m, AttentionConfig):
+                window = min(m.window or tokens, tokens)
+                pairs += 4 * m.heads * m.head_dim * (window * tokens - window * window / 2)
+    mamba1, mamba2 = _cells(config)
+    scans = tokens * (mamba2 / machine.scan + mamba1 / machine.scan1)
+    return products + pairs / machine.attend + scans + (calls + bool(last)) * len(config.layers) * machine.layer_s
+
+
+def _cells(config: ModelConfig) -> tuple[int, int]:
+    """State values of all Mamba-1 and of all Mamba-2 layers."""
+    mixers = [m for layer in config.layers for m in layer.mixers]
+    return (
+        sum(m.inner * m.state for m in mixers if isinstance(m, Mamba1Config)),
+        sum(m.inner * m.state for m in mixers if isinstance(m, Mamba2Config)),
+    )
+
+
+def _products(config: ModelConfig, held: list[Matrix], machine: Machine, rows: int, prompt: bool = False) -> float:
+    """Seconds of all products with so many rows.  prompt: logits of the last token alone."""
+    values: Counter[tuple[str, int]] = Counter()
+    nbytes: Counter[tuple[str, int]] = Counter()
+    for matrix, met, share in _read(config, held, rows, prompt):
+        values[matrix.kind, met] += int(matrix.values * share)
+        nbytes[matrix.kind, met] += int(matrix.nbytes(not machine.gpu) * share)
+    return sum(_seconds(machine.product(kind), nbytes[kind, met], values[kind, met], met) for kind, met in values)
+
+
+def _read(config: ModelConfig, held: list[Matrix], rows: int, prompt: bool) -> Iterator[tuple[Matrix, int, float]]:
+    """The matrices that are multiplied with, how many rows each meets, and the share of it that is read."""
+    for matrix in held:
+        if matrix.precise or len(matrix.shape) < 2 or (matrix.name == "embed.weight" and not config.tied):
+            continue  # an embedding is looked up
+        if len(matrix.shape) == 3:
+            moe = config.layers[int(matrix.name.split(".")[1])].feed_forward
+            assert isinstance(moe, MoEConfig)
+            touched = min(1.0, rows * moe.active / moe.experts)
+            yield matrix, max(1, rows * moe.active // moe.experts), touched
+        elif matrix.name in ("embed.weight", "head.weight"):
+            yield matrix, 1 if prompt else rows, 1.0
+        else:
+            yield matrix, rows, 1.0
+
+
+def _seconds(product: Product, nbytes: int, values: int, rows: int) -> float:
+    """From one row to eight the time grows in a line; beyond, the rate goes from that of eight to that of 512."""
+    one, eight = nbytes / product.one, 16 * values / product.few
+    if rows < 8:
+        return max(one, one + (eight - one) * (rows - 1) / 7)
+    way = min(math.log(rows / 8) / math.log(FORWARD / 8), 1.0)
+    return max(one, 2 * rows * values / (product.few ** (1 - way) * product.many**way))
+
+
+# ── beside it, and instead of it
+
+
+def transformer_of(config: ModelConfig) -> ModelConfig:
+    """A Llama-shaped network as deep and as wide, with the same vocabulary and as many parameters as whole blocks of
+    256 allow (7B: 0.5 % fewer, 0.5B: 1.6 % more).
+
+    Four query heads share a key head, as in Llama 3; the feed-forward takes what is left.
+    """
+    D, L = config.width, len(config.layers)
+    head_dim = 128 if D >= 2048 else 64
+    heads = max(4, D // head_dim // 4 * 4)
+    attention = AttentionConfig(heads=heads, kv_heads=heads // 4, head_dim=head_dim, rope=RopeConfig(theta=500_000.0))
+
+    def shape(width: int) -> ModelConfig:
+        layer = LayerConfig(mixers=(attention,), feed_forward=GatedMLPConfig(width=width))
+        return dataclasses.replace(config, layers=(layer,) * L)
+
+    smallest = shape(256)
+    each = 3 * D * L
+    width = 256 + max(0, round((parameter_count(config) - parameter_count(smallest)) / each / 256)) * 256
+    return shape(width)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is asked for; `None` for precision: as stored."""
+
+    context: int
+    slots: int
+    quantize: str | None
+
+    def words(self) -> str:
+        out = [f"--context {self.context}", f"--slots {self.slots}"]
+        return " ".join(out + ([f"--quantize {self.quantize}"] if self.quantize else []))
+
+
+def smaller(now: Forecast, quantize: str | None, packed: bool) -> Iterator[Setting]:
+    """What to try in place of what does not fit, the nearest first: slots, then precision, then context, then more
+    of them together.  packed: the file's own precision is packed already, and stays."""
+    recipe = recipes.find(quantize or "")
+    lower = () if packed else SMALLER[SMALLER.index(recipe) + 1 :] if recipe in SMALLER else SMALLER
+    slots = [2**i for i in range(now.slots.bit_length() - 1, -1, -1) if 2**i < now.slots]
+    contexts = [now.context >> i for i in range(1, 20) if now.context >> i >= 1024]
+    at = Setting(now.context, now.slots, quantize)
+    yield from (dataclasses.replace(at, slots=n) for n in slots)
+    yield from (dataclasses.replace(at, quantize=name) for name in lower)
+    yield from (dataclasses.replace(at, context=n) for n in contexts)
+    for name in lower:
+        yield from (Setting(now.context, n, name) for n in slots)
+    fewest = slots[-1] if slots else now.slots
+    yield from (Setting(n, fewest, name) for name in (quantize, *lower) for n in contexts)

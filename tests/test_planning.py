@@ -1,0 +1,184 @@
+"""`tiercel plan`: what is said of memory is what loading takes; what does not fit is told what would."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tiercel import chart, planning
+from tiercel.cli import app
+from tiercel.errors import DoesNotFit, ModelNotFound, RequestError
+from tiercel.families import from_hf
+from tiercel.families.shapes import SHAPES
+from tiercel.plan import open_bytes, shapes
+from tiercel.plan.forecast import forecast, matrices, prefill_seconds, step_seconds, transformer_of
+from tiercel.plan.machines import MACHINES, Machine, machine
+
+PUBLISHED = {  # reference: TII's model cards and configs
+    "falcon-h1:90m": 91_131_072, "falcon-h1:0.5b": 521_411_104, "falcon-h1:1.5b": 1_554_863_488,
+    "falcon-h1:7b": 7_585_648_736, "falcon-h1:34b": 33_642_516_224,
+}  # fmt: skip
+LAPTOP = "laptop-ddr5"
+
+
+def told(*words: str) -> dict:
+    result = CliRunner().invoke(app, ["plan", *words, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_have_their_published_parameters(name):
+    assert planning.plan(name, device=LAPTOP)["parameters"] == PUBLISHED[name]
+
+
+def test_the_7b_in_numbers_everybody_can_check():
+    found = told("falcon-h1:7b", "--device", LAPTOP, "--context", "32768")
+    assert found["kv_bytes_per_token"] == 45_056
+    assert found["state_bytes_per_sequence"] == 132 * 2**20
+    assert found["kv_bytes"] == 45_056 * 32_768
+    parts = ("weights", "kv", "state", "snapshots", "working", "process")
+    assert found["total_bytes"] == sum(found[f"{part}_bytes"] for part in parts)
+    assert found["fits"] and found["prefill_tok_s"] > 0 and found["decode_tok_s"] > 0
+    assert [row["context"] for row in found["lengths"]] == [4096, 32_768, 131_072, 262_144]
+    for row in found["lengths"][1:]:
+        assert row["model"]["cache_bytes"] < 0.5 * row["transformer"]["cache_bytes"]
+
+
+@pytest.mark.parametrize("name", ["falcon-h1:7b", "mamba:2.8b", "mamba2:2.7b", "bamba:9b", "smollm2:135m"])
+def test_every_parameter_has_the_shape_the_network_gives_it(name):
+    from tiercel.weights.load import parameter_shapes
+
+    layout = from_hf(SHAPES[name])
+    assert {part: shape for part, shape, _ in shapes(layout.config)} == parameter_shapes(layout)
+    assert {part: wide for part, _, wide in shapes(layout.config)} == {r.ours: r.precise for r in layout.rows}
+
+
+@pytest.mark.parametrize("recipe", ["q4_k_m", "q8_0", "int8", "nf4", "bf16", "f32"])
+def test_weights_and_states_take_the_bytes_that_were_said(recipe, tmp_path):
+    from tiercel.bench.models import random_source
+    from tiercel.bench.traffic import weight_bytes
+    from tiercel.weights.load import build, pick_dtype
+
+    source = random_source("falcon-h1:90m", recipe)
+    network = build(source.layout, pick_dtype("auto", source), source)  # its memory, not filled
+    packing = {"stored": recipe.upper()} if recipe in ("bf16", "f32") else {"quantize": recipe}
+    found = forecast(network.config, machine(LAPTOP), context=640, slots=3, **packing)
+    assert found.weights_bytes == weight_bytes(network)
+    state = network.new_state()
+    state.reserve(640)
+    assert found.state_bytes == 3 * (state.nbytes - sum(page.nbytes for page in state.pages))
+    assert found.kv_bytes == 3 * sum(page.nbytes for page in state.pages)
+
+
+def test_a_snapshot_takes_what_was_said(tmp_path):
+    import torch
+
+    from tiercel.bench.models import random_source
+    from tiercel.weights.load import of_source
+
+    file = tmp_path / "small.json"
+    file.write_text('{"pattern": "attention+mamba2 mamba1/-", "width": 64, "repeat": 2, "vocab_size": 96}')
+    network = of_source(random_source(str(file), "q8_0"))
+    with torch.inference_mode():
+        state = network.new_state()
+        network(torch.zeros(256, dtype=torch.long), state, keep=1)
+    said = forecast(network.config, machine(LAPTOP), context=256, quantize="q8_0").snapshot_bytes
+    assert said == state.snapshot().own_nbytes
+
+
+def test_what_does_not_fit_is_told_the_nearest_that_does():
+    found = told("falcon-h1:34b", "--device", "rtx-4090", "--slots", "2")
+    assert not found["fits"]
+    words = found["nearest"]["type"].split()
+    assert words[:3] == ["tiercel", "plan", "falcon-h1:34b"]
+    again = told(*words[2:])
+    assert again["fits"] and again["total_bytes"] == found["nearest"]["total_bytes"]
+    hopeless = planning.plan("jamba:mini", device="laptop-ddr4")
+    assert not hopeless["fits"] and hopeless["nearest"] is None
+    assert "choose a smaller one" in planning.table(hopeless)
+
+
+def test_a_model_too_large_for_this_machine_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(planning, "this_machine", lambda *a, **k: Machine("this", 4 << 30, 2 << 30))
+    with pytest.raises(DoesNotFit, match=r"falcon-h1:7b needs .* GB of memory .* 2\.1 GB are free") as error:
+        planning.fit("falcon-h1:7b")
+    assert error.value.exit_code == 4 and "\n" not in str(error.value)
+    small = planning.fit("falcon-h1:0.5b", slots=8, quantize="q4_k_m")
+    assert 1 <= small.slots <= 8 and small.context <= small.wanted
+    assert small.states + small.cache < 2 << 30
+    asked = planning.fit("falcon-h1:0.5b", context=2048, quantize="q4_k_m")
+    assert asked.context == 2048
+
+
+def test_a_context_that_has_no_room_is_made_shorter_and_said_so(monkeypatch):
+    monkeypatch.setattr(planning, "this_machine", lambda *a, **k: Machine("this", 8 << 30, 7 << 30))
+    found = planning.fit("falcon-h1:7b", quantize="q4_k_m")
+    assert found.context < 262_144
+    assert f"context {found.context:,} of 262,144" in found.line
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_planned_from_its_header(tmp_path):
+    from tiercel.bench import Case
+    from tiercel.bench.models import write
+    from tiercel.bench.traffic import weight_bytes
+    from tiercel.weights.load import load
+
+    file = tmp_path / "m.gguf"
+    write(Case("falcon-h1:90m", random="q4_k_m", write=file), file, lambda *a: None)
+    found = planning.plan(str(file), device=LAPTOP)
+    assert found["weights_bytes"] == weight_bytes(load(file)[0])
+    assert (
+        found["process_bytes"] < planning.plan("falcon-h1:90m", device=LAPTOP)["process_bytes"]
+    )  # it has no tokenizer
+
+
+def test_a_longer_context_is_slower_and_eight_rows_are_faster_together():
+    config = from_hf(SHAPES["falcon-h1:0.5b"]).config
+    for on in MACHINES.values():
+        held = matrices(config, "BF16", quantize="q4_k_m")
+        steps = [step_seconds(config, held, on, n) for n in (16, 4096, 16_384)]
+        assert steps == sorted(steps)
+        assert step_seconds(config, held, on, 512, 8) < 8 * step_seconds(config, held, on, 512)
+        assert prefill_seconds(config, held, on, 4096) > 2 * prefill_seconds(config, held, on, 2048) * 0.999
+
+
+def test_the_transformer_beside_it_has_as_many_parameters_and_no_state():
+    for name in ("falcon-h1:0.5b", "falcon-h1:7b", "falcon-h1:34b"):
+        config = from_hf(SHAPES[name]).config
+        other = transformer_of(config)
+        a, b = (forecast(c, machine(LAPTOP), context=1024) for c in (config, other))
+        assert abs(a.parameters / b.parameters - 1) < 0.02
+        assert b.state_bytes == 0 and open_bytes(other) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        ({"name": "nobody:7b"}, ModelNotFound),
+        ({"name": "falcon-h1:7b", "device": "abacus"}, RequestError),
+        ({"name": "falcon-h1:7b", "context": 1 << 30, "device": LAPTOP}, RequestError),
+        ({"name": "falcon-h1:7b", "quantize": "q9", "device": LAPTOP}, RequestError),
+        ({"name": "falcon-h1:7b", "dtype": "f8", "device": LAPTOP}, RequestError),
+        ({"name": "falcon-h1:7b", "dtype": "bf16", "quantize": "q8_0", "device": LAPTOP}, RequestError),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(words, error):
+    with pytest.raises(error):
+        planning.plan(**words)
+
+
+def test_the_plan_is_a_page_for_people_and_a_picture(tmp_path):
+    file = tmp_path / "memory.svg"
+    result = CliRunner().invoke(app, ["plan", "falcon-h1:7b", "--device", "laptop-ddr4", "--plot", str(file)])
+    assert result.exit_code == 0
+    assert "does not fit" in result.output and "nearest that fits" in result.output and "┊" in result.output
+    assert file.read_text().startswith("<svg") and "Transformer" in file.read_text()
+
+
+def test_names_in_pictures_are_text():
+    assert "<b>" not in chart.bars("a <b>", {"g<b>": {"n<b>": 1.0, "none": None}}, label=str)
+    assert "<b>" not in chart.lines("a <b>", {"n<b>": [(1, 1), (2, 3)]}, x="x", y="y")
