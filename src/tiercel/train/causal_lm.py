@@ -102,6 +102,9 @@ class CausalLM(Names):
         for name in path[: -2 if whole else -1]:
             if name not in node._modules:
                 node.add_module(name, Names())
+            if not isinstance(node._modules[name], Names):  # the bias of a matrix that here is somebody else's
+                path[-1] = f"{name}_{path[-1]}"
+                break
             node = node._modules[name]  # type: ignore[assignment]
         if whole:
             name = path[-2]
