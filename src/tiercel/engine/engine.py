@@ -145,10 +145,12 @@ class Engine:
         id: str | None = None,
         constraint: Grammar | None = None,
         shown: Collection[str] = (),
+        adapter: str | None = None,
     ) -> Request:
         """A request, checked, so that nothing can be wrong with it later.
 
-        key: separates what is remembered (tenant, adapter).  turn: index of the first token of the last user turn.
+        key: separates what is remembered (tenants).  adapter: one of `network.adapters`; what it has read is its own,
+        and another one's under the same name.  turn: index of the first token of the last user turn.
         constraint: `params.structured`, compiled by `grammars` (that takes up to two seconds; done here if left out).
         shown: control tokens that appear as their text.
         """
@@ -160,7 +162,8 @@ class Engine:
         prompt, V = list(ids), self.network.config.vocab_size
         if wrong := next((token for token in prompt if not 0 <= token < V), None):
             raise RequestError(f"token id {wrong} is outside the vocabulary of {V}")
-        request = Request(id or secrets.token_hex(12), next(self._numbers), prompt, params, key, turn)
+        key = self.key_of(key, adapter)
+        request = Request(id or secrets.token_hex(12), next(self._numbers), prompt, params, key, turn, adapter)
         for index in range(params.n):
             choice = Choice(
                 request, self.model.text, V, prompt, params, self.model.max_length,
@@ -168,6 +171,15 @@ class Engine:
             )  # fmt: skip
             request.choices.append(choice)
         return request
+
+    def key_of(self, key: str, adapter: str | None) -> str:
+        """Under which the cache keeps texts of a key; RequestError where there is no such adapter."""
+        return key if adapter is None else f"\0adapter {self.network.adapters[adapter].id}\0{key}"
+
+    def wears(self, adapter: str) -> bool:
+        """Whether a request that has not ended wears it."""
+        everybody = [*self._arrivals, *self.scheduler.running, *self.scheduler.waiting]
+        return any(choice.request.adapter == adapter for choice in everybody)
 
     @cached_property
     def grammars(self) -> Grammars | None:
@@ -281,7 +293,7 @@ class Engine:
         """Give it a state that holds as much of its text as is remembered."""
         request, tokens = choice.request, choice.tokens
         request.started_now()
-        choice.state = self.network.new_state()
+        choice.state = self.network.new_state(request.adapter)
         found = self.cache.find(request.key, tokens, len(tokens) - 1)
         if found.snapshot is not None:
             choice.state.restore(found.snapshot)

@@ -87,7 +87,8 @@ class Adapters:
         self._network, self._worn, self._held = [network], Worn(), dict[str, Adapter]()  # a list: no submodule
 
     def __setitem__(self, name: str, adapter: Adapter) -> None:
-        self.pop(name)
+        if name in self._held:
+            self.pop(name)
         for path, (A, B) in adapter.pairs.items():
             module = self._network[0].get_submodule(path)
             low = module.adapters or Low(self._worn)  # type: ignore[union-attr]
@@ -111,9 +112,9 @@ class Adapters:
         return len(self._held)
 
     def pop(self, name: str) -> None:
-        """Forget an adapter, if it is there."""
-        if self._held.pop(name, None) is None:
-            return
+        """Forget an adapter; RequestError when there is none of that name."""
+        self[name]
+        del self._held[name]
         for module in self._network[0].modules():
             low = getattr(module, "adapters", None)
             if isinstance(low, Low):
@@ -122,7 +123,12 @@ class Adapters:
                     module.adapters = None  # type: ignore[assignment]
 
     def put_on(self, names: Iterable[str | None], lengths: Sequence[int]) -> None:
-        self._worn.put_on(list(names), lengths)
+        """For the forward that comes: what each row wears.  RequestError for one that is gone."""
+        names = list(names)
+        for name in names:
+            if name is not None:
+                self[name]
+        self._worn.put_on(names, lengths)
 
     def take_off(self) -> None:
         self._worn.take_off()

@@ -296,7 +296,7 @@ async def answer(service: Service, lease: Lease, ask: Ask, counts: Counts) -> As
     shown = ask.tools.markers if ask.tools is not None else ()
     stream = lease.loaded.engine.submit(
         ask.ids, ask.params, thinking=ask.thinking, starts_in_thinking=ask.starts_in_thinking, turn=ask.turn,
-        constraint=ask.grammar, shown=shown,
+        constraint=ask.grammar, shown=shown, adapter=lease.adapter,
     )  # fmt: skip
     running = Running(stream, service.settings)
     service.running.add(running)

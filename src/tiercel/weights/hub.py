@@ -228,6 +228,12 @@ def _hint(name: str) -> str:
     return "give a folder, a .gguf file, org/repo of the hub, or one of " + ", ".join(KNOWN)
 
 
+def adapter_of(name: str | Path) -> Path | None:
+    """The adapter that a model of one's own wears (a Modelfile's ADAPTER), or None."""
+    folder = None if isinstance(name, Path) or is_path(name) else store_folder(name)
+    return folder / "adapter" if folder and (folder / "adapter" / "adapter_config.json").is_file() else None
+
+
 # ── what is here
 
 
