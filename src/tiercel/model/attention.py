@@ -34,7 +34,7 @@ class Attention(nn.Module):
 
     def forward(self, h_TD: Tensor, batch: Batch | PackedRows, memories: Sequence[AttentionState | None]) -> Tensor:
         """h: (T, D) → (T, D); every row attends to its own past."""
-        if batch.native:
+        if not isinstance(batch, PackedRows) and batch.native:
             return self.o(self._natively(h_TD, batch, memories))
         P = self.config.head_dim
         q_HTP = self.q(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         if self.config.rope is not None:
             turned = rotate(torch.cat((q_HTP, k_KTP)), *batch.rotary(self.config.rope, P))
             q_HTP, k_KTP = turned.split((self.config.heads, self.config.kv_heads))
-        if batch.packed:
+        if isinstance(batch, PackedRows):
             y_HTP = batch.attend(q_HTP, k_KTP, v_KTP, self.scale, self.config.window)
             return self.o(y_HTP.transpose(0, 1).flatten(1))
         rows = []

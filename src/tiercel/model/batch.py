@@ -32,8 +32,6 @@ class Batch:
     native: whether this forward runs on the kernels; its activations are float32 then.
     """
 
-    packed = False  # as `model.packed.PackedRows` are
-
     def __init__(
         self, lengths: Sequence[int], states: Sequence[State] | None = None, device: torch.device | str = "cpu"
     ) -> None:

@@ -49,10 +49,10 @@ class Mamba1(nn.Module):
 
     def forward(self, u_TD: Tensor, batch: Batch | PackedRows, memories: Sequence[Mamba1State | None]) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state."""
-        if batch.native:
+        if not isinstance(batch, PackedRows) and batch.native:
             return self.out_proj(self._natively(u_TD, batch, memories))
         x_TI, z_TI = self.in_proj(u_TD).chunk(2, -1)
-        if batch.packed:
+        if isinstance(batch, PackedRows):
             x_TI = F.silu(batch.conv1d(x_TI, self.conv, self.conv_bias))
             dt_TI, B_TN, C_TN = self._select(x_TI)
             y_TI = batch.selective_scan(C_TN, x_TI, dt_TI, -self.A_log.exp(), B_TN) + self.D * x_TI

@@ -46,13 +46,13 @@ class Mamba2(nn.Module):
 
     def forward(self, u_TD: Tensor, batch: Batch | PackedRows, memories: Sequence[Mamba2State | None]) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state."""
-        if batch.native:
+        if not isinstance(batch, PackedRows) and batch.native:
             return self.out_proj(self._natively(u_TD, batch, memories))
         c = self.config
         z_TI, xBC_TC, dt_TH = self.in_proj(u_TD).split((c.inner, c.channels, c.heads), -1)
         dt_TH = F.softplus(dt_TH.float() + self.dt_bias.float()).clamp(*c.dt_limit)
         A_H = -self.A_log.float().exp()
-        if batch.packed:
+        if isinstance(batch, PackedRows):
             y_TI = self._packed(xBC_TC, dt_TH, A_H, batch)
         else:
             rows = [

@@ -33,7 +33,7 @@ SMALLEST = -87.0  # exp of less is no contribution
 class PackedRows:
     """starts (B, L) bool: where documents begin; the first column always does."""
 
-    native, packed = False, True
+    native = False
 
     def __init__(self, starts_BL: Tensor, *, recompute: bool = False) -> None:
         """recompute: a block's activations are not kept for the way back but made again (slower, less memory)."""
@@ -126,13 +126,15 @@ class PackedRows:
         self, C_TGN: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, chunk: int = CHUNK
     ) -> Tensor:
         """Mamba-2 → y (T, H, P)."""
-        (B, L), (G, N), (H, P) = self.shape, B_TGN.shape[1:], x_THP.shape[1:]
+        (B, L), (H, P), G = self.shape, x_THP.shape[1:], B_TGN.shape[1]
         Q = min(chunk, L)
         count = -(-L // Q)
 
         def chunks(t: Tensor) -> Tensor:  # (T, …) → (B, C, Q, …); zeros after the end add nothing to anything
             t = t.unflatten(0, (B, L))
-            return F.pad(t, (0, 0) * (t.dim() - 2) + (0, count * Q - L)).unflatten(1, (count, Q))
+            if count * Q > L:  # a pad of nothing would be a copy
+                t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, count * Q - L))
+            return t.unflatten(1, (count, Q))
 
         x, dt, Bs, Cs = chunks(x_THP), chunks(dt_TH), chunks(B_TGN), chunks(C_TGN)
         document_BCQ = F.pad(self.document_BL, (0, count * Q - L), mode="replicate").unflatten(1, (count, Q))
@@ -198,7 +200,7 @@ class LinearScan(torch.autograd.Function):
         return S
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         decay, S = ctx.saved_tensors
         # g_t = grad_t + decay_{t+1} g_{t+1}: the same scan, from the other end
         later = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], 1)

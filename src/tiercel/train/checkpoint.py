@@ -9,7 +9,6 @@ whenever the process dies.  The last two are kept.  Everything is float bits in 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,7 +125,7 @@ def _discard(folder: Path) -> None:
     """First it stops being a checkpoint, then it goes."""
     gone = folder.with_name(f".{folder.name}.gone.part")
     shutil.rmtree(gone, ignore_errors=True)
-    os.replace(folder, gone)
+    folder.replace(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -159,7 +159,7 @@ class Documents:
         return len(self.starts) - 1
 
     @classmethod
-    def of(cls, examples: Iterable[tuple[Sequence[int], Sequence[int]]], where: str = "the data") -> Documents:
+    def of(cls, examples: Iterable[tuple[Any, Any]], where: str = "the data") -> Documents:
         """From any (tokens, mask); mask says which tokens are learned.  What has fewer than two tokens says nothing."""
         tokens, masks, lengths = [], [], []
         for ids, mask in examples:

@@ -8,6 +8,7 @@ constant   warm-up, then stable
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ def adamw(
     network: nn.Module, lr: float, *, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95)
 ) -> torch.optim.AdamW:
     """Decay for matrices alone: norms, biases, convolutions, A_log, D and dt_bias stay as large as they like."""
-    decayed, free = [], []
+    decayed: list[Tensor] = []
+    free: list[Tensor] = []
     for name, p in network.named_parameters():
         if p.requires_grad:
             (decayed if is_matrix(name, p) else free).append(p)
@@ -43,7 +45,7 @@ def is_matrix(name: str, p: Tensor) -> bool:
     return p.dim() >= 2 and name.rpartition(".")[2] not in ("A_log", "conv")
 
 
-def clip(parameters: list[Tensor], limit: float) -> Tensor:
+def clip(parameters: Sequence[Tensor], limit: float) -> Tensor:
     """Scales all gradients so that their norm is at most `limit`; the norm before, not yet known to the host."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tiercel.plan import check_fits, parameter_count
 from tiercel.quant import PACKED_TYPES
 from tiercel.text import Text
 from tiercel.train.checkpoint import complete
-from tiercel.train.data import Batches, Documents
+from tiercel.train.data import Batches, Documents, Rows
 from tiercel.train.loop import Result, Settings
 from tiercel.weights import hub
 from tiercel.weights.load import NetworkSource, export, load, open_checkpoint, read_json
@@ -89,7 +90,7 @@ def counted_steps(batches: Batches, settings: Settings, epochs: float | None) ->
     return replace(settings, steps=max(1, round(epochs * batches.per_epoch / settings.accumulate)))
 
 
-def evaluation(documents: Documents, rows: int, length: int) -> Callable[[], object]:
+def evaluation(documents: Documents, rows: int, length: int) -> Callable[[], Iterator[Rows]]:
     return lambda: Batches(documents, rows=rows, length=length, shuffle=False).once()
 
 
@@ -100,10 +101,8 @@ def finish(network: Decoder, text: Text | None, layout: Layout, out: Path) -> No
         export(NetworkSource(network, layout, text), out)
     from tiercel.train.plot import plot
 
-    try:
+    with contextlib.suppress(RequestError):  # no matplotlib, no picture
         plot(out / "log.jsonl", out / "curves.png")
-    except RequestError:
-        pass
 
 
 def report(result: Result, out: Path | None) -> dict[str, object]:
