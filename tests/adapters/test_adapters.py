@@ -63,7 +63,7 @@ def random_adapter(path, out, seed=0, targets=TARGETS, **settings):
 def randomize(adapted):
     for name, p in adapted.named_parameters():
         if ".lora_" in name:
-            p.copy_(torch.randn(p.shape) * (0.3 / p.shape[1] ** 0.5))
+            p.copy_(torch.randn(p.shape) * (0.15 / p.shape[1] ** 0.5))
 
 
 # ── PEFT over transformers, and back
@@ -82,7 +82,7 @@ def test_an_adapter_made_here_loads_in_peft_over_transformers_with_the_same_logi
     bare = nasty.load_hf(path)
     without = nasty.whole(bare, x)
     judge = nasty.whole(PeftModel.from_pretrained(bare, tmp_path / "a").eval(), x)
-    assert (judge - without).abs().max() > 0.1
+    assert (judge - without).abs().max() > 0.02
     assert (here - judge).abs().max() < 1e-5
     served = tiercel.load(path, adapters={"a": tmp_path / "a"})
     assert (served.logits(x, adapter="a") - judge).abs().max() < 1e-5
