@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-
 import tiercel
 import tiny
 from families import nasty

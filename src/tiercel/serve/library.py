@@ -246,7 +246,8 @@ async def _creating(
     worn = None if body.files else base.adapter
     if body.adapters:
         yield {"status": "checking adapter"}
-        worn, extras = await asyncio.to_thread(_adapter_from_blobs, body.adapters, local), {**extras, "adapter": "adapter"}
+        worn = await asyncio.to_thread(_adapter_from_blobs, body.adapters, local)
+        extras = {**extras, "adapter": "adapter"}
     yield {"status": "writing manifest"}
     await asyncio.to_thread(store.put, name, local, extras, worn)
     yield {"status": "success"}
@@ -258,7 +259,8 @@ def _adapter_from_blobs(files: dict[str, str], local: hub.LocalModel) -> Path:
     for name, path in paths.items():
         if not path.is_file():
             raise Refusal(400, f'blob "{files[name]}" not found')
-    folder = hub.home() / "blobs" / f"adapter-{paths[store.ADAPTER_FILES[1]].name}-{paths[store.ADAPTER_FILES[0]].name[-8:]}"
+    both = " ".join(paths[name].name for name in store.ADAPTER_FILES)
+    folder = hub.home() / "blobs" / f"adapter-{hashlib.sha256(both.encode()).hexdigest()}"
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in paths.items():
         if not (folder / name).exists():

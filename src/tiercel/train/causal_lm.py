@@ -82,7 +82,8 @@ class CausalLM(Names):
         self.name_or_path = "" if isinstance(model, Decoder) else str(model.name)
         for row in layout.rows:
             # a stack of experts is one parameter, under the first one's name, and no module that PEFT could take
-            theirs = row.hf if isinstance(row.hf, str) else f"{row.hf[0].rsplit('.', 2)[0]}.stacked_{row.ours.rpartition('.')[2]}"
+            stack = "" if isinstance(row.hf, str) else f"{row.hf[0].rsplit('.', 2)[0]}.stacked_"
+            theirs = row.hf if isinstance(row.hf, str) else stack + row.ours.rpartition(".")[2]
             self._place(row.ours, theirs, row.scale)
         if network.config.tied and "lm_head" not in self._modules:
             self._place("head.weight", "lm_head.weight", 1.0)
@@ -193,7 +194,7 @@ def _with_multiplier(module: nn.Module, scale: float | Runs) -> nn.Module:
 
 
 def coverage(model: nn.Module) -> str:
-    """"44/44 blocks, 0.26 % of parameters": of a CausalLM, bare or in PEFT's hands."""
+    """What learns of a CausalLM, bare or in PEFT's hands: "44/44 blocks, 0.26 % of parameters"."""
     own = next(module for module in model.modules() if isinstance(module, CausalLM))
     network: Decoder = own.network
     blocks = [any(".lora_A." in name for name, _ in block.named_parameters()) for block in network.layers]
@@ -207,5 +208,3 @@ def coverage(model: nn.Module) -> str:
 
 def _numel(weight: Any) -> int:
     return sum(w.numel() for w in (weight if isinstance(weight, list) else [weight]))
-
-

@@ -33,7 +33,7 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
     def forward(self, x: Tensor, scale: float = 1.0, **more: Any) -> Tensor:
         """scale: as of our Linear, for the logits."""
         if more.get("adapter_names") is not None:
-            raise RequestError("rows of several adapters in one forward are served, not trained: see Model.load_adapter")
+            raise RequestError("rows of several adapters are served, not trained: see Model.load_adapter")
         if self.disable_adapters and self.merged:
             self.unmerge()
         y = self.base_layer(x, scale)
