@@ -24,7 +24,7 @@ Matrix = Tensor | QTensor
 
 
 class Linear(nn.Linear):
-    """y = W x + b,  W: (out, in), plain or packed; see `ops.linear`.  adapters: what some rows add (model/adapters.py)."""
+    """y = W x + b,  W: (out, in), plain or packed; see `ops.linear`.  adapters: what some rows add to it."""
 
     adapters: Low | None = None
 
