@@ -3,8 +3,9 @@
     python benchmarks/lora.py                       both, interleaved, two rounds, each in a process of its own
     python benchmarks/lora.py --peer-dtype float32  where the CPU has no bfloat16 (AVX2), and theirs would take minutes
 
-The same for both: random weights in bfloat16, rank 16 on q, k, v, o and in_proj, dropout 0.05, one row, AdamW, two
-threads.  tok/s: the median step after the first; memory: the largest resident set in the steps.
+recompute: ours with the activations of blocks made again on the way back.  The same for all: random weights in
+bfloat16, rank 16 on q, k, v, o and in_proj, dropout 0.05, one row, AdamW, two threads.  tok/s: the median step after
+the first; memory: the largest resident set in the steps.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+WHO = ("tiercel", "recompute", "peft")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj"]
 LORA = dict(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=TARGETS, task_type="CAUSAL_LM")
 
@@ -90,7 +93,6 @@ def measure(make_model: Callable[[], Any], length: int, steps: int, threads: int
 def child(who: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     words = [sys.executable, __file__, "--child", who, "--folder", str(folder), "--length", str(args.length),
              "--steps", str(args.steps), "--threads", str(args.threads), "--peer-dtype", args.peer_dtype]  # fmt: skip
-    words += ["--recompute"] if args.recompute else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, stdout=subprocess.PIPE, env=environment, check=True, text=True)
     return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
@@ -104,33 +106,34 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "falcon-h1-0.5b-random")
     parser.add_argument("--peer-dtype", default="bfloat16")
-    parser.add_argument("--recompute", action="store_true", help="keep no activations of blocks")
-    parser.add_argument("--only", choices=["tiercel", "peft"])
-    parser.add_argument("--child", choices=["tiercel", "peft"], help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=WHO)
+    parser.add_argument("--child", choices=WHO, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         folder = str(args.folder)
-        model = (lambda: ours(folder, args.recompute)) if args.child == "tiercel" else (
-            lambda: theirs(folder, args.peer_dtype)
-        )  # fmt: skip
+        if args.child == "peft":
+            model = partial(theirs, folder, args.peer_dtype)
+        else:
+            model = partial(ours, folder, args.child == "recompute")
         print(json.dumps(measure(model, args.length, args.steps, args.threads)))
         return
     if not (args.folder / "config.json").exists():
         make(args.folder)
     found: dict[str, list[dict[str, float]]] = {}
     for number in range(args.rounds):
-        for who in ("tiercel", "peft"):
+        for who in WHO:
             if args.only in (None, who):
                 found.setdefault(who, []).append(child(who, args.folder, args))
                 last = found[who][-1]
-                print(f"round {number + 1}  {who:8} {last['tokens_per_s']:7.1f} tok/s  {last['gb']:.2f} GB", flush=True)
-    if len(found) == 2:
-        speed, memory = (
-            {who: statistics.median(run[key] for run in runs) for who, runs in found.items()}
-            for key in ("tokens_per_s", "gb")
-        )
-        print(f"{speed['tiercel'] / speed['peft']:.2f} × the tokens/s in {memory['tiercel'] / memory['peft']:.2f} × "
-              f"the memory of transformers with PEFT ({args.peer_dtype})")  # fmt: skip
+                print(f"round {number + 1}  {who:9} {last['tokens_per_s']:7.1f} tok/s  {last['gb']:.2f} GB", flush=True)
+    if args.only is None:
+        middle = {
+            who: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for who, runs in found.items()
+        }
+        for who in WHO[:-1]:
+            speed, memory = (middle[who][key] / middle["peft"][key] for key in ("tokens_per_s", "gb"))
+            print(f"{who}: {speed:.2f} × the tokens/s in {memory:.2f} × the memory of transformers with PEFT "
+                  f"({args.peer_dtype})")  # fmt: skip
 
 
 if __name__ == "__main__":
