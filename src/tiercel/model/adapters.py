@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,10 +91,10 @@ class Adapters:
         if name in self._held:
             self.pop(name)
         for path, (A, B) in adapter.pairs.items():
-            module = self._network[0].get_submodule(path)
-            low = module.adapters or Low(self._worn)  # type: ignore[union-attr]
-            low.pairs[name] = (_laid_out(A, module), _laid_out(B, module))  # type: ignore[union-attr]
-            module.adapters = low  # type: ignore[assignment]
+            module: Any = self._network[0].get_submodule(path)
+            low = module.adapters or Low(self._worn)
+            low.pairs[name] = (_laid_out(A, module), _laid_out(B, module))
+            module.adapters = low
         self._held[name] = adapter
 
     def __getitem__(self, name: str) -> Adapter:
