@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json as json_module
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -452,6 +453,38 @@ def plan(
 
 
 @app.command()
+def merge(
+    model: ModelName,
+    adapter: Annotated[Path, typer.Argument(help="A LoRA adapter's folder, in PEFT's form.")],
+    out: Annotated[Path, typer.Argument(help="A name ending in .gguf, or a folder for safetensors.")],
+    dtype: Annotated[str | None, typer.Option(help="f32, f16 or bf16; as stored without it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over what is there.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a model with an adapter in its matrices.
+
+    Where the model is packed its unpacked values are merged, and written as bf16 unless --dtype says otherwise.
+    """
+    if dtype not in (None, "f32", "f16", "bf16"):
+        raise RequestError(f"--dtype must be f32, f16 or bf16, not {dtype!r}")
+    if not force and out.exists() and (out.is_file() or any(out.iterdir())):
+        raise RequestError(f"{out} exists; choose another name, or write over it with --force")
+    from tiercel.console import waiting
+    from tiercel.weights import hub
+
+    with waiting(f"merging {model}") as report:
+        path = hub.resolve(model, pull=True, progress=report)
+        report(f"merging {model}", 0, 0)
+        from tiercel.weights import adapters
+
+        written = adapters.merge(path, adapter, out, dtype=dtype)
+    if json:
+        _print_json({"model": model, "adapter": str(adapter), "out": str(written), "dtype": dtype})
+    else:
+        print(f"{model} with {adapter} is written to {written}")
+
+
+@app.command()
 def bench(
     model: Annotated[
         str,
@@ -567,6 +600,10 @@ def serve(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, or cuda for one GPU.")] = None,
     drain: Annotated[float | None, typer.Option(help="Seconds that answers may go on after a signal.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER: a LoRA adapter, served as MODEL:NAME beside the first model; repeatable."),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any limit, NAME=VALUE; see serve/settings.py.")
     ] = None,
@@ -590,7 +627,13 @@ def serve(
     settings = from_environment(**given)
     from tiercel.serve.app import run as run_server
 
-    run_server(settings, models or [])
+    adapters = {}
+    for word in adapter or []:
+        name, _, folder = word.partition("=")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name) or not folder:
+            raise RequestError(f"--adapter is NAME=FOLDER, the name of small letters, digits and .-_, not {word!r}")
+        adapters[name] = Path(folder).expanduser()
+    run_server(settings, models or [], adapters)
 
 
 @app.command()
@@ -687,7 +730,7 @@ def create(
     file: Annotated[Path, typer.Option("-f", "--file", help="The Modelfile.")] = Path("Modelfile"),
     json: Json = False,
 ) -> None:
-    """Make a model from a Modelfile: FROM a model, with PARAMETER, SYSTEM, TEMPLATE, MESSAGE, LICENSE."""
+    """Make a model from a Modelfile: FROM a model, with ADAPTER, PARAMETER, SYSTEM, TEMPLATE, MESSAGE, LICENSE."""
     from tiercel.weights import store
 
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -72,8 +73,10 @@ class Model:
     """A network with its words: made by `load`.
 
     network: the Decoder, a torch module · text: tokenizer and chat template, or None · config: what it is, as data
-    max_length: the context in tokens
+    max_length: the context in tokens · adapter: worn where none is named
     """
+
+    adapter: str | None = None
 
     def __init__(
         self,
@@ -103,14 +106,41 @@ class Model:
         # on plain torch a row's bits depend on how many share its products, and a near tie on its bits
         return Engine(self, drafter=prompt_lookup if self.network.native else None)
 
-    def logits(self, ids: Sequence[int] | Tensor) -> Tensor:
-        """Token ids (L,) → logits of every next token (L, V), float32, no gradients."""
-        with torch.no_grad():
-            return self.network(torch.as_tensor(ids, dtype=torch.long, device=self.network.embed.weight.device))
+    def load_adapter(self, name: str, path: str | Path, *, lock: AbstractContextManager[Any] | None = None) -> None:
+        """Hold a LoRA adapter (a folder in PEFT's form) under a name, to be named by `generate(…, adapter=name)`.
 
-    def session(self) -> Session:
+        lock: of an engine that is not the model's own.  Raises ModelNotFound, FormatError, UnsupportedError.
+        """
+        from tiercel.weights.adapters import read
+
+        adapter, held = read(path, self.layout), self.network.adapters
+        with lock or self.engine.between_steps():
+            if name in held and held[name].id != adapter.id:
+                raise RequestError(f"another adapter is loaded as {name!r}: unload it first, or choose another name")
+            held[name] = adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter.  RequestError when there is none of that name, or an answer under way wears it."""
+        with self.engine.between_steps():
+            if name in self.network.adapters and self.engine.wears(name):
+                raise RequestError(f"the adapter {name!r} is worn by an answer that is under way")
+            self.network.adapters.pop(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that are loaded."""
+        return list(self.network.adapters)
+
+    def logits(self, ids: Sequence[int] | Tensor, *, adapter: str | None = None) -> Tensor:
+        """Token ids (L,) → logits of every next token (L, V), float32, no gradients."""
+        adapter = adapter or self.adapter
+        with torch.no_grad():
+            tokens = torch.as_tensor(ids, dtype=torch.long, device=self.network.embed.weight.device)
+            return self.network(tokens, None if adapter is None else self.network.new_state(adapter))
+
+    def session(self, *, adapter: str | None = None) -> Session:
         """A conversation's memory; see `engine.session.Session`."""
-        return Session(self.engine)
+        return Session(self.engine, adapter=adapter or self.adapter)
 
     def encode(self, prompt: Prompt, *, raw: bool = False, **template: Any) -> list[int]:
         """Token ids of a prompt: messages, or text put as a user's message where the model has a chat template.
@@ -138,6 +168,7 @@ class Model:
         raw: bool = False,
         think: bool | None = None,
         session: Session | None = None,
+        adapter: str | None = None,
         **more: Any,
     ) -> tuple[Iterator[Piece], Session]:
         """The answer as it comes, thoughts apart, and the session whose `last` tells about it.
@@ -146,24 +177,28 @@ class Model:
         """
         ids = self.encode(prompt, raw=raw, **({} if think is None else {"enable_thinking": think}))
         chat = not raw and self.text is not None and self.text.has_template and not _is_ids(prompt)
-        session = session or Session(self.engine, key="")  # remembered with all others
+        session = session or Session(self.engine, "", adapter or self.adapter)  # remembered with all others
         starts = chat and self.text is not None and self.text.opens_thinking(ids)
         thinking = "auto" if chat else "off"
         return session.generate(
             ids, params or self.default_params(), thinking=thinking, starts_in_thinking=starts, **more
         ), session
 
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Answer:
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, adapter: str | None = None
+    ) -> Answer:
         """The whole answer, a string that also knows its thoughts, tokens, times and why it ended."""
-        pieces, session = self.pieces(prompt, params, raw=raw)
+        pieces, session = self.pieces(prompt, params, raw=raw, adapter=adapter)
         for _ in pieces:
             pass
         assert session.last is not None
         return Answer.of(session.last.request)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, adapter: str | None = None
+    ) -> Iterator[str]:
         """The answer's text as it comes (without the thoughts: `pieces` has both)."""
-        pieces, _ = self.pieces(prompt, params, raw=raw)
+        pieces, _ = self.pieces(prompt, params, raw=raw, adapter=adapter)
         return (piece.text for piece in pieces if piece.kind == "text")
 
     def vote(
@@ -180,6 +215,7 @@ class Model:
         ids = self.encode(prompt, raw=raw, **({} if think is None else {"enable_thinking": think}))
         chat = not raw and self.text is not None and self.text.has_template and not _is_ids(prompt)
         starts = chat and self.text is not None and self.text.opens_thinking(ids)
+        more.setdefault("adapter", self.adapter)
         return vote(self, ids, settings, params, thinking="auto" if chat else "off", starts_in_thinking=starts, **more)
 
     def export(self, out: str | Path, *, dtype: str | None = None) -> Path:
@@ -201,6 +237,7 @@ def load(
     exact: bool = False,
     max_length: int | None = None,
     device: str = "cpu",
+    adapters: Mapping[str, str | Path] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """A model by path, short name or hub name; the small reasoner that comes with this package without one.
@@ -209,6 +246,7 @@ def load(
     short name such as "smollm2" (pulled when missing) or "org/repo".
     dtype: "auto" as stored, or float32, bfloat16, float16.  max_length: a smaller context than the model's.
     quantize: "q4_k_m", "q8_0", "int8", "nf4", …: packed while it is read, so that little more memory is needed.
+    adapters: LoRA adapters to hold beside it, name → folder in PEFT's form; see `Model.load_adapter`.
     exact: inputs of packed matrices are not rounded to eight bits: slower, and as if the weights were unpacked.
     device: "cpu", or "cuda" for one GPU.
     Raises ModelNotFound, FormatError, UnsupportedError, DoesNotFit, Offline.
@@ -218,7 +256,14 @@ def load(
     if device != "cpu":
         move(network, device)
     defaults = weights.generation_defaults(path)
-    return Model(network, text, layout, name=str(name), max_length=max_length, defaults=defaults)
+    model = Model(network, text, layout, name=str(name), max_length=max_length, defaults=defaults)
+    for adapter, folder in (adapters or {}).items():
+        model.load_adapter(adapter, folder)
+    own = hub.adapter_of(name)  # what a Modelfile put on
+    if own is not None:
+        model.load_adapter(model.name, own)
+        model.adapter = model.name
+    return model
 
 
 # ── vLLM's names ─────────────────────────────────────────────────────────────────────────────────────────

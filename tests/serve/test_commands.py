@@ -63,7 +63,7 @@ def test_create_cp_and_rm_work_on_the_disk(smollm2, tmp_path):
     [
         ("PARAMETER temperature 0", "needs a FROM"),
         ("FROM smollm2\nPARAMETER temperature hot", "needs a number"),
-        ("FROM smollm2\nADAPTER x", "ADAPTER is not served"),
+        ("FROM smollm2\nADAPTER x\nADAPTER y", "one ADAPTER"),
         ("FROM smollm2\nFLY away", "no instruction"),
         ('FROM smollm2\nSYSTEM """never closed', 'closing """ is missing'),
         ("FROM smollm2\nTEMPLATE {{ .Prompt }}", "Go's template language"),

@@ -157,10 +157,12 @@ class Engine:
         constraint: Grammar | None = None,
         shown: Collection[str] = (),
         watch: Watch | None = None,
+        adapter: str | None = None,
     ) -> Request:
         """A request, checked, so that nothing can be wrong with it later.
 
-        key: separates what is remembered (tenant, adapter).  turn: index of the first token of the last user turn.
+        key: separates what is remembered (tenants).  adapter: one of `network.adapters`; what it has read is its own,
+        and another one's under the same name.  turn: index of the first token of the last user turn.
         constraint: `params.structured`, compiled by `grammars` (that takes up to two seconds; done here if left out).
         shown: control tokens that appear as their text.
         watch: opens further answers as slots come free, and may end each; they share the reading of the prompt.
@@ -173,7 +175,8 @@ class Engine:
             raise RequestError(f"token id {wrong} is outside the vocabulary of {V}")
         if watch is not None and params.n != 1:
             raise RequestError(f"n={params.n} answers and a vote are asked for; a vote has its own number of answers")
-        request = Request(id or secrets.token_hex(12), next(self._numbers), prompt, params, key, turn, watch=watch)
+        key, number = self.key_of(key, adapter), next(self._numbers)
+        request = Request(id or secrets.token_hex(12), number, prompt, params, key, turn, adapter=adapter, watch=watch)
 
         def choice(index: int) -> Choice:
             return Choice(
@@ -185,6 +188,15 @@ class Engine:
         if watch is not None:
             request.open_choice = choice
         return request
+
+    def key_of(self, key: str, adapter: str | None) -> str:
+        """Under which the cache keeps texts of a key; RequestError where there is no such adapter."""
+        return key if adapter is None else f"\0adapter {self.network.adapters[adapter].id}\0{key}"
+
+    def wears(self, adapter: str) -> bool:
+        """Whether a request that has not ended wears it."""
+        everybody = [*self._arrivals, *self.scheduler.running, *self.scheduler.waiting]
+        return any(choice.request.adapter == adapter for choice in everybody)
 
     @cached_property
     def grammars(self) -> Grammars | None:
@@ -322,7 +334,7 @@ class Engine:
         """Give it a state that holds as much of its text as is remembered."""
         request, tokens = choice.request, choice.tokens
         request.started_now()
-        choice.state = self.network.new_state()
+        choice.state = self.network.new_state(request.adapter)
         found = self.cache.find(request.key, tokens, len(tokens) - 1)
         if found.snapshot is not None:
             choice.state.restore(found.snapshot)

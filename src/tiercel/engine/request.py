@@ -49,7 +49,7 @@ class Watch(Protocol):
 @dataclass(eq=False)
 class Request:
     """id · prompt_ids · params · choices: the n answers · times: seconds
-    key: texts are remembered for requests of the same key only (tenant, adapter)
+    key: texts are remembered for requests of the same key only (tenant, adapter) · adapter: what its rows wear
     turn: index of the first token of the last user turn, a place to come back to
     cached_tokens: how many of the prompt's tokens were not read again · why_not_cached: the reason where none was
     watch: opens further choices while the request runs; each starts from `origin`, the prompt's state and logits"""
@@ -60,6 +60,7 @@ class Request:
     params: SamplingParams
     key: str = ""
     turn: int | None = None
+    adapter: str | None = None
     choices: list[Choice] = field(default_factory=list)
     cached_tokens: int = 0
     why_not_cached: str | None = None

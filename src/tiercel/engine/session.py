@@ -28,16 +28,20 @@ EARLIER = 4  # places before the end that a file holds: ends of prompts, to ask 
 
 
 class Session:
-    """key: whose texts are remembered with its own; by default nobody else's."""
+    """key: whose texts are remembered with its own; by default nobody else's.  adapter: what its rows wear."""
 
-    def __init__(self, engine: Engine, key: str | None = None) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, key: str | None = None, adapter: str | None = None) -> None:
+        self.engine, self.adapter = engine, adapter
         self.key = f"session {secrets.token_hex(8)}" if key is None else key
         self.last: Choice | None = None
 
     def clear(self) -> None:
         """Forget everything."""
-        self.engine.forget(self.key)
+        self.engine.forget(self._key)
+
+    @property
+    def _key(self) -> str:
+        return self.engine.key_of(self.key, self.adapter)
 
     def save(self, path: str | Path) -> None:
         """Write the conversation so far to a file: `load` goes on from it, in any process that has the same model.
@@ -46,10 +50,10 @@ class Session:
         """
         with self.engine.between_steps():
             tokens = [] if self.last is None else self.last.tokens
-            snapshots = self.engine.cache.along(self.key, tokens)
+            snapshots = self.engine.cache.along(self._key, tokens)
             if not snapshots:
                 raise RequestError("there is nothing to save: no answer of this conversation is remembered")
-            state = self.engine.network.new_state()
+            state = self.engine.network.new_state(self.adapter)
             state.restore(snapshots[-1])
             state.save(path, tokens[: state.length], snapshots[-1 - EARLIER : -1])
 
@@ -59,13 +63,13 @@ class Session:
         Raises FormatError: damaged, or of another model, dtype or version; RequestError: the cache has no room.
         """
         with self.engine.between_steps():
-            state, cache = self.engine.network.new_state(), self.engine.cache
+            state, cache = self.engine.network.new_state(self.adapter), self.engine.cache
             tokens, earlier = state.load(path)
             if len(tokens) != state.length:
                 raise FormatError(f"{path} is a saved state without its text, not a conversation")
             for snapshot in (state.snapshot(), *earlier):
-                cache.put(self.key, tokens[: snapshot.length], snapshot, place=True)
-            if cache.find(self.key, tokens, len(tokens)).length != len(tokens):
+                cache.put(self._key, tokens[: snapshot.length], snapshot, place=True)
+            if cache.find(self._key, tokens, len(tokens)).length != len(tokens):
                 raise RequestError(f"{path} does not fit the cache of {cache.budget >> 20} MiB; raise cache_bytes")
             return tokens
 
@@ -80,8 +84,9 @@ class Session:
     ) -> Iterator[Piece]:
         """The pieces of one answer; `last` tells about it from now on.  stopping: asked after every step."""
         request = self.engine.prepare(
-            prompt_ids, params, thinking=thinking, starts_in_thinking=starts_in_thinking, key=self.key
-        )
+            prompt_ids, params, thinking=thinking, starts_in_thinking=starts_in_thinking, key=self.key,
+            adapter=self.adapter,
+        )  # fmt: skip
         self.last = request.choices[0]
         return self._pieces(request, stopping)
 

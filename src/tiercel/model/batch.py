@@ -27,6 +27,7 @@ frequencies_of = lru_cache(maxsize=None)(frequencies)  # also keeps alive what a
 class Batch:
     """Where each row's new tokens lie (`spans`), and the states they go on from.
 
+    adapters: what each row wears, [] for nobody.
     rows (B, 3) int64: address of the state's words, first token, how many (`Row` in ops/cpu/kernels.h).
     native: whether this forward runs on the kernels; its activations are float32 then.
     """
@@ -45,6 +46,7 @@ class Batch:
         self.rows = torch.zeros(len(self.lengths), 3, dtype=torch.int64)
         self._rows = self.rows.numpy()
         self._rows[:, 1], self._rows[:, 2] = stops - self.lengths, self.lengths
+        self.adapters = [] if states is None else [state.adapter for state in states]
         if states is not None:
             self.half = states[0].dtype == torch.bfloat16
             self.refill(states)

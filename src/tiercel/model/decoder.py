@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tiercel.errors import RequestError
+from tiercel.model.adapters import Adapters
 from tiercel.model.batch import Batch
 from tiercel.model.block import Block
 from tiercel.model.config import ModelConfig
@@ -41,6 +42,7 @@ class Decoder(nn.Module):
         self._tie()
         self._steps = Steps()
         self._pool = Pool()
+        self.adapters = Adapters(self)
 
     @overload
     def forward(self, tokens: Tensor, states: State | None = None, *, keep: int | None = None) -> Tensor: ...
@@ -99,11 +101,20 @@ class Decoder(nn.Module):
         """
         lengths = batch.lengths
         # with states there are no gradients; the logits, made outside of the mode, are tensors like any other
-        with nullcontext() if states is None else torch.inference_mode():
-            x_TD = self._body(tokens_T, batch, states)
-        if keep is not None and any(length > keep for length in lengths):
-            x_TD = torch.cat([x_TD[span][-keep:] for span in batch.spans])
-        return self.head(self.norm(x_TD), self.config.logit_scale).float()
+        worn = batch.adapters if any(batch.adapters) else []
+        try:
+            if worn:
+                self.adapters.put_on(worn, lengths)
+            with nullcontext() if states is None else torch.inference_mode():
+                x_TD = self._body(tokens_T, batch, states)
+            if keep is not None and any(length > keep for length in lengths):
+                x_TD = torch.cat([x_TD[span][-keep:] for span in batch.spans])
+                if worn:
+                    self.adapters.put_on(worn, [min(keep, length) for length in lengths])
+            return self.head(self.norm(x_TD), self.config.logit_scale).float()
+        finally:
+            if worn:
+                self.adapters.take_off()
 
     def _body(
         self, tokens_T: Tensor, batch: Batch | SlotBatch, states: Sequence[State] | Sequence[Slots] | None
@@ -121,10 +132,14 @@ class Decoder(nn.Module):
         tokens_L = self._checked([tokens_L], [state])
         state.settle()
         state.reserve(len(tokens_L))
-        with torch.inference_mode():
-            x_LD = self._body(tokens_L, Batch([len(tokens_L)], [state], tokens_L.device), [state])
-            state.length += len(tokens_L)
-            return self.norm(x_LD).float()
+        try:
+            self.adapters.put_on([state.adapter], [len(tokens_L)])
+            with torch.inference_mode():
+                x_LD = self._body(tokens_L, Batch([len(tokens_L)], [state], tokens_L.device), [state])
+                state.length += len(tokens_L)
+                return self.norm(x_LD).float()
+        finally:
+            self.adapters.take_off()
 
     def features(self, tokens_BL: Tensor, batch: PackedRows) -> Tensor:
         """What the last norm gives out for rows full of documents, (T, D), with gradients: the input of `head`."""
@@ -196,12 +211,19 @@ class Decoder(nn.Module):
             hold(self.head, "weight", self.embed.weight)
 
     def train(self, mode: bool = True) -> Decoder:
-        if mode:
+        if mode and not self.frozen:
             self.unpack()
         return super().train(mode)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether PEFT's adapters are what is trained: the matrices under them stay as the kernels read them."""
+        return any(".lora_" in name for name, p in self.named_parameters() if p.requires_grad)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
-        self.unpack()  # panels know one device and one dtype
+        probe = torch.empty(0)
+        if not (self.frozen and fn(probe) is probe):
+            self.unpack()  # panels know one device and one dtype
         if isinstance(self.embed.weight, QTensor) and fn(torch.empty(0)).device.type != "cpu":
             raise RequestError("quantized weights run on the CPU; load the model with dtype='bfloat16' to move it")
         return super()._apply(fn, recurse)
@@ -218,11 +240,15 @@ class Decoder(nn.Module):
         packed = isinstance(weight, QTensor) and weight.packed
         return torch.bfloat16 if packed and (self.native or weight.device.type == "cuda") else weight.dtype
 
-    def new_state(self) -> State:
-        """An empty memory for one text."""
+    def new_state(self, adapter: str | None = None) -> State:
+        """An empty memory for one text, whose rows wear that adapter; RequestError when there is none of that name."""
         device = self.embed.weight.device
         layers = [[layer_state(m, self.dtype, device) for m in layer.mixers] for layer in self.config.layers]
-        return State(layers, self.fingerprint, self._pool)
+        if adapter is None:
+            return State(layers, self.fingerprint, self._pool)
+        state = State(layers, f"{self.fingerprint}+{self.adapters[adapter].id}", self._pool)
+        state.adapter = adapter
+        return state
 
     def load_state(self, path: str | Path) -> State:
         """A saved state; FormatError when it is damaged or was saved by another model or dtype."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiercel.model.adapters import Low
 from tiercel.ops import cpu
 from tiercel.ops.linear import QTensor, linear
 from tiercel.ops.norm import add_rms_norm, rms_norm
@@ -31,11 +32,19 @@ def rounds(after: nn.Module) -> dict[str, bool]:
 
 
 class Linear(nn.Linear):
-    """y = W x + b,  W: (out, in), plain or packed; see `ops.linear`."""
+    """y = W x + b,  W: (out, in), plain or packed; see `ops.linear`.  adapters: what some rows add to it."""
+
+    adapters: Low | None = None
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """scale · W x + b"""
-        return linear(x, self.weight, self.bias, scale)
+        y = linear(x, self.weight, self.bias, scale)
+        return y if self.adapters is None else self.adapters.add(y, x, scale)
+
+    @property
+    def bare(self) -> bool:
+        """Whether the product is all there is, so that it may be fused with others."""
+        return self.adapters is None
 
     def reset_parameters(self) -> None:
         """Left as allocated; see the module's note."""
@@ -82,7 +91,7 @@ def named_weights(network: nn.Module) -> Iterator[tuple[str, nn.Parameter | QTen
     seen: set[int] = set()
     for owner, module in network.named_modules():
         for name, value in vars(module).items():
-            packed = isinstance(value, QTensor) or (isinstance(value, list) and isinstance(value[0], QTensor))
+            packed = isinstance(value, QTensor) or (isinstance(value, list) and value and isinstance(value[0], QTensor))
             if packed and id(value) not in seen:
                 seen.add(id(value))
                 yield f"{owner}.{name}", value

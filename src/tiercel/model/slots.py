@@ -270,6 +270,7 @@ class SlotBatch:
     """
 
     native = True
+    adapters: Sequence[str | None] = ()
 
     def __init__(self, slots: Slots, rows: Sequence[int], lengths: Sequence[int]) -> None:
         self.slots, self.rows, self.lengths, self.step = slots, list(rows), list(lengths), False

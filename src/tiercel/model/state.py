@@ -441,7 +441,10 @@ class State:
     """What a network remembers of one text: one `LayerState` per mixer of every layer.
 
     pool: where its pages come from and go back to; that of the network, so that texts leave each other theirs.
+    adapter: what its rows wear (model/adapters.py).
     """
+
+    adapter: str | None = None
 
     FORMAT = "tiercel-state-2"
     LENGTH, PARTIALS, SEGMENTS, TABLE, HEADER = 0, 1, 2, 3, 4
@@ -576,6 +579,7 @@ class State:
         """A second state that continues from here on its own."""
         layers = [[layer_state(p.config, p.dtype, p.device) for p in layer] for layer in self.layers]
         twin = State(layers, self.model, self._pages.pool)
+        twin.adapter = self.adapter
         recurrent = tuple((part.tensors(), part.base) for part in self._recurrent)
         twin.restore(Snapshot(self.length, self._pages.share(self.length), recurrent))
         return twin

@@ -73,7 +73,8 @@ class Steps:
     ) -> list[Tensor]:
         """Logits of each row, from a recording where there is one."""
         key = (tuple(lengths), keep, states[0].dtype)
-        if not network.native or len(tokens_T) > MOST_TOKENS:
+        worn = any(state.adapter is not None for state in states)
+        if worn or not network.native or len(tokens_T) > MOST_TOKENS:
             return network._run(tokens_T, Batch(lengths, states, tokens_T.device), states, keep)
         known = self.seen.get(key)
         if isinstance(known, Step) and not known.holds():

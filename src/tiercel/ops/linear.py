@@ -14,10 +14,13 @@ Letters: T tokens, N outputs, K inputs.
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tiercel import quant
 from tiercel.ops import cpu, triton
@@ -103,12 +106,59 @@ class QTensor:
     # ── product ──
 
     def multiply(self, x: Tensor, bias_N: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """scale · x Wᵀ + b, (…, K) → (…, N) float32.  Gradients reach x, never W."""
-        if not self.in_panels or (torch.is_grad_enabled() and x.requires_grad):
+        """scale · x Wᵀ + b, (…, K) → (…, N) float32.  Gradients reach x and b, never W."""
+        if torch.is_grad_enabled() and (x.requires_grad or (bias_N is not None and bias_N.requires_grad)):
+            y: Tensor = Product.apply(x, self, bias_N, scale)
+            return y
+        if not self.in_panels:
             return multiply_reference(x, self, bias_N, scale)
         x = x.float().contiguous()
         y_TN = cpu.linear(self.type, self.data, self.shape, x.view(-1, x.shape[-1]), bias_N, scale, self.exact)
         return y_TN.view(*x.shape[:-1], self.shape[0])
+
+    def back(self, dy: Tensor, scale: float = 1.0) -> Tensor:
+        """scale · dy W, (…, N) → (…, K) float32: what `multiply` needs on the way back."""
+        N, K = self.shape
+        half = self.type == "BF16" and not self.exact and _multiplies_bf16()
+        dy_TN = (dy.float() * scale if scale != 1.0 else dy).reshape(-1, N)
+        dy_TN = dy_TN.to(torch.bfloat16 if half else torch.float32)
+        dx_TK, step = torch.zeros(len(dy_TN), K), max(16, SLAB // K // 16 * 16)
+        for start in range(0, N, step):
+            stop = min(start + step, N)
+            if half:
+                dx_TK += dy_TN[:, start:stop] @ self.numbers(start, stop)
+            else:
+                dx_TK.addmm_(dy_TN[:, start:stop], self.floats(start, stop))
+        return dx_TK.view(*dy.shape[:-1], K)
+
+    def floats(self, start: int, stop: int) -> Tensor:
+        """Rows start … stop, float32: `numbers` where nobody minds which way they are unpacked."""
+        if self.in_panels:
+            return cpu.rows(self.type, self.data, self.shape, torch.arange(start, stop))
+        return self.numbers(start, stop).float()
+
+
+@cache
+def _multiplies_bf16() -> bool:
+    """Whether torch multiplies bfloat16 fast here."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Product(torch.autograd.Function):
+    """`QTensor.multiply` with a way back, dx = scale · dy W: W stays as it is held and is unpacked a slab at a time,
+    x is not kept.  Forward is what runs without gradients, its rounding of inputs too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QTensor, bias_N: Tensor | None, scale: float) -> Tensor:
+        ctx.weight, ctx.scale, ctx.dtype = weight, scale, x.dtype
+        return weight.multiply(x, bias_N, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        dx = ctx.weight.back(dy, ctx.scale).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        db_N = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return dx, None, db_N, None
 
 
 def multiply_reference(x: Tensor, weight: QTensor, bias_N: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -123,11 +173,12 @@ def multiply_reference(x: Tensor, weight: QTensor, bias_N: Tensor | None = None,
 
 def gated(x: Tensor, gate_: nn.Linear, up: nn.Linear, activation: str) -> Tensor:
     """act(gate x) · up x"""
-    if _one_row(x) and gate_.bias is None and all(isinstance(m.weight, Tensor) for m in (gate_, up)):
+    bare = all(getattr(m, "bare", False) for m in (gate_, up))  # nothing is added to these products
+    if bare and _one_row(x) and gate_.bias is None and all(isinstance(m.weight, Tensor) for m in (gate_, up)):
         from tiercel.ops.triton import linear as kernels
 
         return kernels.plain(x, gate_.weight, None, up.weight, activation)
-    few = x.is_cuda and x.numel() <= 4 * x.shape[-1] and gate_.bias is None
+    few = bare and x.is_cuda and x.numel() <= 4 * x.shape[-1] and gate_.bias is None
     if few and all(getattr(m.weight, "meets_rounded", False) for m in (gate_, up)):
         from tiercel.ops.triton import linear as kernels
 

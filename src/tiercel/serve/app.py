@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tiercel.errors import TiercelError
+from tiercel.errors import RequestError, TiercelError
 from tiercel.serve import library, ollama, openai, openapi, page, responses
 from tiercel.serve.connection import connection
 from tiercel.serve.errors import BUSY, Refusal, log, plain, reply, reply_to
@@ -237,17 +237,25 @@ class Server(uvicorn.Server):
         loop.call_later(self.service.settings.drain, self.service.expire)
 
 
-def run(settings: Settings, names: list[str]) -> None:
-    """Serve until a signal comes.  names: models to load first; files of one's own get the name of their file."""
+def run(settings: Settings, names: list[str], adapters: dict[str, Path] | None = None) -> None:
+    """Serve until a signal comes.  names: models to load first; files of one's own get the name of their file.
+    adapters: name → folder; the first model wears each under its own name, a colon and that name."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     sys.setswitchinterval(0.001)  # five by default: so long an answer would wait for the engine's thread at every turn
     service = Service(settings)
-    asyncio.run(_run(service, names))
+    asyncio.run(_run(service, names, adapters or {}))
 
 
-async def _run(service: Service, names: list[str]) -> None:
+async def _run(service: Service, names: list[str], adapters: dict[str, Path]) -> None:
+    if adapters and not names:
+        raise RequestError("--adapter needs a model to put it on: tiercel serve MODEL --adapter NAME=FOLDER")
+    for name, folder in adapters.items():
+        base = served_name(service, names[0])
+        wearing = f"{base.split(':')[0]}:{name}"
+        service.models.adapters[wearing] = base, folder
+        (await service.models.lease(wearing)).release()
     for name in names:
         lease = await service.models.lease(served_name(service, name))
         service.models.pinned.add(lease.loaded.name)

@@ -47,7 +47,7 @@ def _ids(lease: Lease, text: Input, truncate: bool) -> list[int]:
 
 async def _run(lease: Lease, ids: list[int]) -> list[float]:
     """Chunk by chunk between the engine's steps, so that running answers wait for one chunk at most."""
-    run = Mean(lease.loaded.model.network, ids)
+    run = Mean(lease.loaded.model.network, ids, lease.adapter)
     while not run.done:
         await lease.loaded.engine.call(run.step)
     return run.mean
@@ -56,8 +56,8 @@ async def _run(lease: Lease, ids: list[int]) -> list[float]:
 class Mean:
     """The mean hidden state of a text, a chunk at a time."""
 
-    def __init__(self, network: Any, ids: Sequence[int]) -> None:
-        self.network, self.ids, self.read, self.state = network, ids, 0, None
+    def __init__(self, network: Any, ids: Sequence[int], adapter: str | None = None) -> None:
+        self.network, self.ids, self.read, self.state, self.adapter = network, ids, 0, None, adapter
         self.total_D: Any = 0.0
         self.mean: list[float] = []
 
@@ -70,7 +70,7 @@ class Mean:
 
         from tiercel.generate import PREFILL
 
-        self.state = self.state or self.network.new_state()
+        self.state = self.state or self.network.new_state(self.adapter)
         chunk = self.ids[self.read : self.read + PREFILL]
         tokens_L = torch.tensor(chunk, device=self.network.embed.weight.device)
         self.total_D = self.total_D + self.network.hidden(tokens_L, self.state).double().sum(0)

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -151,6 +152,7 @@ def capabilities(template: str) -> list[str]:
 
 def modelfile(name: str, extras: dict[str, Any]) -> str:
     lines = [f"FROM {extras.get('from') or name}"]
+    lines += [f"ADAPTER {extras['adapter']}"] if extras.get("adapter") else []
     lines += [f"PARAMETER {key} {value}" for key, value in _pairs(extras.get("parameters") or {})]
     lines += [f'{key.upper()} """{extras[key]}"""' for key in ("template", "system") if extras.get(key)]
     lines += [f"MESSAGE {message['role']} {message.get('content', '')}" for message in extras.get("messages") or ()]
@@ -227,8 +229,8 @@ async def create(request: Request) -> Response:
     name = body.wanted()
     if hub.store_folder(name) is None:
         raise Refusal(400, "invalid model name")
-    if body.adapters:
-        raise Refusal(400, "adapters are not supported: merge the adapter into the model first")
+    if body.adapters and set(body.adapters) != set(store.ADAPTER_FILES):
+        raise Refusal(400, f"adapters: the two files {' and '.join(store.ADAPTER_FILES)} make an adapter")
     if body.quantize:
         raise Refusal(400, "quantize is not supported here; use: tiercel quantize MODEL OUT --to q4_k_m")
     if not body.from_ and not body.files:
@@ -251,9 +253,29 @@ async def _creating(
         yield {"status": "using already created layer"}
         base = await asyncio.to_thread(request.app.state.service.models.find, body.from_)
         local, extras = base.local, {**base.extras, **extras}
+    worn = None if body.files else base.adapter
+    if body.adapters:
+        yield {"status": "checking adapter"}
+        worn = await asyncio.to_thread(_adapter_from_blobs, body.adapters, local)
+        extras = {**extras, "adapter": "adapter"}
     yield {"status": "writing manifest"}
-    await asyncio.to_thread(store.put, name, local, extras)
+    await asyncio.to_thread(store.put, name, local, extras, worn)
     yield {"status": "success"}
+
+
+def _adapter_from_blobs(files: dict[str, str], local: hub.LocalModel) -> Path:
+    """Two files that were sent in as blobs, as a folder; it must fit the model."""
+    paths = {name: store.blob_path(digest) for name, digest in files.items()}
+    for name, path in paths.items():
+        if not path.is_file():
+            raise Refusal(400, f'blob "{files[name]}" not found')
+    both = " ".join(paths[name].name for name in store.ADAPTER_FILES)
+    folder = hub.home() / "blobs" / f"adapter-{hashlib.sha256(both.encode()).hexdigest()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in paths.items():
+        if not (folder / name).exists():
+            (folder / name).hardlink_to(path)
+    return store.checked_adapter(folder, local.path)
 
 
 def _from_blob(files: dict[str, str]) -> hub.LocalModel:

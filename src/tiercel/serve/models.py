@@ -57,6 +57,7 @@ class Named:
     name: str
     local: hub.LocalModel
     extras: dict[str, Any] = field(default_factory=dict)  # parameters, system, template, messages, license
+    adapter: Path | None = None  # a folder in PEFT's form that it wears
 
 
 @dataclass(eq=False)
@@ -72,6 +73,19 @@ class Loaded:
     tokens: int = 0  # prompt tokens of the requests in flight
     used: float = field(default_factory=time.monotonic)
     size: int = 0
+    adapters: dict[str, str] = field(default_factory=dict)  # digest, the name in the network → the name asked for
+
+    def wear(self, named: Named) -> str | None:
+        """The adapter of a name, loaded if it is not yet, by its digest: what its files hold now."""
+        if named.adapter is None:
+            return None
+        from tiercel.weights.adapters import digest
+
+        known = digest(named.adapter)
+        if known not in self.adapters:
+            self.model.load_adapter(known, named.adapter, lock=self.engine.engine.between_steps())
+            self.adapters[known] = named.name
+        return known
 
 
 class Lease:
@@ -80,6 +94,7 @@ class Lease:
     def __init__(self, models: Models, named: Named, loaded: Loaded, load: float) -> None:
         self.models, self.named, self.loaded, self.load = models, named, loaded, load
         self._held, self._tokens = True, 0
+        self.adapter: str | None = None  # by its name in the network
         loaded.users += 1
 
     def take(self, tokens: int) -> None:
@@ -109,6 +124,7 @@ class Models:
         self.settings, self.opener = settings, opener
         self.loaded: dict[tuple[Any, ...], Loaded] = {}
         self.paths: dict[str, Path] = {}  # names given on the command line for files of one's own
+        self.adapters: dict[str, tuple[str, Path]] = {}  # "base:name" of the command line → base, folder
         self.pinned: set[str] = set()  # names that stay for ever unless a request says otherwise
         self.lock = asyncio.Lock()  # one model is loaded at a time
         self.wake = asyncio.Event()
@@ -119,6 +135,10 @@ class Models:
     def find(self, name: str) -> Named:
         """Raises Refusal 404.  A client's name is never a path."""
         short = name.removesuffix(":latest")
+        if short in self.adapters:
+            base, folder = self.adapters[short]
+            below = self.find(base)
+            return Named(short, below.local, {**below.extras, "from": base, "adapter": folder.name}, folder)
         if path := self.paths.get(short):
             return Named(short, hub.LocalModel(short, path, _bytes(path), "", path.stat().st_mtime, "path"))
         try:
@@ -128,11 +148,12 @@ class Models:
             local_ = None
         if local_ is None or local_.source == "path":
             raise Refusal(404, f"model '{name[:200]}' not found", param="model")
-        return Named(name, local_, extras_of(local_))
+        return Named(name, local_, extras_of(local_), hub.adapter_of(local_.name))
 
     def all(self) -> list[Named]:
-        found = [Named(local.name, local, extras_of(local)) for local in hub.list_models()]
-        return [*(self.find(name) for name in self.paths), *found]
+        here = hub.list_models()
+        found = [Named(local.name, local, extras_of(local), hub.adapter_of(local.name)) for local in here]
+        return [*(self.find(name) for name in (*self.paths, *self.adapters)), *found]
 
     # ── memory
 
@@ -140,13 +161,20 @@ class Models:
         """Raises Refusal 404, DoesNotFit, FormatError."""
         named = self.find(name)  # a few looks at the disk: a thread would take longer to begin
         key = _key(named)
-        if key in self.loaded:
-            return Lease(self, named, self.loaded[key], 0.0)
         began = time.monotonic()
-        async with self.lock:
-            if key not in self.loaded:
-                self.loaded[key] = await self._load(named)
-        return Lease(self, named, self.loaded[key], time.monotonic() - began)
+        if key not in self.loaded:
+            async with self.lock:
+                if key not in self.loaded:
+                    self.loaded[key] = await self._load(named)
+        elif named.adapter is None:
+            return Lease(self, named, self.loaded[key], 0.0)
+        lease = Lease(self, named, self.loaded[key], time.monotonic() - began)
+        try:
+            lease.adapter = await asyncio.to_thread(lease.loaded.wear, named)
+        except BaseException:
+            lease.release()
+            raise
+        return lease
 
     async def _load(self, named: Named) -> Loaded:
         while len(self.loaded) >= self.settings.models:

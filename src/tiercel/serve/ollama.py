@@ -509,7 +509,7 @@ def _resident(models: Any, loaded: Loaded) -> dict[str, Any]:
     name = tagged(loaded.name)
     return {"name": name, "model": name, "size": loaded.size, "digest": digest(named), "details": details(named),
             "expires_at": stamp(expires.timestamp()), "size_vram": 0,
-            "context_length": loaded.model.max_length}  # fmt: skip
+            "context_length": loaded.model.max_length, "adapters": sorted(loaded.adapters.values())}  # fmt: skip
 
 
 async def version(request: Request) -> Response:

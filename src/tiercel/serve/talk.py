@@ -347,7 +347,7 @@ async def answer(service: Service, lease: Lease, ask: Ask, counts: Counts) -> As
     voter = None if ask.vote is None else Voter(ask.vote)
     stream = lease.loaded.engine.submit(
         ask.ids, ask.params, thinking=ask.thinking, starts_in_thinking=ask.starts_in_thinking, turn=ask.turn,
-        constraint=ask.grammar, shown=shown, watch=voter, key=ask.tenant,
+        constraint=ask.grammar, shown=shown, watch=voter, key=ask.tenant, adapter=lease.adapter,
     )  # fmt: skip
     running = Running(stream, service.settings)
     service.running.add(running)

@@ -13,7 +13,7 @@ from tiercel.errors import RequestError
 if TYPE_CHECKING:
     from tiercel.train.loop import Settings
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a network: pretrain, sft.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a network: pretrain, sft, lora.")
 
 Data = Annotated[Path, typer.Argument(help='JSONL, one example a line: {"messages": […]} or {"text": …}.')]
 Out = Annotated[Path, typer.Option(help="Folder for the checkpoint, the log and the plot.")]
@@ -125,6 +125,53 @@ def sft(
     _say(found, json)
 
 
+@app.command()
+def lora(
+    model: Annotated[str, typer.Argument(help="A model as for run: it stays as it is.")],
+    data: Data,
+    out: Out,
+    rank: Annotated[int, typer.Option(help="Rank of the adapter.", min=1)] = 16,
+    alpha: Annotated[float, typer.Option(help="Its product counts alpha / rank.")] = 32,
+    dropout: Annotated[float, typer.Option(help="Of its inputs.", min=0, max=0.99)] = 0.0,
+    targets: Annotated[str, typer.Option(help="Projections, with commas; all without it.")] = "",
+    quantize: Annotated[str | None, typer.Option(help="QLoRA: pack the model first, q4_k_m, nf4, int8 …")] = None,
+    loss_on: Annotated[str, typer.Option(help="Roles that are learned, with commas; or all.")] = "assistant",
+    held_out: HeldOut = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch: Batch = 1,
+    accumulate: Accumulate = 8,
+    length: Length = 512,
+    lr: Lr = 2e-4,
+    schedule: Schedule = "cosine",
+    warmup: Warmup = 10,
+    weight_decay: WeightDecay = 0.0,
+    clip: Clip = 1.0,
+    save_every: SaveEvery = 100,
+    eval_every: EvalEvery = 0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    recompute: Recompute = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Learn the answers of conversations in an adapter (LoRA; with --quantize QLoRA)."""
+    from tiercel.train.data import ROLES
+    from tiercel.train.lora import TARGETS, lora
+
+    roles = tuple(role.strip() for role in loss_on.split(","))
+    if unknown := [role for role in roles if role not in (*ROLES, "all")]:
+        raise RequestError(f"--loss-on: no role {unknown[0]!r}; choose from {', '.join(ROLES)}, all")
+    wanted = tuple(word.strip() for word in targets.split(",") if word.strip()) or TARGETS
+    settings = _settings(steps, epochs, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
+        accumulate=accumulate, save_every=save_every, eval_every=eval_every, device=device, recompute=recompute,
+        resume=resume, out=out, quiet=quiet or json)  # fmt: skip
+    found = lora(model, data, settings, rank=rank, alpha=alpha, dropout=dropout, targets=wanted, quantize=quantize,
+                 loss_on=roles, held_out=held_out, rows=batch, length=length, epochs=epochs, seed=seed)  # fmt: skip
+    _say(found, json, f"tiercel merge {model} {out} merged.gguf, or tiercel serve {model} --adapter name={out}")
+
+
 def _settings(steps: int | None, epochs: float | None, **rest: Any) -> Settings:
     from tiercel.train.loop import Settings
 
@@ -133,7 +180,7 @@ def _settings(steps: int | None, epochs: float | None, **rest: Any) -> Settings:
     return Settings(steps=1 if steps is None else steps, **rest)
 
 
-def _say(found: dict[str, Any], json: bool) -> None:
+def _say(found: dict[str, Any], json: bool, then: str | None = None) -> None:
     if json:
         print(json_module.dumps(found), flush=True)
         return
@@ -142,4 +189,4 @@ def _say(found: dict[str, Any], json: bool) -> None:
     print(f"loss {found['loss']:.4f}{held} after {found['steps']} steps, {speed}")
     if found.get("left_out"):
         print(f"{found['left_out']} examples are longer than --length and were left out")
-    print(f"written to {found['out']}: try  tiercel run {found['out']}")
+    print(f"written to {found['out']}: try  {then or 'tiercel run ' + str(found['out'])}")

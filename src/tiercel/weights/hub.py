@@ -262,6 +262,12 @@ def reads_as_prompt(text: str) -> bool:
     return len(text.split()) > 1 or any(mark in text for mark in "?!+*=,")
 
 
+def adapter_of(name: str | Path) -> Path | None:
+    """The adapter that a model of one's own wears (a Modelfile's ADAPTER), or None."""
+    folder = None if isinstance(name, Path) or is_path(name) else store_folder(name)
+    return folder / "adapter" if folder and (folder / "adapter" / "adapter_config.json").is_file() else None
+
+
 # ── what is here
 
 

@@ -24,7 +24,8 @@ from tiercel.weights.atomic import atomic_write
 from tiercel.weights.fetch import file_digest, read_json
 
 DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
-EXTRAS = ("parameters", "system", "template", "messages", "license", "from")
+EXTRAS = ("parameters", "system", "template", "messages", "license", "from", "adapter")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # in the folder `adapter` beside the model
 
 
 def blob_path(digest: str) -> Path:
@@ -42,11 +43,11 @@ def copy(source: str, target: str) -> None:
         raise ModelNotFound(f"{source} is not on this machine; type: tiercel pull {source}")
     old = hub.store_folder(local.name)
     extras = read_json(old / "tiercel.json").get("extras") if old else None
-    put(target, local, extras if isinstance(extras, dict) else {})
+    put(target, local, extras if isinstance(extras, dict) else {}, hub.adapter_of(local.name))
 
 
-def put(target: str, local: hub.LocalModel, extras: Mapping[str, Any]) -> None:
-    """Make `target` a name of the model, with what a Modelfile adds."""
+def put(target: str, local: hub.LocalModel, extras: Mapping[str, Any], adapter: Path | None = None) -> None:
+    """Make `target` a name of the model, with what a Modelfile adds.  adapter: a folder in PEFT's form, copied."""
     folder = hub.store_folder(target)
     if folder is None:
         raise RequestError(f"{target[:80]!r} cannot be a name: small letters, digits and .-_, with a tag after a colon")
@@ -66,12 +67,31 @@ def put(target: str, local: hub.LocalModel, extras: Mapping[str, Any]) -> None:
         except OSError:  # another file system
             shutil.copyfile(real, part)
         part.replace(folder / file)
+    _put_adapter(adapter, folder / "adapter")
     known = read_json(real.parent / "tiercel.json").get("sha256")
     sha256 = known if isinstance(known, str) else file_digest(folder / file, lambda what, done, total: None)
     manifest = {"name": target, "source": local.source or local.name, "file": file, "sha256": sha256,
                 "bytes": (folder / file).stat().st_size, "extras": dict(extras)}  # fmt: skip
     with atomic_write(folder / "tiercel.json") as out:
         out.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+
+
+def _put_adapter(adapter: Path | None, place: Path) -> None:
+    files = {} if adapter is None else {name: (adapter / name).read_bytes() for name in ADAPTER_FILES}
+    shutil.rmtree(place, ignore_errors=True)
+    for name, content in files.items():
+        place.mkdir(exist_ok=True)
+        with atomic_write(place / name) as out:
+            out.write(content)
+
+
+def checked_adapter(adapter: Path, model: Path) -> Path:
+    """The adapter, once it is known to fit the model.  Raises FormatError, UnsupportedError, ModelNotFound."""
+    from tiercel.weights.adapters import read
+    from tiercel.weights.load import open_checkpoint
+
+    read(adapter, open_checkpoint(model).layout)
+    return adapter
 
 
 def remove(name: str) -> None:
@@ -109,14 +129,20 @@ def create(name: str, wanted: Modelfile, folder: Path) -> None:
         raise ModelNotFound(f"{base} is not on this machine; type: tiercel pull {base}")
     old = None if local.source == "path" else hub.store_folder(local.name)
     before = read_json(old / "tiercel.json").get("extras") if old else None
-    put(name, local, {**(before if isinstance(before, dict) else {}), **extras, "from": wanted.base})
+    worn = hub.adapter_of(local.name) if old else None
+    if wanted.adapter:
+        worn = checked_adapter((folder / Path(wanted.adapter).expanduser()).resolve(), local.path)
+        extras["adapter"] = worn.name
+    put(name, local, {**(before if isinstance(before, dict) else {}), **extras, "from": wanted.base}, worn)
 
 
 @dataclass
 class Modelfile:
-    """FROM, and what is added.  parameters: Ollama's option names; `stop` collects a list."""
+    """FROM, and what is added.  parameters: Ollama's option names; `stop` collects a list.
+    adapter: a folder in PEFT's form, counted from the Modelfile's."""
 
     base: str = ""
+    adapter: str = ""
     extras: dict[str, Any] = field(default_factory=dict)
 
 
@@ -154,12 +180,14 @@ def parse_modelfile(text: str) -> Modelfile:
 def _instruction(found: Modelfile, word: str, value: str, at: int) -> None:
     if word not in WORDS:
         raise RequestError(f"line {at}: {word[:40]!r} is no instruction; there are {', '.join(WORDS)}")
-    if word == "ADAPTER":
-        raise RequestError(f"line {at}: ADAPTER is not served; merge the adapter into the model first")
     if not value:
         raise RequestError(f"line {at}: {word} needs a value")
     if word == "FROM":
         found.base = value
+    elif word == "ADAPTER":
+        if found.adapter:
+            raise RequestError(f"line {at}: a model wears one ADAPTER; make another model for another")
+        found.adapter = value
     elif word in ("TEMPLATE", "SYSTEM"):
         found.extras[word.lower()] = value
     elif word == "LICENSE":
@@ -185,7 +213,7 @@ def _parameter(parameters: dict[str, Any], name: str, text: str) -> None:
 def check_extras(extras: Mapping[str, Any]) -> dict[str, Any]:
     """What `create` may add, with its types.  Raises RequestError."""
     kinds: dict[str, Any] = {"parameters": dict, "system": str, "template": str, "messages": list,
-                             "license": (str, list), "from": str}  # fmt: skip
+                             "license": (str, list), "from": str, "adapter": str}  # fmt: skip
     found = {name: value for name, value in extras.items() if value not in (None, "", [], {})}
     for name, value in found.items():
         if name not in kinds or not isinstance(value, kinds[name]):

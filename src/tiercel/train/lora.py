@@ -1,0 +1,133 @@
+"""LoRA and QLoRA (Hu et al. 2021; Dettmers et al. 2023): a small adapter learns, the network stays as it is.
+
+    lora("smollm2", "chats.jsonl", Settings(steps=200, lr=2e-4, out=Path("poet")))
+    lora("smollm2", "chats.jsonl", Settings(...), quantize="q4_k_m")          over packed weights
+
+The frozen matrices are multiplied by the kernels that run them, on the way back from slabs unpacked for the moment
+(`ops.linear.Product`); what learns is float32.  `out` is an adapter in PEFT's form, with the checkpoint's own names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiercel.errors import RequestError, UnsupportedError
+from tiercel.families.family import Layout
+from tiercel.model.decoder import Decoder
+from tiercel.train import start
+from tiercel.train.causal_lm import CausalLM, coverage
+from tiercel.train.data import Batches, read_documents
+from tiercel.train.loop import Settings, fit
+from tiercel.weights import hub
+from tiercel.weights.adapters import CONFIG, FOLDED, folds, module_rows
+from tiercel.weights.atomic import atomic_write
+from tiercel.weights.load import load, read_json
+
+TARGETS = ("q", "k", "v", "o", "in_proj", "out_proj", "gate", "up", "down")  # our names of projections
+
+
+def lora(
+    model: str | Path,
+    data: str | Path,
+    settings: Settings,
+    *,
+    rank: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    targets: Sequence[str] = TARGETS,
+    quantize: str | None = None,
+    loss_on: Sequence[str] = ("assistant",),
+    held_out: str | Path | None = None,
+    rows: int = 1,
+    length: int = 512,
+    epochs: float | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train an adapter on what some roles say, and write it to settings.out.
+
+    targets: projections by our names or the checkpoint's ("q_proj").  quantize: a recipe such as "q4_k_m" or "nf4".
+    Other arguments and the answer: as of `sft`; "coverage" tells which part learns.
+    """
+    start.prepare(settings.out, settings.resume)
+    network, text, layout = load(hub.resolve(model, pull=True), quantize=quantize)
+    torch.manual_seed(seed)
+    adapted = adapt(network, layout, rank=rank, alpha=alpha, dropout=dropout, targets=targets, name=str(model))
+    documents = read_documents(data, text, learn=loss_on).fit_rows(length, cut=False)
+    batches = Batches(documents, rows=rows, length=length, seed=seed)
+    evaluation = None
+    if held_out is not None:
+        evaluation = start.evaluation(read_documents(held_out, text, learn=loss_on).fit_rows(length, cut=False), rows,
+                                      length)  # fmt: skip
+    settings = start.counted_steps(batches, settings, epochs)
+    covered = coverage(adapted)
+    if not settings.quiet:
+        print(f"learning: {covered}", flush=True)
+    result = fit(network, batches, settings, held_out=evaluation)
+    if settings.out is not None:
+        save(adapted, settings.out)
+    found = {"documents": len(documents), "left_out": documents.left_out, "coverage": covered}
+    return start.report(result, settings.out) | found
+
+
+def adapt(
+    network: Decoder,
+    layout: Layout,
+    *,
+    rank: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    targets: Sequence[str] = TARGETS,
+    name: str = "",
+) -> Any:
+    """The network in PEFT's hands, only the adapter wanting gradients.  RequestError for a target nothing matches."""
+    try:
+        import peft
+    except ImportError:
+        raise UnsupportedError("adapters are trained through peft: pip install peft") from None
+    if rank < 1:
+        raise RequestError(f"the rank must be at least 1, not {rank}")
+    network.requires_grad_(False)
+    model = CausalLM(network, layout)
+    model.name_or_path = name
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=matched(layout, targets),
+                             task_type="CAUSAL_LM")  # fmt: skip
+    return peft.get_peft_model(model, config)
+
+
+def matched(layout: Layout, targets: Sequence[str]) -> list[str]:
+    """The checkpoint's names of the projections meant; RequestError where one is in no layer.
+
+    The default list means those of them that there are.
+    """
+    modules = module_rows(layout)
+    ours = {name: row.ours.removesuffix(".weight").rpartition(".")[2] for name, row in modules.items()}
+    leaf = {name: name.rpartition(".")[2] for name in modules}
+    layers = [name for name in modules if modules[name].ours.startswith("layers.")]
+    found: set[str] = set()
+    for target in targets:
+        names = {leaf[name] for name in layers if target in (ours[name], leaf[name])}
+        if not names and tuple(targets) != TARGETS:
+            known = ", ".join(sorted({leaf[name] for name in layers if not modules[name].precise}))
+            raise RequestError(f"the target {target!r} matches nothing in this network; it has {known}")
+        found |= names
+    if not found:
+        raise RequestError("none of the targets is in this network")
+    return sorted(found)
+
+
+def save(adapted: Any, out: Path) -> Path:
+    """Write the adapter in PEFT's form."""
+    adapted.save_pretrained(out, save_embedding_layers=False)  # otherwise it asks the hub about the vocabulary
+    layout: Layout = adapted.get_base_model().layout
+    config = read_json(out / CONFIG)
+    if folds(layout):  # values of a GGUF file hold the multipliers, and so does this adapter
+        config[FOLDED] = True
+        with atomic_write(out / CONFIG) as file:
+            file.write(json.dumps(config, indent=2, sort_keys=True).encode())
+    (out / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a card
+    return out

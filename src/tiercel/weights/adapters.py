@@ -1,0 +1,199 @@
+"""Adapters in PEFT's form: a folder with adapter_config.json and adapter_model.safetensors.
+
+    adapter = read(folder, layout)         LoRA made by PEFT over transformers' model, or by `tiercel train lora`
+    export(Merged(source, adapter), out)   W + B A as a checkpoint
+
+The files use the checkpoint's own names and values.  Where a multiplier stands between its values and ours
+(`Row.scale`: ours = theirs × scale, row by row), B takes it: s (W + B A) = s W + (s B) A.  No PEFT is needed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tiercel.errors import FormatError, ModelNotFound, RequestError, UnsupportedError
+from tiercel.families.family import Layout, Row
+from tiercel.model.adapters import Adapter
+from tiercel.text import Text
+from tiercel.weights.forms import scaled
+from tiercel.weights.load import Source, parameter_shapes, read_json
+from tiercel.weights.safetensors import open_safetensors
+from tiercel.weights.stored import Stored
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+MOST_RANK = 512
+SHARE = 0.25  # of the base's parameters: an adapter that is larger is none
+FOLDED = "tiercel_folded"  # in the config: made over values that already hold the multipliers (a GGUF file's)
+PREFIX = "base_model.model."
+# what would change the sum W + B A: named and refused where it is switched on
+OTHERS = ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "target_parameters", "layer_replication",
+          "alora_invocation_tokens", "trainable_token_indices", "use_bdlora", "arrow_config", "velora_config",
+          "kasa_config", "monteclora_config")  # fmt: skip
+
+
+def is_adapter(path: str | Path) -> bool:
+    return (Path(path) / CONFIG).is_file()
+
+
+def module_rows(layout: Layout) -> dict[str, Row]:
+    """The checkpoint's names of matrices that are modules, such as model.layers.0.self_attn.q_proj → row."""
+    found: dict[str, Row] = {}
+    for row in layout.rows:
+        if isinstance(row.hf, str) and row.ours.endswith(".weight") and row.hf.endswith(".weight"):
+            for name in (row.hf, *row.aliases):
+                found[name.removesuffix(".weight")] = row
+    if layout.config.tied:
+        found.pop("lm_head", None)
+    return found
+
+
+def folds(layout: Layout) -> bool:
+    """Whether the network's values hold multipliers that its file no longer tells: a GGUF file of such a family."""
+    return layout.hf_config is None and layout.family.name == "falcon_h1"
+
+
+def read(folder: str | Path, layout: Layout) -> Adapter:
+    """An adapter for a network of that layout.
+
+    Raises ModelNotFound, FormatError (damaged, or for another network), UnsupportedError (not plain LoRA).
+    """
+    folder = Path(folder)
+    if not is_adapter(folder):
+        raise ModelNotFound(f"{folder} is no adapter: it has no {CONFIG}")
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise FormatError(f"{folder / CONFIG} must hold an object")
+    _check_kind(config, folder, layout)
+    with open_safetensors(folder / TENSORS) as file:
+        return Adapter(digest(folder), _pairs(file.tensors, config, folder, layout))
+
+
+def _pairs(
+    tensors: Mapping[str, Stored], config: Mapping[str, Any], folder: Path, layout: Layout
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Our name of a Linear → A and B, all scales in B."""
+    rows, shapes = module_rows(layout), parameter_shapes(layout)
+    halves: dict[str, dict[str, Stored]] = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name.removeprefix(PREFIX))
+        row = rows.get(found[1]) if found else None
+        if found is None or row is None:
+            raise FormatError(f"{folder}: {layout.family.name} has no place for {name[:120]!r}")
+        halves.setdefault(found[1], {})[found[2]] = tensor
+    if not halves:
+        raise FormatError(f"{folder / TENSORS} holds no adapter")
+    most, total = SHARE * sum(map(math.prod, shapes.values())), 0
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, half in halves.items():
+        row = rows[name]
+        N, K = shapes[row.ours]
+        if set(half) != {"A", "B"}:
+            raise FormatError(f"{folder}: {name} has only half of a pair")
+        R = half["A"].shape[0] if half["A"].shape else 0
+        if half["A"].shape != (R, K) or half["B"].shape != (N, R) or not 1 <= R <= MOST_RANK:
+            shape = f"{half['A'].shape} and {half['B'].shape}"
+            raise FormatError(f"{folder}: {name} is {N} × {K}, and A and B are {shape} (rank 1 to {MOST_RANK})")
+        total += R * (N + K)
+        if total > max(most, 1 << 20):
+            raise FormatError(f"{folder}: more than {SHARE:.0%} of the base's parameters is no adapter")
+        B = scaled(half["B"].rows().float(), row.scale, 0) * _scaling(config, name, R, folder)
+        pairs[row.ours.removesuffix(".weight")] = half["A"].rows().float(), B.float()
+        if not all(bool(t.isfinite().all()) for t in pairs[row.ours.removesuffix(".weight")]):
+            raise FormatError(f"{folder}: {name} holds numbers that are not finite")
+    return pairs
+
+
+def digest(folder: Path) -> str:
+    """What an adapter is known by: of its bytes, so that another one under its name is another."""
+    h = hashlib.sha256()
+    for file in (CONFIG, TENSORS):
+        h.update(hashlib.sha256((folder / file).read_bytes()).digest())
+    return h.hexdigest()[:24]
+
+
+def _check_kind(config: Mapping[str, Any], folder: Path, layout: Layout) -> None:
+    if config.get("peft_type") != "LORA":
+        raise UnsupportedError(f"{folder} is a {str(config.get('peft_type'))[:40]} adapter; LoRA is what is known here")
+    if config.get("bias", "none") != "none":
+        raise UnsupportedError(f"{folder} trains biases (bias {str(config['bias'])[:20]!r}); only matrices are served")
+    if found := next((name for name in OTHERS if config.get(name)), None):
+        raise UnsupportedError(f"{folder} uses {found}; plain LoRA is what is known here")
+    if folds(layout) and not config.get(FOLDED):
+        raise UnsupportedError(
+            f"{folder} was made for a checkpoint with multipliers, and a GGUF file no longer tells them: "
+            "load the folder the GGUF file was made from"
+        )
+    if config.get(FOLDED) and not folds(layout):
+        raise UnsupportedError(f"{folder} was made over a GGUF file, whose values differ by multipliers: load that")
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> float:
+    """alpha / r, or alpha / √r; alpha may differ by module."""
+    alpha = config.get("lora_alpha")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise FormatError(f"{folder / CONFIG}: alpha_pattern must be an object")
+    for pattern, value in patterns.items():  # PEFT's regular expressions; here only names and ends of names
+        name = pattern.removeprefix("^")
+        if not re.fullmatch(r"[\w.]+", name):
+            raise UnsupportedError(f"{folder / CONFIG}: alpha_pattern {pattern[:60]!r} is no module's name")
+        if module == name or module.endswith(f".{name}"):
+            alpha = value
+            break
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise FormatError(f"{folder / CONFIG}: lora_alpha must be a number, not {alpha!r:.40}")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+@dataclass
+class Merged:
+    """A source with an adapter added to its matrices.  What was packed is bfloat16 where the adapter reaches."""
+
+    base: Source
+    adapter: Adapter
+
+    @property
+    def layout(self) -> Layout:
+        return self.base.layout
+
+    def _pair(self, row: Row) -> tuple[Tensor, Tensor] | None:
+        return self.adapter.pairs.get(row.ours.removesuffix(".weight"))
+
+    def stored(self, row: Row) -> str:
+        stored = self.base.stored(row)
+        return stored if self._pair(row) is None or stored in ("F32", "F64", "BF16", "F16") else "BF16"
+
+    def read(self, row: Row, start: int, stop: int) -> Tensor:
+        x, pair = self.base.read(row, start, stop), self._pair(row)
+        if pair is None:
+            return x
+        A, B = pair
+        return x.double() + B[start:stop].double() @ A.double()
+
+    def raw(self, row: Row, start: int, stop: int) -> Tensor:
+        assert self._pair(row) is None, f"{row.ours} is merged, and not packed"
+        return self.base.raw(row, start, stop)
+
+    def text(self) -> Text | None:
+        return self.base.text()
+
+
+def merge(model: str | Path, adapter: str | Path, out: str | Path, *, dtype: str | None = None) -> Path:
+    """Write a checkpoint with the adapter in its matrices: a .gguf file or a Hugging Face folder.
+
+    dtype None: as stored; matrices that were packed and are changed become bfloat16, "float32" loses nothing.
+    """
+    from tiercel.weights.load import export, open_checkpoint
+
+    source = open_checkpoint(model)
+    if Path(out).resolve() == Path(adapter).resolve():
+        raise RequestError(f"{out} is the adapter itself: choose another place")
+    return export(Merged(source, read(adapter, source.layout)), out, dtype=dtype, name=Path(out).stem)
