@@ -31,6 +31,7 @@ from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.graphs import StepGraphs
 from tiercel.model.layers import Embedding, Linear, deviation, fresh, hold, initialize
+from tiercel.model.placed import place
 from tiercel.model.slots import PAGE, Mamba2Slots, Slots
 from tiercel.ops.triton.linear import DeviceQTensor
 
@@ -96,6 +97,7 @@ def network(name: str, kind: str = "bf16") -> Decoder:
                 w = fresh(full, p.shape, depth, g).to("cuda", torch.float32 if precise else torch.bfloat16)
             hold(module, leaf, torch.nn.Parameter(w, requires_grad=False))
     net._tie()
+    place(net)
     return net
 
 
@@ -114,6 +116,10 @@ def packed(kind: str, size: tuple[int, int], spread: float) -> DeviceQTensor:
         d = spread / (40 * 4.6)
         ends = torch.tensor([d, 7.5 * d], dtype=torch.float16, device="cuda").expand(N, K // 256, 2).contiguous()
         return DeviceQTensor(kind, size, bits(N, K // 2), scales, ends)
+    if kind == "Q6_K":
+        d = torch.full((N, K // 256), spread / (40 * 18.5), dtype=torch.float16, device="cuda")
+        scales = torch.full((N, K // 16), 40, dtype=torch.int8, device="cuda")
+        return DeviceQTensor(kind, size, bits(N, K // 2), scales, d, bits(N, K // 4))
     if kind == "NF4":
         return DeviceQTensor(kind, size, bits(N, K // 2), same(spread / 0.6, torch.float32, N, K // 64))
     q = bits(N, K).view(torch.int8)

@@ -12,8 +12,8 @@ import tiercel
 SRC = Path(tiercel.__file__).parent
 LEVELS = {  # a part imports from its own level or below; the command line may import anything
     "errors": 0, "model.config": 0, "sampling": 1, "plan": 1, "quant": 1, "ops": 2, "families": 2,
-    "model": 3, "text": 3, "weights": 4, "steering": 5, "reply": 5, "generate": 5, "engine": 5,
-    "llm": 6, "serve": 7, "evals": 7, "cli": 7,
+    "model": 3, "text": 3, "weights": 4, "problems": 4, "steering": 5, "reply": 5, "generate": 5, "engine": 5,
+    "llm": 6, "serve": 7, "train": 7, "evals": 7, "cli": 7,
 }  # fmt: skip
 # what a file at the root belongs to
 PART = {"console": "cli", "show": "cli", "doctor": "cli", "bench": "cli", "shrink": "cli", "__main__": "cli"}

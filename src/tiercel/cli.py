@@ -22,12 +22,13 @@ from typer.core import TyperGroup
 
 from tiercel.errors import RequestError, TiercelError
 from tiercel.evals.cli import evaluate
+from tiercel.train.cli import app as train_app
 
 if TYPE_CHECKING:
     from tiercel.console import Prompt, Talker
     from tiercel.sampling import SamplingParams
 
-DEFAULT_MODEL = "smollm2"
+DEFAULT_MODEL = "reasoner"  # it comes with the package: `hub.BUNDLED`
 
 
 class Commands(TyperGroup):
@@ -85,6 +86,8 @@ def _print_json(value: Any) -> None:
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode=None, help="Hybrid language models, run on your machine.")  # fmt: skip
 
+app.add_typer(train_app, name="train")
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 ModelName = Annotated[str, typer.Argument(help="Short name, org/repo of the hub, folder or .gguf file.")]
 
@@ -134,13 +137,15 @@ def run(
     """Answer a prompt, or hold a conversation.
 
     The prompt is an argument, a pipe, or both (the piped text comes after).  A model that is missing is pulled.
+    Without a model the small reasoner of this package answers: tiercel run "What is 47 * 86?"
     Where `tiercel serve` runs, it is asked, and nothing is loaded twice.
     """
     given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed,
              "max_tokens": max_tokens, "stop": stop or None}  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     _check_params(given)
-    text = _prompt_text(prompt or [])
+    model, prompt = _model_and_words(model, prompt or [])
+    text = _prompt_text(prompt)
     if text is None and (json or raw or not sys.stdout.isatty()):
         raise RequestError("a conversation needs a terminal; give a prompt, or pipe a text in")
     began = time.perf_counter()
@@ -153,6 +158,15 @@ def run(
         return
     question: Prompt = text if raw else _messages(system, text)
     _answer(talker, model, question, params, load, raw=raw, think=think, hide=hide_thinking, verbose=verbose, json=json)
+
+
+def _model_and_words(model: str, words: list[str]) -> tuple[str, list[str]]:
+    """The first word is a model's name, unless it stands alone and reads as a prompt."""
+    from tiercel.weights import hub
+
+    if not words and model != DEFAULT_MODEL and hub.reads_as_prompt(model):
+        return DEFAULT_MODEL, [model]
+    return model, words
 
 
 def _check_params(given: dict[str, Any]) -> None:
@@ -363,7 +377,7 @@ def bench(
     model: Annotated[
         str,
         typer.Argument(help="A model as for run; with --random a shape (falcon-h1:7b), config.json or pattern file."),
-    ] = DEFAULT_MODEL,
+    ] = "smollm2",
     prompt: Annotated[str, typer.Option(help="Prefill lengths, N[,N…]; 0 for none.")] = "512",
     generate: Annotated[int, typer.Option(help="Decode so many tokens; 0 for none.")] = 64,
     context: Annotated[int, typer.Option(help="Decode after so many tokens of context.")] = 0,

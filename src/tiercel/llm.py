@@ -176,7 +176,7 @@ def _is_ids(prompt: Prompt) -> bool:
 
 
 def load(
-    name: str | Path,
+    name: str | Path = hub.BUNDLED,
     *,
     dtype: str | torch.dtype = "auto",
     quantize: str | None = None,
@@ -184,7 +184,7 @@ def load(
     max_length: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """A model by path, short name or hub name.
+    """A model by path, short name or hub name; the small reasoner that comes with this package without one.
 
     name: a folder with config.json and safetensors, a .gguf file, a pattern file (.json, .toml: fresh weights), a
     short name such as "smollm2" (pulled when missing) or "org/repo".

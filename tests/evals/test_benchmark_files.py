@@ -226,3 +226,14 @@ def test_unknown_tasks_are_answered_with_the_known_ones():
         open_task("gsm9k")
     with pytest.raises(RequestError, match="knows its own fields"):
         open_task("gsm8k", question="q")
+
+
+def test_problems_check_themselves():
+    task = open_task("problems")
+    items = task.load(None)
+    assert {item.group for item in items} >= {"addition", "addition, larger"}
+    assert len({item.id for item in items}) == len(items) >= 800
+    assert [(i.id, i.question) for i in open_task("problems").load(None)] == [(i.id, i.question) for i in items]
+    for item in items[:: len(items) // 60]:
+        assert task.grade(item, item.gold).correct, item
+        assert not task.grade(item, "").correct and not task.grade(item, "banana").correct

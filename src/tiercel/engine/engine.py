@@ -41,6 +41,7 @@ from tiercel.engine.scheduler import Row, Scheduler
 from tiercel.engine.speculative import MOST, Drafter, Speculation, StepCosts
 from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
+from tiercel.model.on_device import OnDevice
 from tiercel.model.state import State, nbytes_together
 from tiercel.sampling import SamplingParams
 from tiercel.text.stream import Piece
@@ -58,7 +59,7 @@ CLOSEST = 64  # tokens between them, at least
 class Model(Protocol):
     """What an engine needs of a `tiercel.Model`."""
 
-    network: Decoder
+    network: Decoder | OnDevice
     text: Text | None
     max_length: int
 
@@ -109,6 +110,10 @@ class Engine:
         if slots < 1 or step_tokens < slots:
             raise RequestError(f"an engine needs slots, and as many step tokens, not {slots} and {step_tokens}")
         self.model, self.network, self.max_queue, self.state_bytes = model, model.network, max_queue, state_bytes
+        if isinstance(self.network, Decoder) and self.network.embed.weight.device.type == "cuda":
+            self.network = OnDevice(self.network, slots, model.max_length)
+        if isinstance(self.network, OnDevice) and state_bytes is None:
+            self.state_bytes = self.network.state_bytes
         self.drafter, self.costs = drafter, StepCosts()
         self.scheduler = Scheduler(slots, step_tokens)
         self.cache = PrefixCache(self.network, _cache_budget() if cache_bytes is None else cache_bytes, spill)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig
-from tiercel.model.layers import Linear
+from tiercel.model.layers import Linear, Ready, rounds
+from tiercel.model.packed import PackedRows
 from tiercel.model.state import AttentionState
 from tiercel.ops.attention import attention
 from tiercel.ops.rotary import rotate
@@ -31,10 +32,16 @@ class Attention(nn.Module):
         self.v = Linear(width, config.kv_heads * P, config.qkv_bias)
         self.o = Linear(config.heads * P, width, config.out_bias)
 
-    def forward(self, h_TD: Tensor, batch: Batch, memories: Sequence[AttentionState | None]) -> Tensor:
-        """h: (T, D) → (T, D); every row attends to its own past."""
-        if batch.native:
-            return self.o(self._natively(h_TD, batch, memories))
+    def forward(
+        self,
+        h_TD: Tensor,
+        batch: Batch | PackedRows,
+        memories: Sequence[AttentionState | None],
+        ready: Ready = {},  # noqa: B006 (read only)
+    ) -> Tensor:
+        """h: (T, D) → (T, D); every row attends to its own past.  ready: products with h made elsewhere."""
+        if not isinstance(batch, PackedRows) and batch.native:
+            return self.o(self._natively(h_TD, batch, memories, ready))
         P = self.config.head_dim
         q_HTP = self.q(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
         k_KTP = self.k(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
@@ -42,6 +49,9 @@ class Attention(nn.Module):
         if self.config.rope is not None:
             turned = rotate(torch.cat((q_HTP, k_KTP)), *batch.rotary(self.config.rope, P))
             q_HTP, k_KTP = turned.split((self.config.heads, self.config.kv_heads))
+        if isinstance(batch, PackedRows):
+            y_HTP = batch.attend(q_HTP, k_KTP, v_KTP, self.scale, self.config.window)
+            return self.o(y_HTP.transpose(0, 1).flatten(1))
         rows = []
         for span, memory in zip(batch.spans, memories, strict=True):
             k, v = k_KTP[:, span], v_KTP[:, span]
@@ -51,17 +61,16 @@ class Attention(nn.Module):
         y_HTP = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
         return self.o(y_HTP.transpose(0, 1).flatten(1))
 
-    def _natively(self, h_TD: Tensor, batch: Batch, memories: Sequence[AttentionState | None]) -> Tensor:
+    def _natively(self, h_TD: Tensor, batch: Batch, memories: Sequence[AttentionState | None], ready: Ready) -> Tensor:
         c = self.config
         assert memories[0] is not None
         return batch.mixers.attention(
             batch.texts_of(memories[0]),
-            self.q(h_TD),
-            self.k(h_TD),
-            self.v(h_TD),
+            *(ready[m] if m in ready else m(h_TD) for m in (self.q, self.k, self.v)),
             None if c.rope is None else batch.rotary(c.rope, c.head_dim),
             heads=c.heads,
             kv_heads=c.kv_heads,
             scale=self.scale,
             window=c.window,
+            **rounds(self.o),
         )

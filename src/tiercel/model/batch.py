@@ -31,6 +31,8 @@ class Batch:
     native: whether this forward runs on the kernels; its activations are float32 then.
     """
 
+    step = False  # of a device: `model.slots.SlotBatch`
+
     def __init__(
         self, lengths: Sequence[int], states: Sequence[State] | None = None, device: torch.device | str = "cpu"
     ) -> None:

@@ -19,6 +19,7 @@ from tiercel.model.layers import RMSNorm
 from tiercel.model.mamba1 import Mamba1
 from tiercel.model.mamba2 import Mamba2
 from tiercel.model.moe import MoE
+from tiercel.model.packed import PackedRows
 from tiercel.ops.pointwise import add
 
 
@@ -34,17 +35,22 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(width, eps)
         self.mixers = nn.ModuleDict({mixer.kind: build_mixer(mixer, width, eps) for mixer in config.mixers})
         self.feed_forward: nn.Module | None = None
+        self.joint: Any = None  # on a GPU: `model.placed.Joint` of the matrices that read the normalised input
         if config.feed_forward is not None:
             self.ffn_norm = RMSNorm(width, eps)
             dense = isinstance(config.feed_forward, GatedMLPConfig)
             self.feed_forward = (GatedMLP if dense else MoE)(config.feed_forward, width)  # type: ignore[arg-type]
 
-    def forward(self, x_TD: Tensor, batch: Batch, memories: Sequence[Sequence[Any]]) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: Batch | PackedRows, memories: Sequence[Sequence[Any]]) -> Tensor:
         """x: (T, D) → (T, D).  memories: for each mixer, what every row remembers (None: nothing)."""
         h_TD = self.mixer_norm(x_TD)
-        runs = [partial(mix, h_TD, batch, m) for mix, m in zip(self.mixers.values(), memories, strict=True)]
+        ready = self.joint(h_TD) if self.joint is not None and batch.step and self.joint.holds() else {}
+        given = {"ready": ready} if ready else {}
+        runs = [partial(mix, h_TD, batch, m, **given) for mix, m in zip(self.mixers.values(), memories, strict=True)]
         mixed = batch.side_by_side(runs)
         if self.feed_forward is None:
             return reduce(add, mixed, x_TD)
         x_TD, h_TD = self.ffn_norm.after(x_TD, mixed)
+        if batch.step and isinstance(self.feed_forward, GatedMLP) and not self.feed_forward._forward_hooks:
+            return self.feed_forward.onto(x_TD, h_TD)
         return add(x_TD, self.feed_forward(h_TD))

@@ -14,12 +14,14 @@ from typing import overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tiercel.errors import RequestError
 from tiercel.model.batch import Batch
 from tiercel.model.block import Block
 from tiercel.model.config import ModelConfig
 from tiercel.model.layers import Embedding, Linear, RMSNorm, hold, pack
+from tiercel.model.packed import PackedRows
 from tiercel.model.pages import Pool
 from tiercel.model.slots import SlotBatch, Slots
 from tiercel.model.state import State, layer_state
@@ -124,6 +126,19 @@ class Decoder(nn.Module):
             state.length += len(tokens_L)
             return self.norm(x_LD).float()
 
+    def features(self, tokens_BL: Tensor, batch: PackedRows) -> Tensor:
+        """What the last norm gives out for rows full of documents, (T, D), with gradients: the input of `head`."""
+        x_TD = self.embed(tokens_BL.flatten())
+        if self.config.residual_fp32:
+            x_TD = x_TD.float()
+        for i, block in enumerate(self.layers):
+            nothing = self._memories(i, None, len(batch.lengths))
+            if batch.recompute and torch.is_grad_enabled():
+                x_TD = checkpoint(block, x_TD, batch, nothing, use_reentrant=False)
+            else:
+                x_TD = block(x_TD, batch, nothing)
+        return self.norm(x_TD)
+
     def _memories(self, layer: int, states: Sequence[State] | None, rows: int) -> list[list[object]]:
         """For every mixer of a layer, what each row remembers."""
         mixers = len(self.config.layers[layer].mixers)
@@ -200,7 +215,8 @@ class Decoder(nn.Module):
     def dtype(self) -> torch.dtype:
         """What states keep of the inputs: that of the matrices, bfloat16 beside quantized ones."""
         weight = self.embed.weight
-        return torch.bfloat16 if isinstance(weight, QTensor) and weight.packed and self.native else weight.dtype
+        packed = isinstance(weight, QTensor) and weight.packed
+        return torch.bfloat16 if packed and (self.native or weight.device.type == "cuda") else weight.dtype
 
     def new_state(self) -> State:
         """An empty memory for one text."""

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from tiercel.model.config import GatedMLPConfig
 from tiercel.model.layers import Linear
-from tiercel.ops.linear import gated
+from tiercel.ops.linear import gated, linear_onto
+from tiercel.ops.pointwise import add
 
 
 class GatedMLP(nn.Module):
@@ -19,3 +20,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down(gated(x_TD, self.gate, self.up, self.activation))
+
+    def onto(self, base_TD: Tensor, x_TD: Tensor) -> Tensor:
+        """base + forward(x), in one product where nobody listens to `down` or has put an adapter there."""
+        if type(self.down) is not Linear or self.down._forward_hooks:
+            return add(base_TD, self(x_TD))
+        h = gated(x_TD, self.gate, self.up, self.activation)
+        return linear_onto(base_TD, h, self.down.weight, self.down.bias)

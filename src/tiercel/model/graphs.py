@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tiercel.model.draws import Draws
 from tiercel.model.moe import MoE
 from tiercel.model.slots import SlotBatch, Slots
 
@@ -24,10 +25,15 @@ LADDER = (1, 2, 4, 8, 16, 32)
 
 
 class StepGraph:
-    """One recorded step: tokens (B) and slot_B in, logits (B, V) out; all three stay where they are."""
+    """One recorded step: tokens (B) and slot_B in, logits (B, V) out; all three stay where they are.
 
-    def __init__(self, network: Decoder, slots: Slots, rows: int, pool: Any = None) -> None:
-        self.network, self.slots = network, slots
+    draws: how the next tokens are chosen; they are left in `tokens`, so the step may be run again at once.
+    """
+
+    def __init__(
+        self, network: Decoder, slots: Slots, rows: int, pool: Any = None, draws: Draws | None = None
+    ) -> None:
+        self.network, self.slots, self.draws = network, slots, draws
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=slots.device)
         self.slot_B = torch.full((rows,), -1, dtype=torch.int32, device=slots.device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -50,6 +56,8 @@ class StepGraph:
         batch = SlotBatch.for_step(self.slots, self.slot_B)
         self.logits = self.network.run(self.tokens, batch, [self.slots])
         self.slots.advance(self.slot_B)
+        if self.draws is not None:
+            self.tokens.copy_(self.draws.choose(self.logits, self.slot_B))
 
     def run(self) -> Tensor:
         """The step, with what is in the buffers."""

@@ -8,7 +8,7 @@ ask which.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,12 @@ from tiercel.ops.linear import QTensor, linear
 from tiercel.ops.norm import add_rms_norm, rms_norm
 
 Matrix = Tensor | QTensor
+Ready = Mapping[nn.Module, Tensor]  # answers of Linears that were computed together with others
+
+
+def rounds(after: nn.Module) -> dict[str, bool]:
+    """What to tell a kernel whose answer goes to this Linear on a GPU."""
+    return {"round": True} if getattr(after.weight, "meets_rounded", False) else {}
 
 
 class Linear(nn.Linear):
@@ -51,13 +57,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
+        self.feeds_packed = False  # on a GPU: see `model.placed`
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, round=self.feeds_packed)
 
     def after(self, x: Tensor, added: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """x + all of `added`, and its norm."""
-        return add_rms_norm(x, added, self.weight, self.eps)
+        return add_rms_norm(x, added, self.weight, self.eps, round=self.feeds_packed)
 
 
 def hold(module: nn.Module, name: str, weight: nn.Parameter | QTensor | list[QTensor]) -> None:

@@ -22,6 +22,7 @@ from tiercel.model.batch import Batch
 from tiercel.model.config import Mamba1Config
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layers import Linear, RMSNorm
+from tiercel.model.packed import PackedRows, wide
 from tiercel.model.state import Mamba1State
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.cpu import mixers
@@ -46,11 +47,16 @@ class Mamba1(nn.Module):
         self.out_proj = Linear(I, width, config.proj_bias)
         self._derived = Derived()
 
-    def forward(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba1State | None]) -> Tensor:
+    def forward(self, u_TD: Tensor, batch: Batch | PackedRows, memories: Sequence[Mamba1State | None]) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state."""
-        if batch.native:
+        if not isinstance(batch, PackedRows) and batch.native:
             return self.out_proj(self._natively(u_TD, batch, memories))
         x_TI, z_TI = self.in_proj(u_TD).chunk(2, -1)
+        if isinstance(batch, PackedRows):
+            x_TI = F.silu(batch.conv1d(x_TI, self.conv, self.conv_bias))
+            dt_TI, B_TN, C_TN = self._select(x_TI)
+            y_TI = batch.selective_scan(C_TN, x_TI, dt_TI, -self.A_log.exp(), B_TN) + self.D * x_TI
+            return self.out_proj(y_TI * F.silu(wide(z_TI)))
         windows = [
             F.pad(x_TI[span], (0, 0, self.config.conv - 1, 0)) if memory is None else memory.window(x_TI[span])
             for span, memory in zip(batch.spans, memories, strict=True)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from tiercel.model.batch import Batch
 from tiercel.model.config import Mamba2Config
 from tiercel.model.derived import Derived, float32
-from tiercel.model.layers import Linear
+from tiercel.model.layers import Linear, Ready, rounds
+from tiercel.model.packed import CHUNK, PackedRows
 from tiercel.model.state import Mamba2State
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.norm import gated_rms_norm
@@ -43,36 +44,46 @@ class Mamba2(nn.Module):
         self._derived = Derived()
         self.out_proj = Linear(config.inner, width, config.out_bias)
 
-    def forward(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba2State | None]) -> Tensor:
-        """u: (T, D) → (T, D); every row goes on from its own state."""
-        if batch.native:
-            return self.out_proj(self._natively(u_TD, batch, memories))
+    def forward(
+        self,
+        u_TD: Tensor,
+        batch: Batch | PackedRows,
+        memories: Sequence[Mamba2State | None],
+        ready: Ready = {},  # noqa: B006 (read only)
+    ) -> Tensor:
+        """u: (T, D) → (T, D); every row goes on from its own state.  ready: products with u made elsewhere."""
+        if not isinstance(batch, PackedRows) and batch.native:
+            return self.out_proj(self._natively(u_TD, batch, memories, ready))
         c = self.config
         z_TI, xBC_TC, dt_TH = self.in_proj(u_TD).split((c.inner, c.channels, c.heads), -1)
         dt_TH = F.softplus(dt_TH.float() + self.dt_bias.float()).clamp(*c.dt_limit)
         A_H = -self.A_log.float().exp()
-        rows = [
-            self._scan(xBC_TC[span], dt_TH[span], A_H, memory)
-            for span, memory in zip(batch.spans, memories, strict=True)
-        ]
-        y_TI = rows[0] if len(rows) == 1 else torch.cat(rows)
+        if isinstance(batch, PackedRows):
+            y_TI = self._packed(xBC_TC, dt_TH, A_H, batch)
+        else:
+            rows = [
+                self._scan(xBC_TC[span], dt_TH[span], A_H, memory)
+                for span, memory in zip(batch.spans, memories, strict=True)
+            ]
+            y_TI = rows[0] if len(rows) == 1 else torch.cat(rows)
         if self.out_norm is None:
             y_TI = y_TI * F.silu(z_TI.float())
         else:
             y_TI = gated_rms_norm(y_TI, z_TI, self.out_norm, self.eps, c.groups, c.gated_norm == "gate_first")
         return self.out_proj(y_TI)
 
-    def _natively(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba2State | None]) -> Tensor:
+    def _natively(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba2State | None], ready: Ready) -> Tensor:
         c, memory = self.config, memories[0]
         assert memory is not None
         parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, self.out_norm
         weight_KC, bias_C, dt_bias_H, A_H, D_H, norm_I = self._derived(parameters, self._derive)
-        zxBCdt_TD = self.in_proj(u_TD)
+        zxBCdt_TD = ready[self.in_proj] if self.in_proj in ready else self.in_proj(u_TD)
         y_TI = batch.mixers.mamba2(
             batch.texts_of(memory), zxBCdt_TD, weight_KC, bias_C, dt_bias_H, A_H, D_H,
             head_dim=c.head_dim, groups=c.groups, state=c.state, chunk=memory.chunk, dt_limit=c.dt_limit,
         )  # fmt: skip
-        return batch.mixers.gated_norm(y_TI, zxBCdt_TD, norm_I, self.eps, c.groups, c.gated_norm == "gate_first")
+        gate_first = c.gated_norm == "gate_first"
+        return batch.mixers.gated_norm(y_TI, zxBCdt_TD, norm_I, self.eps, c.groups, gate_first, **rounds(self.out_proj))
 
     def _derive(self) -> tuple[Tensor | None, ...]:
         """The small parameters as the kernels read them."""
@@ -81,14 +92,26 @@ class Mamba2(nn.Module):
         A_H = -float32(self.A_log).exp()
         return float32(self.conv.t()), bias_C, float32(self.dt_bias), A_H, float32(self.D), norm_I
 
+    def _packed(self, xBC_TC: Tensor, dt_TH: Tensor, A_H: Tensor, batch: PackedRows) -> Tensor:
+        """All rows at once, for training → y (T, I), float32 at least."""
+        c = self.config
+        x_THP, B_TGN, C_TGN = self._parts(F.silu(batch.conv1d(xBC_TC, self.conv, self.conv_bias)))
+        y_THP = batch.ssd(C_TGN, x_THP, dt_TH, A_H, B_TGN, min(CHUNK, c.chunk))
+        return (y_THP + self.D.unsqueeze(-1) * x_THP).flatten(1)
+
+    def _parts(self, xBC_LC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (L, H, P), B and C (L, G, N)."""
+        c = self.config
+        x_LI, B_LM, C_LM = xBC_LC.split((c.inner, c.groups * c.state, c.groups * c.state), -1)
+        B_LGN, C_LGN = B_LM.unflatten(-1, (c.groups, -1)), C_LM.unflatten(-1, (c.groups, -1))
+        return x_LI.unflatten(-1, (c.heads, c.head_dim)), B_LGN, C_LGN
+
     def _scan(self, xBC_LC: Tensor, dt_LH: Tensor, A_H: Tensor, memory: Mamba2State | None) -> Tensor:
         """One row: convolution and scan → y (L, I) float32."""
         c = self.config
         window_TC = F.pad(xBC_LC, (0, 0, c.conv - 1, 0)) if memory is None else memory.window(xBC_LC)
         xBC_LC = F.silu(conv1d(window_TC, self.conv, self.conv_bias)).to(xBC_LC.dtype)
-        x_LI, B_LM, C_LM = xBC_LC.split((c.inner, c.groups * c.state, c.groups * c.state), -1)
-        x_LHP = x_LI.unflatten(-1, (c.heads, c.head_dim))
-        B_LGN, C_LGN = B_LM.unflatten(-1, (c.groups, -1)), C_LM.unflatten(-1, (c.groups, -1))
+        x_LHP, B_LGN, C_LGN = self._parts(xBC_LC)
         if memory is None:
             S_HNP = torch.zeros(c.heads, c.state, c.head_dim, device=x_LHP.device)
             y_LHP, _ = ssd(C_LGN, x_LHP, dt_LH, A_H, B_LGN, S_HNP, chunk=c.chunk)

@@ -78,6 +78,35 @@ class Mamba2Slots:
         self.B[slot][:, at] = B.unflatten(1, (G, N)).transpose(0, 1)
         self.dt[slot][:, at] = dt_LH[kept:].t()
 
+    def kept(self, slot: int, base: int, stop: int) -> dict[str, Tensor]:
+        """Copies of one text's memory in the host's, as a `Mamba2State` has it."""
+        at = torch.arange(base, stop, device=self.S.device)
+        history = self.columns.shape[1] - self.ring
+        before = torch.arange(base - history, stop, device=self.S.device)
+        columns = self.columns[slot][before % self.columns.shape[1]]
+        columns[before < 0] = 0
+        here = {
+            "columns": columns,
+            "x": self.x[slot][:, at % self.ring].transpose(0, 1),
+            "dt": self.dt[slot][:, at % self.ring].t(),
+            "B": self.B[slot][:, at % self.ring].transpose(0, 1),
+            "S": self.S[slot],
+        }
+        return {name: t.contiguous().cpu().clone() for name, t in here.items()}
+
+    def adopt(self, slot: int, base: int, stop: int, kept: dict[str, Tensor]) -> None:
+        """Remember these instead."""
+        at = torch.arange(base, stop) % self.ring
+        history = self.columns.shape[1] - self.ring
+        before = torch.arange(base - history, stop)
+        new = {name: t.to(self.S.device) for name, t in kept.items()}
+        real = before >= 0
+        self.columns[slot, (before % self.columns.shape[1])[real].to(self.S.device)] = new["columns"][real]
+        at = at.to(self.S.device)
+        self.x[slot][:, at], self.B[slot][:, at] = new["x"].transpose(0, 1), new["B"].transpose(0, 1)
+        self.dt[slot][:, at] = new["dt"].t()
+        self.S[slot] = new["S"]
+
 
 class Slots:
     """Memories of `count` texts of at most `max_length` tokens for one network, on its device.
@@ -158,6 +187,20 @@ class Slots:
         first = len(self.pages[slot])
         self.pages[slot] += new
         self.table[slot, first : first + missing] = torch.tensor(new, dtype=torch.int32, device=self.device)
+
+    def copy(self, source: int, slot: int) -> None:
+        """Make an empty slot hold what another holds; nothing is shared."""
+        self.reserve(slot, self.length[source])
+        of, to = (torch.tensor(self.pages[s], device=self.device) for s in (source, slot))
+        of = of[: len(to)]
+        for layer in self.layers:
+            for memory in layer:
+                if isinstance(memory, Mamba2Slots):
+                    for t in (memory.S, memory.columns, memory.x, memory.B, memory.dt):
+                        t[slot] = t[source]
+                elif len(of):
+                    memory.k[to], memory.v[to] = memory.k[of], memory.v[of]
+        self._set(slot, self.length[source], self.base[source])
 
     def trim(self, slot: int, length: int) -> bool:
         """Forget all but the first tokens.  False, and nothing changed, where that is not kept."""

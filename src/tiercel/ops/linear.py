@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tiercel import quant
 from tiercel.ops import cpu, triton
-from tiercel.ops.pointwise import gate
+from tiercel.ops.pointwise import add, gate
 
 NUMBERS = {"BF16": torch.bfloat16, "F32": torch.float32}
 SLAB = 1 << 22  # values unpacked at a time where there are no kernels
@@ -138,6 +138,17 @@ def gated(x: Tensor, gate_: nn.Linear, up: nn.Linear, activation: str) -> Tensor
 def _one_row(x: Tensor) -> bool:
     """On a GPU, where a kernel of ours reads a plain matrix faster than PyTorch's."""
     return x.is_cuda and triton.there and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
+
+
+def linear_onto(base: Tensor, x: Tensor, weight: Tensor | QTensor, bias_N: Tensor | None = None) -> Tensor:
+    """base + x Wᵀ + b, in the dtype of `base`; on a GPU few rows are added where they are made."""
+    if getattr(weight, "meets_rounded", False) and x.numel() <= triton.FEW * x.shape[-1] and base.is_contiguous():
+        return weight.meet_rounded(x, bias_N, base=base)  # type: ignore[union-attr]
+    if _one_row(x) and isinstance(weight, Tensor) and base.is_contiguous():
+        from tiercel.ops.triton import linear as kernels
+
+        return kernels.plain(x, weight, bias_N, base=base)
+    return add(base, linear(x, weight, bias_N))
 
 
 def linear(x: Tensor, weight: Tensor | QTensor, bias_N: Tensor | None = None, scale: float = 1.0) -> Tensor:

@@ -17,25 +17,34 @@ from tiercel.ops import cpu, triton
 from tiercel.ops.pointwise import add
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x: (…, D) any float dtype → (…, D) in the dtype of x; in that of the weight on a GPU, where a matrix follows."""
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, round: bool = False) -> Tensor:
+    """x: (…, D) any float dtype → (…, D) in the dtype of x; in that of the weight on a GPU, where a matrix follows.
+
+    round: on a GPU few rows also in eight bits, for a packed matrix.
+    """
     if cpu.takes(x, weight_D):
         return cpu.rms_norm(x, weight_D, eps)
     if triton.takes(x, weight_D):
         from tiercel.ops.triton import norm
 
-        return norm.rms_norm(x, weight_D, eps)
+        return norm.rms_norm(x, weight_D, eps, round=round and _few(x))
     return rms_norm_reference(x, weight_D, eps)
 
 
-def add_rms_norm(x: Tensor, added: Sequence[Tensor], weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, added: Sequence[Tensor], weight_D: Tensor, eps: float, *, round: bool = False
+) -> tuple[Tensor, Tensor]:
     """x + all of `added`, one after another, and its norm."""
     if len(added) <= 2 and triton.takes(x, *added, weight_D):
         from tiercel.ops.triton import norm
 
-        return norm.add_rms_norm(x, list(added), weight_D, eps)
+        return norm.add_rms_norm(x, list(added), weight_D, eps, round=round and _few(x))
     x = reduce(add, added, x)
     return x, rms_norm(x, weight_D, eps)
+
+
+def _few(x: Tensor) -> bool:
+    return x.numel() <= triton.FEW * x.shape[-1] and x.shape[-1] % 64 == 0
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -1,6 +1,7 @@
 """Names → files.
 
     ./folder, model.gguf          a path, used where it lies
+    reasoner                      the model that comes inside this package; TIERCEL_REASONER names another folder for it
     smollm2, falcon-h1r:7b        a short name: <home>/models/<name>/<tag>/, ordinary files and a tiercel.json
     org/repo                      a Hugging Face repository: config, tokenizer and safetensors, in the hub's own cache
     org/repo:Q4_K_M               one GGUF file of a repository; `hf.co/org/repo:Q4_K_M` is the same
@@ -49,6 +50,8 @@ KNOWN: dict[str, Wheel | HubFile] = {
     ),
     "falcon-h1r:7b": HubFile("tiiuae/Falcon-H1R-7B-GGUF", "Q4_K_M"),
 }
+
+BUNDLED = "reasoner"  # and the default, where no model is named
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,13 @@ def store_folder(name: str) -> Path | None:
     return models_folder().joinpath(*short) if short else None
 
 
+def bundled_folder() -> Path:
+    """Where the model of this package lies, if this copy of the package has its weights."""
+    if chosen := os.environ.get("TIERCEL_REASONER"):
+        return Path(chosen).expanduser()
+    return Path(__file__).parent.parent / BUNDLED
+
+
 def forget(model: LocalModel) -> None:
     """Remove a model of the hub's cache: one file, or the whole repository where it is a folder."""
     if model.path.is_file():
@@ -155,6 +165,8 @@ def find(name: str | os.PathLike[str]) -> LocalModel | None:
     if short := short_name(text):
         if (found := _in_store(*short)) or text in KNOWN:
             return found
+        if text in (BUNDLED, f"{BUNDLED}:latest"):
+            return _bundled_or_why()
     elif (repo := repo_name(text)) and not _exists(text):
         return _in_hub_cache(*repo)
     if _exists(text):
@@ -196,7 +208,9 @@ def _fetch(name: str, report: Progress) -> None:
 def list_models() -> list[LocalModel]:
     """The short-named models and the supported, complete models of the hub's cache, the newest first."""
     store = models_folder()
-    found = [_in_store(path.parent.parent.name, path.parent.name) for path in store.glob("*/*/tiercel.json")]
+    found: list[LocalModel | None] = [_in_store(path.parent.parent.name, path.parent.name) for path in store.glob("*/*/tiercel.json")]
+    if not any(model and model.name == BUNDLED for model in found):
+        found.append(_bundled())
     for folder in hub_cache().glob("models--*--*"):
         repo = folder.name.removeprefix("models--").replace("--", "/")
         snapshot = snapshot_of(repo) if repo_name(repo) else None
@@ -220,15 +234,48 @@ def _hint(name: str) -> str:
 
     if len(name.split()) > 1:
         return f'that looks like a prompt; put a model before it: tiercel run {next(iter(KNOWN))} "..."'
-    names = [*KNOWN, *(model.name for model in list_models())]
+    names = [*KNOWN, BUNDLED, *(model.name for model in list_models())]
     close = [known for known in names if known.split(":")[0] == name.split(":")[0]]
     close = close or difflib.get_close_matches(name, names, 1, 0.6)
     if close:
         return f"did you mean {close[0]}?"
-    return "give a folder, a .gguf file, org/repo of the hub, or one of " + ", ".join(KNOWN)
+    return "give a folder, a .gguf file, org/repo of the hub, or one of " + ", ".join((BUNDLED, *KNOWN))
+
+
+PLAIN_SUM = re.compile(r"[\d\s+*/×÷%^().=?-]*\d\s*[-+*/×÷%^][\d\s+*/×÷%^().=?-]*")
+
+
+def reads_as_prompt(text: str) -> bool:
+    """Whether this is something to say to a model rather than the name of one: "hi there", "47*86", "Hello!".
+
+    What is here under this name, is a path, or could be a name (`hi`, `smolm2`, `org/repo`) is none.
+    """
+    if "\0" in text or not text.strip() or is_path(text) or _exists(text):
+        return False
+    if PLAIN_SUM.fullmatch(text):  # 12/4 could be a repository, 7-2 a short name; nobody has called one so
+        short = short_name(text)
+        return not (short and _in_store(*short))
+    if text.startswith(("http://", "https://", "hf.co/", "huggingface.co/")) and len(text.split()) == 1:
+        return False
+    return len(text.split()) > 1 or any(mark in text for mark in "?!+*=,")
 
 
 # ── what is here
+
+
+def _bundled() -> LocalModel | None:
+    folder = bundled_folder()
+    if not _has_all_weights(folder):
+        return None
+    weights = folder / "model.safetensors"
+    sha256 = str(read_json(folder / "tiercel.json").get("sha256", ""))
+    return LocalModel(BUNDLED, folder, _size(folder), sha256[:12], weights.stat().st_mtime, "package")
+
+
+def _bundled_or_why() -> LocalModel:
+    if found := _bundled():
+        return found
+    raise ModelNotFound(f"{BUNDLED} has no weights in {bundled_folder()}; name another model: tiercel run smollm2")
 
 
 def _at_path(text: str) -> LocalModel:
@@ -319,6 +366,11 @@ def _is_sound(model: LocalModel, report: Progress) -> bool:
     A damaged file is removed: the next fetch starts it anew.
     """
     if model.source == "path":
+        return True
+    if model.source == "package":
+        known = read_json(model.path / "tiercel.json").get("sha256")
+        if known and file_digest(model.path / "model.safetensors", report) != known:
+            raise FormatError(f"{model.path / 'model.safetensors'} is damaged; install tiercel again")
         return True
     if sha256 := read_json(model.path.parent / "tiercel.json").get("sha256"):
         damaged = [] if file_digest(model.path, report) == sha256 else [model.path]

@@ -75,7 +75,7 @@ def put(target: str, local: hub.LocalModel, extras: Mapping[str, Any]) -> None:
 
 
 def remove(name: str) -> None:
-    """Take a model off this machine.  Raises ModelNotFound."""
+    """Take a model off this machine.  Raises ModelNotFound; RequestError for the one inside the package."""
     folder = hub.store_folder(name)
     if folder is not None and (folder / "tiercel.json").is_file():
         (folder / "tiercel.json").unlink()
@@ -83,6 +83,8 @@ def remove(name: str) -> None:
         if folder.parent.is_dir() and not any(folder.parent.iterdir()):
             folder.parent.rmdir()
         return
+    if name == hub.BUNDLED:
+        raise RequestError(f"{name} is a part of Tiercel itself, and goes only with it")
     repo = hub.repo_name(name) if not hub.is_path(name) else None
     local = hub.find(name) if repo else None
     if repo is None or local is None or local.source == "path":

@@ -9,7 +9,7 @@ from ops.triton.conftest import DEVICE
 from tiercel import quant
 from tiercel.ops.linear import QTensor
 from tiercel.ops.pointwise import gate_reference
-from tiercel.ops.triton.linear import TYPES, gated, on_device, plain
+from tiercel.ops.triton.linear import TYPES, gated, on_device, plain, some
 
 
 def pair(type, N, K):
@@ -48,8 +48,8 @@ def test_rows_of_x_may_lie_apart_and_outputs_follow_their_dtype():
 
 
 def test_other_types_are_unpacked():
-    q = QTensor("Q6_K", (4, 256))
-    q.put(0, quant.quantize("Q6_K", torch.randn(4, 256)))
+    q = QTensor("Q5_K", (4, 256))
+    q.put(0, quant.quantize("Q5_K", torch.randn(4, 256)))
     there = on_device(q, DEVICE)
     assert there.dtype == torch.bfloat16
     torch.testing.assert_close(there.cpu().float(), q.numbers(), atol=0, rtol=4e-3)
@@ -77,3 +77,12 @@ def test_gate_and_up_of_packed_matrices():
     got = gated(x.to(DEVICE), gate, up, "silu").cpu()
     expected = gate_reference(x @ a.numbers().T, x @ b.numbers().T, "silu")
     assert (got - expected).norm() <= 2e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("tiles", [(32, 1, 4, 3, 1, False), (32, 2, 4, 4, 4, True), (32, 1, 4, 4, 3, True)])
+def test_tiles_and_pieces_of_some_rows(tiles):
+    q, there = pair("Q4_K", 37, 768)
+    x, b = torch.randn(5, 768), torch.randn(37)
+    expected = x @ q.numbers().T * 0.7 + b
+    got = some(x.to(DEVICE), there, b.to(DEVICE), 0.7, tiles=tiles).cpu()
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)

@@ -89,14 +89,18 @@ INLINE void turn_four(const char* k, i64 stride, uint32_t* out) {
     }
 }
 
-template <class T> INLINE void turn(const T* k, uint32_t* out, i64 P) {
+// `ahead`: the same of a later tile, asked for as we go
+template <class T> INLINE void turn(const T* k, uint32_t* out, i64 P, const T* ahead) {
     constexpr i64 DIMS = 16 / sizeof(T);
     i64 p = 0;
-    for (; p + DIMS <= P; p += DIMS) turn_four((const char*)(k + p), P * sizeof(T), out + p * 4 / DIMS * KEYS);
+    for (; p + DIMS <= P; p += DIMS) {
+        if (ahead) fetch(ahead + 16 * p, 256);
+        turn_four((const char*)(k + p), P * sizeof(T), out + p * 4 / DIMS * KEYS);
+    }
     turn_plainly(k, out, p, P);
 }
 #else
-template <class T> INLINE void turn(const T* k, uint32_t* out, i64 P) { turn_plainly(k, out, 0, P); }
+template <class T> INLINE void turn(const T* k, uint32_t* out, i64 P, const T*) { turn_plainly(k, out, 0, P); }
 #endif
 
 // pairs become two rows of floats
@@ -138,14 +142,16 @@ template <int R> INLINE void scores_of(const float* q, i64 stride, const uint32_
     }
 }
 
-// o = o · decay + Σ_k w_k v_k, k from `first` to `last` in order, for R queries and W · 16 dims
+// o = o · decay + Σ_k w_k v_k, k from `first` to `last` in order, for R queries and W · 16 dims.  `ahead` values further
+// on are asked for as we go, where it is not 0: all at once they would wait for each other.
 template <int R, int W, class V>
-INLINE void add_values(const float* w, const float* decay, const V* v, i64 v_stride, float* o, i64 stride, i64 first, i64 last) {
+INLINE void add_values(const float* w, const float* decay, const V* v, i64 v_stride, float* o, i64 stride, i64 first, i64 last, const V* ahead) {
     F sum[R][W];
     for (int r = 0; r < R; r++)
         for (int i = 0; i < W; i++) sum[r][i] = load(o + r * stride + 16 * i) * set(decay[r]);
     for (i64 k = first; k < last; k++) {
         F value[W];
+        if (ahead) __builtin_prefetch(ahead + k * v_stride, 0, 2);
         for (int i = 0; i < W; i++) value[i] = load(v + k * v_stride + 16 * i);
         for (int r = 0; r < R; r++) {
             const F weight = set(w[r * KEYS + k]);
@@ -157,11 +163,13 @@ INLINE void add_values(const float* w, const float* decay, const V* v, i64 v_str
 }
 
 template <int R, class V>
-INLINE void add_all_values(const float* w, const float* decay, const V* v, i64 v_stride, float* o, i64 dims, i64 first, i64 last) {
+INLINE void add_all_values(const float* w, const float* decay, const V* v, i64 v_stride, float* o, i64 dims, i64 first, i64 last, const V* ahead = nullptr) {
     constexpr int W = R == 1 ? 4 : R <= 3 ? 2 : 1;
+    constexpr i64 LINE = 64 / sizeof(V);  // values of a cache line
+    const auto line = [&](i64 p) { return ahead && p % LINE == 0 ? ahead + p : nullptr; };
     i64 p = 0;
-    for (; p + 16 * W <= dims; p += 16 * W) add_values<R, W>(w, decay, v + p, v_stride, o + p, dims, first, last);
-    for (; p < dims; p += 16) add_values<R, 1>(w, decay, v + p, v_stride, o + p, dims, first, last);
+    for (; p + 16 * W <= dims; p += 16 * W) add_values<R, W>(w, decay, v + p, v_stride, o + p, dims, first, last, line(p));
+    for (; p < dims; p += 16) add_values<R, 1>(w, decay, v + p, v_stride, o + p, dims, first, last, line(p));
 }
 
 // ── one block of queries ──
@@ -236,18 +244,17 @@ INLINE void meet(Block& b, const Cache<T>& cache, i64 first_query, i64 window, i
     if (stop > last_query + 1) stop = last_query + 1;
     for (i64 tile = start; tile < stop; tile += KEYS) {
         const T *key = cache.k(tile), *value = cache.v(tile);
-        for (int i = 0; i < VECTORS; i++) turn(key + 16 * i * P, b.turned + 16 * i, P);
+        const bool more = b.rows <= 6 && tile + AHEAD < stop;  // few rows: memory is what they wait for
+        const T* ahead = more ? cache.k(tile + AHEAD) : nullptr;
+        for (int i = 0; i < VECTORS; i++) turn(key + 16 * i * P, b.turned + 16 * i, P, more ? ahead + 16 * i * P : nullptr);
         const bool whole = tile + KEYS - 1 <= first_query && tile >= oldest(last_query);
         if (whole && b.rows <= 6 && b.dims == P) {  // few rows: values straight from the cache
-            if (tile + AHEAD < stop) {
-                fetch(cache.k(tile + AHEAD), KEYS * P * sizeof(T));
-                fetch(cache.v(tile + AHEAD), KEYS * P * sizeof(T));
-            }
+            ahead = more ? cache.v(tile + AHEAD) : nullptr;
             by_six(b.rows, [&](i64 r, auto n) {
                 if constexpr (sizeof(T) == 2) scores_of<n>(b.q + r * b.dims, b.dims, b.turned, P, b.scores + r * KEYS);
                 else scores_of<n>(b.q + r * b.dims, b.dims, b.keys, P, b.scores + r * KEYS);
                 for (i64 i = r; i < r + n; i++) weigh(b, i, 0, KEYS);
-                add_all_values<n>(b.scores + r * KEYS, b.decay + r, value, P, b.o + r * b.dims, b.dims, 0, KEYS);
+                add_all_values<n>(b.scores + r * KEYS, b.decay + r, value, P, b.o + r * b.dims, b.dims, 0, KEYS, ahead);
             });
             continue;
         }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # it does not multiply bfloat16 matrices
 there = importlib.util.find_spec("triton") is not None
+FEW = 4  # rows that meet a packed matrix in eight bits
 
 
 def takes(*tensors: Tensor) -> bool:

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from tiercel.ops.triton.norm import store_rounded
+from tiercel.ops.triton.rounded import Rounded, keep_rounded
 
 PROGRAMS = 264  # as many pieces are made of the work where there are few texts: two for each processor of an H100
 
@@ -128,7 +130,10 @@ def _attend(
 
 
 @triton.jit
-def _join(sums, most, total, slot_T, y, H, P, SPLITS: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr):
+def _join(
+    sums, most, total, slot_T, y, q8, scales, sums8, H, P,
+    SPLITS: tl.constexpr, ROUND: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(slot_T + t) >= 0:
         s, p = tl.arange(0, BS), tl.arange(0, BP)
@@ -138,15 +143,17 @@ def _join(sums, most, total, slot_T, y, H, P, SPLITS: tl.constexpr, BS: tl.const
         sum_ = tl.sum(share * tl.load(total + part, s < SPLITS, 0.0), 0)
         both = (s < SPLITS)[:, None] & (p < P)[None, :]
         y_P = tl.sum(tl.load(sums + part[:, None] * P + p[None, :], both, 0.0) * share[:, None], 0) / sum_
-        tl.store(y + (t * H + h) * P + p, y_P.to(y.dtype.element_ty), p < P)
     else:
         p = tl.arange(0, BP)
-        tl.store(y + (t * H + h) * P + p, tl.zeros((BP,), y.dtype.element_ty), p < P)
+        y_P = tl.zeros((BP,), tl.float32)
+    tl.store(y + (t * H + h) * P + p, y_P.to(y.dtype.element_ty), p < P)
+    if ROUND:
+        store_rounded(y_P, t * H + h, 0, q8, scales, sums8, P, BP)
 
 
 def attention_step(
-    q_THP: Tensor, memory: Any, table: Tensor, slot_T: Tensor, length_S: Tensor, *, scale: float, window: int | None
-) -> Tensor:
+    q_THP: Tensor, memory: Any, table: Tensor, slot_T: Tensor, length_S: Tensor, *, scale: float, window: int | None, round: bool = False,
+) -> Tensor:  # fmt: skip
     """(T, H · P): the newest token of each text, number `length`, whose key is in its page, over all its keys."""
     k_pages, v_pages = memory.k, memory.v
     T, H, P = q_THP.shape
@@ -163,8 +170,15 @@ def attention_step(
         BR=max(16, triton.next_power_of_2(H // K)), BP=BP, num_stages=3, num_warps=4,
         PRECISION="ieee" if k_pages.dtype == torch.float32 else "tf32",
     )  # fmt: skip
-    _join[(T, H)](sums, most, total, slot_T, y_THP, H, P, SPLITS=splits, BS=triton.next_power_of_2(splits), BP=BP)
-    return y_THP.flatten(1)
+    r = Rounded(T, H * P, device) if round and P % 32 == 0 else None
+    _join[(T, H)](
+        sums, most, total, slot_T, y_THP, *(r.planes if r else (y_THP,) * 3), H, P, SPLITS=splits,
+        ROUND=r is not None, BS=triton.next_power_of_2(splits), BP=BP,
+    )  # fmt: skip
+    y_TI = y_THP.flatten(1)
+    if r:
+        keep_rounded(y_TI, r)
+    return y_TI
 
 
 def pages_of(pages: Tensor, table_row: Tensor, length: int) -> Tensor:

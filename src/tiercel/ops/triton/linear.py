@@ -1,24 +1,22 @@
 """Products with packed matrices on a GPU, y = x Wᵀ + b.
 
-    few rows     (up to FEW) every weight is unpacked in registers and meets the rows at once; Q4_K meets inputs rounded
-                 to eight bits, one scale for 32 of them (about 0.5 % of the norm of y), four at a time
+    few rows     (up to FEW) inputs are rounded to eight bits: `rounded.py`.  NF4, `exact` and odd widths unpack every
+                 weight in registers, where it meets the rows at once
     some rows    (up to SOME) tiles are unpacked to bfloat16 for the tensor cores
     many rows    the whole matrix is unpacked to bfloat16 first; that is little beside the product
 
-The bits of a file's blocks lie in planes, nothing is rounded:
+The bits of a file's blocks lie in planes, nothing is rounded: those of `rounded.py`, and
 
-    Q4_K   q (N, K / 2) · scale and minimum of 32 values, a byte each (N, K / 32, 2) · d, dmin float16 (N, K / 256, 2)
     NF4    q (N, K / 2) · absmax float32 (N, K / 64)
-    Q8_0   q (N, K) int8 · d float16 (N, K / 32)
-    INT8   q (N, K) int8 · scale float32 (N)
 
-Four-bit values in Q4_K's order: of 64 values the first 32 are the low nibbles of 32 bytes, the others the high ones.
-Other types are unpacked when they come to the device.
+with four-bit values in Q4_K's order.  Other types are unpacked when they come to the device.
 
 Letters: T rows of x, N outputs, K inputs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,21 +26,32 @@ from torch import Tensor
 
 from tiercel import quant
 from tiercel.ops.linear import QTensor
-from tiercel.ops.triton import interpreted
+from tiercel.ops.triton import FEW, interpreted
 from tiercel.ops.triton.norm import activated
+from tiercel.ops.triton.rounded import TYPES as ROUNDED
+from tiercel.ops.triton.rounded import product, rounded
+from tiercel.quant.bits import fields
 from tiercel.quant.nf4 import LEVELS
 
-TYPES = ("Q4_K", "NF4", "Q8_0", "INT8")
-FEW, SOME = 4, 64
+TYPES = ("Q4_K", "Q6_K", "NF4", "Q8_0", "INT8")
+SOME = 64
 PLAIN = 4, 512, 4, 3  # outputs and inputs that a program takes at a time, its warps, loads under way
 FEW_SHAPE = 1, 64, 2, 1  # the same, inputs in groups of 64 or 32
-ROUNDED_SHAPE = 1, 64, 1  # the same for Q4_K
+ROUNDED_SHAPE = 1, 64, 1, 1  # outputs and groups of 64 inputs at a time, warps, loads under way, of rounded rows
+PAIR_SHAPE = 32, 16, 8, 1  # the same for a gate and its other half
 
 
 @triton.jit
 def _values(q, scales, d, levels, n, k, K, seen, TYPE: tl.constexpr):
-    """W[n, k] float32 for index tensors that broadcast."""
-    if TYPE == "Q4_K" or TYPE == "NF4":
+    """W[n, k] float32 for index tensors that broadcast.  levels: of NF4, or the top bits of Q6_K."""
+    if TYPE == "Q6_K":
+        byte = tl.load(q + n * (K // 2) + k // 64 * 32 + k % 32, seen, 0).to(tl.int32)
+        tops = tl.load(levels + n * (K // 4) + k // 64 * 16 + k % 32 // 8 * 4 + k % 4, seen, 0).to(tl.int32)
+        tops = (tops >> (k % 8 // 4 * 4 + k % 64 // 32 * 2)) & 3
+        number = ((byte >> (k % 64 // 32 * 4)) & 15 | (tops << 4)) - 32
+        scale = tl.load(scales + n * (K // 16) + k // 16, seen, 0).to(tl.float32)
+        return number.to(tl.float32) * (tl.load(d + n * (K // 256) + k // 256, seen, 0.0).to(tl.float32) * scale)
+    elif TYPE == "Q4_K" or TYPE == "NF4":
         byte = tl.load(q + n * (K // 2) + k // 64 * 32 + k % 32, seen, 0).to(tl.int32)
         bits = (byte >> (k % 64 // 32 * 4)) & 15
         if TYPE == "NF4":
@@ -139,6 +148,96 @@ def _some(
     tl.store(at, sum_.to(y.dtype.element_ty), (t < T)[:, None] & (n < N)[None, :])
 
 
+# rows, outputs, groups of 64 inputs at a time, warps, loads under way, pieces of K, and whether W comes first
+SOME_TRIED = [
+    (32, 1, 4, 3, 1, False), (64, 1, 4, 3, 1, False), (64, 1, 4, 4, 4, False), (32, 1, 4, 4, 4, False),
+    (64, 1, 4, 3, 1, True), (64, 1, 4, 4, 4, True), (128, 1, 4, 4, 4, True), (64, 2, 4, 3, 4, True),
+]  # fmt: skip
+
+
+@triton.jit
+def _some_q4_k(
+    x, q, scales, d, bias, y, T, N, K, scale, stride_x,
+    BIAS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, STAGES: tl.constexpr,
+    PIECES: tl.constexpr, FIRST: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """A tile of outputs of all rows: 32 low and 32 high nibbles of each output at a time, for the tensor cores."""
+    n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    piece = tl.program_id(2)
+    each = tl.cdiv(K // 64, PIECES)
+    start, stop = piece * each, tl.minimum(piece * each + each, K // 64)
+    real, rows = n < N, t < T
+    sum_ = tl.zeros((BN, BT), tl.float32)
+    if not FIRST:
+        sum_ = tl.zeros((BT, BN), tl.float32)
+    j = tl.arange(0, 32 * BG)
+    for g0 in tl.range(start, stop, BG, num_stages=STAGES):
+        g = g0 + j // 32
+        known = g < stop
+        k = g * 64 + j % 32
+        if FIRST:
+            seen = real[:, None] & known[None, :]
+            bits = tl.load(q + n[:, None] * (K // 2) + g0 * 32 + j[None, :], seen, 0)
+            four = tl.load(scales + n[:, None] * (K // 64) + g[None, :], seen, 0)
+            ends = tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, seen, 0)
+            at = x + t[None, :] * stride_x + k[:, None]
+            some = rows[None, :] & known[:, None]
+        else:
+            seen = real[None, :] & known[:, None]
+            bits = tl.load(q + n[None, :] * (K // 2) + g0 * 32 + j[:, None], seen, 0)
+            four = tl.load(scales + n[None, :] * (K // 64) + g[:, None], seen, 0)
+            ends = tl.load(d + n[None, :] * (K // 256) + g[:, None] // 4, seen, 0)
+            at = x + t[:, None] * stride_x + k[None, :]
+            some = rows[:, None] & known[None, :]
+        x0, x1 = tl.load(at, some, 0.0), tl.load(at + 32, some, 0.0)
+        d_ = (ends & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        dmin = (ends >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        s0, m0 = d_ * (four & 255).to(tl.float32), dmin * ((four >> 8) & 255).to(tl.float32)
+        s1, m1 = d_ * ((four >> 16) & 255).to(tl.float32), dmin * ((four >> 24) & 255).to(tl.float32)
+        w0 = (bits & 15).to(tl.float32) * s0 - m0
+        w1 = (bits >> 4).to(tl.float32) * s1 - m1
+        if EXACT:
+            x0, x1 = x0.to(tl.float32), x1.to(tl.float32)
+        else:
+            x0, x1, w0, w1 = x0.to(tl.bfloat16), x1.to(tl.bfloat16), w0.to(tl.bfloat16), w1.to(tl.bfloat16)
+        if FIRST:
+            sum_ = tl.dot(w0, x0, sum_, input_precision="ieee")
+            sum_ = tl.dot(w1, x1, sum_, input_precision="ieee")
+        else:
+            sum_ = tl.dot(x0, w0, sum_, input_precision="ieee")
+            sum_ = tl.dot(x1, w1, sum_, input_precision="ieee")
+    if FIRST:
+        sum_ = tl.trans(sum_)
+    sum_ = sum_ * scale
+    if BIAS:
+        sum_ += tl.load(bias + n, real & (piece == 0), 0.0).to(tl.float32)[None, :]
+    at = y + (piece * T + t[:, None]) * N + n[None, :]
+    tl.store(at, sum_.to(y.dtype.element_ty), rows[:, None] & real[None, :])
+
+
+def some(
+    x_TK: Tensor,
+    m: DeviceQTensor,
+    bias_N: Tensor | None,
+    scale: float,
+    *,
+    tiles: tuple[int, int, int, int, int, bool] = (64, 1, 4, 3, 1, False),
+) -> Tensor:
+    """Some rows of a Q4_K matrix, (T, N) in the dtype of x."""
+    (N, K), T = m.shape, len(x_TK)
+    BN, BG, warps, stages, pieces, first = tiles
+    BT = max(16, min(64, triton.next_power_of_2(T)))
+    y = torch.empty(pieces, T, N, dtype=x_TK.dtype if pieces == 1 else torch.float32, device=x_TK.device)
+    q, _, scales, d = m.words
+    _some_q4_k[(triton.cdiv(N, BN), triton.cdiv(T, BT), pieces)](
+        x_TK, m.q, scales, d, y if bias_N is None else bias_N, y, T, N, K, scale, x_TK.stride(0),
+        BIAS=bias_N is not None, BT=BT, BN=BN, BG=BG, STAGES=stages, PIECES=pieces, FIRST=first,
+        EXACT=m.exact or interpreted, num_warps=warps,
+    )  # fmt: skip
+    return y[0] if pieces == 1 else y.sum(0).to(x_TK.dtype)
+
+
 @triton.jit
 def _rows(q, scales, d, levels, which, out, K, TYPE: tl.constexpr, BK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
@@ -154,6 +253,7 @@ def _plain(
     w,
     up,
     bias,
+    base,
     y,
     N,
     K,
@@ -161,6 +261,7 @@ def _plain(
     stride_w,
     T: tl.constexpr,
     BIAS: tl.constexpr,
+    BASE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -183,114 +284,34 @@ def _plain(
         out = activated(out, ACTIVATION) * tl.sum(others, 2)
     if BIAS:
         out += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
+    if BASE:
+        out += tl.load(base + rows[:, None] * N + n[None, :], (n < N)[None, :], 0.0).to(tl.float32)
     tl.store(y + rows[:, None] * N + n[None, :], out.to(y.dtype.element_ty), (n < N)[None, :])
 
 
 def plain(
-    x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, up_NK: Tensor | None = None, activation: str | None = None
+    x: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    up_NK: Tensor | None = None,
+    activation: str | None = None,
+    base: Tensor | None = None,
 ) -> Tensor:
     """x Wᵀ + b for one or two rows (…, K) of a plain W, in its dtype: W is read once, at the speed of the memory.
 
-    With `up`, a matrix like W: act(x Wᵀ) · (x Uᵀ).
+    With `up`, a matrix like W: act(x Wᵀ) · (x Uᵀ).  With `base`: added, and the answer is in its dtype.
     """
     N, K = weight_NK.shape
     x_TK = x.reshape(-1, K)
-    y_TN = torch.empty(x_TK.shape[0], N, dtype=weight_NK.dtype, device=x.device)
+    y_TN = torch.empty(x_TK.shape[0], N, dtype=weight_NK.dtype if base is None else base.dtype, device=x.device)
     BN, BK, warps, stages = PLAIN
     _plain[(triton.cdiv(N, BN),)](
-        x_TK, weight_NK, weight_NK if up_NK is None else up_NK, x_TK if bias_N is None else bias_N, y_TN, N, K,
-        x_TK.stride(0), weight_NK.stride(0), T=x_TK.shape[0], BIAS=bias_N is not None, ACTIVATION=activation,
+        x_TK, weight_NK, weight_NK if up_NK is None else up_NK, x_TK if bias_N is None else bias_N,
+        x_TK if base is None else base, y_TN, N, K,
+        x_TK.stride(0), weight_NK.stride(0), T=x_TK.shape[0], BIAS=bias_N is not None, BASE=base is not None, ACTIVATION=activation,
         BN=BN, BK=BK, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y_TN.view(*x.shape[:-1], N)
-
-
-@triton.jit
-def _round(x, q, scales, sums, K, stride_x, BLOCK: tl.constexpr):
-    """Eight bits for each input, one scale for 32 of them; also the sum of what that leaves."""
-    t, b = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = b[:, None] * 32 + tl.arange(0, 32)[None, :]
-    seen = b < K // 32
-    h = tl.load(x + t * stride_x + at, seen[:, None], 0.0).to(tl.float32)
-    scale = tl.max(tl.abs(h), 1) / 127
-    level = h / tl.where(scale > 0, scale, 1.0)[:, None]
-    level = tl.floor(level + 0.5)
-    tl.store(q + t * K + at, level.to(tl.int8), seen[:, None])
-    tl.store(scales + t * (K // 32) + b, scale, seen)
-    tl.store(sums + t * (K // 32) + b, scale * tl.sum(level, 1), seen)
-
-
-@triton.jit
-def _four_products(a, b, ASM: tl.constexpr):
-    """Σ of the products of four bytes, a's 0 … 15, b's signed."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
-        )  # fmt: skip
-    sum_ = (a & 255) * ((b << 24) >> 24) + ((a >> 8) & 255) * ((b << 16) >> 24)
-    return sum_ + ((a >> 16) & 255) * ((b << 8) >> 24) + ((a >> 24) & 255) * (b >> 24)
-
-
-@triton.jit
-def _groups(q, scales, d, n, g, here, K, x0, x1, xs0, xs1, X0, X1, ASM: tl.constexpr):
-    """What some groups of 64 inputs add to some outputs of a Q4_K matrix, (outputs, groups)."""
-    j = tl.arange(0, 8)[None, None, :]
-    bits = tl.load(q + n[:, None, None] * (K // 8) + g[None, :, None] * 8 + j, here[:, :, None], 0)
-    p0 = tl.sum(_four_products(bits & 0x0F0F0F0F, x0 + bits * 0, ASM), 2).to(tl.float32)
-    p1 = tl.sum(_four_products((bits >> 4) & 0x0F0F0F0F, x1 + bits * 0, ASM), 2).to(tl.float32)
-    four = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0)
-    ends = tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0)
-    d_ = (ends & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    dmin = (ends >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    s0, m0 = (four & 255).to(tl.float32), ((four >> 8) & 255).to(tl.float32)
-    s1, m1 = ((four >> 16) & 255).to(tl.float32), ((four >> 24) & 255).to(tl.float32)
-    return d_ * (s0 * (p0 * xs0) + s1 * (p1 * xs1)) - dmin * (m0 * X0 + m1 * X1)
-
-
-@triton.jit
-def _rounded(
-    x, x_scales, x_sums, q, scales, d, q_up, scales_up, d_up, bias, y, N, K, scale,
-    BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Q4_K times one row of rounded inputs, both as words of four bytes."""
-    n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
-    t = tl.program_id(1)
-    j = tl.arange(0, 8)[None, None, :]
-    sums, others = tl.zeros((BN, BG), tl.float32), tl.zeros((BN, BG), tl.float32)
-    for g0 in range(0, K // 64, BG):
-        g = g0 + tl.arange(0, BG)
-        inside = g < K // 64
-        here = (n < N)[:, None] & inside[None, :]
-        at = x + t * (K // 4) + g[None, :, None] * 16 + j
-        x0, x1 = tl.load(at, inside[None, :, None], 0), tl.load(at + 8, inside[None, :, None], 0)
-        block = t * (K // 32) + g * 2
-        xs0, xs1 = tl.load(x_scales + block, inside, 0.0)[None, :], tl.load(x_scales + block + 1, inside, 0.0)[None, :]
-        X0, X1 = tl.load(x_sums + block, inside, 0.0)[None, :], tl.load(x_sums + block + 1, inside, 0.0)[None, :]
-        sums += _groups(q, scales, d, n, g, here, K, x0, x1, xs0, xs1, X0, X1, ASM)
-        if ACTIVATION is not None:
-            others += _groups(q_up, scales_up, d_up, n, g, here, K, x0, x1, xs0, xs1, X0, X1, ASM)
-    out = tl.sum(sums, 1) * scale
-    if BIAS:
-        out += tl.load(bias + n, n < N, 0.0).to(tl.float32)
-    if ACTIVATION is not None:
-        out = activated(out, ACTIVATION) * tl.sum(others, 1)
-    tl.store(y + t * N + n, out.to(y.dtype.element_ty), n < N)
-
-
-def rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(…, K) → bytes (T, K), their scales and sums (T, K / 32); kept with x, as several matrices meet it.
-
-    Each stream has its own: none would wait for what another made.
-    """
-    stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
-    if getattr(x, "_rounded_on", None) != stream:
-        K = x.shape[-1]
-        x_TK = x.reshape(-1, K)
-        q = torch.empty(x_TK.shape, dtype=torch.int8, device=x.device)
-        scales, sums = (torch.empty(len(q), K // 32, device=x.device) for _ in range(2))
-        _round[(len(q), triton.cdiv(K, 1024))](x_TK, q, scales, sums, K, x_TK.stride(0), BLOCK=32)
-        x._rounded, x._rounded_on = (q, scales, sums), stream  # type: ignore[attr-defined]
-    return x._rounded  # type: ignore[attr-defined]
 
 
 class DeviceQTensor(QTensor):
@@ -298,25 +319,65 @@ class DeviceQTensor(QTensor):
 
     in_panels = False
 
-    def __init__(self, type: str, shape: tuple[int, int], q: Tensor, scales: Tensor, d: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        type: str,
+        shape: tuple[int, int],
+        q: Tensor,
+        scales: Tensor,
+        d: Tensor | None = None,
+        top: Tensor | None = None,
+    ) -> None:
         self.type, self.shape, self.exact = type, torch.Size(shape), False
-        self.q, self.scales, self.d = q, scales, scales if d is None else d
+        self.q, self.scales, self.d, self.top = q, scales, d, top
         self.device = q.device
-        self.levels = torch.tensor(LEVELS, device=q.device) if type == "NF4" else scales
+        self.levels = torch.tensor(LEVELS, device=q.device) if type == "NF4" else None
         self.data = q
 
     @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The planes it has, rows first."""
+        return tuple(t for t in (self.q, self.scales, self.d, self.top) if t is not None)
+
+    @property
     def nbytes(self) -> int:
-        return self.q.nbytes + self.scales.nbytes + (self.d.nbytes if self.d is not self.scales else 0)
+        return sum(t.nbytes for t in self.parts)
 
     @property
     def meets_rounded(self) -> bool:
         """Whether few rows are rounded to eight bits to be multiplied with it."""
-        return self.type == "Q4_K" and not self.exact
+        return self.type in ROUNDED and not self.exact and self.shape[1] % 64 == 0
 
     @property
     def planes(self) -> tuple[Tensor, ...]:
-        return self.q, self.scales, self.d, self.levels
+        levels = self.levels if self.top is None else self.top
+        return self.q, self.scales, self.scales if self.d is None else self.d, self.q if levels is None else levels
+
+    @property
+    def words(self) -> tuple[Tensor, ...]:
+        """q, top, scales, d as `rounded.product` reads them."""
+        q = self.q.view(torch.int32)
+        top = q if self.top is None else self.top.view(torch.int32)
+        scales = self.scales.flatten(1).view(torch.int32) if self.type == "Q4_K" else self.scales
+        d = scales if self.d is None else self.d
+        d = d.flatten(1).view(torch.int32) if self.type in ("Q4_K", "Q8_0") else d
+        return q, top, scales, d
+
+    @classmethod
+    def joined(cls, matrices: Sequence[DeviceQTensor]) -> DeviceQTensor:
+        """One below the other; of one type and width."""
+        rows = sum(m.shape[0] for m in matrices)
+        return matrices[0]._like(rows, [torch.cat(parts) for parts in zip(*(m.parts for m in matrices), strict=True)])
+
+    def split(self, counts: Sequence[int]) -> list[DeviceQTensor]:
+        """So many rows each, in the same memory."""
+        parts = zip(*(part.split(list(counts)) for part in self.parts), strict=True)
+        return [self._like(n, part) for n, part in zip(counts, parts, strict=True)]
+
+    def _like(self, rows: int, parts: Sequence[Tensor]) -> DeviceQTensor:
+        m = DeviceQTensor(self.type, (rows, self.shape[1]), *parts)
+        m.exact = self.exact
+        return m
 
     def rows(self, which_T: Tensor) -> Tensor:
         return self._unpack(which_T.flatten(), torch.float32).view(*which_T.shape, -1)
@@ -331,25 +392,24 @@ class DeviceQTensor(QTensor):
         _rows[(len(which), triton.cdiv(K, 1024))](*self.planes, which, out, K, TYPE=self.type, BK=1024)
         return out
 
-    def _meet_rounded(
+    def meet_rounded(
         self,
         x: Tensor,
-        bias_N: Tensor | None,
-        scale: float,
+        bias_N: Tensor | None = None,
+        scale: float = 1.0,
+        *,
         up: DeviceQTensor | None = None,
         activation: str | None = None,
+        base: Tensor | None = None,
+        round: bool = False,
     ) -> Tensor:
-        N, K = self.shape
-        q, scales, sums = rounded(x)
-        y_TN = torch.empty(len(q), N, dtype=x.dtype, device=x.device)
-        BN, BG, warps = ROUNDED_SHAPE
-        planes = [t.flatten().view(torch.int32) for m in (self, up or self) for t in (m.q, m.scales, m.d)]
-        _rounded[(triton.cdiv(N, BN), len(q))](
-            q.view(torch.int32), scales, sums, *planes, q if bias_N is None else bias_N, y_TN, N, K, scale,
-            BIAS=bias_N is not None, ACTIVATION=activation, BN=BN, BG=min(BG, triton.next_power_of_2(K // 64)),
-            ASM=not interpreted, num_warps=warps,
+        """`rounded.product` of few rows (…, K); `base`, what is added, gives its dtype to the answer."""
+        y_TN = product(
+            rounded(x), self.type, tuple(self.shape), self.words, x.dtype if base is None else base.dtype,
+            bias_N=bias_N, scale=scale, up=None if up is None else up.words, activation=activation, base=base,
+            round=round, tiles=ROUNDED_SHAPE if up is None else PAIR_SHAPE,
         )  # fmt: skip
-        return y_TN.view(*x.shape[:-1], N)
+        return y_TN if x.dim() == 2 else y_TN.view(*x.shape[:-1], -1)
 
     def multiply(self, x: Tensor, bias_N: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """scale · x Wᵀ + b, (…, K) → (…, N).  No gradients."""
@@ -365,18 +425,14 @@ class DeviceQTensor(QTensor):
         y_TN = torch.empty(T, N, dtype=x.dtype, device=x.device)
         bias = x_TK if bias_N is None else bias_N
         if self.meets_rounded and T <= FEW:
-            return self._meet_rounded(x, bias_N, scale)
-        if T <= FEW and T & (T - 1) == 0:
+            return self.meet_rounded(x, bias_N, scale)
+        if T <= FEW and T & (T - 1) == 0 and self.type != "Q6_K":
             groups = K // (64 if self.type in ("Q4_K", "NF4") else 32)
             BN, BG, warps, stages = FEW_SHAPE
             planes = self.planes
             if self.type == "Q4_K":
-                planes = (
-                    self.q,
-                    self.scales.flatten().view(torch.int32),
-                    self.d.flatten().view(torch.int32),
-                    self.levels,
-                )
+                q, _, scales, d = self.words
+                planes = self.q, scales, d, q
             _few[(triton.cdiv(N, BN),)](
                 x_TK, *planes, bias, y_TN, N, K, scale, x_TK.stride(0), TYPE=self.type, T=T,
                 BIAS=bias_N is not None, BN=BN, BG=min(BG, triton.next_power_of_2(groups)), STAGES=stages,
@@ -392,8 +448,8 @@ class DeviceQTensor(QTensor):
 
 
 def gated(x: Tensor, gate: DeviceQTensor, up: DeviceQTensor, activation: str) -> Tensor:
-    """act(gate x) · up x of few rows and two matrices of Q4_K."""
-    return gate._meet_rounded(x, None, 1.0, up, activation)
+    """act(gate x) · up x of few rows and two matrices that meet rounded ones; itself rounded for the next."""
+    return gate.meet_rounded(x, up=up, activation=activation, round=gate.shape[0] % 64 == 0)
 
 
 def on_device(weight: QTensor, device: torch.device | str) -> DeviceQTensor | Tensor:
@@ -405,7 +461,7 @@ def on_device(weight: QTensor, device: torch.device | str) -> DeviceQTensor | Te
 
 
 def planes(type: str, raw_NB: Tensor, K: int) -> tuple[Tensor, ...]:
-    """Rows as a file has them (N, row_bytes) → q, scales and, for Q4_K, d."""
+    """Rows as a file has them (N, row_bytes) → q, scales and, for K types, d and top."""
     N = len(raw_NB)
     if type == "INT8":
         return raw_NB[:, 4:].contiguous().view(torch.int8), raw_NB[:, :4].contiguous().view(torch.float32).view(N)
@@ -417,9 +473,21 @@ def planes(type: str, raw_NB: Tensor, K: int) -> tuple[Tensor, ...]:
         absmax, pairs = blocks[:, :, :4].contiguous().view(torch.float32), blocks[:, :, 4:]
         bits = torch.stack((pairs >> 4, pairs & 15), -1).flatten(2)  # 64 values in order
         return (bits[..., :32] | (bits[..., 32:] << 4)).reshape(N, K // 2), absmax.view(N, -1)
+    if type == "Q6_K":
+        return _planes_of_q6_k(blocks.flatten(0, 1), N)
     packed = blocks[:, :, 4:16]
     low, high, rest = packed.split(4, -1)
     scales = torch.cat((low & 63, (rest & 15) | ((low >> 6) << 4)), -1)
     least = torch.cat((high & 63, (rest >> 4) | ((high >> 6) << 4)), -1)
     d = blocks[:, :, :4].contiguous().view(torch.float16)
     return blocks[:, :, 16:].contiguous().view(N, K // 2), torch.stack((scales, least), -1).view(N, -1, 2), d
+
+
+def _planes_of_q6_k(blocks: Tensor, N: int) -> tuple[Tensor, ...]:
+    low = fields(blocks[:, :128].unflatten(1, (2, 64)), 4).reshape(-1, 4, 2, 32)
+    top = fields(blocks[:, 128:192].unflatten(1, (2, 32)), 2).reshape(-1, 4, 2, 4, 2, 4)  # group, half, m, j, c
+    q = low[:, :, 0] | (low[:, :, 1] << 4)
+    tops = top[:, :, 0, :, 0] | (top[:, :, 1, :, 0] << 2) | (top[:, :, 0, :, 1] << 4) | (top[:, :, 1, :, 1] << 6)
+    scales = blocks[:, 192:208].contiguous().view(torch.int8).view(N, -1)
+    d = blocks[:, 208:210].contiguous().view(torch.float16).view(N, -1)
+    return q.reshape(N, -1), scales, d, tops.reshape(N, -1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tiercel.ops import attention as prompts
+from tiercel.ops.triton import FEW
 from tiercel.ops.triton import attention as steps
 from tiercel.ops.triton.conv1d import conv1d, remember_columns
 from tiercel.ops.triton.norm import gated_norm
@@ -29,13 +30,21 @@ def attention(
     kv_heads: int,
     scale: float,
     window: int | None,
+    round: bool = False,
 ) -> Tensor:
     """Turn q (T, H · P) and k (T, K · P), remember k and v, attend → (T, H · P)."""
     memory, batch = texts
     q_THP = steps.remember(q_TI, k_TM, v_TM, turn, memory, batch.slots.table, batch.slot_T, batch.position_T)
     if batch.step:
         return steps.attention_step(
-            q_THP, memory, batch.slots.table, batch.slot_T, batch.slots.length_S, scale=scale, window=window
+            q_THP,
+            memory,
+            batch.slots.table,
+            batch.slot_T,
+            batch.slots.length_S,
+            scale=scale,
+            window=window,
+            round=round and len(q_TI) <= FEW,
         )
     rows = []
     for span, slot, start, length in zip(batch.spans, batch.rows, batch.starts, batch.lengths, strict=True):

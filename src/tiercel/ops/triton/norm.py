@@ -7,11 +7,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tiercel.ops.triton import FEW
+
 
 @triton.jit
-def _rms_norm(x, a, b, weight, total, y, D, eps, ADDED: tl.constexpr, BLOCK: tl.constexpr):
+def store_rounded(h, t, first, q, scales, sums, D, BLOCK: tl.constexpr):
+    """BLOCK values of row t, from the block of 32 number `first` on, in eight bits: `rounded.Rounded`."""
+    h = tl.reshape(h, (BLOCK // 32, 32))
+    b = first + tl.arange(0, BLOCK // 32)
+    seen = b < D // 32
+    scale = tl.max(tl.abs(h), 1) / 127
+    level = tl.floor(h / tl.where(scale > 0, scale, 1.0)[:, None] + 0.5)
+    tl.store(q + t * D + b[:, None] * 32 + tl.arange(0, 32)[None, :], level.to(tl.int8), seen[:, None])
+    tl.store(scales + t * (D // 32) + b, scale, seen)
+    tl.store(sums + t * (D // 32) + b, scale * tl.sum(level, 1), seen)
+
+
+@triton.jit
+def _rms_norm(
+    x, a, b, weight, total, y, q, scales, sums, D, eps,
+    ADDED: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """total = x + a + b (as many as ADDED), y = norm(total)."""
-    row = tl.program_id(0).to(tl.int64) * D
+    t = tl.program_id(0).to(tl.int64)
+    row = t * D
     d = tl.arange(0, BLOCK)
     seen = d < D
     h = tl.load(x + row + d, seen, 0.0).to(tl.float32)
@@ -24,34 +43,49 @@ def _rms_norm(x, a, b, weight, total, y, D, eps, ADDED: tl.constexpr, BLOCK: tl.
         h = h.to(total.dtype.element_ty).to(tl.float32)
     scale = tl.rsqrt(tl.sum(h * h) / D + eps)
     w = tl.load(weight + d, seen, 0.0).to(tl.float32)
-    tl.store(y + row + d, (h * scale * w).to(y.dtype.element_ty), seen)
+    h = h * scale * w
+    tl.store(y + row + d, h.to(y.dtype.element_ty), seen)
+    if ROUND:
+        store_rounded(h, t, 0, q, scales, sums, D, BLOCK)
 
 
 def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """(…, D) → (…, D) in the dtype of the weight."""
-    y, D = torch.empty(x.shape, dtype=weight_D.dtype, device=x.device), x.shape[-1]
-    block = triton.next_power_of_2(D)
-    _rms_norm[(x.numel() // D,)](x, x, x, weight_D, x, y, D, eps, ADDED=0, BLOCK=block, num_warps=_warps(block))
-    return y
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, round: bool = False) -> Tensor:
+    """(…, D) → (…, D) in the dtype of the weight.  round: also in eight bits, kept with it (`rounded.rounded`)."""
+    return _norm(x, [], weight_D, eps, round)[1]
 
 
-def add_rms_norm(x: Tensor, added: list[Tensor], weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, added: list[Tensor], weight_D: Tensor, eps: float, *, round: bool = False
+) -> tuple[Tensor, Tensor]:
     """x + one or two more, in the dtype of x, and its norm in the dtype of the weight; all contiguous."""
-    total, D = torch.empty_like(x), x.shape[-1]
+    return _norm(x, added, weight_D, eps, round)
+
+
+def _norm(x: Tensor, added: list[Tensor], weight_D: Tensor, eps: float, round: bool) -> tuple[Tensor, Tensor]:
+    from tiercel.ops.triton.rounded import Rounded, keep_rounded
+
+    D = x.shape[-1]
+    total = torch.empty_like(x) if added else x
     y, block = torch.empty(x.shape, dtype=weight_D.dtype, device=x.device), triton.next_power_of_2(D)
+    r = Rounded(x.numel() // D, D, x.device) if round else None
+    more = added or [x]
     _rms_norm[(x.numel() // D,)](
-        x, added[0], added[-1], weight_D, total, y, D, eps, ADDED=len(added), BLOCK=block, num_warps=_warps(block)
+        x, more[0], more[-1], weight_D, total, y, *(r.planes if r else (y, y, y)), D, eps,
+        ADDED=len(added), ROUND=round, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
+    if r:
+        keep_rounded(y, r)
     return total, y
 
 
 @triton.jit
 def _gated_norm(
-    y, z, weight, out, D, stride_z, eps, NORM: tl.constexpr, GATE_FIRST: tl.constexpr, BLOCK: tl.constexpr
+    y, z, weight, out, q, scales, sums, D, stride_z, eps,
+    NORM: tl.constexpr, GATE_FIRST: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t, g, groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     d = tl.arange(0, BLOCK)
@@ -68,20 +102,31 @@ def _gated_norm(
         if not GATE_FIRST:
             h = h * gate
     tl.store(out + at, h.to(out.dtype.element_ty), seen)
+    if ROUND:
+        row = t * groups * D
+        block = t * (groups * D // 32) + g * (D // 32)
+        store_rounded(h, 0, 0, q + row + g * D, scales + block, sums + block, D, BLOCK)
 
 
 def gated_norm(
-    y_TI: Tensor, z_TI: Tensor, weight_I: Tensor | None, eps: float, groups: int, gate_first: bool
-) -> Tensor:
+    y_TI: Tensor, z_TI: Tensor, weight_I: Tensor | None, eps: float, groups: int, gate_first: bool,
+    *, round: bool = False,
+) -> Tensor:  # fmt: skip
     """norm(y · silu(z)), norm(y) · silu(z) or, without a weight, y · silu(z), in the dtype of z, whose rows may lie
-    apart."""
+    apart.  round: also in eight bits, where the width of a group is a multiple of 32."""
     T, I = y_TI.shape
     out_TI = torch.empty(T, I, dtype=z_TI.dtype, device=y_TI.device)
+    from tiercel.ops.triton.rounded import Rounded, keep_rounded
+
     block = triton.next_power_of_2(I // groups)
+    r = Rounded(T, I, out_TI.device) if round and T <= FEW and I // groups % 32 == 0 else None
     _gated_norm[(T, groups)](
-        y_TI, z_TI, y_TI if weight_I is None else weight_I, out_TI, I // groups, z_TI.stride(0), eps,
-        NORM=weight_I is not None, GATE_FIRST=gate_first, BLOCK=block, num_warps=_warps(block),
+        y_TI, z_TI, y_TI if weight_I is None else weight_I, out_TI, *(r.planes if r else (out_TI,) * 3),
+        I // groups, z_TI.stride(0), eps, NORM=weight_I is not None, GATE_FIRST=gate_first, ROUND=r is not None,
+        BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
+    if r:
+        keep_rounded(out_TI, r)
     return out_TI
 
 

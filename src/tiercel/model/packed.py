@@ -1,0 +1,228 @@
+"""Rows full of documents, for training: what `model.batch.Batch` is for running.
+
+B rows of L tokens, each row several documents one after another.  Attention, positions, convolution and state begin
+anew at each document's first token, so that every document gets what it would get alone.  There is no loop over rows,
+documents or heads; all of it is torch with gradients, and runs where the tensors are.
+
+    ssd              Mamba-2 as in `ops.ssd`, all chunks at once: inside a chunk a masked product, between chunks the
+                     states, whose decay is zero across a document's start
+    selective_scan   Mamba-1 as in `ops.scan`; `linear_scan` has its own backward
+    conv1d, attend   masked to the document
+
+Inputs of a scan are float32 or wider; on CUDA under autocast its products are rounded like others, its sums of
+logarithms are float64.  Letters: B rows, L their length, T = B · L, C chunks, Q tokens of one, and those of `ops.ssd`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiercel.model.batch import frequencies_of
+from tiercel.model.config import RopeConfig
+
+CHUNK = 64  # a chunk's matrices cost Q for each token, its state N · P: for heads of 64 they meet about here
+SMALLEST = -87.0  # exp of less is no contribution
+
+
+class PackedRows:
+    """starts (B, L) bool: where documents begin; the first column always does."""
+
+    native = False
+
+    step = False  # never one token of each row
+
+    def __init__(self, starts_BL: Tensor, *, recompute: bool = False) -> None:
+        """recompute: a block's activations are not kept for the way back but made again (slower, less memory)."""
+        B, L = self.shape = starts_BL.shape
+        starts_BL = starts_BL.clone()
+        starts_BL[:, 0] = True
+        self.alone = starts_BL.device.type == "cpu" and int(starts_BL.sum()) == B  # on a device: nobody asks
+        self.starts_BL, self.device, self.recompute = starts_BL, starts_BL.device, recompute
+        self.tokens, self.lengths = B * L, [L] * B
+        self.document_BL = starts_BL.cumsum(1)
+        index_L = torch.arange(L, device=self.device)
+        self.position_BL = index_L - torch.where(starts_BL, index_L, 0).cummax(1).values
+        self._rotary: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = {}
+        self._seen: dict[int | None, Tensor] = {}
+
+    def to(self, device: torch.device | str) -> PackedRows:
+        moved = PackedRows(self.starts_BL.to(device), recompute=self.recompute)
+        moved.alone = self.alone
+        return moved
+
+    def side_by_side(self, runs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+        return [run() for run in runs]
+
+    def rotary(self, rope: RopeConfig, head_dim: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, R / 2) float32, of positions in documents."""
+        key = (rope, head_dim)
+        if key not in self._rotary:
+            f_R, scale = frequencies_of(rope, head_dim)
+            angle_TR = torch.outer(self.position_BL.flatten().float(), f_R.to(self.device))
+            self._rotary[key] = (angle_TR.cos() * scale, angle_TR.sin() * scale)
+        return self._rotary[key]
+
+    # ── attention
+
+    def seen(self, window: int | None) -> Tensor:
+        """Who sees whom, (B, 1, L, L) bool."""
+        if window not in self._seen:
+            L = self.shape[1]
+            lag_LL = torch.arange(L, device=self.device).unsqueeze(1) - torch.arange(L, device=self.device)
+            near_LL = lag_LL >= 0 if window is None else (lag_LL >= 0) & (lag_LL < window)
+            same_BLL = self.document_BL.unsqueeze(2) == self.document_BL.unsqueeze(1)
+            self._seen[window] = (same_BLL & near_LL).unsqueeze(1)
+        return self._seen[window]
+
+    def attend(self, q_HTP: Tensor, k_KTP: Tensor, v_KTP: Tensor, scale: float, window: int | None) -> Tensor:
+        """Causal grouped-query attention inside documents → (H, T, P)."""
+        q, k, v = (x.unflatten(1, self.shape).transpose(0, 1) for x in (q_HTP, k_KTP, v_KTP))
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:  # the kernels that take a mask want a key head for every query head
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if self.alone and (window is None or window >= self.shape[1]):
+            y_BHLP = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        else:
+            y_BHLP = F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen(window), scale=scale)
+        return y_BHLP.transpose(0, 1).flatten(1, 2)
+
+    # ── convolution
+
+    @cached_property
+    def _has_past(self) -> list[Tensor]:
+        """For lags 0, 1, …: whether a token's document reaches so far back, (B, L, 1)."""
+        return [(self.position_BL >= lag).unsqueeze(-1) for lag in range(16)]
+
+    def conv1d(self, x_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> Tensor:
+        """Causal depthwise convolution, (T, C) → (T, C)."""
+        x_BLC, weight_KC = wide(x_TC).unflatten(0, self.shape), wide(weight_CK).t()
+        K, L = len(weight_KC), self.shape[1]
+        y_BLC = x_BLC * weight_KC[K - 1]
+        for lag in range(1, min(K, L)):
+            past_BLC = F.pad(x_BLC[:, : L - lag], (0, 0, lag, 0))
+            if not self.alone:
+                has = self._has_past[lag] if lag < 16 else (self.position_BL >= lag).unsqueeze(-1)
+                past_BLC = past_BLC * has
+            y_BLC = torch.addcmul(y_BLC, past_BLC, weight_KC[K - 1 - lag])
+        y_TC = y_BLC.flatten(0, 1)
+        return y_TC if bias_C is None else y_TC + wide(bias_C)
+
+    # ── scans
+
+    def selective_scan(self, C_TN: Tensor, x_TI: Tensor, dt_TI: Tensor, A_IN: Tensor, B_TN: Tensor) -> Tensor:
+        """Mamba-1 → y (T, I)."""
+        C_BLN, x_BLI, dt_BLI, B_BLN = (wide(t).unflatten(0, self.shape) for t in (C_TN, x_TI, dt_TI, B_TN))
+        log_BLIN = dt_BLI.unsqueeze(-1) * A_IN
+        decay_BLIN = log_BLIN.exp() * ~self.starts_BL.unsqueeze(-1).unsqueeze(-1)
+        added_BLIN = (dt_BLI * x_BLI).unsqueeze(-1) * B_BLN.unsqueeze(2)
+        S_BLIN: Tensor = LinearScan.apply(decay_BLIN, added_BLIN)
+        return (S_BLIN @ C_BLN.unsqueeze(-1)).squeeze(-1).flatten(0, 1)
+
+    def ssd(
+        self, C_TGN: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, chunk: int = CHUNK
+    ) -> Tensor:
+        """Mamba-2 → y (T, H, P)."""
+        (B, L), (H, P), G = self.shape, x_THP.shape[1:], B_TGN.shape[1]
+        Q = min(chunk, L)
+        count = -(-L // Q)
+
+        def chunks(t: Tensor) -> Tensor:  # (T, …) → (B, C, Q, …); zeros after the end add nothing to anything
+            t = t.unflatten(0, (B, L))
+            if count * Q > L:  # a pad of nothing would be a copy
+                t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, count * Q - L))
+            return t.unflatten(1, (count, Q))
+
+        x, dt, Bs, Cs = chunks(x_THP), chunks(dt_TH), chunks(B_TGN), chunks(C_TGN)
+        document_BCQ = F.pad(self.document_BL, (0, count * Q - L), mode="replicate").unflatten(1, (count, Q))
+        # log decay from the chunk's start through each input; float64, as differences of long sums are taken
+        a_BCHQ = (dt.double() * A_H.double()).cumsum(2).transpose(2, 3)
+        dt_x_BCHQP = (x * dt.unsqueeze(-1).to(x.dtype)).transpose(2, 3)
+        B_BCGQN, C_BCGQN = Bs.transpose(2, 3), Cs.transpose(2, 3)
+
+        # what a chunk's own inputs contribute: exp(a_t − a_j) (C_t · B_j) dt_j x_j for j ≤ t of one document
+        scores_BCGQQ = C_BCGQN @ B_BCGQN.transpose(-1, -2)
+        decay_BCHQQ = _lag(a_BCHQ, a_BCHQ, dt.dtype).clamp(SMALLEST, 0.0).exp()
+        same_BCQQ = (document_BCQ.unsqueeze(3) == document_BCQ.unsqueeze(2)).tril()
+        scores_BCGQQ = scores_BCGQQ * same_BCQQ.unsqueeze(2)
+        weights = (decay_BCHQQ.unflatten(2, (G, -1)) * scores_BCGQQ.unsqueeze(3)).flatten(2, 3)
+        y_BCHQP = weights @ dt_x_BCHQP
+        if count > 1:
+            y_BCHQP = y_BCHQP + self._from_before(a_BCHQ, document_BCQ, dt_x_BCHQP, B_BCGQN, C_BCGQN, dt.dtype)
+        return y_BCHQP.transpose(2, 3).reshape(B, count * Q, H, P)[:, :L].flatten(0, 1)
+
+    @staticmethod
+    def _from_before(a_BCHQ: Tensor, document_BCQ: Tensor, dt_x: Tensor, Bs: Tensor, Cs: Tensor, dtype: Any) -> Tensor:
+        """What earlier chunks contribute, through the state they leave."""
+        G = Bs.shape[2]
+        last_BCH, last_document_BC = a_BCHQ[..., -1], document_BCQ[..., -1]
+        # the state a chunk leaves behind: of its last document alone
+        left_BCHQ = (last_BCH.unsqueeze(-1) - a_BCHQ).to(dtype).clamp(SMALLEST, 0.0).exp()
+        left_BCHQ = left_BCHQ * (document_BCQ == last_document_BC.unsqueeze(-1)).unsqueeze(2)
+        weighted = (dt_x * left_BCHQ.unsqueeze(-1)).unflatten(2, (G, -1))
+        S_BCHNP = (Bs.transpose(-1, -2).unsqueeze(3) @ weighted).flatten(2, 3)
+        # chunk c begins with Σ_{k<c} exp(a of the chunks between) S_k, where c − 1 and k end in one document
+        through_BHC = last_BCH.cumsum(1).transpose(1, 2)
+        until_BHC = through_BHC - last_BCH.transpose(1, 2)
+        lag_BHCC = (until_BHC.unsqueeze(-1) - through_BHC.unsqueeze(-2)).to(dtype)
+        before_BC = F.pad(last_document_BC[:, :-1], (1, 0), value=-1)
+        carried_BCC = (before_BC.unsqueeze(2) == last_document_BC.unsqueeze(1)).tril(-1)
+        carry_BHCC = lag_BHCC.clamp(SMALLEST, 0.0).exp() * carried_BCC.unsqueeze(1)
+        with torch.autocast(S_BCHNP.device.type, enabled=False):
+            S_BHCX = S_BCHNP.to(dtype).transpose(1, 2).flatten(3)
+            S_BCHNP = (carry_BHCC @ S_BHCX).transpose(1, 2).unflatten(3, S_BCHNP.shape[-2:])
+        y_BCHQP = (Cs.unsqueeze(3) @ S_BCHNP.unflatten(2, (G, -1))).flatten(2, 3)
+        into_BCHQ = a_BCHQ.to(dtype).clamp(SMALLEST, 0.0).exp()
+        into_BCHQ = into_BCHQ * (document_BCQ == before_BC.unsqueeze(-1)).unsqueeze(2)
+        return y_BCHQP * into_BCHQ.unsqueeze(-1)
+
+
+def wide(t: Tensor) -> Tensor:
+    """At least float32."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+
+def _lag(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a_t − b_j, rounded once both are subtracted."""
+    return (a.unsqueeze(-1) - b.unsqueeze(-2)).to(dtype)
+
+
+class LinearScan(torch.autograd.Function):
+    """S_t = decay_t ∘ S_{t−1} + added_t along axis 1, from zero."""
+
+    @staticmethod
+    def forward(ctx: Any, decay: Tensor, added: Tensor) -> Tensor:
+        S = linear_scan(decay, added)
+        ctx.save_for_backward(decay, S)
+        return S
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        decay, S = ctx.saved_tensors
+        # g_t = grad_t + decay_{t+1} g_{t+1}: the same scan, from the other end
+        later = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], 1)
+        g = linear_scan(later.flip(1), grad.flip(1)).flip(1)
+        before = torch.cat([torch.zeros_like(S[:, :1]), S[:, :-1]], 1)
+        return g * before, g
+
+
+def linear_scan(decay: Tensor, added: Tensor) -> Tensor:
+    """The recurrence in 2 √L steps: inside all blocks at once, then from block to block."""
+    L = added.shape[1]
+    Q = max(1, round(L**0.5))
+    count = -(-L // Q)
+    spare = (0, 0) * (added.dim() - 2) + (0, count * Q - L)
+    decay, added = (F.pad(t, spare).unflatten(1, (count, Q)) for t in (decay, added))
+    inside, through = torch.empty_like(added), torch.empty_like(added)
+    inside[:, :, 0], through[:, :, 0] = added[:, :, 0], decay[:, :, 0]
+    for t in range(1, Q):
+        torch.addcmul(added[:, :, t], decay[:, :, t], inside[:, :, t - 1], out=inside[:, :, t])
+        torch.mul(decay[:, :, t], through[:, :, t - 1], out=through[:, :, t])
+    for c in range(1, count):
+        inside[:, c] += through[:, c] * inside[:, c - 1, -1:]
+    return inside.flatten(1, 2)[:, :L]

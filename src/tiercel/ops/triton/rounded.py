@@ -1,0 +1,211 @@
+"""Few rows of eight-bit inputs times a packed matrix: what decoding one text spends its time on.
+
+Inputs are rounded to eight bits, one scale for 32 of them (about 0.5 % of the norm of y), and meet the weights four at a
+time as integers.  Weights lie in planes of 32-bit words, nothing of the file is rounded:
+
+    Q4_K   q (N, K / 2) · scale and minimum of 32 values, a byte each (N, K / 32, 2) · d, dmin float16 (N, K / 256, 2)
+    Q6_K   q (N, K / 2) low nibbles · top (N, K / 4) · scales int8 (N, K / 16) · d float16 (N, K / 256)
+    Q8_0   q (N, K) int8 · d float16 (N, K / 32)
+    INT8   q (N, K) int8 · scale float32 (N)
+
+Of 64 four-bit values the first 32 are the low nibbles of 32 bytes, the others the high ones.  `top` of Q6_K: byte c of
+word m of 64 values holds, two bits each, the top of value c of words 2m and 2m + 1: low nibble, high nibble, low, high.
+
+Letters: T rows of x, N outputs, K inputs; a group is 64 inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tiercel.ops.triton import interpreted
+from tiercel.ops.triton.norm import activated, store_rounded
+
+TYPES = ("Q4_K", "Q6_K", "Q8_0", "INT8")
+
+
+@triton.jit
+def _four_products(a, b, ASM: tl.constexpr):
+    """Σ of the products of four signed bytes."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+    sum_ = ((a << 24) >> 24) * ((b << 24) >> 24) + ((a << 16) >> 24) * ((b << 16) >> 24)
+    return sum_ + ((a << 8) >> 24) * ((b << 8) >> 24) + (a >> 24) * (b >> 24)
+
+
+@triton.jit
+def _halves(word):
+    """The two float16 in 32 bits."""
+    low = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _groups(
+    q, top, scales, d, n, g, here, K, x0, x1, xs0, xs1, X0, X1,
+    TYPE: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """What some groups add to some outputs, (outputs, groups); INT8 without its scale."""
+    j = tl.arange(0, 8)[None, None, :]
+    each = here[:, :, None]
+    if TYPE == "Q8_0" or TYPE == "INT8":
+        at = q + n[:, None, None] * (K // 4) + g[None, :, None] * 16 + j
+        w0, w1 = tl.load(at, each, 0), tl.load(at + 8, each, 0)
+        p0 = tl.sum(_four_products(w0, x0 + w0 * 0, ASM), 2).to(tl.float32) * xs0
+        p1 = tl.sum(_four_products(w1, x1 + w1 * 0, ASM), 2).to(tl.float32) * xs1
+        if TYPE == "INT8":
+            return p0 + p1
+        else:
+            d0, d1 = _halves(tl.load(d + n[:, None] * (K // 64) + g[None, :], here, 0))
+            return p0 * d0 + p1 * d1
+    else:
+        bits = tl.load(q + n[:, None, None] * (K // 8) + g[None, :, None] * 8 + j, each, 0)
+        if TYPE == "Q4_K":
+            p0 = tl.sum(_four_products(bits & 0x0F0F0F0F, x0 + bits * 0, ASM), 2).to(tl.float32)
+            p1 = tl.sum(_four_products((bits >> 4) & 0x0F0F0F0F, x1 + bits * 0, ASM), 2).to(tl.float32)
+            four = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0)
+            d_, dmin = _halves(tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0))
+            s0, m0 = (four & 255).to(tl.float32), ((four >> 8) & 255).to(tl.float32)
+            s1, m1 = ((four >> 16) & 255).to(tl.float32), ((four >> 24) & 255).to(tl.float32)
+            return d_ * (s0 * (p0 * xs0) + s1 * (p1 * xs1)) - dmin * (m0 * X0 + m1 * X1)
+        else:
+            tops = tl.load(top + n[:, None, None] * (K // 16) + g[None, :, None] * 4 + j // 2, each, 0) >> (j % 2 * 4)
+            w0 = (bits & 0x0F0F0F0F) | ((tops & 0x03030303) << 4)
+            w1 = ((bits >> 4) & 0x0F0F0F0F) | (((tops >> 2) & 0x03030303) << 4)
+            # 0 … 63 less 32, times 4: six bits become a signed byte
+            w0, w1 = (w0 ^ 0x20202020) << 2, (w1 ^ 0x20202020) << 2
+            p0 = tl.sum(tl.reshape(_four_products(w0, x0 + w0 * 0, ASM), (BN, BG, 2, 4)), 3).to(tl.float32)
+            p1 = tl.sum(tl.reshape(_four_products(w1, x1 + w1 * 0, ASM), (BN, BG, 2, 4)), 3).to(tl.float32)
+            i = tl.arange(0, 2)[None, None, :]
+            at = scales + n[:, None, None] * (K // 16) + g[None, :, None] * 4 + i
+            s0, s1 = tl.load(at, each, 0).to(tl.float32), tl.load(at + 2, each, 0).to(tl.float32)
+            d_ = tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0.0).to(tl.float32) * 0.25
+            return d_ * (tl.sum(p0 * s0, 2) * xs0 + tl.sum(p1 * s1, 2) * xs1)
+
+
+@triton.jit
+def _product(
+    x, x_scales, x_sums, q, top, scales, d, q_up, top_up, scales_up, d_up, bias, base, y, y8, y_scales, y_sums,
+    N, K, scale,
+    TYPE: tl.constexpr, BIAS: tl.constexpr, BASE: tl.constexpr, ACTIVATION: tl.constexpr, ROUND: tl.constexpr,
+    BN: tl.constexpr, BG: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    t = tl.program_id(1)
+    j = tl.arange(0, 8)[None, None, :]
+    sums, others = tl.zeros((BN, BG), tl.float32), tl.zeros((BN, BG), tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for g0 in tl.range(0, K // 64, BG, num_stages=STAGES):
+        g = g0 + tl.arange(0, BG)
+        inside = g < K // 64
+        here = (n < N)[:, None] & inside[None, :]
+        at = x + t * (K // 4) + g[None, :, None] * 16 + j
+        seen = inside[None, :, None]
+        x0, x1 = tl.load(at, seen, 0), tl.load(at + 8, seen, 0)
+        block = t * (K // 32) + g * 2
+        xs0, xs1 = tl.load(x_scales + block, inside, 0.0)[None, :], tl.load(x_scales + block + 1, inside, 0.0)[None, :]
+        X0, X1 = tl.load(x_sums + block, inside, 0.0)[None, :], tl.load(x_sums + block + 1, inside, 0.0)[None, :]
+        sums += _groups(q, top, scales, d, n, g, here, K, x0, x1, xs0, xs1, X0, X1, TYPE, BN, BG, ASM)
+        if ACTIVATION is not None:
+            others += _groups(q_up, top_up, scales_up, d_up, n, g, here, K, x0, x1, xs0, xs1, X0, X1, TYPE, BN, BG, ASM)
+    out, other = tl.sum(sums, 1), tl.sum(others, 1)
+    if TYPE == "INT8":
+        out = out * tl.load(scales + n, n < N, 0.0)
+        if ACTIVATION is not None:
+            other = other * tl.load(scales_up + n, n < N, 0.0)
+    out = out * scale
+    if BIAS:
+        out += tl.load(bias + n, n < N, 0.0).to(tl.float32)
+    if ACTIVATION is not None:
+        out = activated(out, ACTIVATION) * other
+    if BASE:
+        out += tl.load(base + t * N + n, n < N, 0.0).to(tl.float32)
+    tl.store(y + t * N + n, out.to(y.dtype.element_ty), n < N)
+    if ROUND:
+        store_rounded(out, t, tl.program_id(0) * (BN // 32), y8, y_scales, y_sums, N, BN)
+
+
+@triton.jit
+def _round(x, q, scales, sums, K, stride_x, BLOCK: tl.constexpr):
+    t, k = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    h = tl.load(x + t * stride_x + k, k < K, 0.0).to(tl.float32)
+    store_rounded(h, t, tl.program_id(1) * (BLOCK // 32), q, scales, sums, K, BLOCK)
+
+
+class Rounded:
+    """Rows of inputs in eight bits: q (T, K) int8, the scales of 32 and the sums these leave (T, K / 32) float32."""
+
+    def __init__(self, rows: int, width: int, device: torch.device) -> None:
+        self.q = torch.empty(rows, width, dtype=torch.int8, device=device)
+        self.scales, self.sums = (torch.empty(rows, width // 32, device=device) for _ in range(2))
+
+    @property
+    def planes(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.scales, self.sums
+
+
+def rounded(x: Tensor) -> Rounded:
+    """(…, K) in eight bits; kept with x, as several matrices meet it.
+
+    Each stream makes its own: none would wait for what another made.
+    """
+    kept = getattr(x, "_rounded", None)
+    stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
+    if kept is not None and kept[1] in (None, stream):
+        return kept[0]
+    K = x.shape[-1]
+    x_TK = x.reshape(-1, K)
+    r = Rounded(len(x_TK), K, x.device)
+    _round[(len(x_TK), triton.cdiv(K, 1024))](x_TK, *r.planes, K, x_TK.stride(0), BLOCK=1024)
+    x._rounded = r, stream  # type: ignore[attr-defined]
+    return r
+
+
+def keep_rounded(x: Tensor, r: Rounded) -> None:
+    """x was rounded where it was made, for whoever comes after that."""
+    x._rounded = r, None  # type: ignore[attr-defined]
+
+
+def product(
+    r: Rounded,
+    type: str,
+    shape: tuple[int, int],
+    planes: tuple[Tensor, ...],
+    dtype: torch.dtype,
+    *,
+    bias_N: Tensor | None = None,
+    scale: float = 1.0,
+    up: tuple[Tensor, ...] | None = None,
+    activation: str | None = None,
+    base: Tensor | None = None,
+    round: bool = False,
+    tiles: tuple[int, int, int, int] = (1, 64, 1, 1),
+    pdl: bool = False,
+) -> Tensor:
+    """scale · x Wᵀ + b + base, or act(x Wᵀ) · (x Uᵀ), (T, N); planes: q, top, scales, d as the kernel reads them.
+
+    tiles: outputs and groups a program takes at a time, its warps, loads under way.
+    """
+    N, K = shape
+    T = len(r.q)
+    y_TN = torch.empty(T, N, dtype=dtype, device=r.q.device)
+    BN, BG, warps, stages = tiles
+    BN = max(BN, 64 if interpreted else 32 if round else 1)
+    r_out = Rounded(T, N, y_TN.device) if round else r
+    _product[(triton.cdiv(N, BN), T)](
+        r.q.view(torch.int32), r.scales, r.sums, *planes, *(up or planes), y_TN if bias_N is None else bias_N,
+        y_TN if base is None else base, y_TN, *r_out.planes, N, K, scale,
+        TYPE=type, BIAS=bias_N is not None, BASE=base is not None, ACTIVATION=activation, ROUND=round,
+        BN=BN, BG=min(BG, triton.next_power_of_2(K // 64)), STAGES=stages, ASM=not interpreted, PDL=pdl,
+        num_warps=warps, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    if round:
+        keep_rounded(y_TN, r_out)
+    return y_TN

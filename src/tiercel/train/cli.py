@@ -1,0 +1,145 @@
+"""`tiercel train …`: options in, one of this folder's loops, what was reached out."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tiercel.errors import RequestError
+
+if TYPE_CHECKING:
+    from tiercel.train.loop import Settings
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a network: pretrain, sft.")
+
+Data = Annotated[Path, typer.Argument(help='JSONL, one example a line: {"messages": […]} or {"text": …}.')]
+Out = Annotated[Path, typer.Option(help="Folder for the checkpoint, the log and the plot.")]
+Config = Annotated[str, typer.Option(help="Pattern file or config.json (fresh weights), or a checkpoint.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Folder with a tokenizer.json, for a fresh network.")]
+HeldOut = Annotated[Path | None, typer.Option("--eval", help="JSONL that is not trained on, to be evaluated.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of the optimizer.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the data, instead of steps.")]
+Batch = Annotated[int, typer.Option(help="Rows of a micro-batch.")]
+Accumulate = Annotated[int, typer.Option(help="Micro-batches of a step.")]
+Length = Annotated[int, typer.Option(help="Tokens of a row.")]
+Lr = Annotated[float, typer.Option(help="The highest learning rate.")]
+Schedule = Annotated[str, typer.Option(help="cosine, wsd or constant.")]
+Warmup = Annotated[int, typer.Option(help="Steps until the learning rate is reached.")]
+WeightDecay = Annotated[float, typer.Option(help="Of matrices.")]
+Clip = Annotated[float, typer.Option(help="Largest norm of the gradient.")]
+SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints to resume from; 0: at the end.")]
+EvalEvery = Annotated[int, typer.Option(help="Steps between evaluations; 0: at the end.")]
+Seed = Annotated[int, typer.Option(help="Of fresh weights and of the order of the data.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="f32, or bf16 for products (weights stay float32).")]
+Recompute = Annotated[bool, typer.Option("--recompute", help="Keep no activations of blocks: slower, less memory.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Let torch.compile make kernels of the blocks.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+
+
+@app.command()
+def pretrain(
+    data: Data,
+    config: Config,
+    out: Out,
+    tokenizer: Tokenizer = None,
+    held_out: HeldOut = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch: Batch = 8,
+    accumulate: Accumulate = 1,
+    length: Length = 512,
+    lr: Lr = 1e-3,
+    schedule: Schedule = "cosine",
+    warmup: Warmup = 20,
+    weight_decay: WeightDecay = 0.1,
+    clip: Clip = 1.0,
+    save_every: SaveEvery = 500,
+    eval_every: EvalEvery = 0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "f32",
+    recompute: Recompute = False,
+    compile: Compile = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Learn every next token of documents."""
+    from tiercel.train.pretrain import pretrain
+
+    settings = _settings(steps, epochs, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
+        accumulate=accumulate, save_every=save_every, eval_every=eval_every, device=device, dtype=dtype,
+        recompute=recompute, compile=compile, resume=resume, out=out, quiet=quiet or json)  # fmt: skip
+    found = pretrain(config, data, settings, tokenizer=tokenizer, held_out=held_out, rows=batch, length=length,
+                     epochs=epochs, seed=seed)  # fmt: skip
+    _say(found, json)
+
+
+@app.command()
+def sft(
+    data: Data,
+    config: Config,
+    out: Out,
+    loss_on: Annotated[str, typer.Option(help="Roles that are learned, with commas; or all.")] = "assistant",
+    tokenizer: Tokenizer = None,
+    held_out: HeldOut = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    batch: Batch = 8,
+    accumulate: Accumulate = 1,
+    length: Length = 512,
+    lr: Lr = 1e-4,
+    schedule: Schedule = "cosine",
+    warmup: Warmup = 20,
+    weight_decay: WeightDecay = 0.0,
+    clip: Clip = 1.0,
+    save_every: SaveEvery = 500,
+    eval_every: EvalEvery = 0,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "f32",
+    recompute: Recompute = False,
+    compile: Compile = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Learn the answers of conversations."""
+    from tiercel.train.data import ROLES
+    from tiercel.train.sft import sft
+
+    roles = tuple(role.strip() for role in loss_on.split(","))
+    if unknown := [role for role in roles if role not in (*ROLES, "all")]:
+        raise RequestError(f"--loss-on: no role {unknown[0]!r}; choose from {', '.join(ROLES)}, all")
+    settings = _settings(steps, epochs, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
+        accumulate=accumulate, save_every=save_every, eval_every=eval_every, device=device, dtype=dtype,
+        recompute=recompute, compile=compile, resume=resume, out=out, quiet=quiet or json)  # fmt: skip
+    found = sft(config, data, settings, loss_on=roles, tokenizer=tokenizer, held_out=held_out, rows=batch,
+                length=length, epochs=epochs, seed=seed)  # fmt: skip
+    _say(found, json)
+
+
+def _settings(steps: int | None, epochs: float | None, **rest: Any) -> Settings:
+    from tiercel.train.loop import Settings
+
+    if (steps is None) == (epochs is None):
+        raise RequestError("say how long: --steps or --epochs")
+    return Settings(steps=1 if steps is None else steps, **rest)
+
+
+def _say(found: dict[str, Any], json: bool) -> None:
+    if json:
+        print(json_module.dumps(found), flush=True)
+        return
+    held = "" if found["eval_loss"] is None else f", held out {found['eval_loss']:.4f}"
+    speed = f"{found['tokens']:,} tokens in {found['seconds']:.0f} s"
+    print(f"loss {found['loss']:.4f}{held} after {found['steps']} steps, {speed}")
+    if found.get("left_out"):
+        print(f"{found['left_out']} examples are longer than --length and were left out")
+    print(f"written to {found['out']}: try  tiercel run {found['out']}")

@@ -1,0 +1,53 @@
+"""Cross-entropy of the next token, a slice of tokens at a time: the logits (T, V) are never all there.
+
+Losses are sums; who calls divides by the number of counted tokens of the whole step, over all its micro-batches and
+ranks, so that every token weighs the same however a step is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from tiercel.model.decoder import Decoder
+from tiercel.train.data import Rows
+
+LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # numbers of a slice
+
+
+def next_token_loss(network: Decoder, rows: Rows) -> Tensor:
+    """The sum of −log p over the counted tokens of a micro-batch, float32."""
+    x_TD = network.features(rows.tokens_BL, rows.batch)
+    counted_T = rows.counted_T
+    if len(counted_T) < x_TD.shape[0]:
+        x_TD = x_TD[counted_T]
+
+    def head(x_TD: Tensor) -> Tensor:
+        return network.head(x_TD, network.config.logit_scale)
+
+    return chunked_cross_entropy(x_TD, rows.targets_T, head, network.config.vocab_size)
+
+
+def chunked_cross_entropy(
+    x_TD: Tensor, targets_T: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int, chunk: int | None = None
+) -> Tensor:
+    """Σ_t −log softmax(head(x_t))[target_t], float32; a slice's logits are made again on the way back.
+
+    chunk: tokens of a slice; None chooses by the vocabulary.
+    """
+    chunk = chunk or max(64, LOGITS.get(x_TD.device.type, LOGITS["cpu"]) // vocab_size)
+    total = torch.zeros((), device=x_TD.device)
+    for x, targets in zip(x_TD.split(chunk), targets_T.split(chunk), strict=True):
+        if len(x) == len(x_TD) or not torch.is_grad_enabled():  # a single slice may as well be kept
+            total = total + _summed(x, targets, head)
+        else:
+            total = total + checkpoint(_summed, x, targets, head, use_reentrant=False)
+    return total
+
+
+def _summed(x_TD: Tensor, targets_T: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+    return F.cross_entropy(head(x_TD).float(), targets_T, reduction="sum")

@@ -1,0 +1,47 @@
+"""Supervised fine-tuning: conversations → the answers' tokens.
+
+sft("smollm2", "chats.jsonl", Settings(steps=200, lr=1e-4, out=Path("run")))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tiercel.train import start
+from tiercel.train.data import Batches, read_documents
+from tiercel.train.loop import Settings, fit
+
+
+def sft(
+    config: str | Path,
+    data: str | Path,
+    settings: Settings,
+    *,
+    loss_on: Sequence[str] = ("assistant",),
+    tokenizer: str | Path | None = None,
+    held_out: str | Path | None = None,
+    rows: int = 8,
+    length: int = 512,
+    epochs: float | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Train on what some roles say; everything else is read and not learned.
+
+    loss_on: roles, or ("all",).  Examples longer than `length` are left out and counted: half an answer teaches to
+    stop in the middle.  Other arguments and the answer: as of `pretrain`.
+    """
+    start.prepare(settings.out, settings.resume)
+    network, text, layout = start.open_network(config, tokenizer, seed=seed)
+    documents = read_documents(data, text, learn=loss_on).fit_rows(length, cut=False)
+    batches = Batches(documents, rows=rows, length=length, seed=seed)
+    evaluation = None
+    if held_out is not None:
+        others = read_documents(held_out, text, learn=loss_on).fit_rows(length, cut=False)
+        evaluation = start.evaluation(others, rows, length)
+    settings = start.counted_steps(batches, settings, epochs)
+    result = fit(network, batches, settings, held_out=evaluation)
+    if settings.out is not None:
+        start.finish(network, text, layout, settings.out)
+    return start.report(result, settings.out) | {"documents": len(documents), "left_out": documents.left_out}

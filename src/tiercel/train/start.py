@@ -1,0 +1,117 @@
+"""What a run begins with and ends with: a network whose weights want gradients, and a folder that anyone can load."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tiercel.errors import RequestError
+from tiercel.families import from_hf
+from tiercel.families.family import Layout
+from tiercel.families.pattern import PATTERN, read_file
+from tiercel.families.pattern import rows as pattern_rows
+from tiercel.model.decoder import Decoder
+from tiercel.model.layers import initialize
+from tiercel.plan import check_fits, parameter_count
+from tiercel.quant import PACKED_TYPES
+from tiercel.text import Text
+from tiercel.train.checkpoint import complete
+from tiercel.train.data import Batches, Documents, Rows
+from tiercel.train.loop import Result, Settings
+from tiercel.weights import hub
+from tiercel.weights.load import NetworkSource, export, load, open_checkpoint, read_json
+
+Start = tuple[Decoder, Text | None, Layout]
+
+
+def open_network(config: str | Path, tokenizer: str | Path | None = None, *, seed: int = 0) -> Start:
+    """Fresh weights for a pattern file or a config.json; a checkpoint's (folder, .gguf, short name) as they are.
+
+    Float32, to be trained.  RequestError for packed weights, or a tokenizer with more tokens than the network.
+    """
+    path = Path(config)
+    if path.suffix in (".json", ".toml") and path.is_file():
+        network, text, layout = _fresh(path, seed)
+    else:
+        network, text, layout = _stored(hub.resolve(config, pull=True))
+    if tokenizer is not None:
+        path = Path(tokenizer)
+        folder = path if path.is_dir() else path.parent
+        text = Text.from_folder(folder)
+        if text is None:
+            raise RequestError(f"--tokenizer {tokenizer}: {Text.why_none(folder)}")
+    if text is not None and text.vocab_size > network.config.vocab_size:
+        raise RequestError(
+            f"the tokenizer has {text.vocab_size} tokens, the network {network.config.vocab_size}: "
+            "raise vocab_size in the config"
+        )
+    return network.train().requires_grad_(True), text, layout
+
+
+def _fresh(path: Path, seed: int) -> Start:
+    found = read_json(path) if path.suffix == ".json" else None
+    if isinstance(found, dict) and found.get("model_type", "tiercel") != "tiercel":
+        layout = from_hf(found)
+    else:
+        model = read_file(path)
+        layout = Layout(PATTERN, model, pattern_rows(model))
+    check_fits(16 * parameter_count(layout.config), "training with AdamW in float32")
+    network = Decoder(layout.config)
+    initialize(network, seed)
+    return network, Text.from_folder(path.parent), layout
+
+
+def _stored(path: Path) -> Start:
+    checkpoint = open_checkpoint(path)
+    packed = {checkpoint.stored(row) for row in checkpoint.layout.rows} & set(PACKED_TYPES)
+    if packed:
+        raise RequestError(
+            f"{path} is packed ({sorted(packed)[0]}) and full training cannot change packed weights: "
+            "train an adapter with `tiercel train lora`, or start from its unpacked form"
+        )
+    check_fits(16 * parameter_count(checkpoint.layout.config), "training with AdamW in float32")
+    return load(path, dtype="float32")
+
+
+def prepare(out: Path | None, resume: bool) -> None:
+    """RequestError where a run would go over another's checkpoints."""
+    if out is not None and not resume and complete(out / "checkpoints"):
+        raise RequestError(f"{out} holds a run already: go on with --resume, or choose another --out")
+
+
+def counted_steps(batches: Batches, settings: Settings, epochs: float | None) -> Settings:
+    """The settings with steps for so many epochs."""
+    if epochs is None:
+        return settings
+    return replace(settings, steps=max(1, round(epochs * batches.per_epoch / settings.accumulate)))
+
+
+def evaluation(documents: Documents, rows: int, length: int) -> Callable[[], Iterator[Rows]]:
+    return lambda: Batches(documents, rows=rows, length=length, shuffle=False).once()
+
+
+def finish(network: Decoder, text: Text | None, layout: Layout, out: Path) -> None:
+    """The folder: config.json, model.safetensors, the tokenizer; and the curves, where matplotlib is there."""
+    network.eval().to("cpu")
+    with torch.no_grad():
+        export(NetworkSource(network, layout, text), out)
+    from tiercel.train.plot import plot
+
+    with contextlib.suppress(RequestError):  # no matplotlib, no picture
+        plot(out / "log.jsonl", out / "curves.png")
+
+
+def report(result: Result, out: Path | None) -> dict[str, object]:
+    """What the command prints."""
+    return {
+        "out": None if out is None else str(out),
+        "steps": result.step,
+        "loss": result.loss,
+        "eval_loss": result.eval_loss,
+        "tokens": result.tokens,
+        "seconds": round(result.seconds, 3),
+    }

@@ -1,0 +1,99 @@
+"""The engine on a GPU's slots gives the tokens that the plain network gives, reused, forked and sent back or not.
+
+Without a GPU the kernels run in Triton's interpreter.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="pip install triton")
+
+import tiny
+from ops.triton.conftest import DEVICE
+from tiercel.engine.engine import Engine
+from tiercel.generate import generate_reference
+from tiercel.model.on_device import OnDevice
+from tiercel.sampling import SamplingParams
+from tiny import ids
+
+
+@pytest.fixture(scope="module")
+def net():
+    return tiny.network("attention+mamba2", native=False, repeat=1, kv_heads=1, groups=1, mamba_head_dim=32).to(DEVICE)
+
+
+def engine(net, slots=2, **more):
+    on_device = OnDevice(net, slots, 200)
+    return Engine(
+        SimpleNamespace(network=on_device, text=None, max_length=200),
+        slots=slots,
+        **({"cache_bytes": 1 << 24, "step_tokens": 64} | more),
+    )
+
+
+def greedy(count, **more):
+    return SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **more)
+
+
+def run(engine):
+    while not engine.idle:
+        engine.step()
+
+
+def expected(net, prompt, params):
+    return generate_reference(net, prompt, params.max_tokens)
+
+
+def answer(request, i=0):
+    return request.choices[i].token_ids
+
+
+def test_texts_together_then_one_that_goes_on(net):
+    e = engine(net)
+    prompts = [ids(21), ids(68, 1)]
+    requests = [e.add(p, greedy(3)) for p in prompts]
+    run(e)
+    for prompt, request in zip(prompts, requests, strict=True):
+        assert answer(request) == expected(net, prompt, greedy(3))
+    longer = prompts[1] + answer(requests[1]) + ids(9, 2)
+    again = e.add(longer, greedy(3))
+    run(e)
+    assert again.cached_tokens >= 68 and answer(again) == expected(net, longer, greedy(3))
+
+
+def test_answers_that_fork_and_slots_that_come_back(net):
+    e = engine(net)
+    params = SamplingParams(temperature=40.0, seed=5, n=2, max_tokens=3, ignore_eos=True)
+    request = e.add(ids(19), params)
+    run(e)
+    one = e.add(ids(19), greedy(3))
+    run(e)
+    assert answer(request, 0) != answer(request, 1)
+    assert answer(one) == expected(net, ids(19), greedy(3))
+    slots = e.network.slots
+    assert len(slots.free) == slots.count and not any(slots.pages)
+
+
+def test_who_is_sent_back_goes_on_where_it_was(net):
+    e = engine(net, slots=1)
+    request = e.add(ids(40), greedy(3))
+    for _ in range(2):
+        e.step()
+    e.preempt(e.scheduler.running[0])
+    run(e)
+    assert answer(request) == expected(net, ids(40), greedy(3))
+
+
+def test_a_conversation_is_saved_and_goes_on_in_another_process(net, tmp_path):
+    first, second = (OnDevice(net, 1, 200) for _ in range(2))
+    text = torch.tensor(ids(75), device=DEVICE)
+    state = first.new_state()
+    first([text[:70]], [state])
+    state.save(tmp_path / "state", text[:70].tolist())
+    back = second.load_state(tmp_path / "state")
+    assert back.length == 70 and back.oldest == state.oldest
+    for i in range(70, 75):
+        a, b = first([text[i : i + 1]], [state])[0], second([text[i : i + 1]], [back])[0]
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

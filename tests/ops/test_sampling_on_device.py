@@ -1,0 +1,55 @@
+"""Tokens chosen for many rows at once are those that `Sampler` chooses for each alone."""
+
+import pytest
+import torch
+
+from tiercel.model.draws import Draws
+from tiercel.ops.sampling import choose
+from tiercel.sampling import Sampler, SamplingParams
+
+V = 3000
+PARAMS = [
+    SamplingParams(temperature=0, seed=1),
+    SamplingParams(temperature=1.0, seed=2),
+    SamplingParams(temperature=0.7, top_k=5, seed=3),
+    SamplingParams(temperature=1.3, top_p=0.6, seed=4),
+    SamplingParams(temperature=2.0, min_p=0.1, seed=5),
+    SamplingParams(temperature=1.5, min_p=0.01, top_k=200, top_p=0.9, seed=6),
+    SamplingParams(temperature=1.0, top_p=1e-6, seed=7),
+    SamplingParams(temperature=0.5, top_k=-1, seed=8),
+]
+
+
+def test_rows_together_are_the_samplers_of_each():
+    g = torch.Generator().manual_seed(0)
+    draws = Draws(len(PARAMS) + 1, torch.device("cpu"))
+    samplers = [Sampler(params, [], V) for params in PARAMS]
+    for slot, sampler in enumerate(samplers):
+        draws.set(slot, sampler.params, sampler.seed, 0, 0)
+    slots = torch.tensor([*range(len(PARAMS)), -1], dtype=torch.int32)
+    for step in range(70):
+        if step == 64:
+            for slot, sampler in enumerate(samplers):
+                draws.refill(slot, sampler.seed, 0, step)
+        logits = 3 * torch.randn(len(slots), V, generator=g)
+        logits[:3, ::7] = logits[:3, :1]  # ties; among those that top_p parts any may stay
+        got = draws.choose(logits, slots)
+        for row, sampler in enumerate(samplers):
+            token = sampler.sample(logits[row])
+            assert int(got[row]) == token
+            sampler.accept(token)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (4, 1.0), (0, 0.8)])
+def test_draws_are_spread_as_the_probabilities(top_k, top_p):
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5, -5.0])
+    B = 20_000
+    same = [torch.full((B,), value) for value in (0.8, 0.0)]
+    u = torch.rand(B, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got = choose(logits.expand(B, -1), *same, torch.full((B,), top_k), torch.full((B,), top_p), u)
+    probs = torch.softmax(logits / 0.8, 0)
+    order = probs.argsort(descending=True)
+    before = probs[order].cumsum(0) - probs[order]
+    kept = order[(before < top_p) & (torch.arange(6) < (top_k or 6))]
+    expected = torch.zeros(6).index_copy_(0, kept, probs[kept] / probs[kept].sum())
+    assert (torch.bincount(got, minlength=6) / B - expected).abs().max() < 0.015
