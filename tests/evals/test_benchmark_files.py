@@ -46,7 +46,7 @@ def test_the_right_answer_counts_and_a_wrong_one_does_not(name):
     if name == "math500":
         pytest.importorskip("math_verify", reason="pip install tiercel[eval]")
     task = open_task(name)
-    for item in task.load(None)[:8]:
+    for item in task.load(None)[:3]:
         assert task.grade(item, f"Thus \\boxed{{{item.gold}}}.").correct
         assert not task.grade(item, "Thus \\boxed{-77777}.").correct
         assert task.grade(item, "I give up.").answer is None
@@ -70,14 +70,12 @@ def test_another_copy_of_a_file_is_refused(tmp_path):
     path = tmp_path / "gsm8k" / "test.jsonl"
     path.chmod(0o644)
     path.write_bytes(path.read_bytes().replace(b"#### 18", b"#### 19", 1))
-    with pytest.raises(
-        FormatError, match=r"not the copy this benchmark is defined by: sha256 \w{16}… instead of 3730d3"
-    ):
+    with pytest.raises(FormatError, match=r"not the copy this benchmark is defined by: .* instead of 3730d3"):
         open_task("gsm8k").load(str(tmp_path))
 
 
 def bad_arc(rows):
-    """What the well-known bad conversion made of ARC: fields renamed, numeric labels shifted, choices padded and cut."""
+    """What the well-known bad conversion made of ARC: fields renamed, labels shifted, choices padded and cut."""
     for row in rows:
         texts = row["choices"]["text"][:4]
         texts += [texts[-1]] * (4 - len(texts))
@@ -136,7 +134,8 @@ def test_the_source_of_arc_is_made_into_our_bytes():
         "response": "because",
     }
     assert kept_fields(json.dumps(row).encode()) == (
-        b'{"id": "x", "question": "\\u00e9?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}\n')  # fmt: skip
+        b'{"id": "x", "question": "\\u00e9?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}\n'
+    )  # fmt: skip
 
 
 def test_aime_2025_is_known_by_its_answers(tmp_path):
