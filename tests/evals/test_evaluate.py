@@ -108,7 +108,8 @@ import sys, tiercel
 from pathlib import Path
 from tiercel.evals import Settings, evaluate, open_task
 model, quiz, out = sys.argv[1:]
-evaluate(tiercel.load(model), open_task(quiz), Settings(samples=2, temperature=1.0, max_tokens=6, slots=4), out=Path(out))
+settings = Settings(samples=2, temperature=1.0, max_tokens=6, slots=4)
+evaluate(tiercel.load(model), open_task(quiz), settings, out=Path(out))
 """
 
 
