@@ -2,10 +2,13 @@
 
     python benchmarks/lm_eval_agreement.py --items 200 --out agreement.json      (an hour on two cores)
 
-ARC-Challenge and MMLU (5 shots): the choice of each item, SmolLM2-135M through `TiercelLM` (exact) and through HFLM
+ARC-Challenge and MMLU (5 shots): the choice of each item, SmolLM2-135M through `TiercelLM` and through HFLM
 on the GGUF as transformers unpacks it, both in lm-eval's own tasks on our local files.  GSM8K (5 shots): the
 prompts of lm-eval and of `tiercel eval`, the verdicts of both filters on the same outputs, and the outputs themselves.
 Every item on which they differ is printed with both likelihoods.
+
+--precision float32 unpacks our weights as transformers does.  As we normally run the file (exact, fast) keys and values
+are kept in bfloat16, which moves a log-probability by about 0.01 and so turns choices that are nearly a tie.
 """
 
 from __future__ import annotations
@@ -137,6 +140,7 @@ def compare_gsm8k(task: GSM8K, items: list[Item], ours: Any, theirs: Any) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--precision", default="float32", choices=("float32", "exact", "fast"))
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--gsm8k-items", type=int, default=None)
     parser.add_argument("--gsm8k-tokens", type=int, default=256)
@@ -144,14 +148,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     file = hub.resolve(args.model, pull=True)
-    ours = TiercelLM(tiercel.load(args.model, exact=True))
+    loading = {"dtype": "float32"} if args.precision == "float32" else {"exact": args.precision == "exact"}
+    ours = TiercelLM(tiercel.load(args.model, **loading))
     named = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**named)
     theirs = HFLM(pretrained=transformers.AutoModelForCausalLM.from_pretrained(**named, dtype=torch.float32),
                   tokenizer=tokenizer, batch_size=1, device="cpu")  # fmt: skip
     versions = {"tiercel": tiercel.__version__, "lm_eval": lm_eval.__version__, "torch": torch.__version__,
                 "transformers": transformers.__version__, "machine": platform.machine()}  # fmt: skip
-    report: dict[str, Any] = {"model": args.model, "versions": versions, "tasks": []}
+    report: dict[str, Any] = {"model": args.model, "precision": args.precision, "versions": versions, "tasks": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for task_name, count in (("arc_challenge", args.items), ("mmlu", args.items),

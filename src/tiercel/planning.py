@@ -214,7 +214,7 @@ def _same_precision(what: Subject, dtype: str, quantize: str | None) -> dict[str
     """For another network: what a file has is one type per tensor, so the type of most of it stands for all."""
     if quantize or dtype != "auto" or isinstance(what.stored, str):
         return {"stored": what.stored if isinstance(what.stored, str) else "BF16", "dtype": dtype, "quantize": quantize}
-    held = Counter()
+    held: Counter[str] = Counter()
     for matrix in matrices(what.config, what.stored):
         held[matrix.kind] += 0 if matrix.precise else matrix.values
     kind = held.most_common(1)[0][0]

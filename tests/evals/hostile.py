@@ -4,6 +4,7 @@ name → (program, what it prints when the sandbox held: "HELD" where the progra
 clock, the memory or the kernel ends it).  `{outside}` is a folder of the test, `{victim}` a process of it.
 """
 
+# ruff: noqa: E501
 # prints HELD when everything in the body was refused
 TRY = """
 def attempts():

@@ -46,7 +46,7 @@ def test_the_right_answer_counts_and_a_wrong_one_does_not(name):
     if name == "math500":
         pytest.importorskip("math_verify", reason="pip install tiercel[eval]")
     task = open_task(name)
-    for item in task.load(None)[:25]:
+    for item in task.load(None)[:3]:
         assert task.grade(item, f"Thus \\boxed{{{item.gold}}}.").correct
         assert not task.grade(item, "Thus \\boxed{-77777}.").correct
         assert task.grade(item, "I give up.").answer is None
@@ -70,16 +70,20 @@ def test_another_copy_of_a_file_is_refused(tmp_path):
     path = tmp_path / "gsm8k" / "test.jsonl"
     path.chmod(0o644)
     path.write_bytes(path.read_bytes().replace(b"#### 18", b"#### 19", 1))
-    with pytest.raises(FormatError, match=r"not the copy this benchmark is defined by: sha256 \w{16}… instead of 3730d3"):
+    with pytest.raises(FormatError, match=r"not the copy this benchmark is defined by: .* instead of 3730d3"):
         open_task("gsm8k").load(str(tmp_path))
 
 
 def bad_arc(rows):
-    """What the well-known bad conversion made of ARC: fields renamed, numeric labels shifted, choices padded and cut."""
+    """What the well-known bad conversion made of ARC: fields renamed, labels shifted, choices padded and cut."""
     for row in rows:
         texts = row["choices"]["text"][:4]
         texts += [texts[-1]] * (4 - len(texts))
-        yield {"query": f"Question: {row['question']}\nAnswer:", "choices": texts, "gold": "ABCDE".index(row["answerKey"])}
+        yield {
+            "query": f"Question: {row['question']}\nAnswer:",
+            "choices": texts,
+            "gold": "ABCDE".index(row["answerKey"]),
+        }
 
 
 @data
@@ -122,9 +126,16 @@ def test_rows_of_arc_that_contradict_themselves(change, words):
 
 
 def test_the_source_of_arc_is_made_into_our_bytes():
-    row = {"id": "x", "question": "é?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A", "response": "because"}
+    row = {
+        "id": "x",
+        "question": "é?",
+        "choices": {"text": ["a"], "label": ["A"]},
+        "answerKey": "A",
+        "response": "because",
+    }
     assert kept_fields(json.dumps(row).encode()) == (
-        b'{"id": "x", "question": "\\u00e9?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}\n')  # fmt: skip
+        b'{"id": "x", "question": "\\u00e9?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}\n'
+    )  # fmt: skip
 
 
 def test_aime_2025_is_known_by_its_answers(tmp_path):
@@ -214,3 +225,14 @@ def test_unknown_tasks_are_answered_with_the_known_ones():
         open_task("gsm9k")
     with pytest.raises(RequestError, match="knows its own fields"):
         open_task("gsm8k", question="q")
+
+
+def test_problems_check_themselves():
+    task = open_task("problems")
+    items = task.load(None)
+    assert {item.group for item in items} >= {"addition", "addition, larger"}
+    assert len({item.id for item in items}) == len(items) >= 800
+    assert [(i.id, i.question) for i in open_task("problems").load(None)] == [(i.id, i.question) for i in items]
+    for item in items[:: len(items) // 60]:
+        assert task.grade(item, item.gold).correct, item
+        assert not task.grade(item, "").correct and not task.grade(item, "banana").correct

@@ -61,7 +61,11 @@ def test_json_is_one_value(model, quiz, monkeypatch):
         ([], "which task? --task aime24", 2),
         (["-t", "nothing"], "no task is called 'nothing'", 2),
         (["-t", "gsm8k", "--question", "q"], "is for a JSONL file", 2),
-        (["-t", "gsm8k", "--endpoint", "http://127.0.0.1:9/v1", "--quantize", "q8_0"], "has loaded its model already", 2),
+        (
+            ["-t", "gsm8k", "--endpoint", "http://127.0.0.1:9/v1", "--quantize", "q8_0"],
+            "has loaded its model already",
+            2,
+        ),
     ],
 )
 def test_mistakes_get_one_line(model, quiz, words, said, code):

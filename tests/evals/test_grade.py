@@ -112,7 +112,15 @@ def test_the_last_complete_box_counts_and_braces_nest():
 
 
 HOSTILE = ["9^{9^{9^{9}}}"]
-MORE_HOSTILE = ["\\sqrt{" * 300 + "}" * 300, "\\boxed{" * 500, "(" * 3000, "10^{10^{10}}!", "\\frac{" * 800, "x" * 4000, "\\int" * 1000]
+MORE_HOSTILE = [
+    "\\sqrt{" * 300 + "}" * 300,
+    "\\boxed{" * 500,
+    "(" * 3000,
+    "10^{10^{10}}!",
+    "\\frac{" * 800,
+    "x" * 4000,
+    "\\int" * 1000,
+]
 
 
 @pytest.mark.parametrize("answers", [HOSTILE, pytest.param(MORE_HOSTILE, marks=pytest.mark.slow)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -104,10 +103,9 @@ def test_an_honest_program_runs():
 def test_nothing_of_its_folder_stays():
     import tempfile
 
-    before = set(os.listdir(tempfile.gettempdir()))
+    before = set(Path(tempfile.gettempdir()).glob("tiercel-sandbox*"))
     sandbox.run("import os\nos.mkdir('a'); os.mkdir('a/b'); os.chmod('a', 0)")
-    left = {name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("tiercel-sandbox")}
-    assert not left
+    assert set(Path(tempfile.gettempdir()).glob("tiercel-sandbox*")) <= before
 
 
 def test_a_system_that_cannot_confine_is_refused(monkeypatch):
@@ -127,3 +125,19 @@ def test_an_early_exit_is_no_success():
     assert not HumanEval().grade(item, "    raise SystemExit(0)\n").correct
     assert not HumanEval().grade(item, "    import os; os._exit(0)\n").correct
     assert not HumanEval().grade(item, "    return x\n").correct
+
+
+@confined
+@pytest.mark.parametrize("without", ["landlock", "namespaces"])
+def test_what_one_kind_of_system_lacks_another_means_replaces(without, tmp_path):
+    if without == "landlock" and held.get("mounts") is None:
+        pytest.skip("no mount namespaces here")
+    program = f"open('mine', 'w').close()\nopen({str(tmp_path / 'new')!r}, 'w')"
+    outcome, means = sandbox._run(program, 5.0, sandbox.MEMORY, (without,))
+    assert means.get("files"), "it still cannot write elsewhere"
+    assert means.get("network")
+    assert "new" in outcome.output and not list(tmp_path.iterdir())
+    daemon = PROGRAMS["a daemon that stays"][0]
+    before = set(programs_left())
+    sandbox._run(daemon, 5.0, sandbox.MEMORY, (without,))
+    assert not set(programs_left()) - before

@@ -146,7 +146,9 @@ def timed_there(each: Entrant, length: int) -> dict[str, Any]:
 
     assert each.address is not None
     there = Endpoint(each.address, each.name)
-    seconds, read, made = [], 0, []
+    seconds: list[float] = []
+    made: list[int] = []
+    read = 0
     for tokens in (1, STEPS):
         words = f"{time.time_ns()} " + " ".join(str(n % 10) for n in range(length // 2))
         ask = Ask(False, 1, tokens, 0.0, 1.0, 0, 0.0, (), None, 1)

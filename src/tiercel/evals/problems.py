@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
-from tiercel.errors import RequestError
 from tiercel.evals.task import Item, Prompt, Task, Verdict
+from tiercel.problems import FAMILIES
 
 OF_EACH, LARGER = 100, 25
 
@@ -27,11 +26,6 @@ class Problems(Task):
     from_model = True
 
     def load(self, folder: str | None) -> list[Item]:
-        try:
-            from tiercel.problems import FAMILIES  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        except ImportError:
-            raise RequestError("this version has no tiercel.problems, whose test sets this task asks") from None
-        self.families: Any = FAMILIES
         items = []
         for name, family in FAMILIES.items():
             for larger, count in ((False, OF_EACH), (True, LARGER)):
@@ -49,7 +43,7 @@ class Problems(Task):
     def grade(self, item: Item, text: str) -> Verdict:
         problem = item.more["problem"]
         said = text.strip()
-        return Verdict(said or None, bool(said) and bool(self.families[problem.family].correct(said, problem)))
+        return Verdict(said or None, bool(said) and bool(FAMILIES[problem.family].correct(said, problem)))
 
     def majority(self, items: Sequence[Item]) -> tuple[str, float] | None:
         return None

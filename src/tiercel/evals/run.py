@@ -41,7 +41,7 @@ class Result:
     """What a run found.
 
     score, interval: of the measure that `metric` names, 0 … 1 · metrics: further ones by name
-    chance, majority: what guessing and the commonest answer would score, None where that means nothing
+    chance: what guessing would score on these items · majority: what the commonest answer scores on the whole task
     seconds: by the clock, from when the first item was asked, interruptions left out
     cut: outputs that the token budget ended · errors: items that could not be asked (they count as wrong)
     items: one record each, in the order of the task, with every transcript
@@ -132,7 +132,7 @@ def evaluate(
             if progress is not None:
                 progress(len(running), len(items), _mean(running))
         found = [records[item.id] for item in items]
-    return replace(summarize(about, task, items, found), folder=out)
+    return replace(summarize(about, task, items, found, everything), folder=out)
 
 
 def resolve(answerer: Answerer, task: Task, settings: Settings) -> dict[str, Any]:
@@ -211,6 +211,8 @@ def _ask(
     if plan["choices"] == "likelihood" or task.kind == "continue":
         contexts = ((i, str(prompts[i]), list(task.continuations(items[i]))) for i in left)
         for scored in answerer.score(contexts, ask):
+            if scored.error is not None and not isinstance(scored.error, ContextOverflow):
+                raise scored.error
             yield _scored(task, items[scored.key], str(prompts[scored.key]), scored)
         return
     questions = (Question(i, prompts[i], seed_of(settings.seed, items[i].id)) for i in left)
@@ -276,8 +278,12 @@ def _best(values: Sequence[float]) -> int:
 # ── counting ──
 
 
-def summarize(about: dict[str, Any], task: Task, items: Sequence[Item], records: list[Record]) -> Result:
-    """From the records alone: a resumed run and an uninterrupted one have the same."""
+def summarize(
+    about: dict[str, Any], task: Task, items: Sequence[Item], records: list[Record], everything: Sequence[Item]
+) -> Result:
+    """From the records alone: a resumed run and an uninterrupted one have the same.
+
+    everything: all items of the task, whose commonest answer is the majority baseline."""
     settings = about["settings"]
     scores = [record["score"] for record in records]
     samples = [sample for record in records for sample in record.get("samples", ())]
@@ -295,7 +301,7 @@ def summarize(about: dict[str, Any], task: Task, items: Sequence[Item], records:
         if record["group"]:
             by_group.setdefault(record["group"], []).append(record["score"])
     groups = {name: {"items": len(part), "score": _mean(part)} for name, part in sorted(by_group.items())}
-    majority = task.majority(items)
+    majority = task.majority(everything)
     return Result(
         model=about["model"],
         task=about["task"],

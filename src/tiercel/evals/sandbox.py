@@ -71,7 +71,8 @@ def protections() -> dict[str, str]:
     return said
 
 
-def _run(program: str, timeout: float, memory: int) -> tuple[Outcome, dict[str, str]]:
+def _run(program: str, timeout: float, memory: int, without: tuple[str, ...] = ()) -> tuple[Outcome, dict[str, str]]:
+    """without: protections that a test pretends this system lacks."""
     folder = Path(tempfile.mkdtemp(prefix="tiercel-sandbox-"))
     try:
         (folder / "work").mkdir()
@@ -80,7 +81,8 @@ def _run(program: str, timeout: float, memory: int) -> tuple[Outcome, dict[str, 
         if os.geteuid() == 0:
             folder.chmod(0o755)
         order = {"folder": str(folder / "work"), "timeout": timeout, "memory": memory, "file_size": FILE_SIZE,
-                 "processes": PROCESSES, "files": FILES, "prefixes": _python_folders()}  # fmt: skip
+                 "processes": PROCESSES, "files": FILES, "prefixes": _python_folders(),
+                 "without": without}  # fmt: skip
         return _keep(order, timeout)
     finally:
         _remove(folder)

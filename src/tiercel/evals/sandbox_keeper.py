@@ -58,7 +58,7 @@ def keep(order: dict[str, Any], report: int) -> None:
     call("prctl", SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    held = namespaces()
+    held = {} if "namespaces" in order["without"] else namespaces()
     if "mounts" in held:
         own_folder(order, held)
     end = time.monotonic() + order["timeout"]
@@ -234,7 +234,7 @@ def confine(order: dict[str, Any], held: dict[str, str]) -> None:
     drop_rights(order, held)
     resource.setrlimit(resource.RLIMIT_NPROC, (order["processes"], order["processes"]))
     call("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)
-    if "landlock" not in order.get("without", ()):
+    if "landlock" not in order["without"]:
         landlock(order, held)
     forbid_calls(held)
 
