@@ -37,8 +37,6 @@ TYPES = ("Q4_K", "Q6_K", "NF4", "Q8_0", "INT8")
 SOME = 64
 PLAIN = 4, 512, 4, 3  # outputs and inputs that a program takes at a time, its warps, loads under way
 FEW_SHAPE = 1, 64, 2, 1  # the same, inputs in groups of 64 or 32
-ROUNDED_SHAPE = 1, 16, 1, 1  # outputs and groups of 64 inputs at a time, warps, loads under way, of rounded rows
-PAIR_SHAPE = 32, 8, 8, 1  # the same for a gate and its other half
 
 
 @triton.jit
@@ -401,13 +399,11 @@ class DeviceQTensor(QTensor):
         up: DeviceQTensor | None = None,
         activation: str | None = None,
         base: Tensor | None = None,
-        round: bool = False,
     ) -> Tensor:
         """`rounded.product` of few rows (…, K); `base`, what is added, gives its dtype to the answer."""
         y_TN = product(
             rounded(x), self.type, (self.shape[0], self.shape[1]), self.words, x.dtype if base is None else base.dtype,
             bias_N=bias_N, scale=scale, up=None if up is None else up.words, activation=activation, base=base,
-            round=round, tiles=ROUNDED_SHAPE if up is None else PAIR_SHAPE,
         )  # fmt: skip
         return y_TN if x.dim() == 2 else y_TN.view(*x.shape[:-1], -1)
 
@@ -448,8 +444,8 @@ class DeviceQTensor(QTensor):
 
 
 def gated(x: Tensor, gate: DeviceQTensor, up: DeviceQTensor, activation: str) -> Tensor:
-    """act(gate x) · up x of few rows and two matrices that meet rounded ones; itself rounded for the next."""
-    return gate.meet_rounded(x, up=up, activation=activation, round=gate.shape[0] % 64 == 0)
+    """act(gate x) · up x of few rows and two matrices that meet rounded ones."""
+    return gate.meet_rounded(x, up=up, activation=activation)
 
 
 def on_device(weight: QTensor, device: torch.device | str) -> DeviceQTensor | Tensor:

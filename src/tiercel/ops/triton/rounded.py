@@ -90,19 +90,15 @@ def _groups(
 
 @triton.jit
 def _product(
-    x, x_scales, x_sums, q, top, scales, d, q_up, top_up, scales_up, d_up, bias, base, y, y8, y_scales, y_sums,
-    N, K, scale,
-    TYPE: tl.constexpr, BIAS: tl.constexpr, BASE: tl.constexpr, ACTIVATION: tl.constexpr, ROUND: tl.constexpr,
-    BN: tl.constexpr, BG: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    x, x_scales, x_sums, q, top, scales, d, q_up, top_up, scales_up, d_up, bias, base, y, N, K, scale,
+    TYPE: tl.constexpr, BIAS: tl.constexpr, BASE: tl.constexpr, ACTIVATION: tl.constexpr,
+    BN: tl.constexpr, BG: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     t = tl.program_id(1)
     j = tl.arange(0, 8)[None, None, :]
     sums, others = tl.zeros((BN, BG), tl.float32), tl.zeros((BN, BG), tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    for g0 in tl.range(0, K // 64, BG, num_stages=STAGES):
+    for g0 in range(0, K // 64, BG):
         g = g0 + tl.arange(0, BG)
         inside = g < K // 64
         here = (n < N)[:, None] & inside[None, :]
@@ -128,8 +124,6 @@ def _product(
     if BASE:
         out += tl.load(base + t * N + n, n < N, 0.0).to(tl.float32)
     tl.store(y + t * N + n, out.to(y.dtype.element_ty), n < N)
-    if ROUND:
-        store_rounded(out, t, tl.program_id(0) * (BN // 32), y8, y_scales, y_sums, N, BN)
 
 
 @triton.jit
@@ -185,27 +179,21 @@ def product(
     up: tuple[Tensor, ...] | None = None,
     activation: str | None = None,
     base: Tensor | None = None,
-    round: bool = False,
-    tiles: tuple[int, int, int, int] = (1, 64, 1, 1),
-    pdl: bool = False,
 ) -> Tensor:
     """scale · x Wᵀ + b + base, or act(x Wᵀ) · (x Uᵀ), (T, N); planes: q, top, scales, d as the kernel reads them.
 
-    tiles: outputs and groups a program takes at a time, its warps, loads under way.
+    A program is one warp and one output, which keeps the most loads under way (benchmarks/h100.py, docs/h100.md).
     """
     N, K = shape
     T = len(r.q)
     y_TN = torch.empty(T, N, dtype=dtype, device=r.q.device)
-    BN, BG, warps, stages = tiles
-    BN = max(BN, 64 if interpreted else 32 if round else 1)
-    r_out = Rounded(T, N, y_TN.device) if round else r
+    groups = K // 64
+    BG = min(16 if 32 < groups < 64 else 64, triton.next_power_of_2(groups))  # few groups of a pass with nothing to do
+    BN = 64 if interpreted else 1
     _product[(triton.cdiv(N, BN), T)](
         r.q.view(torch.int32), r.scales, r.sums, *planes, *(up or planes), y_TN if bias_N is None else bias_N,
-        y_TN if base is None else base, y_TN, *r_out.planes, N, K, scale,
-        TYPE=type, BIAS=bias_N is not None, BASE=base is not None, ACTIVATION=activation, ROUND=round,
-        BN=BN, BG=min(BG, triton.next_power_of_2(K // 64)), STAGES=stages, ASM=not interpreted, PDL=pdl,
-        num_warps=warps, **({"launch_pdl": True} if pdl else {}),
+        y_TN if base is None else base, y_TN, N, K, scale,
+        TYPE=type, BIAS=bias_N is not None, BASE=base is not None, ACTIVATION=activation,
+        BN=BN, BG=BG, ASM=not interpreted, num_warps=1,
     )  # fmt: skip
-    if round:
-        keep_rounded(y_TN, r_out)
     return y_TN

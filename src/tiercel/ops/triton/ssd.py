@@ -18,6 +18,9 @@ from torch import Tensor
 SMALLEST = tl.constexpr(-87.0)
 
 
+FEW_TILE, MANY_TILE = (256, 32, 8), (64, 64, 4)  # of a step's state, (N, P), and warps: for few texts and many
+
+
 @triton.jit
 def _softplus(x):
     return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
@@ -142,14 +145,15 @@ def ssd_step(
     _, H, N, P = memory.S.shape
     G, R = memory.B.shape[1:3]
     y_TI = torch.empty(T, H * P, dtype=torch.float32, device=xBC_TC.device)
-    BP = min(max(16, triton.next_power_of_2(P)), 32 if T < 8 else 64)
+    most_N, most_P, warps = FEW_TILE if T < 8 else MANY_TILE
+    BP = min(max(16, triton.next_power_of_2(P)), most_P)
     _step[(T, H, triton.cdiv(P, BP))](
         xBC_TC, dt_TH, dt_bias_H, A_H, D_H, memory.S, memory.x, memory.B, memory.dt, memory.columns, weight_KC,
         weight_KC if bias_C is None else bias_C, slot_T, length_S, base_S, y_TI,
         xBC_TC.stride(0), dt_TH.stride(0), y_TI.stride(0), *dt_limit, H, P, N, G, R,
         memory.columns.shape[1], CONV=0 if conv is None else len(weight_KC), BIAS=bias_C is not None,
         CHUNK=memory.chunk, BJ=max(16, triton.next_power_of_2(memory.chunk)),
-        BN=max(16, min(64, triton.next_power_of_2(N))), BP=BP, PRECISION=_precision(memory.x), num_warps=4,
+        BN=max(16, min(most_N, triton.next_power_of_2(N))), BP=BP, PRECISION=_precision(memory.x), num_warps=warps,
     )  # fmt: skip
     return y_TI
 
