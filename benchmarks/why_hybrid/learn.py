@@ -7,43 +7,20 @@ with a stream for each (networks this small leave the GPU idle between kernels);
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tasks import IGNORE, TASKS, VOCABULARY, Task
+from plan import Job, config_of
+from tasks import IGNORE, NOISE, Task
 from torch import Tensor
 
-from tiercel.families.pattern import read_file
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
-from tiercel.model.packed import PackedRows
+from tiercel.model.packed import CHUNK, PackedRows
 from tiercel.train.optim import adamw, clip, rate
-
-HERE = Path(__file__).parent
-NETWORKS = ("parallel", "interleaved", "one_attention", "attention", "mamba2")
-
-
-def config_of(network: str) -> Any:
-    return read_file(HERE / "networks" / f"{network}.toml")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One network kind on one task, from one seed, at every rate.  rows: of a step; examined: rows of each test set."""
-
-    network: str
-    task: str
-    seed: int
-    rates: tuple[float, ...]
-    steps: int
-    rows: int
-    examined: int
-
 
 class Learner:
     """One network in training.  Everything it touches in a step stays where it is, so that a graph can be made of it."""
@@ -68,26 +45,45 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.peak * factor
 
+    def loss_of(self, tokens_BL: Tensor, targets_BL: Tensor, batch: PackedRows) -> Tensor:
+        x_TD = self.network.features(tokens_BL, batch)
+        return F.cross_entropy(self.network.head(x_TD).float(), targets_BL.flatten(), ignore_index=IGNORE)
+
     def step(self, tokens_BL: Tensor, targets_BL: Tensor, batch: PackedRows) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        x_TD = self.network.features(tokens_BL, batch)
-        loss = F.cross_entropy(self.network.head(x_TD).float(), targets_BL.flatten(), ignore_index=IGNORE)
+        loss = self.loss_of(tokens_BL, targets_BL, batch)
         loss.backward()
         clip(self.parameters, 1.0)
         self.optimizer.step()
         self.loss.copy_(loss.detach())
 
 
-def together(learners: Sequence[Learner], *given: Any) -> None:
-    """A step of each, on a stream of its own."""
-    main = torch.cuda.current_stream()
-    for learner in learners:
-        if not hasattr(learner, "stream"):
-            learner.stream = torch.cuda.Stream()
-        learner.stream.wait_stream(main)
-        with torch.cuda.stream(learner.stream):
-            learner.step(*given)
-        main.wait_stream(learner.stream)
+class Recorded:
+    """A step of all learners as one CUDA graph, a stream for each."""
+
+    def __init__(self, learners: Sequence[Learner], *given: Any) -> None:
+        """Begins with one eager step of each, in which libraries allocate what must not be in the graph."""
+        self.streams = [torch.cuda.Stream() for _ in learners]
+        for stream, learner in zip(self.streams, learners, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                learner.step(*given)
+                learner.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            main = torch.cuda.current_stream()
+            for stream in self.streams:
+                stream.wait_stream(main)
+            for stream, learner in zip(self.streams, learners, strict=True):
+                with torch.cuda.stream(stream):
+                    learner.step(*given)
+            for stream in self.streams:
+                main.wait_stream(stream)
+        torch.cuda.synchronize()
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def one_document(rows: int, length: int, device: str) -> PackedRows:
@@ -95,53 +91,49 @@ def one_document(rows: int, length: int, device: str) -> PackedRows:
     return PackedRows(torch.zeros(rows, length, dtype=torch.bool)).to(device)
 
 
-def run(job: Job, device: str, graph: bool, note: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
-    """→ a result for each learning rate: shares right, by set and size."""
-    task = TASKS[job.task]
+def padded(tokens: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """To whole chunks of the scan where it takes more than one; nothing comes after, so nothing changes."""
+    L = tokens.shape[-1]
+    more = -L % CHUNK if L > CHUNK else 0
+    wide = [(0, 0)] * (tokens.ndim - 1) + [(0, more)]
+    return np.pad(tokens, wide, constant_values=NOISE), np.pad(targets, wide, constant_values=IGNORE)
+
+
+def run(job: Job, device: str, graph: bool = False) -> list[dict[str, Any]]:
+    """→ a result for each learning rate: shares right, by set and size.
+
+    graph: on a GPU.  RuntimeError where the graph does not do what plain steps do.
+    """
+    task = job.of
     if device == "cuda":
         torch.set_float32_matmul_precision("high")
     learners = [Learner(job, lr, device) for lr in job.rates]
-    # half of the data is made before the clock of training runs, all of it by this seed alone
     random = np.random.default_rng((job.seed, 1))
-    made = [task.make(random, job.rows, task.size) for _ in range(job.steps)]
+    made = [padded(*task.make(random, job.rows, task.size)) for _ in range(job.steps)]
     data = [torch.from_numpy(np.stack(part).astype(np.int16)).to(device) for part in zip(*made, strict=True)]
     length = data[0].shape[-1]
     batch = one_document(job.rows, length, device)
     tokens_BL, targets_BL = (torch.zeros(job.rows, length, dtype=torch.int64, device=device) for _ in range(2))
     given = tokens_BL, targets_BL, batch
-    recorded: Any = None
+    recorded: Recorded | None = None
     curve: list[list[float]] = []
-    began = time.perf_counter()
-    timed = 0
+    began, timed = time.perf_counter(), 0
     for i in range(job.steps):
         tokens_BL.copy_(data[0][i])
         targets_BL.copy_(data[1][i])
         factor = rate(i, job.steps, "cosine", warmup=max(1, job.steps // 10), floor=0.05)
         for learner in learners:
             learner.set_rate(factor)
-        if device != "cuda":
+        if not graph:
             for learner in learners:
                 learner.step(*given)
-        elif not graph:
-            together(learners, *given)
-        elif i < 3:  # what libraries allocate at first must not be in the graph
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                together(learners, *given)
-            torch.cuda.current_stream().wait_stream(side)
+        elif recorded is None:
+            recorded = Recorded(learners, *given)
+            began, timed = time.perf_counter(), i + 1
+        elif i == timed:
+            _check(recorded, learners, *given)
         else:
-            if recorded is None:
-                torch.cuda.synchronize()
-                recorded = torch.cuda.CUDAGraph()
-                for learner in learners:
-                    learner.optimizer.zero_grad(set_to_none=True)
-                with torch.cuda.graph(recorded):
-                    together(learners, *given)
-                torch.cuda.synchronize()
-                note(f"{job.network} {job.task}: recorded")
-                began, timed = time.perf_counter(), i
-            recorded.replay()
+            recorded()
         if (i + 1) % max(1, job.steps // 20) == 0:
             curve.append([round(float(learner.loss), 4) for learner in learners])
     seconds = time.perf_counter() - began
@@ -150,11 +142,9 @@ def run(job: Job, device: str, graph: bool, note: Callable[[str], None] = lambda
     for j, learner in enumerate(learners):
         result = {
             "network": job.network, "task": job.task, "seed": job.seed, "lr": job.rates[j],
-            "steps": job.steps, "rows": job.rows, "length": length, "examined": job.examined,
-            "parameters": sum(p.numel() for p in learner.parameters),
-            "loss": [point[j] for point in curve],
-            "tokens_per_second": round(speed), "seconds": round(seconds / len(learners), 3), "device": device,
-            "graph": recorded is not None,
+            "steps": job.steps, "rows": job.rows, "length": length, "examined": job.examined, "small": job.small,
+            "parameters": sum(p.numel() for p in learner.parameters), "loss": [point[j] for point in curve],
+            "tokens_per_second": round(speed), "device": device, "graph": graph,
         }  # fmt: skip
         right = {"validation": examine(learner.network, task, task.size, (job.seed, 2), job.examined, device)}
         for size in (task.size, *task.longer):
@@ -163,24 +153,35 @@ def run(job: Job, device: str, graph: bool, note: Callable[[str], None] = lambda
     return results
 
 
+def _check(recorded: Recorded, learners: Sequence[Learner], *given: Any) -> None:
+    """The first step of a graph: does it compute the losses that plain operations do?"""
+    plain = [learner.loss_of(*given).item() for learner in learners]
+    recorded()
+    for expected, learner in zip(plain, learners, strict=True):
+        if not abs(learner.loss.item() - expected) <= 0.01 * abs(expected):
+            raise RuntimeError(f"the graph's loss is {learner.loss.item()}, that of plain operations {expected}")
+
+
 def examine(
     network: Decoder, task: Task, size: int, seed: tuple[int, ...], rows: int, device: str
 ) -> dict[str, float]:
-    """tokens: share of targets that are the likeliest token.  rows: share of rows in which all are.
+    """Shares that are right where the likeliest token is said: of all tokens, of whole rows, of rows' last tokens.
 
     The test set of a size is the same for everybody; that of validation goes with the seed.
     """
-    tokens, targets = task.make(np.random.default_rng((*seed, size)), rows, size)
-    good = counted = whole = 0.0
-    for begin in range(0, rows, 128):
-        tokens_BL, targets_BL = (torch.from_numpy(t[begin : begin + 128]).to(device) for t in (tokens, targets))
-        batch = one_document(*tokens_BL.shape, device)
+    tokens, targets = padded(*task.make(np.random.default_rng((*seed, size)), rows, size))
+    at_once = max(1, (1 << 17 if device == "cuda" else 1 << 13) // tokens.shape[1])
+    good = counted = whole = last = 0.0
+    for begin in range(0, rows, at_once):
+        tokens_BL, targets_BL = (torch.from_numpy(t[begin : begin + at_once]).to(device) for t in (tokens, targets))
         # with gradients on, though none is wanted: the plain operations of training, no kernel to be compiled first
-        x_TD = network.features(tokens_BL, batch).detach()
-        best_BL = network.head(x_TD).detach()[:, :VOCABULARY].argmax(-1).view(tokens_BL.shape)
-        asked = targets_BL != IGNORE
-        right = (best_BL == targets_BL) & asked
-        good += float(right.sum())
-        counted += float(asked.sum())
-        whole += float((right.sum(1) == asked.sum(1)).sum())
-    return {"tokens": round(good / counted, 5), "rows": round(whole / rows, 5)}
+        x_TD = network.features(tokens_BL, one_document(*tokens_BL.shape, device)).detach()
+        best_BL = network.head(x_TD).detach().argmax(-1).view(tokens_BL.shape)
+        asked_BL = targets_BL != IGNORE
+        right_BL = (best_BL == targets_BL) & asked_BL
+        ends_B = (asked_BL * torch.arange(asked_BL.shape[1], device=device)).argmax(1, keepdim=True)
+        good += float(right_BL.sum())
+        counted += float(asked_BL.sum())
+        whole += float((right_BL.sum(1) == asked_BL.sum(1)).sum())
+        last += float(right_BL.gather(1, ends_B).sum())
+    return {"tokens": round(good / counted, 5), "rows": round(whole / rows, 5), "last": round(last / rows, 5)}

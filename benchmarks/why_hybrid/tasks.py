@@ -15,7 +15,8 @@ target is the likeliest token is a row that greedy decoding writes without a mis
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -30,14 +31,17 @@ Made = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Task:
-    """size: of training (pairs, letters' room, nodes, bits).  whole: a row counts as one, right or wrong."""
+    """size: of training, in `unit`; longer: only examined.
+
+    measure: what counts as right: "tokens" each by itself, "rows" whole ones, "last" the last token of each.
+    """
 
     name: str
     what: str
     unit: str
     size: int
     longer: tuple[int, ...]
-    whole: bool
+    measure: str
     chance: float
     make: Callable[[np.random.Generator, int, int], Made]
 
@@ -140,12 +144,19 @@ def walk(edges: list[tuple[int, int]], nodes: int) -> tuple[list[int], bool]:
     return steps, go(0, -1) and len(met) == nodes
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task("recall", "associative recall (MQAR)", "pairs", 16, (32, 64), False, 1 / KEYS, recall),
-        Task("copy", "selective copying", "places", 48, (96, 192), True, 0.0, copy),
-        Task("istree", "IsTree with chain of thought", "nodes", 10, (12, 16), True, 0.0, istree),
-        Task("parity", "parity of every prefix (control)", "bits", 32, (64, 128), False, 0.5, parity),
-    )
-}
+def _named(*tasks: Task) -> dict[str, Task]:
+    return {task.name: task for task in tasks}
+
+
+TASKS = _named(
+    Task("recall", "associative recall (MQAR)", "pairs", 16, (32, 64), "tokens", 1 / KEYS, recall),
+    Task("copy", "selective copying of 12 letters", "places", 48, (96, 192), "rows", 0.0, copy),
+    Task("istree", "IsTree with chain of thought", "nodes", 10, (12, 16), "rows", 0.0, istree),
+    Task("parity", "parity (control)", "bits", 32, (64, 128), "last", 0.5, parity),
+)
+SMALL = _named(
+    replace(TASKS["recall"], size=4, longer=(8, 16)),
+    replace(TASKS["copy"], what="selective copying of 4 letters", size=12, longer=(24, 48), make=partial(copy, letters=4)),
+    replace(TASKS["istree"], size=6, longer=(8,)),
+    replace(TASKS["parity"], size=8, longer=(16, 32)),
+)
