@@ -28,6 +28,8 @@ class Learner:
     def __init__(self, job: Job, lr: float, device: str) -> None:
         self.network = Decoder(config_of(job.network))
         initialize(self.network, job.seed)
+        with torch.no_grad():  # 0.02 would drown in what eight layers of a width of 64 add to it
+            self.network.embed.weight.mul_(self.network.config.width ** -0.5 / 0.02)
         self.network.to(device).requires_grad_(True)
         self.parameters = list(self.network.parameters())
         self.peak = lr

@@ -23,7 +23,7 @@ import numpy as np
 VOCABULARY = 256
 IGNORE = -100
 NOISE, SEPARATOR, TREE, NO_TREE = 252, 253, 254, 255
-KEYS = 126  # keys are tokens 0 … 125, values 126 … 251
+KEYS = 64  # keys are tokens 0 … 63, values 64 … 127
 LETTERS = 16  # of copy; istree: nodes are tokens 0, 1, …
 
 Made = tuple[np.ndarray, np.ndarray]
