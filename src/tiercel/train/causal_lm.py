@@ -37,6 +37,8 @@ IGNORED = -100  # a label that is not learned
 class Names(nn.Module):
     """A node of the tree of names.  real: for a child, whose it is there, its name there, and its multiplier."""
 
+    real: dict[str, tuple[Any, str, float | Runs]]
+
     def __init__(self) -> None:
         super().__init__()
         self.__dict__["real"] = {}
@@ -69,6 +71,9 @@ class Config:
 class CausalLM(Names):
     """model: a `tiercel.Model`, or a network and its layout."""
 
+    network: Decoder
+    layout: Layout
+
     def __init__(self, model: Model | Decoder, layout: Layout | None = None) -> None:
         super().__init__()
         network = model if isinstance(model, Decoder) else model.network
@@ -98,7 +103,7 @@ class CausalLM(Names):
         owner, _, leaf = ours.rpartition(".")
         path = theirs.split(".")
         module = self.network.get_submodule(owner)
-        node: nn.Module = self
+        node: Names = self
         whole = leaf in ("weight", "bias") and isinstance(module, nn.Module) and not list(module.children())
         for name in path[: -2 if whole else -1]:
             if name not in node._modules:
@@ -111,7 +116,7 @@ class CausalLM(Names):
             name = path[-2]
             if name not in node._modules:
                 holder, _, own = owner.rpartition(".")
-                node.real[name] = (self.network.get_submodule(holder), own, scale)  # type: ignore[union-attr,operator]
+                node.real[name] = (self.network.get_submodule(holder), own, scale)
                 node.add_module(name, module)
         elif isinstance(parameter := getattr(module, leaf), nn.Parameter):
             node.register_parameter(path[-1], parameter)

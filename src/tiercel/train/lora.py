@@ -94,7 +94,8 @@ def adapt(
     network.requires_grad_(False)
     model = CausalLM(network, layout)
     model.name_or_path = name
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=matched(layout, targets),
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha,  # type: ignore[arg-type]
+         lora_dropout=dropout, target_modules=matched(layout, targets),
                              task_type="CAUSAL_LM")  # fmt: skip
     return peft.get_peft_model(model, config)
 

@@ -3,7 +3,7 @@ checkpoint's values."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners import lora
@@ -14,7 +14,7 @@ from tiercel.families.family import Runs
 from tiercel.ops.linear import QTensor
 
 
-class LoraLinear(lora.Linear):  # type: ignore[misc]
+class LoraLinear(lora.Linear):
     multiplier: Tensor | None
 
     @classmethod
@@ -42,7 +42,8 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         for name in self.active_adapters:
             if name in self.lora_A:
                 A, B = self.lora_A[name], self.lora_B[name]
-                added = B(A(self.lora_dropout[name](x.to(A.weight.dtype)))) * (self.scaling[name] * scale)
+                dtype = cast(Tensor, A.weight).dtype
+                added = B(A(self.lora_dropout[name](x.to(dtype)))) * (self.scaling[name] * scale)
                 y = y + (added if self.multiplier is None else added * self.multiplier).to(y.dtype)
         return y
 
