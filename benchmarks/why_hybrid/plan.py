@@ -22,7 +22,7 @@ NETWORKS = {
 }
 RATES = 1e-3, 3e-3, 6e-3
 STEPS = {"recall": 900, "copy": 900, "istree": 900, "parity": 200}
-SMALL_STEPS = {"recall": 400, "copy": 400, "istree": 400, "parity": 200}
+SMALL_STEPS = {"recall": 300, "copy": 300, "istree": 300, "parity": 150}
 
 
 @cache
