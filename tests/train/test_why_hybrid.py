@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_parity_is_that_of_the_bits_so_far(benchmark: Any) -> None:
 
 
 def test_a_graph_is_called_a_tree_when_it_is_one(benchmark: Any) -> None:
-    """The verdict by union-find, which knows nothing of walks; every step of the walk along an edge, none of them new."""
+    """The verdict by union-find, which knows nothing of walks; every step of the walk along an edge."""
     t = benchmark.tasks
     tokens, targets = t.istree(np.random.default_rng(0), 300, 9)
     trees = 0
@@ -77,7 +78,7 @@ def test_a_graph_is_called_a_tree_when_it_is_one(benchmark: Any) -> None:
             root[find(a)] = find(b)
         *steps, verdict = [a for a in asked if a >= 0]
         assert verdict == (t.TREE if tree else t.NO_TREE)
-        assert steps[0] == 0 and all({(a, b), (b, a)} & set(edges) for a, b in zip(steps, steps[1:], strict=False))
+        assert steps[0] == 0 and all({(a, b), (b, a)} & set(edges) for a, b in pairwise(steps))
         assert not tree or (steps[-1] == 0 and len(steps) == 2 * 9 - 1 and set(steps) == set(range(9)))
         trees += tree
     assert 100 < trees < 200
@@ -95,8 +96,8 @@ def test_padding_changes_no_answer(benchmark: Any) -> None:
 
 
 ARGUMENTS = [
-    *("--small", "--seeds", "2", "--rates", "1e-3,2e-3", "--steps", "2", "--rows", "2", "--examined", "4", "--jobs", "1"),
-    *("--tasks", "parity", "--networks", "attention"),
+    *("--small", "--seeds", "2", "--rates", "1e-3,2e-3", "--steps", "2", "--rows", "2", "--examined", "4"),
+    *("--jobs", "1", "--tasks", "parity", "--networks", "attention"),
 ]  # fmt: skip
 
 
