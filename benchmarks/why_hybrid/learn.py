@@ -171,7 +171,8 @@ def examine(network: Decoder, task: Task, size: int, seed: tuple[int, ...], rows
     The test set of a size is the same for everybody; that of validation goes with the seed.
     """
     tokens, targets = padded(*task.make(np.random.default_rng((*seed, size)), rows, size))
-    at_once = max(1, (1 << 17 if device == "cuda" else 1 << 13) // tokens.shape[1])
+    # of a dozen processes on one GPU: 2^17 tokens at once took 20 GiB each
+    at_once = max(1, (1 << 14 if device == "cuda" else 1 << 13) // tokens.shape[1])
     good = counted = whole = last = 0.0
     for begin in range(0, rows, at_once):
         tokens_BL, targets_BL = (torch.from_numpy(t[begin : begin + at_once]).to(device) for t in (tokens, targets))

@@ -21,7 +21,7 @@ NETWORKS = {
     "mamba2": "Mamba-2 alone",
 }
 RATES = 1e-3, 3e-3, 6e-3
-STEPS = {"recall": 900, "copy": 900, "istree": 900, "parity": 200}
+STEPS = {"recall": 800, "copy": 600, "istree": 700, "parity": 300}
 SMALL_STEPS = {"recall": 300, "copy": 300, "istree": 300, "parity": 150}
 
 

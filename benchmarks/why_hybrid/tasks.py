@@ -59,7 +59,7 @@ def recall(random: np.random.Generator, rows: int, pairs: int) -> Made:
     return tokens[:, :-1], targets[:, :-1]
 
 
-def copy(random: np.random.Generator, rows: int, room: int, letters: int = 8) -> Made:
+def copy(random: np.random.Generator, rows: int, room: int, letters: int = 12) -> Made:
     """`letters` letters at random places of `room`, noise elsewhere; then the separator and the letters in order."""
     said = random.integers(0, LETTERS, (rows, letters))
     places = np.sort(random.random((rows, room)).argsort(1)[:, :letters], 1)
@@ -150,8 +150,8 @@ def _named(*tasks: Task) -> dict[str, Task]:
 
 TASKS = _named(
     Task("recall", "associative recall (MQAR)", "pairs", 16, (32, 64), "tokens", 1 / KEYS, recall),
-    Task("copy", "selective copying of 8 letters", "places", 32, (64, 128), "rows", 0.0, copy),
-    Task("istree", "IsTree with chain of thought", "nodes", 8, (10, 12), "rows", 0.0, istree),
+    Task("copy", "selective copying of 12 letters", "places", 48, (96, 192), "rows", 0.0, copy),
+    Task("istree", "IsTree with chain of thought", "nodes", 10, (12, 16), "rows", 0.0, istree),
     Task("parity", "parity (control)", "bits", 32, (64, 128), "last", 0.5, parity),
 )
 SMALL = _named(

@@ -46,9 +46,9 @@ def test_copied_letters_are_those_scattered_in_noise(benchmark: Any) -> None:
     t = benchmark.tasks
     tokens, targets = t.copy(np.random.default_rng(0), 50, 30)
     for row, asked in zip(tokens.tolist(), targets.tolist(), strict=True):
-        assert row[30] == t.SEPARATOR and len(row) == 38
+        assert row[30] == t.SEPARATOR and len(row) == 42
         letters = [token for token in row[:30] if token != t.NOISE]
-        assert [a for a in asked if a >= 0] == letters and len(letters) == 8
+        assert [a for a in asked if a >= 0] == letters and len(letters) == 12
 
 
 def test_parity_is_that_of_the_bits_so_far(benchmark: Any) -> None:
