@@ -22,14 +22,15 @@ from tiercel.model.layers import initialize
 from tiercel.model.packed import CHUNK, PackedRows
 from tiercel.train.optim import adamw, clip, rate
 
+
 class Learner:
-    """One network in training.  Everything it touches in a step stays where it is, so that a graph can be made of it."""
+    """One network in training.  All that a step touches stays where it is, so that a graph can be made of it."""
 
     def __init__(self, job: Job, lr: float, device: str) -> None:
         self.network = Decoder(config_of(job.network))
         initialize(self.network, job.seed)
         with torch.no_grad():  # 0.02 would drown in what eight layers of a width of 64 add to it
-            self.network.embed.weight.mul_(self.network.config.width ** -0.5 / 0.02)
+            self.network.embed.weight.mul_(self.network.config.width**-0.5 / 0.02)
         self.network.to(device).requires_grad_(True)
         self.parameters = list(self.network.parameters())
         self.peak = lr
@@ -164,15 +165,14 @@ def _check(recorded: Recorded, learners: Sequence[Learner], *given: Any) -> None
             raise RuntimeError(f"the graph's loss is {learner.loss.item()}, that of plain operations {expected}")
 
 
-def examine(
-    network: Decoder, task: Task, size: int, seed: tuple[int, ...], rows: int, device: str
-) -> dict[str, float]:
+def examine(network: Decoder, task: Task, size: int, seed: tuple[int, ...], rows: int, device: str) -> dict[str, float]:
     """Shares that are right where the likeliest token is said: of all tokens, of whole rows, of rows' last tokens.
 
     The test set of a size is the same for everybody; that of validation goes with the seed.
     """
     tokens, targets = padded(*task.make(np.random.default_rng((*seed, size)), rows, size))
-    at_once = max(1, (1 << 17 if device == "cuda" else 1 << 13) // tokens.shape[1])
+    # of a dozen processes on one GPU: 2^17 tokens at once took 20 GiB each
+    at_once = max(1, (1 << 14 if device == "cuda" else 1 << 13) // tokens.shape[1])
     good = counted = whole = last = 0.0
     for begin in range(0, rows, at_once):
         tokens_BL, targets_BL = (torch.from_numpy(t[begin : begin + at_once]).to(device) for t in (tokens, targets))

@@ -22,7 +22,7 @@ NETWORKS = {
 }
 RATES = 1e-3, 3e-3, 6e-3
 STEPS = {"recall": 800, "copy": 600, "istree": 700, "parity": 300}
-SMALL_STEPS = {"recall": 400, "copy": 400, "istree": 400, "parity": 200}
+SMALL_STEPS = {"recall": 300, "copy": 300, "istree": 300, "parity": 150}
 
 
 @cache

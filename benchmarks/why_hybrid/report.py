@@ -17,8 +17,12 @@ from tasks import Task
 from tiercel.plan import kv_bytes_per_token, parameter_count, state_bytes
 
 COLOURS = {
-    "parallel": "#c1272d", "interleaved": "#e08a1e", "one_attention": "#3a8f4f", "attention": "#2b5fa3", "mamba2": "#777777",
-}  # fmt: skip
+    "parallel": "#c1272d",
+    "interleaved": "#e08a1e",
+    "one_attention": "#3a8f4f",
+    "attention": "#2b5fa3",
+    "mamba2": "#777777",
+}
 Run = dict[str, Any]
 
 
@@ -45,7 +49,8 @@ def tokens_of(task: Task, size: int) -> int:
 def cell(runs: Sequence[Run], task: Task) -> dict[str, Any] | None:
     """One network on one task: the best rate, and what it gives.  None where nothing is finished."""
     rates = sorted({run["lr"] for run in runs})
-    seeds = sorted(set.intersection(*({run["seed"] for run in runs if run["lr"] == lr} for lr in rates))) if rates else []
+    of_rate = [{run["seed"] for run in runs if run["lr"] == lr} for lr in rates]
+    seeds = sorted(set.intersection(*of_rate)) if of_rate else []
     if not seeds:
         return None
     by = {(run["lr"], run["seed"]): run for run in runs}
@@ -107,8 +112,8 @@ def table(found: dict[str, Any]) -> str:
     rates = ", ".join(f"{lr:g}" for lr in found["rates"])
     device = " and ".join(found["devices"]) or "nothing yet"
     text = [
-        f"{found['runs']} of {found['wanted']} runs are finished, on {device}: {found['seeds']} seeds and learning rates "
-        f"{rates} were planned, {found['rows']} rows a step, {found['examined']} rows in each test set.",
+        f"{found['runs']} of {found['wanted']} runs are finished, on {device}: {found['seeds']} seeds and "
+        f"learning rates {rates} were planned, {found['rows']} rows a step, {found['examined']} rows in each test set.",
     ]
     if found["small"]:
         text.append(
@@ -181,7 +186,10 @@ def plots(out: Path, found: dict[str, Any]) -> None:
             # side by side where they coincide
             x = [int(size) * 1.03 ** (i - (len(shown) - 1) / 2) for size in sizes]
             mean, least, most = ([100 * cell["sizes"][size][k] for size in sizes] for k in ("mean", "least", "most"))
-            around = [[m - a for m, a in zip(mean, least, strict=True)], [b - m for b, m in zip(most, mean, strict=True)]]
+            around = [
+                [m - a for m, a in zip(mean, least, strict=True)],
+                [b - m for b, m in zip(most, mean, strict=True)],
+            ]
             axis.errorbar(x, mean, around, fmt="o-", markersize=4, linewidth=1.2, capsize=2, color=COLOURS[name],
                           label=NETWORKS[name])  # fmt: skip
         if task["chance"] > 0.02:
@@ -213,7 +221,8 @@ def plots(out: Path, found: dict[str, Any]) -> None:
         sizes = list(task["lengths"])
         for name, cell in task["networks"].items():
             if cell:
-                x, y = ([f(size) for size in sizes] for f in (lambda s: cell["bytes"][s] / 1024, lambda s: 100 * cell["sizes"][s]["mean"]))  # noqa: B023, E501
+                x = [cell["bytes"][size] / 1024 for size in sizes]
+                y = [100 * cell["sizes"][size]["mean"] for size in sizes]
                 axis.plot(x, y, "-", linewidth=0.8, color=COLOURS[name])
                 for i, size in enumerate(sizes):
                     axis.plot(x[i], y[i], "o", markersize=4 + 2 * i, color=COLOURS[name],

@@ -2,7 +2,7 @@
 
     recall    MQAR (Zoology, arXiv 2312.04927): k v k v …, then every key again in another order; say its value
     copy      selective copying (Mamba, arXiv 2312.00752; MAD, arXiv 2403.17844): say the letters scattered in noise
-    istree    IsTree with chain of thought (arXiv 2402.18510): edges, then a depth-first walk from node 0, then the verdict
+    istree    IsTree with chain of thought (arXiv 2402.18510): edges, then the depth-first walk from node 0, the verdict
     parity    after every bit, whether the ones so far are odd (arXiv 2411.12537): the control, nobody should keep it up
 
 Length extrapolation is each task at the sizes of `longer`, by the networks that were trained at `size`.
@@ -156,7 +156,9 @@ TASKS = _named(
 )
 SMALL = _named(
     replace(TASKS["recall"], size=4, longer=(8, 16)),
-    replace(TASKS["copy"], what="selective copying of 4 letters", size=12, longer=(24, 48), make=partial(copy, letters=4)),
+    replace(
+        TASKS["copy"], what="selective copying of 4 letters", size=12, longer=(24, 48), make=partial(copy, letters=4)
+    ),
     replace(TASKS["istree"], size=6, longer=(8,)),
     replace(TASKS["parity"], size=8, longer=(16, 32)),
 )
