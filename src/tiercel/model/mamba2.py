@@ -96,8 +96,7 @@ class Mamba2(nn.Module):
         """All rows at once, for training → y (T, I), float32 at least."""
         c = self.config
         x_THP, B_TGN, C_TGN = self._parts(F.silu(batch.conv1d(xBC_TC, self.conv, self.conv_bias)))
-        y_THP = batch.ssd(C_TGN, x_THP, dt_TH, A_H, B_TGN, min(CHUNK, c.chunk))
-        return (y_THP + self.D.unsqueeze(-1) * x_THP).flatten(1)
+        return batch.ssd(C_TGN, x_THP, dt_TH, A_H, B_TGN, self.D, chunk=min(CHUNK, c.chunk)).flatten(1)
 
     def _parts(self, xBC_LC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (L, H, P), B and C (L, G, N)."""

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from tiercel.model.batch import frequencies_of
 from tiercel.model.config import RopeConfig
+from tiercel.ops.packed_ssd import Chunks, packed_ssd
 
 CHUNK = 64  # a chunk's matrices cost Q for each token, its state N · P: for heads of 64 they meet about here
-SMALLEST = -87.0  # exp of less is no contribution
 
 
 class PackedRows:
@@ -50,6 +50,7 @@ class PackedRows:
         self.position_BL = index_L - torch.where(starts_BL, index_L, 0).cummax(1).values
         self._rotary: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = {}
         self._seen: dict[int | None, Tensor] = {}
+        self._chunks: dict[tuple[int, torch.dtype], Chunks] = {}
 
     def to(self, device: torch.device | str) -> PackedRows:
         moved = PackedRows(self.starts_BL.to(device), recompute=self.recompute)
@@ -125,71 +126,40 @@ class PackedRows:
         return (S_BLIN @ C_BLN.unsqueeze(-1)).squeeze(-1).flatten(0, 1)
 
     def ssd(
-        self, C_TGN: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, chunk: int = CHUNK
+        self,
+        C_TGN: Tensor,
+        x_THP: Tensor,
+        dt_TH: Tensor,
+        A_H: Tensor,
+        B_TGN: Tensor,
+        D_H: Tensor | None = None,
+        *,
+        chunk: int = CHUNK,
     ) -> Tensor:
-        """Mamba-2 → y (T, H, P)."""
-        (B, L), (H, P), G = self.shape, x_THP.shape[1:], B_TGN.shape[1]
+        """Mamba-2 → y + D x (T, H, P), float32 or wider."""
+        L = self.shape[1]
         Q = min(chunk, L)
-        count = -(-L // Q)
+        given = [wide(t) for t in (C_TGN, x_THP, dt_TH, B_TGN)]
+        spare = -L % Q
+        if spare:  # zeros after the end add nothing to anything
+            given = [
+                F.pad(t.unflatten(0, self.shape), (0, 0) * (t.dim() - 1) + (0, spare)).flatten(0, 1) for t in given
+            ]
+        C, x, dt, Bs = given
+        y_THP = packed_ssd(C, x, dt, wide(A_H), Bs, None if D_H is None else wide(D_H), self.chunks(Q, x.dtype))
+        return y_THP.unflatten(0, (-1, L + spare))[:, :L].flatten(0, 1) if spare else y_THP
 
-        def chunks(t: Tensor) -> Tensor:  # (T, …) → (B, C, Q, …); zeros after the end add nothing to anything
-            t = t.unflatten(0, (B, L))
-            if count * Q > L:  # a pad of nothing would be a copy
-                t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, count * Q - L))
-            return t.unflatten(1, (count, Q))
-
-        x, dt, Bs, Cs = chunks(x_THP), chunks(dt_TH), chunks(B_TGN), chunks(C_TGN)
-        document_BCQ = F.pad(self.document_BL, (0, count * Q - L), mode="replicate").unflatten(1, (count, Q))
-        # log decay from the chunk's start through each input; float64, as differences of long sums are taken
-        a_BCHQ = (dt.double() * A_H.double()).cumsum(2).transpose(2, 3)
-        dt_x_BCHQP = (x * dt.unsqueeze(-1).to(x.dtype)).transpose(2, 3)
-        B_BCGQN, C_BCGQN = Bs.transpose(2, 3), Cs.transpose(2, 3)
-
-        # what a chunk's own inputs contribute: exp(a_t − a_j) (C_t · B_j) dt_j x_j for j ≤ t of one document
-        scores_BCGQQ = C_BCGQN @ B_BCGQN.transpose(-1, -2)
-        decay_BCHQQ = _lag(a_BCHQ, a_BCHQ, dt.dtype).clamp(SMALLEST, 0.0).exp()
-        same_BCQQ = (document_BCQ.unsqueeze(3) == document_BCQ.unsqueeze(2)).tril()
-        scores_BCGQQ = scores_BCGQQ * same_BCQQ.unsqueeze(2)
-        weights = (decay_BCHQQ.unflatten(2, (G, -1)) * scores_BCGQQ.unsqueeze(3)).flatten(2, 3)
-        y_BCHQP = weights @ dt_x_BCHQP
-        if count > 1:
-            y_BCHQP = y_BCHQP + self._from_before(a_BCHQ, document_BCQ, dt_x_BCHQP, B_BCGQN, C_BCGQN, dt.dtype)
-        return y_BCHQP.transpose(2, 3).reshape(B, count * Q, H, P)[:, :L].flatten(0, 1)
-
-    @staticmethod
-    def _from_before(a_BCHQ: Tensor, document_BCQ: Tensor, dt_x: Tensor, Bs: Tensor, Cs: Tensor, dtype: Any) -> Tensor:
-        """What earlier chunks contribute, through the state they leave."""
-        G = Bs.shape[2]
-        last_BCH, last_document_BC = a_BCHQ[..., -1], document_BCQ[..., -1]
-        # the state a chunk leaves behind: of its last document alone
-        left_BCHQ = (last_BCH.unsqueeze(-1) - a_BCHQ).to(dtype).clamp(SMALLEST, 0.0).exp()
-        left_BCHQ = left_BCHQ * (document_BCQ == last_document_BC.unsqueeze(-1)).unsqueeze(2)
-        weighted = (dt_x * left_BCHQ.unsqueeze(-1)).unflatten(2, (G, -1))
-        S_BCHNP = (Bs.transpose(-1, -2).unsqueeze(3) @ weighted).flatten(2, 3)
-        # chunk c begins with Σ_{k<c} exp(a of the chunks between) S_k, where c − 1 and k end in one document
-        through_BHC = last_BCH.cumsum(1).transpose(1, 2)
-        until_BHC = through_BHC - last_BCH.transpose(1, 2)
-        lag_BHCC = (until_BHC.unsqueeze(-1) - through_BHC.unsqueeze(-2)).to(dtype)
-        before_BC = F.pad(last_document_BC[:, :-1], (1, 0), value=-1)
-        carried_BCC = (before_BC.unsqueeze(2) == last_document_BC.unsqueeze(1)).tril(-1)
-        carry_BHCC = lag_BHCC.clamp(SMALLEST, 0.0).exp() * carried_BCC.unsqueeze(1)
-        with torch.autocast(S_BCHNP.device.type, enabled=False):
-            S_BHCX = S_BCHNP.to(dtype).transpose(1, 2).flatten(3)
-            S_BCHNP = (carry_BHCC @ S_BHCX).transpose(1, 2).unflatten(3, S_BCHNP.shape[-2:])
-        y_BCHQP = (Cs.unsqueeze(3) @ S_BCHNP.unflatten(2, (G, -1))).flatten(2, 3)
-        into_BCHQ = a_BCHQ.to(dtype).clamp(SMALLEST, 0.0).exp()
-        into_BCHQ = into_BCHQ * (document_BCQ == before_BC.unsqueeze(-1)).unsqueeze(2)
-        return y_BCHQP * into_BCHQ.unsqueeze(-1)
+    def chunks(self, Q: int, dtype: torch.dtype) -> Chunks:
+        """Rows in chunks, the same for all layers."""
+        if (Q, dtype) not in self._chunks:
+            document_BL = F.pad(self.document_BL, (0, -self.shape[1] % Q), mode="replicate")
+            self._chunks[Q, dtype] = Chunks.of(document_BL, Q, dtype)
+        return self._chunks[Q, dtype]
 
 
 def wide(t: Tensor) -> Tensor:
     """At least float32."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
-
-
-def _lag(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a_t − b_j, rounded once both are subtracted."""
-    return (a.unsqueeze(-1) - b.unsqueeze(-2)).to(dtype)
 
 
 class LinearScan(torch.autograd.Function):

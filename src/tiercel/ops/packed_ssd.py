@@ -1,0 +1,237 @@
+"""The Mamba-2 scan of rows full of documents, forwards and backwards in matrix form.
+
+The formulas are those of `ops.ssd`, all chunks at once.  A row is cut into chunks of Q tokens; state does not cross a
+document's start, which the four masks of `Chunks` say once for all layers and heads:
+
+    y_t = Σ_{j≤t} w_tj u_j + e_t C_t Z      u = dt x;  w_tj = exp(a_t − a_j) C_t · B_j;  e_t = exp(a_t)
+    S   = Σ_j B_j ⊗ l_j u_j                 what a chunk leaves;  l_j = exp(a_last − a_j)
+    Z_c = Σ_{k<c} g_ck S_k                  the state a chunk begins with;  g: decay of the chunks between
+
+The gradient of a_t is Σ_j x_tj − Σ_j x_jt for x = dw ∘ w, without its diagonal, which would cancel, and what the two
+other places add; it would also be dy_t · y_t − du_t · u_t, but for the digits that such large numbers lose.
+
+Letters: B rows, L their length, C chunks of a row, K = B · C, Q tokens of a chunk, and those of `ops.ssd`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+SMALLEST = -60.0  # exp of less is no contribution, and its products would be denormal numbers
+
+
+@dataclass
+class Chunks:
+    """Which tokens are of one document, as 0 and 1.  count: chunks of a row.  begin_KQ: where in its chunk a token's
+    document begins.
+
+    same_KQQ: t and j, j ≤ t;  into_KQ: t and the end of the chunk before;  left_KQ: j and the end of its chunk;
+    carried_BCC: the ends of chunk k and of the one before c, k < c.
+    """
+
+    count: int
+    begin_KQ: Tensor
+    same_KQQ: Tensor
+    into_KQ: Tensor
+    left_KQ: Tensor
+    carried_BCC: Tensor
+
+    @classmethod
+    def of(cls, document_BL: Tensor, Q: int, dtype: torch.dtype) -> Chunks:
+        """document_BL: the number of each token's document; Q divides L."""
+        document_BCQ = document_BL.unflatten(1, (-1, Q))
+        last_BC = document_BCQ[..., -1]
+        before_BC = F.pad(last_BC[:, :-1], (1, 0), value=-1)
+        same = (document_BCQ.unsqueeze(3) == document_BCQ.unsqueeze(2)).tril()
+        begins = torch.arange(Q, device=document_BL.device).expand_as(document_BCQ)
+        begins = torch.where(document_BCQ.diff(dim=2, prepend=document_BCQ[..., :1]) != 0, begins, 0)
+        carried = (before_BC.unsqueeze(2) == last_BC.unsqueeze(1)).tril(-1)
+        return cls(
+            last_BC.shape[1],
+            begins.cummax(2).values.flatten(0, 1),
+            same.flatten(0, 1).to(dtype),
+            (document_BCQ == before_BC.unsqueeze(-1)).flatten(0, 1).to(dtype),
+            (document_BCQ == last_BC.unsqueeze(-1)).flatten(0, 1).to(dtype),
+            carried.to(dtype),
+        )
+
+
+def packed_ssd(
+    C_TGN: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, D_H: Tensor | None, chunks: Chunks
+) -> Tensor:
+    """y (T, H, P) + D x in the dtype of x, which is that of all other inputs: float32 or float64.
+
+    Under autocast the products are rounded like others; everything else is not.
+    """
+    device = x_THP.device.type
+    half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    with torch.autocast(device, enabled=False):
+        y: Tensor = PackedSSD.apply(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, chunks, half)
+    return y
+
+
+def _product(a: Tensor, b: Tensor, half: torch.dtype | None) -> Tensor:
+    return torch.bmm(a, b) if half is None else torch.bmm(a.to(half), b.to(half)).to(a.dtype)
+
+
+class PackedSSD(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        C_TGN: Tensor,
+        x_THP: Tensor,
+        dt_TH: Tensor,
+        A_H: Tensor,
+        B_TGN: Tensor,
+        D_H: Tensor | None,
+        chunks: Chunks,
+        half: torch.dtype | None,
+    ) -> Tensor:
+        (K, Q), (H, P), (G, N) = chunks.into_KQ.shape, x_THP.shape[1:], B_TGN.shape[1:]
+        dtype = x_THP.dtype
+        x, dt = x_THP.unflatten(0, (K, Q)), dt_TH.unflatten(0, (K, Q))
+        Bs, Cs = _grouped(B_TGN, K), _grouped(C_TGN, K)
+        # log decay from the chunk's or the document's start through each input; float64, as differences are taken
+        log_KQH = dt.double() * A_H.double()
+        a_KQH = log_KQH.cumsum(1)
+        a_KQH = a_KQH - (a_KQH - log_KQH).gather(1, chunks.begin_KQ.unsqueeze(2).expand(-1, -1, H))
+        u_KHQP = _by_head(x * dt.unsqueeze(-1))
+        decay_KHQQ = _decay(a_KQH, dtype)
+        scores_KGQQ = _product(Cs, Bs.transpose(1, 2), half).view(K, G, Q, Q) * chunks.same_KQQ.unsqueeze(1)
+        weights = (decay_KHQQ.unflatten(1, (G, -1)) * scores_KGQQ.unsqueeze(2)).view(K * H, Q, Q)
+        y = _product(weights, u_KHQP.flatten(0, 1), half).view(K, H, Q, P).transpose(1, 2)
+        between: tuple[Tensor, ...] = ()
+        if chunks.count > 1:
+            left_KQH = _exp(a_KQH[:, -1:] - a_KQH, dtype) * chunks.left_KQ.unsqueeze(2)
+            into_KQH = _exp(a_KQH, dtype) * chunks.into_KQ.unsqueeze(2)
+            g_BHCC = _carry(a_KQH[:, -1], chunks, dtype)
+            V = _by_group(x * (left_KQH * dt).unsqueeze(-1), G)
+            S_BHCX = _per_row(_product(Bs.transpose(1, 2), V, half), chunks.count, G, H)
+            Z = _per_chunk(g_BHCC @ S_BHCX, G, N)
+            before = _by_token(_product(Cs, Z, half), K, H).mul_(into_KQH.unsqueeze(-1))
+            y = before + y
+            between = left_KQH, into_KQH, g_BHCC, S_BHCX, Z, before
+        if D_H is not None:
+            y = y.addcmul_(x, D_H.unsqueeze(-1))
+        ctx.save_for_backward(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, u_KHQP, decay_KHQQ, scores_KGQQ, *between)
+        ctx.chunks, ctx.half = chunks, half
+        return y.reshape(-1, H, P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_THP: Tensor) -> tuple[Tensor | None, ...]:
+        C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, u_KHQP, decay_KHQQ, scores_KGQQ, *between = ctx.saved_tensors
+        chunks, half = ctx.chunks, ctx.half
+        (K, Q), (H, P), (G, N) = chunks.into_KQ.shape, x_THP.shape[1:], B_TGN.shape[1:]
+        x, dt, dy = (t.unflatten(0, (K, Q)) for t in (x_THP, dt_TH, dy_THP))
+        Bs, Cs = _grouped(B_TGN, K), _grouped(C_TGN, K)
+
+        # inside the chunks
+        dy_KHQP = _by_head(dy)
+        weights = (decay_KHQQ.unflatten(1, (G, -1)) * scores_KGQQ.unsqueeze(2)).view(K * H, Q, Q)
+        du = _product(weights.transpose(1, 2), dy_KHQP.flatten(0, 1), half).view(K, H, Q, P).transpose(1, 2)
+        dw = _product(dy_KHQP.flatten(0, 1), u_KHQP.flatten(0, 1).transpose(1, 2), half)
+        ds = dw.view(K, H, Q, Q).mul_(decay_KHQQ).unflatten(1, (G, -1))
+        x_KHQQ = (ds * scores_KGQQ.unsqueeze(2)).flatten(1, 2)
+        x_KHQQ.diagonal(dim1=2, dim2=3).zero_()
+        da_KQH = (x_KHQQ.sum(3) - x_KHQQ.sum(2)).transpose(1, 2).double()
+        ds = (ds.sum(2) * chunks.same_KQQ.unsqueeze(1)).view(K * G, Q, Q)
+        dC, dB = _product(ds, Bs, half), _product(ds.transpose(1, 2), Cs, half)
+
+        # between them
+        if between:
+            left_KQH, into_KQH, g_BHCC, S_BHCX, Z, before = between
+            E = _by_group(dy * into_KQH.unsqueeze(-1), G)
+            dC += _product(E, Z.transpose(1, 2), half)
+            dZ_BHCX = _per_row(_product(Cs.transpose(1, 2), E, half), chunks.count, G, H)
+            dS = _per_chunk(g_BHCC.transpose(2, 3) @ dZ_BHCX, G, N)
+            dg_BHCC = (dZ_BHCX @ S_BHCX.transpose(2, 3)).mul_(g_BHCC).double()
+            V = _by_group(x * (left_KQH * dt).unsqueeze(-1), G)
+            dB += _product(V, dS.transpose(1, 2), half)
+            dlu = _by_token(_product(Bs, dS, half), K, H).mul_(left_KQH.unsqueeze(-1))
+            # g_ck decays by the chunks after k and before c
+            later, earlier = dg_BHCC.sum(3), dg_BHCC.sum(2)
+            after = later.flip(2).cumsum(2).flip(2) - later - earlier.flip(2).cumsum(2).flip(2)
+            left = ((x * dlu).sum(3) * dt).double()
+            da_KQH += (dy * before).sum(3) - left
+            da_KQH[:, -1] += left.sum(1) + after.transpose(1, 2).flatten(0, 1)
+            du = torch.add(du, dlu, out=dlu)
+
+        dlog_KQH = da_KQH.flip(1).cumsum(1).flip(1)
+        dA_H = (dlog_KQH * dt).sum((0, 1)).to(A_H.dtype)
+        ddt_KQH = (dlog_KQH * A_H.double()).to(dt.dtype) + (du * x).sum(3)
+
+        dx, dD_H = du * dt.unsqueeze(-1), None
+        if D_H is not None:
+            dD_H = (dy * x).sum(3).sum((0, 1))
+            dx = dx.addcmul_(dy, D_H.unsqueeze(-1))
+        dB, dC = (t.view(K, G, Q, N).transpose(1, 2).reshape(-1, G, N) for t in (dB, dC))
+        return dC, dx.reshape(-1, H, P), ddt_KQH.reshape(-1, H), dA_H, dB, dD_H, None, None
+
+
+# ── layouts: by token (K, Q, H, P), by head (K, H, Q, P), by group (K · G, Q, R · P)
+
+
+def _by_head(t_KQHP: Tensor) -> Tensor:
+    return t_KQHP.transpose(1, 2).contiguous()
+
+
+def _by_group(t_KQHP: Tensor, G: int) -> Tensor:
+    K, Q, H, P = t_KQHP.shape
+    return t_KQHP.reshape(K, Q, G, -1).transpose(1, 2).reshape(K * G, Q, -1)
+
+
+def _by_token(t: Tensor, K: int, H: int) -> Tensor:
+    """By group → by token, contiguous."""
+    Q = t.shape[1]
+    return t.view(K, -1, Q, t.shape[2]).transpose(1, 2).reshape(K, Q, H, -1)
+
+
+def _grouped(t_TGN: Tensor, K: int) -> Tensor:
+    """(T, G, N) → (K · G, Q, N), without a copy where there is one group."""
+    t = t_TGN.unflatten(0, (K, -1))
+    return t.squeeze(2) if t.shape[2] == 1 else t.transpose(1, 2).flatten(0, 1)
+
+
+def _per_row(S: Tensor, C: int, G: int, H: int) -> Tensor:
+    """States (K · G, N, R · P) → (B, H, C, N · P)."""
+    N, P = S.shape[1], S.shape[2] * G // H
+    return S.view(-1, C, G, N, H // G, P).permute(0, 2, 4, 1, 3, 5).reshape(-1, H, C, N * P)
+
+
+def _per_chunk(S_BHCX: Tensor, G: int, N: int) -> Tensor:
+    """The way back."""
+    B, H, C, X = S_BHCX.shape
+    return S_BHCX.view(B, G, H // G, C, N, X // N).permute(0, 3, 1, 4, 2, 5).reshape(B * C * G, N, H // G * (X // N))
+
+
+# ── decays
+
+
+def _exp(log: Tensor, dtype: torch.dtype) -> Tensor:
+    return log.to(dtype).clamp(SMALLEST, 0.0).exp_()
+
+
+def _decay(a_KQH: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(a_t − a_j), (K, H, Q, Q), 1 for j > t.  a is two numbers of the dtype, so that nothing of it is lost."""
+    a_KHQ = a_KQH.transpose(1, 2).contiguous()
+    high = a_KHQ.to(dtype)
+    lag = high.unsqueeze(3) - high.unsqueeze(2)
+    if dtype != torch.float64:
+        low = (a_KHQ - high).to(dtype)
+        lag.add_(low.unsqueeze(3)).sub_(low.unsqueeze(2))
+    return lag.clamp_(SMALLEST, 0.0).exp_()
+
+
+def _carry(last_KH: Tensor, chunks: Chunks, dtype: torch.dtype) -> Tensor:
+    """g, (B, H, C, C)."""
+    last_BHC = last_KH.unflatten(0, (-1, chunks.count)).transpose(1, 2)
+    through_BHC = last_BHC.cumsum(2)
+    lag_BHCC = (through_BHC - last_BHC).unsqueeze(3) - through_BHC.unsqueeze(2)
+    return _exp(lag_BHCC, dtype) * chunks.carried_BCC.unsqueeze(1)
