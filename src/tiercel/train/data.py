@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,7 @@ class Rows:
     counted_T: Tensor
     targets_T: Tensor
     count: int
+    told: dict[str, float] = field(default_factory=dict, kw_only=True)  # what the log says beside the loss
 
     def to(self, device: torch.device | str, *, recompute: bool = False) -> Rows:
         self.batch.recompute = recompute

@@ -3,7 +3,7 @@
     fit(network, batches, settings)       steps of: micro-batches → sum of losses / counted tokens → clip → AdamW
 
 Every step is a line of out/log.jsonl: {"step", "loss", "lr", "grad_norm", "tokens", "counted", "seconds"}; evaluations
-are lines {"step", "eval_loss"}.  Nothing waits for a GPU between two of every `log_every` steps.  A loss or gradient
+are lines {"step", "eval_loss"} or what `test` says.  Nothing waits for a GPU between two of every `log_every` steps.  A loss or gradient
 that is no number stops the run before it has changed a weight, and the first layer it appears in is named.
 """
 
@@ -101,11 +101,13 @@ def fit(
     loss_fn: Loss = next_token_loss,
     *,
     held_out: Callable[[], Iterable[Rows]] | None = None,
+    test: Callable[[Decoder], dict[str, float]] | None = None,
     on_step: Callable[[int, Decoder], None] | None = None,
 ) -> Result:
     """Train the network in place: every parameter that wants a gradient.
 
-    held_out: gives the micro-batches of an evaluation.  on_step: called after every step.
+    held_out: gives the micro-batches of an evaluation.  test: any other, its numbers go into the log; also before the
+    first step.  on_step: called after every step.
     Raises TiercelError when the loss is no number, naming the first layer.
     """
     s = settings
@@ -120,6 +122,8 @@ def fit(
     begin = _resume(s, network, optimizer, batches, log) if s.resume else 0
     if begin == 0:
         log.clear()
+        if test is not None:
+            log.write({"step": 0} | test(network))
     if s.compile:
         for block in network.layers:
             block.compile()
@@ -148,9 +152,9 @@ def fit(
             recent.append((micros, [step + 1, loss, lr, norm, sum(r.tokens_BL.numel() for r in micros), counted]))
             done = step + 1 == s.steps
             save = done or (s.save_every > 0 and (step + 1) % s.save_every == 0)
-            evaluate_ = held_out is not None and (done or (s.eval_every > 0 and (step + 1) % s.eval_every == 0))
+            evaluate_ = done or (s.eval_every > 0 and (step + 1) % s.eval_every == 0)
             if save or evaluate_ or (step + 1) % s.log_every == 0 or s.device == "cpu":
-                lines = _fetch([line for _, line in recent])
+                lines = [line | micros[0].told for line, (micros, _) in zip(_fetch(recent), recent, strict=True)]
                 if bad.item():
                     _refuse(network, recent, lines, s, loss_fn)
                 now = time.perf_counter()
@@ -158,8 +162,10 @@ def fit(
                     log.write(line | {"seconds": round((now - last) / len(lines), 6)})
                 show(log.lines[-1], sum(line["tokens"] for line in lines) / (now - last), len(lines))
                 last, recent = now, []
-            if evaluate_:
-                assert held_out is not None
+            if evaluate_ and test is not None:
+                log.write({"step": step + 1} | test(network))
+                last = time.perf_counter()
+            if evaluate_ and held_out is not None:
                 eval_loss = evaluate(network, held_out(), s, loss_fn)
                 log.write({"step": step + 1, "eval_loss": eval_loss})
                 last = time.perf_counter()
@@ -201,8 +207,9 @@ def autocast(s: Settings) -> AbstractContextManager[Any]:
 # ── what went wrong ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fetch(lines: list[list[Any]]) -> list[dict[str, Any]]:
+def _fetch(recent: list[tuple[list[Rows], list[Any]]]) -> list[dict[str, Any]]:
     """Numbers of a few steps from the device, in one piece."""
+    lines = [line for _, line in recent]
     numbers = torch.stack([t for line in lines for t in (line[1], line[3])]).tolist()
     names = "step", "loss", "lr", "grad_norm", "tokens", "counted"
     return [
@@ -359,4 +366,6 @@ class progress:
         self.bar.stop()
 
     def show(self, line: dict[str, Any], rate: float, steps: int) -> None:
-        self.bar.update(self.task, advance=steps, numbers=f"loss {line['loss']:.4f} · {rate:,.0f} tokens/s")
+        first = {"loss": line["loss"]} if "reward" not in line else {k: line[k] for k in ("reward", "length", "signal")}
+        numbers = [*(f"{name} {value:.4g}" for name, value in first.items()), f"{rate:,.0f} tokens/s"]
+        self.bar.update(self.task, advance=steps, numbers=" · ".join(numbers))
