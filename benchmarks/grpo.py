@@ -60,7 +60,14 @@ def main() -> None:
     sizes = [int(size) for size in args.sizes.split(",")]
     settings = Settings(steps=args.rounds, lr=args.lr, schedule="constant", warmup=2, weight_decay=0.0,
                         save_every=10, out=args.out, resume=True)  # fmt: skip
-    rules = Rules(prompts=args.prompts, answers=args.answers, most=args.most, updates=args.updates, tries=args.tries, seed=args.seed)
+    rules = Rules(
+        prompts=args.prompts,
+        answers=args.answers,
+        most=args.most,
+        updates=args.updates,
+        tries=args.tries,
+        seed=args.seed,
+    )
     cpu = time.process_time()
     found = grpo(args.model, problems([args.family], sizes, args.seed), settings, rules)
     cpu = time.process_time() - cpu
@@ -81,8 +88,8 @@ def main() -> None:
           f"{found['seconds']:.0f} s ({cpu:.0f} s of CPU), {torch.get_num_threads()} threads, {platform.machine()}, "
           f"tiercel {tiercel.__version__}")  # fmt: skip
     if args.json:
-        args.json.write_text(json.dumps({"before": before, "after": after, "rollouts": ends, "run": found,
-                                         "cpu_seconds": cpu, "settings": vars(args)}, indent=1, default=str) + "\n")  # fmt: skip
+        kept = {"before": before, "after": after, "rollouts": ends, "run": found, "cpu_seconds": cpu}
+        args.json.write_text(json.dumps(kept | {"settings": vars(args)}, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

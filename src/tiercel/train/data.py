@@ -23,6 +23,7 @@ from torch import Tensor
 from tiercel.errors import FormatError, RequestError
 from tiercel.model.packed import PackedRows
 from tiercel.text import Text
+from tiercel.train import parallel
 
 OPEN_ROWS = 256  # rows that still have room while a new epoch is laid out
 ROLES = ("system", "user", "assistant", "tool")
@@ -303,10 +304,13 @@ class Batches:
         chosen = rows[at * self.rows : (at + 1) * self.rows]
         self.position = (epoch, at + 1) if (at + 1) * self.rows < len(rows) else (epoch + 1, 0)
         chosen = chosen + [[]] * (self.rows - len(chosen))  # one shape throughout: what is compiled stays so
-        return make_rows(self.documents, chosen, self.length)
+        return make_rows(self.documents, parallel.share(chosen), self.length)
 
     def once(self) -> Iterator[Rows]:
         """One epoch, for evaluation."""
         rows = self.layout(0)
         for at in range(0, len(rows), self.rows):
-            yield make_rows(self.documents, rows[at : at + self.rows], self.length)
+            chosen = rows[at : at + self.rows]
+            ranks = parallel.ranks().count
+            chosen = chosen + [[]] * (-len(chosen) % ranks)  # every rank takes part in every forward
+            yield make_rows(self.documents, parallel.share(chosen), self.length)

@@ -120,7 +120,7 @@ class Player:
 
     def __init__(self, network: Decoder, text: Text | None, *, slots: int = 32, dtype: torch.dtype = torch.bfloat16):
         self.text, self.max_length, self.dtype = text, network.config.max_length, dtype
-        self.network = Decoder(network.config).eval().requires_grad_(False)
+        self.network: Any = Decoder(network.config).eval().requires_grad_(False)
         self.take(network)
         # no prefix cache: what it holds would be of older weights, and the answers of a group fork without it
         self.engine = Engine(self, slots=slots, step_tokens=max(512, slots), cache_bytes=0)
@@ -156,7 +156,8 @@ class Player:
                 drawn = zip(said.token_ids, said.logprobs or [], strict=False)
                 logprobs = [entry[token].logprob for token, entry in drawn]
                 words = said.text if self.text is not None else " ".join(map(str, said.token_ids))
-                reward = task.reward(words) if said.finish_reason == "stop" else 0.0
+                ended = said.finish_reason == "stop" or self.text is None  # without words nothing says: the end
+                reward = task.reward(words) if ended else 0.0
                 group.append(Sample(request.prompt_ids, said.token_ids, logprobs, reward))
             groups.append(group)
         return groups
@@ -260,7 +261,7 @@ def grpo(
     config: str | Path,
     tasks: Tasks,
     settings: Settings,
-    rules: Rules = Rules(),  # noqa: B008  # frozen
+    rules: Rules = Rules(),
     *,
     tests: Sequence[Task] = (),
     tokenizer: str | Path | None = None,

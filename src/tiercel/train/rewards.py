@@ -55,10 +55,36 @@ def of_problem(problem: Problem) -> Task:
     return Task(problem.question, lambda answer: float(FAMILIES[problem.family].correct(answer, problem)))
 
 
+def held_out(names: Sequence[str], sizes: Sequence[int] = TRAINED, n: int = 100, seed: int = 0) -> list[Task]:
+    """n of the test set of each, of these sizes in equal parts; the same for the same arguments."""
+    found: list[Task] = []
+    for name in names if n else ():
+        for i, size in enumerate(sizes):
+            count = n * (i + 1) // len(sizes) - n * i // len(sizes)
+            more = {"larger": True} if size == LARGER else {"size": size}
+            found += map(of_problem, FAMILIES[name].test_set(count, seed=seed, **more))  # type: ignore[arg-type]
+    return found
+
+
 def questions(path: str | Path, reward: Reward, seed: int = 0) -> Tasks:
     """Every line once, in a new order in every epoch."""
-    found: list[dict[str, Any]] = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    found = all_of(path, reward)
+
+    def task(number: int) -> Task:
+        epoch, at = divmod(number, len(found))
+        return found[random.Random(f"{seed} {epoch}").sample(range(len(found)), len(found))[at]]
+
+    return task
+
+
+def all_of(path: str | Path, reward: Reward) -> list[Task]:
+    """The lines in their order.  FormatError names the first that is no problem."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path} cannot be read: {error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -67,16 +93,14 @@ def questions(path: str | Path, reward: Reward, seed: int = 0) -> Tasks:
             raise FormatError(f"{path}:{number}: not JSON: {error}") from None
         if not isinstance(example, dict) or not isinstance(example.get("question"), str) or "answer" not in example:
             raise FormatError(f'{path}:{number}: a problem is {{"question": …, "answer": …}}, not {line[:60]!r}')
-        found.append(example)
+        found.append(_question(example, reward))
     if not found:
         raise FormatError(f"{path} holds no problems")
+    return found
 
-    def task(number: int) -> Task:
-        epoch, at = divmod(number, len(found))
-        example = found[random.Random(f"{seed} {epoch}").sample(range(len(found)), len(found))[at]]
-        return Task(example["question"], lambda answer: float(reward(answer, example["answer"])))
 
-    return task
+def _question(example: dict[str, Any], reward: Reward) -> Task:
+    return Task(example["question"], lambda answer: float(reward(answer, example["answer"])))
 
 
 def gym(name: str, seed: int = 0, size: int = 100_000) -> Tasks:
