@@ -183,7 +183,7 @@ def _by_head(t_KQHP: Tensor) -> Tensor:
 
 
 def _by_group(t_KQHP: Tensor, G: int) -> Tensor:
-    K, Q, H, P = t_KQHP.shape
+    K, Q, _, _ = t_KQHP.shape
     return t_KQHP.reshape(K, Q, G, -1).transpose(1, 2).reshape(K * G, Q, -1)
 
 

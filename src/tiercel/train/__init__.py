@@ -1,7 +1,8 @@
 """Training: one readable loop for each way, on one shared `fit`.
 
-    pretrain(…)  sft(…)      a file of examples and a network → a checkpoint, a log, a plot
-    fit(network, batches, settings)      the loop itself, for anything that gives batches
+    pretrain(…)  sft(…)                a file of examples and a network → a checkpoint, a log, a plot
+    grpo(…)                            problems whose answers can be checked → the same
+    fit(network, batches, settings)    the loop itself, for anything that gives batches
 
 Learning rates are those of the folded network: a checkpoint's fixed multipliers (muP) are multiplied into its weights
 when it is loaded and divided out when it is saved, so that Adam's steps, which do not know of them, act on the product.
@@ -14,12 +15,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tiercel.train.grpo import grpo
     from tiercel.train.loop import Settings, fit
     from tiercel.train.pretrain import pretrain
     from tiercel.train.sft import sft
 
-__all__ = ["Settings", "fit", "pretrain", "sft"]
-_HOME = {"Settings": "loop", "fit": "loop", "pretrain": "pretrain", "sft": "sft"}
+__all__ = ["Settings", "fit", "grpo", "pretrain", "sft"]
+_HOME = {"Settings": "loop", "fit": "loop", "grpo": "grpo", "pretrain": "pretrain", "sft": "sft"}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tiercel.errors import FormatError
+from tiercel.train import parallel
 from tiercel.weights.atomic import _sync_folder, atomic_write
 from tiercel.weights.safetensors import open_safetensors, write_safetensors_file
 from tiercel.weights.stored import OutTensor
@@ -39,16 +40,37 @@ class Progress:
 def save(
     folder: Path, progress: Progress, network: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]
 ) -> Path:
-    """folder: `checkpoints` of the run.  extra: settings, kept beside the state to be compared on resuming."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """folder: `checkpoints` of the run.  extra: settings, kept beside the state to be compared on resuming.
+
+    Of several ranks the first writes whole tensors, which any number of ranks can go on from.
+    """
     done = folder / f"step-{progress.step:08}"
+    weights: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    moments = _moments(weights, optimizer)
+    if parallel.ranks().count > 1:
+        weights, moments = ({name: parallel.whole(t) for name, t in part.items()} for part in (weights, moments))
+    if parallel.ranks().first:
+        _write_folder(done, weights, moments, progress, network, extra)
+    parallel.barrier()
+    return done
+
+
+def _write_folder(
+    done: Path,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    progress: Progress,
+    network: nn.Module,
+    extra: Mapping[str, Any],
+) -> None:
+    folder = done.parent
+    folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{done.name}.part"
     for stale in (part, *folder.glob(".*.part")):
         shutil.rmtree(stale, ignore_errors=True)
     part.mkdir()
-    weights = {name: p for name, p in network.named_parameters() if p.requires_grad}
     _write(part / "network.safetensors", weights)
-    _write(part / "optimizer.safetensors", _moments(weights, optimizer))
+    _write(part / "optimizer.safetensors", moments)
     state = {
         "step": progress.step,
         "position": progress.position,
@@ -64,7 +86,6 @@ def save(
     _sync_folder(folder)
     for old in complete(folder)[:-KEPT]:
         _discard(old)
-    return done
 
 
 def complete(folder: Path) -> list[Path]:
@@ -118,7 +139,7 @@ def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if differ:
         raise FormatError(f"{path} is of another network: {sorted(differ)[0]} differs")
     for name, t in tensors.items():
-        t.copy_(stored[name].rows().view(t.shape))
+        parallel.put(t, stored[name].rows().view(t.shape))
 
 
 def _discard(folder: Path) -> None:

@@ -13,7 +13,7 @@ from tiercel.errors import RequestError
 if TYPE_CHECKING:
     from tiercel.train.loop import Settings
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a network: pretrain, sft, lora.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a network: pretrain, sft, lora, grpo.")
 
 Data = Annotated[Path, typer.Argument(help='JSONL, one example a line: {"messages": […]} or {"text": …}.')]
 Out = Annotated[Path, typer.Option(help="Folder for the checkpoint, the log and the plot.")]
@@ -172,6 +172,76 @@ def lora(
     _say(found, json, f"tiercel merge {model} {out} merged.gguf, or tiercel serve {model} --adapter name={out}")
 
 
+@app.command()
+def grpo(
+    config: Config,
+    out: Out,
+    problems: Annotated[str | None, typer.Option(help="Families of tiercel.problems, with commas.")] = None,
+    sizes: Annotated[str, typer.Option(help="Sizes of these: 1 to 3, and 4 for larger ones.")] = "1,2,3",
+    data: Annotated[Path | None, typer.Option(help='JSONL of {"question": …, "answer": …}.')] = None,
+    reward: Annotated[str, typer.Option(help="Of --data: exact, math, or module:function(answer, wanted).")] = "exact",
+    gym: Annotated[str | None, typer.Option(help="A task of the package reasoning-gym, which grades it.")] = None,
+    held_out: Annotated[Path | None, typer.Option("--eval", help="JSONL as --data, answered greedily.")] = None,
+    tests: Annotated[int, typer.Option(help="Held-out problems of each of --problems, answered greedily.")] = 100,
+    tokenizer: Tokenizer = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of answers.")] = 50,
+    prompts: Annotated[int, typer.Option(help="Problems of a round whose answers differ in worth.")] = 16,
+    answers: Annotated[int, typer.Option(help="Answers to each.")] = 8,
+    most: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
+    updates: Annotated[int, typer.Option(help="Steps of the optimizer in a round.")] = 1,
+    tries: Annotated[int, typer.Option(help="Problems drawn in a round, at most so many times --prompts.")] = 3,
+    slots: Annotated[int, typer.Option(help="Answers written at once.")] = 32,
+    accumulate: Accumulate = 1,
+    lr: Lr = 1e-5,
+    schedule: Schedule = "constant",
+    warmup: Annotated[int, typer.Option(help="Rounds until the learning rate is reached.")] = 2,
+    weight_decay: WeightDecay = 0.0,
+    clip: Clip = 1.0,
+    save_every: Annotated[int, typer.Option(help="Rounds between checkpoints; 0: at the end.")] = 10,
+    eval_every: Annotated[int, typer.Option(help="Rounds between evaluations; 0: at the end.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the problems and the answers.")] = 0,
+    dtype: Dtype = "f32",
+    recompute: Recompute = False,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Learn from rewards: many answers to a problem, the better ones made likelier."""
+    from tiercel.train import rewards
+    from tiercel.train.grpo import Rules, grpo
+    from tiercel.train.loop import Settings
+
+    if sum(source is not None for source in (problems, data, gym)) != 1:
+        raise RequestError("say what to learn from: one of --problems, --data and --gym")
+    held: list[rewards.Task] = []
+    if problems is not None:
+        names, of = [name.strip() for name in problems.split(",")], whole_numbers("--sizes", sizes)
+        tasks = rewards.problems(names, of, seed)
+        held = rewards.held_out(names, of, tests)
+    elif data is not None:
+        tasks = rewards.questions(data, rewards.named(reward), seed)
+    else:
+        assert gym is not None
+        tasks = rewards.gym(gym, seed)
+    if held_out is not None:
+        held = rewards.all_of(held_out, rewards.named(reward))
+    settings = Settings(steps=rounds, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
+        accumulate=accumulate, save_every=save_every, eval_every=eval_every, log_every=1, dtype=dtype,
+        recompute=recompute, resume=resume, out=out, quiet=quiet or json)  # fmt: skip
+    rules = Rules(prompts=prompts, answers=answers, most=most, updates=updates, tries=tries, seed=seed)
+    found = grpo(config, tasks, settings, rules, tests=held, tokenizer=tokenizer, slots=slots)
+    if "before" in found and not json:
+        print(f"held-out problems: {found['before']:.1%} before, {found['after']:.1%} after")
+    _say(found, json)
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"{option}: whole numbers with commas between them, not {text!r}") from None
+
+
 def _settings(steps: int | None, epochs: float | None, **rest: Any) -> Settings:
     from tiercel.train.loop import Settings
 
@@ -181,6 +251,10 @@ def _settings(steps: int | None, epochs: float | None, **rest: Any) -> Settings:
 
 
 def _say(found: dict[str, Any], json: bool, then: str | None = None) -> None:
+    from tiercel.train.parallel import ranks
+
+    if not ranks().first:
+        return
     if json:
         print(json_module.dumps(found), flush=True)
         return

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from tiercel.errors import FormatError, RequestError
 from tiercel.model.packed import PackedRows
 from tiercel.text import Text
+from tiercel.train import parallel
 
 OPEN_ROWS = 256  # rows that still have room while a new epoch is laid out
 ROLES = ("system", "user", "assistant", "tool")
@@ -206,6 +207,7 @@ class Rows:
     counted_T: Tensor
     targets_T: Tensor
     count: int
+    told: dict[str, float] = field(default_factory=dict, kw_only=True)  # what the log says beside the loss
 
     def to(self, device: torch.device | str, *, recompute: bool = False) -> Rows:
         self.batch.recompute = recompute
@@ -302,10 +304,13 @@ class Batches:
         chosen = rows[at * self.rows : (at + 1) * self.rows]
         self.position = (epoch, at + 1) if (at + 1) * self.rows < len(rows) else (epoch + 1, 0)
         chosen = chosen + [[]] * (self.rows - len(chosen))  # one shape throughout: what is compiled stays so
-        return make_rows(self.documents, chosen, self.length)
+        return make_rows(self.documents, parallel.share(chosen), self.length)
 
     def once(self) -> Iterator[Rows]:
         """One epoch, for evaluation."""
         rows = self.layout(0)
         for at in range(0, len(rows), self.rows):
-            yield make_rows(self.documents, rows[at : at + self.rows], self.length)
+            chosen = rows[at : at + self.rows]
+            ranks = parallel.ranks().count
+            chosen = chosen + [[]] * (-len(chosen) % ranks)  # every rank takes part in every forward
+            yield make_rows(self.documents, parallel.share(chosen), self.length)

@@ -3,8 +3,9 @@
     fit(network, batches, settings)       steps of: micro-batches → sum of losses / counted tokens → clip → AdamW
 
 Every step is a line of out/log.jsonl: {"step", "loss", "lr", "grad_norm", "tokens", "counted", "seconds"}; evaluations
-are lines {"step", "eval_loss"}.  Nothing waits for a GPU between two of every `log_every` steps.  A loss or gradient
-that is no number stops the run before it has changed a weight, and the first layer it appears in is named.
+are lines {"step", "eval_loss"} or what `test` says.  Nothing waits for a GPU between two of every `log_every` steps.  A
+loss or gradient that is no number stops the run before it has changed a weight, and the first layer it appears in is
+named.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from tiercel.errors import FormatError, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
-from tiercel.train import checkpoint
+from tiercel.train import checkpoint, parallel
 from tiercel.train.data import Rows
 from tiercel.train.loss import next_token_loss
 from tiercel.train.optim import SCHEDULES, adamw, clip, rate
@@ -101,25 +102,30 @@ def fit(
     loss_fn: Loss = next_token_loss,
     *,
     held_out: Callable[[], Iterable[Rows]] | None = None,
+    test: Callable[[Decoder], dict[str, float]] | None = None,
     on_step: Callable[[int, Decoder], None] | None = None,
 ) -> Result:
     """Train the network in place: every parameter that wants a gradient.
 
-    held_out: gives the micro-batches of an evaluation.  on_step: called after every step.
+    held_out: gives the micro-batches of an evaluation.  test: any other, its numbers go into the log; also before the
+    first step.  on_step: called after every step.
     Raises TiercelError when the loss is no number, naming the first layer.
     """
-    s = settings
+    s, us = settings, parallel.ranks()
     network.train().to(s.device)
+    parallel.shard(network)
     parameters = [p for p in network.parameters() if p.requires_grad]
     if not parameters:
         raise RequestError("no parameter wants a gradient: call network.requires_grad_(True) first")
     if s.dtype == "bf16" and s.device == "cuda":
         torch.set_float32_matmul_precision("high")
     optimizer = adamw(network, s.lr, weight_decay=s.weight_decay, betas=s.betas)
-    log = Log(s.out)
+    log = Log(s.out if us.first else None)
     begin = _resume(s, network, optimizer, batches, log) if s.resume else 0
     if begin == 0:
         log.clear()
+        if test is not None:
+            log.write({"step": 0} | test(network))
     if s.compile:
         for block in network.layers:
             block.compile()
@@ -133,24 +139,27 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             micros = [next(batches) for _ in range(s.accumulate)]
-            counted = sum(rows.count for rows in micros)
+            counted = _over_ranks(sum(rows.count for rows in micros), s)
             loss = torch.zeros((), device=s.device)
             for rows in micros:
                 with autocast(s):
                     summed = loss_fn(network, rows.to(s.device, recompute=s.recompute)) / max(1, counted)
-                summed.backward()
+                (summed * us.count).backward()  # the mean over ranks is taken of gradients: theirs add up then
                 loss = loss + summed.detach()
+            loss = parallel.total(loss)
             norm = clip(parameters, s.clip)
             bad = torch.maximum(bad, (~(loss.isfinite() & norm.isfinite())).float())
             optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused AdamW leaves all as it is where this is 1
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            recent.append((micros, [step + 1, loss, lr, norm, sum(r.tokens_BL.numel() for r in micros), counted]))
+            recent.append(
+                (micros, [step + 1, loss, lr, norm, us.count * sum(r.tokens_BL.numel() for r in micros), counted])
+            )
             done = step + 1 == s.steps
             save = done or (s.save_every > 0 and (step + 1) % s.save_every == 0)
-            evaluate_ = held_out is not None and (done or (s.eval_every > 0 and (step + 1) % s.eval_every == 0))
+            evaluate_ = done or (s.eval_every > 0 and (step + 1) % s.eval_every == 0)
             if save or evaluate_ or (step + 1) % s.log_every == 0 or s.device == "cpu":
-                lines = _fetch([line for _, line in recent])
+                lines = [line | micros[0].told for line, (micros, _) in zip(_fetch(recent), recent, strict=True)]
                 if bad.item():
                     _refuse(network, recent, lines, s, loss_fn)
                 now = time.perf_counter()
@@ -158,8 +167,10 @@ def fit(
                     log.write(line | {"seconds": round((now - last) / len(lines), 6)})
                 show(log.lines[-1], sum(line["tokens"] for line in lines) / (now - last), len(lines))
                 last, recent = now, []
-            if evaluate_:
-                assert held_out is not None
+            if evaluate_ and test is not None:
+                log.write({"step": step + 1} | test(network))
+                last = time.perf_counter()
+            if evaluate_ and held_out is not None:
                 eval_loss = evaluate(network, held_out(), s, loss_fn)
                 log.write({"step": step + 1, "eval_loss": eval_loss})
                 last = time.perf_counter()
@@ -191,7 +202,11 @@ def evaluate(network: Decoder, batches: Iterable[Rows], settings: Settings, loss
         with autocast(settings):
             total = total + loss_fn(network, rows.to(settings.device))
         counted += rows.count
-    return float(total) / max(1, counted)
+    return float(parallel.total(total)) / max(1, _over_ranks(counted, settings))
+
+
+def _over_ranks(count: int, s: Settings) -> int:
+    return count if parallel.ranks().count == 1 else int(parallel.total(torch.tensor(count, device=s.device)))
 
 
 def autocast(s: Settings) -> AbstractContextManager[Any]:
@@ -201,8 +216,9 @@ def autocast(s: Settings) -> AbstractContextManager[Any]:
 # ── what went wrong ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fetch(lines: list[list[Any]]) -> list[dict[str, Any]]:
+def _fetch(recent: list[tuple[list[Rows], list[Any]]]) -> list[dict[str, Any]]:
     """Numbers of a few steps from the device, in one piece."""
+    lines = [line for _, line in recent]
     numbers = torch.stack([t for line in lines for t in (line[1], line[3])]).tolist()
     names = "step", "loss", "lr", "grad_norm", "tokens", "counted"
     return [
@@ -215,7 +231,9 @@ def _refuse(network: Decoder, recent: list[Any], lines: list[dict[str, Any]], s:
     """The first step that went wrong has changed nothing: do it again and look."""
     wrong = next(i for i, line in enumerate(lines) if not math.isfinite(line["loss"] + line["grad_norm"]))
     line, micros = lines[wrong], recent[wrong][0]
-    where = next((name for rows in micros if (name := first_bad(network, rows, s, loss_fn))), "the loss")
+    several = parallel.ranks().count > 1  # one rank alone cannot run a sharded network
+    where = "a layer that a run on one rank would name" if several else None
+    where = where or next((name for rows in micros if (name := first_bad(network, rows, s, loss_fn))), "the loss")
     what = "loss" if not math.isfinite(line["loss"]) else "gradient"
     raise TiercelError(
         f"step {line['step']}: the {what} is not a number, first in {where}; no weight was changed by it: "
@@ -347,7 +365,7 @@ class progress:
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
-            disable=s.quiet,
+            disable=s.quiet or not parallel.ranks().first,
         )
         self.task = self.bar.add_task("training", total=s.steps, completed=begin, numbers="")
 
@@ -359,4 +377,6 @@ class progress:
         self.bar.stop()
 
     def show(self, line: dict[str, Any], rate: float, steps: int) -> None:
-        self.bar.update(self.task, advance=steps, numbers=f"loss {line['loss']:.4f} · {rate:,.0f} tokens/s")
+        first = {"loss": line["loss"]} if "reward" not in line else {k: line[k] for k in ("reward", "length", "signal")}
+        numbers = [*(f"{name} {value:.4g}" for name, value in first.items()), f"{rate:,.0f} tokens/s"]
+        self.bar.update(self.task, advance=steps, numbers=" · ".join(numbers))

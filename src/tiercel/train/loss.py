@@ -6,7 +6,7 @@ ranks, so that every token weighs the same however a step is cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +21,22 @@ LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # numbers of a slice
 
 def next_token_loss(network: Decoder, rows: Rows) -> Tensor:
     """The sum of −log p over the counted tokens of a micro-batch, float32."""
-    x_TD = network.features(rows.tokens_BL, rows.batch)
-    counted_T = rows.counted_T
-    if len(counted_T) < x_TD.shape[0]:
-        x_TD = x_TD[counted_T]
-
-    def head(x_TD: Tensor) -> Tensor:
-        return network.head(x_TD, network.config.logit_scale)
-
+    x_TD, head = _counted(network, rows)
     return chunked_cross_entropy(x_TD, rows.targets_T, head, network.config.vocab_size)
+
+
+def next_token_logprobs(network: Decoder, rows: Rows) -> Tensor:
+    """log p of each counted token of a micro-batch, (T,) float32."""
+    x_TD, head = _counted(network, rows)
+    return -torch.cat(list(_slices(x_TD, rows.targets_T, head, network.config.vocab_size, None, "none")))
+
+
+def _counted(network: Decoder, rows: Rows) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What the counted tokens' successors are told from, and the head that tells."""
+    x_TD = network.features(rows.tokens_BL, rows.batch)
+    if len(rows.counted_T) < x_TD.shape[0]:
+        x_TD = x_TD[rows.counted_T]
+    return x_TD, lambda x_TD: network.head(x_TD, network.config.logit_scale)
 
 
 def chunked_cross_entropy(
@@ -39,15 +46,27 @@ def chunked_cross_entropy(
 
     chunk: tokens of a slice; None chooses by the vocabulary.
     """
-    chunk = chunk or max(64, LOGITS.get(x_TD.device.type, LOGITS["cpu"]) // vocab_size)
     total = torch.zeros((), device=x_TD.device)
-    for x, targets in zip(x_TD.split(chunk), targets_T.split(chunk), strict=True):
-        if len(x) == len(x_TD) or not torch.is_grad_enabled():  # a single slice may as well be kept
-            total = total + _summed(x, targets, head)
-        else:
-            total = total + checkpoint(_summed, x, targets, head, use_reentrant=False)
+    for summed in _slices(x_TD, targets_T, head, vocab_size, chunk, "sum"):
+        total = total + summed
     return total
 
 
-def _summed(x_TD: Tensor, targets_T: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    return F.cross_entropy(head(x_TD).float(), targets_T, reduction="sum")
+def _slices(
+    x_TD: Tensor,
+    targets_T: Tensor,
+    head: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    chunk: int | None,
+    reduction: str,
+) -> Iterator[Tensor]:
+    chunk = chunk or max(64, LOGITS.get(x_TD.device.type, LOGITS["cpu"]) // vocab_size)
+
+    def entropy(x_TD: Tensor, targets_T: Tensor) -> Tensor:
+        return F.cross_entropy(head(x_TD).float(), targets_T, reduction=reduction)
+
+    for x, targets in zip(x_TD.split(chunk), targets_T.split(chunk), strict=True):
+        if len(x) == len(x_TD) or not torch.is_grad_enabled():  # a single slice may as well be kept
+            yield entropy(x, targets)
+        else:
+            yield checkpoint(entropy, x, targets, use_reentrant=False)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tiercel.train.parallel import whole
+
 SCHEDULES = ("cosine", "wsd", "constant")
 
 
@@ -48,6 +50,6 @@ def is_matrix(name: str, p: Tensor) -> bool:
 def clip(parameters: Sequence[Tensor], limit: float) -> Tensor:
     """Scales all gradients so that their norm is at most `limit`; the norm before, not yet known to the host."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = whole(torch.nn.utils.get_total_norm(grads))  # of all ranks' pieces
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm

@@ -1,4 +1,4 @@
-"""Curves of a run, from its log: loss, learning rate, tokens a second.  Needs matplotlib (the extra `train`)."""
+"""Curves of a run, from its log: loss or reward, learning rate, tokens a second.  Needs matplotlib (extra `train`)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ def plot(log: str | Path, out: str | Path) -> Path:
     x = [line["step"] for line in steps]
     figure = Figure(figsize=(8, 8), layout="constrained")
     loss, lr, speed = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
-    loss.plot(x, [line["loss"] for line in steps], linewidth=0.8, label="training")
+    what = "reward" if "reward" in steps[0] else "loss"
+    loss.plot(x, [line[what] for line in steps], linewidth=0.8, label="training")
     if evals:
         loss.plot([e["step"] for e in evals], [e["eval_loss"] for e in evals], "o-", markersize=3, label="held out")
         loss.legend()
-    loss.set_ylabel("loss (nats a token)")
+    if tests := [line for line in lines if "test_reward" in line]:
+        name = "held out, greedy"
+        loss.plot([t["step"] for t in tests], [t["test_reward"] for t in tests], "o-", markersize=3, label=name)
+        loss.legend()
+    loss.set_ylabel("mean reward" if what == "reward" else "loss (nats a token)")
     lr.plot(x, [line["lr"] for line in steps], linewidth=0.8)
     lr.set_ylabel("learning rate")
     speed.plot(x, [line["tokens"] / max(line["seconds"], 1e-9) for line in steps], linewidth=0.8)

@@ -19,6 +19,7 @@ from tiercel.model.layers import initialize
 from tiercel.plan import check_fits, parameter_count
 from tiercel.quant import PACKED_TYPES
 from tiercel.text import Text
+from tiercel.train import parallel
 from tiercel.train.checkpoint import complete
 from tiercel.train.data import Batches, Documents, Rows
 from tiercel.train.loop import Result, Settings
@@ -96,6 +97,9 @@ def evaluation(documents: Documents, rows: int, length: int) -> Callable[[], Ite
 
 def finish(network: Decoder, text: Text | None, layout: Layout, out: Path) -> None:
     """The folder: config.json, model.safetensors, the tokenizer; and the curves, where matplotlib is there."""
+    network = parallel.gathered(network)
+    if not parallel.ranks().first:
+        return
     network.eval().to("cpu")
     with torch.no_grad():
         export(NetworkSource(network, layout, text), out)

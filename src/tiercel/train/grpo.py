@@ -1,0 +1,293 @@
+"""GRPO: a network answers each problem several times, and what was better than its siblings becomes likelier.
+
+Which GRPO this is:
+    advantage    A = reward − mean of the group; not divided by its deviation (Dr. GRPO: no weight on lucky groups)
+    loss         −Σ w · min(r A, clip(r, 1 − 0.2, 1 + 0.28) A) / tokens: a sum over all answers' tokens, divided by
+                 their number (DAPO): long answers count by their length.  r = p_now / p_before, of each token
+    w            min(p_before / p_rollout, 2), truncated importance sampling: the engine draws from packed bfloat16
+                 weights, training computes in float32
+    groups       whose rewards are all equal say nothing: skipped, counted, others drawn in their place
+    no KL, no reference network, no critic, no bonus for entropy
+Answers are drawn by our own engine at temperature 1 from the whole distribution, so that its log-probabilities are
+those of what was drawn; the answers of a problem fork from one reading of it.  One that does not end gets 0.
+
+    grpo("reasoner", problems(["sorting"], sizes=(3,)), Settings(steps=50, lr=2e-5), tests=[…])
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tiercel.engine.engine import Engine
+from tiercel.errors import RequestError, TiercelError
+from tiercel.model.decoder import Decoder
+from tiercel.model.layers import hold
+from tiercel.sampling import SamplingParams
+from tiercel.text import Text
+from tiercel.train import start
+from tiercel.train.data import Documents, Rows, make_rows, pack
+from tiercel.train.loop import Settings, fit
+from tiercel.train.loss import next_token_logprobs
+from tiercel.train.rewards import Task, Tasks
+
+GIVE_UP = 10  # rounds without one group that says something
+
+
+@dataclass(frozen=True)
+class Rules:
+    """prompts: groups of a round.  answers: of a group.  most: tokens of an answer.  updates: steps of a round.
+
+    low, high: of the clip.  cap: of w.  tries: a round draws at most so many times `prompts` groups.
+    """
+
+    prompts: int = 16
+    answers: int = 8
+    most: int = 256
+    updates: int = 1
+    low: float = 0.2
+    high: float = 0.28
+    cap: float = 2.0
+    tries: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.answers <= 16:
+            raise RequestError(f"a group has 2 to 16 answers, not {self.answers}")
+        for name in ("prompts", "most", "updates", "tries"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass
+class Sample:
+    """One answer: its prompt, its tokens, the log-probability with which each was drawn, and what it is worth."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    reward: float
+    advantage: float = 0.0
+
+
+# ── what the loss is ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def advantages(rewards: Sequence[float]) -> list[float]:
+    mean = sum(rewards) / len(rewards)
+    return [reward - mean for reward in rewards]
+
+
+def surrogate(now_T: Tensor, before_T: Tensor, rollout_T: Tensor, advantage_T: Tensor, rules: Rules) -> Tensor:
+    """−Σ w · min(r A, clip(r) A), from log-probabilities: of training now and before this round, and of the engine."""
+    r_T = (now_T - before_T).exp()
+    w_T = (before_T - rollout_T).exp().clamp(max=rules.cap)
+    clipped_T = r_T.clamp(1 - rules.low, 1 + rules.high)
+    return -(w_T * torch.minimum(r_T * advantage_T, clipped_T * advantage_T)).sum()
+
+
+@dataclass
+class Judged(Rows):
+    """Rows of answers; for every counted token its advantage and log-probabilities, (T,)."""
+
+    advantage_T: Tensor
+    rollout_T: Tensor
+    before_T: Tensor | None = None  # None: one update a round, before is now
+
+
+def loss(rules: Rules) -> Callable[[Decoder, Rows], Tensor]:
+    def of(network: Decoder, rows: Rows) -> Tensor:
+        assert isinstance(rows, Judged)
+        now_T = next_token_logprobs(network, rows)
+        before_T = now_T.detach() if rows.before_T is None else rows.before_T
+        return surrogate(now_T, before_T, rows.rollout_T, rows.advantage_T, rules)
+
+    return of
+
+
+# ── rollouts ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Player:
+    """The network as the engine runs it: a twin with packed weights, made again after every update."""
+
+    def __init__(self, network: Decoder, text: Text | None, *, slots: int = 32, dtype: torch.dtype = torch.bfloat16):
+        self.text, self.max_length, self.dtype = text, network.config.max_length, dtype
+        self.network: Any = Decoder(network.config).eval().requires_grad_(False)
+        self.take(network)
+        # no prefix cache: what it holds would be of older weights, and the answers of a group fork without it
+        self.engine = Engine(self, slots=slots, step_tokens=max(512, slots), cache_bytes=0)
+
+    @torch.no_grad()
+    def take(self, network: Decoder) -> None:
+        """The weights of the network as they are now, packed."""
+        for ours, theirs in zip(self.network.modules(), network.modules(), strict=True):
+            for name, p in theirs._parameters.items():
+                if p is not None:
+                    hold(ours, name, nn.Parameter(p.detach().to("cpu", self.dtype, copy=True), requires_grad=False))
+        self.network.pack()  # also ties the head, and forgets recorded steps
+        self.network.__dict__.pop("_fingerprint", None)
+
+    def play(self, tasks: Sequence[Task], params: SamplingParams, seeds: Sequence[int] = ()) -> list[list[Sample]]:
+        """`params.n` answers to every task, the same for the same seeds."""
+        requests = []
+        for i, task in enumerate(tasks):
+            ids, starts = self._prompt(task)
+            one = params if not seeds else replace(params, seed=seeds[i])
+            thinking = "off" if self.text is None else "auto"
+            requests.append(self.engine.prepare(ids, one, thinking=thinking, starts_in_thinking=starts))
+        for request in requests:
+            self.engine.queue(request)
+        groups = []
+        for task, request in zip(tasks, requests, strict=True):
+            for _ in self.engine.run(request):
+                pass
+            if request.error is not None:
+                raise request.error
+            group = []
+            for said in request.choices:
+                drawn = zip(said.token_ids, said.logprobs or [], strict=False)
+                logprobs = [entry[token].logprob for token, entry in drawn]
+                words = said.text if self.text is not None else " ".join(map(str, said.token_ids))
+                ended = said.finish_reason == "stop" or self.text is None  # without words nothing says: the end
+                reward = task.reward(words) if ended else 0.0
+                group.append(Sample(request.prompt_ids, said.token_ids, logprobs, reward))
+            groups.append(group)
+        return groups
+
+    def _prompt(self, task: Task) -> tuple[list[int], bool]:
+        if not isinstance(task.question, str):
+            return list(task.question), False
+        if self.text is None:
+            raise RequestError("questions need a tokenizer, and this model has none")
+        if not self.text.has_template:
+            return self.text.encode(task.question), False
+        ids = self.text.chat([{"role": "user", "content": task.question}])
+        return ids, self.text.opens_thinking(ids)
+
+    def score(self, tasks: Sequence[Task], most: int) -> dict[str, float]:
+        """Mean reward and length of greedy answers."""
+        greedy = SamplingParams(temperature=0, max_tokens=most)
+        said = [group[0] for group in self.play(tasks, greedy)]
+        mean = {"reward": sum(s.reward for s in said), "length": float(sum(len(s.tokens) for s in said))}
+        return {name: value / max(1, len(said)) for name, value in mean.items()}
+
+
+class Rollouts:
+    """The stream of micro-batches that `fit` trains on: a round of rollouts, `updates` · `accumulate` of them.
+
+    position: (round, number of the next task).
+    """
+
+    def __init__(self, network: Decoder, player: Player, tasks: Tasks, rules: Rules, accumulate: int = 1) -> None:
+        self.network, self.player, self.tasks, self.rules = network, player, tasks, rules
+        self.parts = rules.updates * accumulate
+        self.position = (0, 0)
+        self._left: list[Judged] = []
+
+    def __next__(self) -> Rows:
+        if not self._left:
+            self.player.take(self.network)
+            samples, told = self._round()
+            parts = [samples[i :: self.parts] for i in range(self.parts)]
+            self._left = [self._rows(part, told) for part in parts]
+        return self._left.pop(0)
+
+    def _round(self) -> tuple[list[Sample], dict[str, float]]:
+        """Samples of groups that say something; how it went."""
+        rules, (number, first) = self.rules, self.position
+        params = SamplingParams(n=rules.answers, temperature=1.0, max_tokens=rules.most, logprobs=0)
+        kept: list[list[Sample]] = []
+        everybody: list[Sample] = []
+        tried, limit = 0, rules.tries * rules.prompts
+        while len(kept) < rules.prompts and (tried < limit or not kept):
+            if tried >= GIVE_UP * rules.prompts:
+                raise TiercelError(
+                    f"of {tried} problems none had answers of different worth: they are too hard or too easy for this "
+                    "network; choose others, or more answers for each"
+                )
+            count = min(rules.prompts - len(kept), max(limit - tried, 1))
+            numbers = range(first + tried, first + tried + count)
+            seeds = [random.Random(f"{rules.seed} {n}").getrandbits(62) for n in numbers]
+            for group in self.player.play([self.tasks(n) for n in numbers], params, seeds):
+                everybody += group
+                for sample, advantage in zip(group, advantages([s.reward for s in group]), strict=True):
+                    sample.advantage = advantage
+                if any(sample.advantage for sample in group):
+                    kept.append(group)
+            tried += count
+        self.position = (number + 1, first + tried)
+        told = {
+            "reward": sum(s.reward for s in everybody) / len(everybody),
+            "length": sum(len(s.tokens) for s in everybody) / len(everybody),
+            "signal": len(kept) / tried,
+            "skipped": tried - len(kept),
+        }
+        return [sample for group in kept for sample in group], told
+
+    def _rows(self, samples: list[Sample], told: dict[str, float]) -> Judged:
+        """Packed into rows; all that belongs to a token, in the order in which `make_rows` counts them."""
+        if not samples:
+            raise RequestError("a round has fewer answers than micro-batches: fewer updates, or less accumulation")
+        documents = Documents.of(([*s.prompt, *s.tokens], [0] * len(s.prompt) + [1] * len(s.tokens)) for s in samples)
+        lengths = np.diff(documents.starts)
+        length = max(256, int(lengths.max()))
+        layout = pack(lengths, np.arange(len(samples)), length)
+        rows = make_rows(documents, layout, length)
+        ordered = [samples[number] for row in layout for number in row]
+        judged = Judged(
+            **vars(rows),
+            advantage_T=torch.tensor([s.advantage for s in ordered for _ in s.tokens]),
+            rollout_T=torch.tensor([value for s in ordered for value in s.logprobs]),
+        )
+        judged.told = told
+        if self.rules.updates > 1:
+            with torch.no_grad():
+                judged.before_T = next_token_logprobs(self.network, judged)
+        return judged
+
+
+# ── the run ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def grpo(
+    config: str | Path,
+    tasks: Tasks,
+    settings: Settings,
+    rules: Rules = Rules(),
+    *,
+    tests: Sequence[Task] = (),
+    tokenizer: str | Path | None = None,
+    slots: int = 32,
+) -> dict[str, Any]:
+    """settings.steps: rounds of rollouts, each of `rules.updates` steps; so are save_every and eval_every.
+
+    tests: held-out problems, answered greedily before, every eval_every rounds and at the end.
+    → as of `pretrain`, and before, after: mean rewards of the tests.
+    """
+    if settings.device != "cpu":
+        raise RequestError("rollouts run on the CPU's engine, and GRPO beside it: leave --device out")
+    start.prepare(settings.out, settings.resume)
+    network, text, layout = start.open_network(config, tokenizer, seed=rules.seed)
+    player = Player(network, text, slots=max(slots, rules.answers))
+    steps = {name: getattr(settings, name) * rules.updates for name in ("steps", "save_every", "eval_every", "warmup")}
+    settings = replace(settings, **steps)
+
+    def test(network: Decoder) -> dict[str, float]:
+        player.take(network)
+        return {f"test_{name}": value for name, value in player.score(tests, rules.most).items()}
+
+    stream = Rollouts(network, player, tasks, rules, settings.accumulate)
+    result = fit(network, stream, settings, loss(rules), test=test if tests else None)
+    if settings.out is not None:
+        start.finish(network, text, layout, settings.out)
+    tested = [line["test_reward"] for line in result.log if "test_reward" in line]
+    ends = {"before": tested[0], "after": tested[-1]} if tested else {}
+    return start.report(result, settings.out) | ends
