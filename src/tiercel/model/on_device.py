@@ -34,6 +34,7 @@ class OnDevice:
     def __init__(self, network: Decoder, count: int, max_length: int, pages: int | None = None) -> None:
         place(network)
         self.network, self.config, self.embed = network, network.config, network.embed
+        self.adapters = network.adapters
         probe = Slots(network, 1, PAGE, pages=1)
         self.page_nbytes = sum(m.nbytes // 2 for m in _parts(probe) if isinstance(m, AttentionSlots))
         self.own_nbytes = sum(m.nbytes for m in _parts(probe) if isinstance(m, Mamba2Slots))
@@ -63,7 +64,9 @@ class OnDevice:
         pages = len(self.slots.free_pages) + sum(map(len, self.slots.pages))
         return int(pages * 0.9) * self.page_nbytes + self.slots.count * self.own_nbytes
 
-    def new_state(self) -> SlotState:
+    def new_state(self, adapter: str | None = None) -> SlotState:
+        if adapter is not None:
+            raise RequestError(f"adapter {adapter!r}: adapters are served on the CPU; merge it (tiercel merge) for a GPU")
         return SlotState(self)
 
     def load_state(self, path: str | Path) -> SlotState:
