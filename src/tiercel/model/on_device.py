@@ -66,7 +66,9 @@ class OnDevice:
 
     def new_state(self, adapter: str | None = None) -> SlotState:
         if adapter is not None:
-            raise RequestError(f"adapter {adapter!r}: adapters are served on the CPU; merge it (tiercel merge) for a GPU")
+            raise RequestError(
+                f"adapter {adapter!r}: adapters are served on the CPU; merge it (tiercel merge) for a GPU"
+            )
         return SlotState(self)
 
     def load_state(self, path: str | Path) -> SlotState:
