@@ -52,8 +52,8 @@ class Job:
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """Seed by seed; within a seed task by task, longest first, so that a GPU's last minute is not one long run; the small
-    version shortest first, so that its ten minutes show something of every task.
+    """Seed by seed; within a seed task by task, longest first, so that a GPU's last minute is not one long run;
+    the small version shortest first, so that its ten minutes show something of every task.
     """
     cuda = args.device == "cuda"
     rates = tuple(map(float, args.rates.split(","))) if args.rates else ((1e-3, 4e-3) if args.small else RATES)
