@@ -52,7 +52,9 @@ class Job:
 
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """Seed by seed; within a seed task by task, longest first, so that a GPU's last minute is not one long run."""
+    """Seed by seed; within a seed task by task, longest first, so that a GPU's last minute is not one long run;
+    the small version shortest first, so that its ten minutes show something of every task.
+    """
     cuda = args.device == "cuda"
     rates = tuple(map(float, args.rates.split(","))) if args.rates else ((1e-3, 4e-3) if args.small else RATES)
     steps = dict(SMALL_STEPS if args.small else STEPS)
@@ -66,6 +68,6 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     return [
         Job(network, task, seed, rates, steps[task], rows, examined, args.small)
         for seed in range(seeds)
-        for task in sorted(tasks, key=lambda name: -steps[name])
+        for task in sorted(tasks, key=lambda name: steps[name] if args.small else -steps[name])
         for network in args.networks.split(",")
     ]

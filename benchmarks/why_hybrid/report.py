@@ -175,16 +175,18 @@ def plots(out: Path, found: dict[str, Any]) -> None:
             axis.grid(alpha=0.3)
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+        handles = {label: handles[label] for label in NETWORKS.values() if label in handles}
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(out / name, metadata={"Date": None})
 
-    figure, axes = panels(3.9)
+    figure, axes = panels(4.1)
     for axis, task in zip(axes, tasks, strict=True):
         sizes = list(task["lengths"])
         shown = [(name, cell) for name, cell in task["networks"].items() if cell]
         for i, (name, cell) in enumerate(shown):
             # side by side where they coincide
-            x = [int(size) * 1.03 ** (i - (len(shown) - 1) / 2) for size in sizes]
+            aside = (int(sizes[-1]) / int(sizes[0])) ** (0.012 * (i - (len(shown) - 1) / 2))
+            x = [int(size) * aside for size in sizes]
             mean, least, most = ([100 * cell["sizes"][size][k] for size in sizes] for k in ("mean", "least", "most"))
             around = [
                 [m - a for m, a in zip(mean, least, strict=True)],
@@ -203,7 +205,7 @@ def plots(out: Path, found: dict[str, Any]) -> None:
     axes[0].set_ylabel("right, %")
     finish(figure, axes, "longer.svg")
 
-    figure, axes = panels(3.6)
+    figure, axes = panels(4.1)
     for axis, task in zip(axes, tasks, strict=True):
         for name, cell in task["networks"].items():
             if cell:
@@ -216,7 +218,7 @@ def plots(out: Path, found: dict[str, Any]) -> None:
     axes[0].set_ylabel("training loss, nats a token")
     finish(figure, axes, "learning.svg")
 
-    figure, axes = panels(3.9)
+    figure, axes = panels(4.1)
     for axis, task in zip(axes, tasks, strict=True):
         sizes = list(task["lengths"])
         for name, cell in task["networks"].items():
@@ -228,8 +230,11 @@ def plots(out: Path, found: dict[str, Any]) -> None:
                     axis.plot(x[i], y[i], "o", markersize=4 + 2 * i, color=COLOURS[name],
                               label=NETWORKS[name] if size == sizes[0] else None)  # fmt: skip
         axis.set_xscale("log")
+        axis.set_xlim(50, 1400)
+        axis.set_xticks(ticks := [64, 128, 256, 512, 1024], [str(tick) for tick in ticks])
+        axis.minorticks_off()
         axis.set_ylim(-4, 104)
-        axis.set_xlabel(f"state of a sequence, KiB (larger: more {task['unit']})")
+        axis.set_xlabel(f"KiB a sequence (larger: more {task['unit']})")
         axis.set_title(task["what"], fontsize=10)
     axes[0].set_ylabel("right, %")
     finish(figure, axes, "state.svg")

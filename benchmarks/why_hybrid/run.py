@@ -1,6 +1,6 @@
 """The reason for hybrids, measured: python3 benchmarks/why_hybrid/run.py
 
-    --small                 small sizes of the tasks, one seed, two learning rates: ten minutes of two quiet cores
+    --small                 small sizes of the tasks, one seed, two learning rates: stops after ten minutes
     (nothing)               three learning rates, three seeds: about six hours of two cores
     --device cuda --jobs 12 --minutes 4.5 --out DIR
                             the same with four times the rows a step; stops in time and reports what is finished
@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -44,7 +45,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--small", action="store_true")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     p.add_argument("--jobs", type=int, default=2, help="worker processes")
-    p.add_argument("--minutes", type=float, default=math.inf, help="of this whole command")
+    p.add_argument("--minutes", type=float, help="of this whole command; --small: 10")
     p.add_argument("--seeds", type=int)
     p.add_argument("--rates", help="learning rates, with commas")
     p.add_argument("--steps", help="a number for all tasks, or recall=800,parity=300")
@@ -56,6 +57,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--report", action="store_true")
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args(given)
+    args.minutes = args.minutes or (10 if args.small else math.inf)
     args.out = args.out or HERE.parent / "results" / ("why_hybrid_small" if args.small else "why_hybrid")
     return args
 
@@ -217,6 +219,7 @@ def main(given: list[str] | None = None) -> None:
         return
     from report import networks_table, write
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no worker is left behind
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = jobs_of(args)
     results = Results(args.out / "runs.jsonl")
