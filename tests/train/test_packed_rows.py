@@ -148,3 +148,15 @@ def test_the_scan_of_any_length_is_the_recurrence(length):
         S = decay[:, t] * S + added[:, t]
         states.append(S)
     assert (LinearScan.apply(decay, added) - torch.stack(states, 1)).abs().max() < 1e-12
+
+
+def test_a_compiled_block_has_the_same_gradients():
+    tokens, grads = torch.tensor([tiny.ids(90, row) for row in range(3)]), []
+    for compiled in (False, True):
+        net = tiny.network("attention+mamba2", native=False).train().requires_grad_(True)
+        for block in net.layers if compiled else []:
+            block.compile(backend="aot_eager")
+        net.features(tokens, PackedRows(starts(LENGTHS))).square().sum().backward()
+        grads.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    for name, grad in grads[0].items():
+        assert (grads[1][name] - grad).norm() <= 1e-5 * grad.norm() + 1e-6, name

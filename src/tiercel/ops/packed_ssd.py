@@ -161,7 +161,7 @@ class PackedSSD(torch.autograd.Function):
             left = ((x * dlu).sum(3) * dt).double()
             da_KQH += (dy * before).sum(3) - left
             da_KQH[:, -1] += left.sum(1) + after.transpose(1, 2).flatten(0, 1)
-            du = torch.add(du, dlu, out=dlu)
+            du = dlu.add_(du)
 
         dlog_KQH = da_KQH.flip(1).cumsum(1).flip(1)
         dA_H = (dlog_KQH * dt).sum((0, 1)).to(A_H.dtype)
