@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tiercel.model.batch import frequencies_of
 from tiercel.model.config import RopeConfig
+from tiercel.ops.packed_attention import Documents, packed_attention
 from tiercel.ops.packed_ssd import Chunks, packed_ssd
 
 CHUNK = 64  # a chunk's matrices cost Q for each token, its state N · P: for heads of 64 they meet about here
@@ -82,7 +83,13 @@ class PackedRows:
         return self._seen[window]
 
     def attend(self, q_HTP: Tensor, k_KTP: Tensor, v_KTP: Tensor, scale: float, window: int | None) -> Tensor:
-        """Causal grouped-query attention inside documents → (H, T, P)."""
+        """Causal grouped-query attention inside documents → (H, T, P).
+
+        On the CPU document by document; on a GPU, where that many small kernels would cost more, by one mask.
+        """
+        if self.device.type == "cpu":
+            q, k, v = (x.transpose(0, 1) for x in (q_HTP, k_KTP, v_KTP))
+            return packed_attention(q, k, v, self._documents, scale=scale, window=window).transpose(0, 1)
         q, k, v = (x.unflatten(1, self.shape).transpose(0, 1) for x in (q_HTP, k_KTP, v_KTP))
         groups = q.shape[1] // k.shape[1]
         if groups > 1:  # the kernels that take a mask want a key head for every query head
@@ -92,6 +99,10 @@ class PackedRows:
         else:
             y_BHLP = F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen(window), scale=scale)
         return y_BHLP.transpose(0, 1).flatten(1, 2)
+
+    @cached_property
+    def _documents(self) -> Documents:
+        return Documents(self.starts_BL)
 
     # ── convolution
 

@@ -1,0 +1,94 @@
+"""Attention inside documents of rows, where a mask over whole rows would be mostly zeros.
+
+Documents of about one length lie side by side, filled up at their ends with other tokens: causal attention never looks
+there, and what comes out there is dropped.  Nothing is masked but the future.
+
+Letters: T tokens, M documents of one width L, H heads, K key/value heads, P head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+STEP = 32  # widths are its multiples
+
+
+class Documents:
+    """index: for each group of documents, the flat position of every token (M · L,), grouped by width.
+
+    back_T: where among all of these, one group after another, each token lies.
+    """
+
+    def __init__(self, starts_BL: Tensor) -> None:
+        starts = starts_BL.clone()
+        starts[:, 0] = True
+        first = starts.flatten().nonzero().flatten()
+        T = starts.numel()
+        lengths = torch.diff(first, append=torch.tensor([T]))
+        widths = (lengths + STEP - 1) // STEP * STEP
+        self.widths: list[int] = widths.unique().tolist()
+        self.counts: list[int] = []
+        index: list[Tensor] = []
+        self.back_T, at = torch.empty(T, dtype=torch.int64), 0
+        for width in self.widths:
+            mine = widths == width
+            along = torch.arange(width)
+            real = along < lengths[mine].unsqueeze(1)
+            flat = (first[mine].unsqueeze(1) + along).clamp(max=T - 1)
+            self.back_T[flat[real]] = at + real.flatten().nonzero().flatten()
+            index.append(flat.flatten())
+            self.counts.append(len(flat))
+            at += flat.numel()
+        self.index = torch.cat(index)
+
+
+class Laid(torch.autograd.Function):
+    """x (T, …) → (sum of M · L, …): documents of one width side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, documents: Documents) -> Tensor:
+        ctx.documents = documents
+        return x.index_select(0, documents.index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.index_select(0, ctx.documents.back_T), None  # what fills up has no gradient: see `Taken`
+
+
+class Taken(torch.autograd.Function):
+    """The way back: (sum of M · L, …) → (T, …)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, documents: Documents) -> Tensor:
+        ctx.documents, ctx.rows = documents, len(y)
+        return y.index_select(0, documents.back_T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, ctx.documents.back_T, grad), None
+
+
+def packed_attention(
+    q_THP: Tensor, k_TKP: Tensor, v_TKP: Tensor, documents: Documents, *, scale: float, window: int | None = None
+) -> Tensor:
+    """Causal grouped-query attention inside documents → (T, H, P)."""
+    H, K, P = q_THP.shape[1], k_TKP.shape[1], q_THP.shape[2]
+    laid = Laid.apply(torch.cat((q_THP, k_TKP, v_TKP), 1), documents)
+    outputs, sizes = [], [m * width for m, width in zip(documents.counts, documents.widths, strict=True)]
+    for part, m, width in zip(laid.split(sizes), documents.counts, documents.widths, strict=True):
+        q, k, v = part.view(m, width, -1, P).transpose(1, 2).split((H, K, K), 1)
+        if window is None or window >= width:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H > K)
+        else:
+            seen = torch.ones(width, width, dtype=torch.bool).tril().triu(1 - window)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=H > K)
+        outputs.append(y.transpose(1, 2).reshape(m * width, H, P))
+    y_THP: Tensor = Taken.apply(torch.cat(outputs), documents)
+    return y_THP
