@@ -53,7 +53,7 @@ class Mamba1(nn.Module):
             return self.out_proj(self._natively(u_TD, batch, memories))
         x_TI, z_TI = self.in_proj(u_TD).chunk(2, -1)
         if isinstance(batch, PackedRows):
-            x_TI = F.silu(batch.conv1d(x_TI, self.conv, self.conv_bias))
+            x_TI = batch.conv1d_silu(x_TI, self.conv, self.conv_bias)
             dt_TI, B_TN, C_TN = self._select(x_TI)
             y_TI = batch.selective_scan(C_TN, x_TI, dt_TI, -self.A_log.exp(), B_TN) + self.D * x_TI
             return self.out_proj(y_TI * F.silu(wide(z_TI)))

@@ -95,7 +95,7 @@ class Mamba2(nn.Module):
     def _packed(self, xBC_TC: Tensor, dt_TH: Tensor, A_H: Tensor, batch: PackedRows) -> Tensor:
         """All rows at once, for training → y (T, I), float32 at least."""
         c = self.config
-        x_THP, B_TGN, C_TGN = self._parts(F.silu(batch.conv1d(xBC_TC, self.conv, self.conv_bias)))
+        x_THP, B_TGN, C_TGN = self._parts(batch.conv1d_silu(xBC_TC, self.conv, self.conv_bias))
         return batch.ssd(C_TGN, x_THP, dt_TH, A_H, B_TGN, self.D, chunk=min(CHUNK, c.chunk)).flatten(1)
 
     def _parts(self, xBC_LC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

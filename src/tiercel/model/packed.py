@@ -7,7 +7,7 @@ documents or heads; all of it is torch with gradients, and runs where the tensor
     ssd              Mamba-2 as in `ops.ssd`, all chunks at once: inside a chunk a masked product, between chunks the
                      states, whose decay is zero across a document's start
     selective_scan   Mamba-1 as in `ops.scan`; `linear_scan` has its own backward
-    conv1d, attend   masked to the document
+    conv1d_silu      inside documents, as `ops.conv1d`; attend as `ops.attention`
 
 Inputs of a scan are float32 or wider; on CUDA under autocast its products are rounded like others, its sums of
 logarithms are float64.  Letters: B rows, L their length, T = B · L, C chunks, Q tokens of one, and those of `ops.ssd`.
@@ -26,6 +26,7 @@ from torch import Tensor
 from tiercel.model.batch import frequencies_of
 from tiercel.model.config import RopeConfig
 from tiercel.ops.packed_attention import Documents, packed_attention
+from tiercel.ops.packed_conv1d import Pasts, packed_conv1d_silu
 from tiercel.ops.packed_ssd import Chunks, packed_ssd
 
 CHUNK = 64  # a chunk's matrices cost Q for each token, its state N · P: for heads of 64 they meet about here
@@ -51,6 +52,7 @@ class PackedRows:
         self.position_BL = index_L - torch.where(starts_BL, index_L, 0).cummax(1).values
         self._rotary: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = {}
         self._seen: dict[int | None, Tensor] = {}
+        self._pasts: dict[int, Pasts] = {}
         self._chunks: dict[tuple[int, torch.dtype], Chunks] = {}
 
     def to(self, device: torch.device | str) -> PackedRows:
@@ -106,24 +108,13 @@ class PackedRows:
 
     # ── convolution
 
-    @cached_property
-    def _has_past(self) -> list[Tensor]:
-        """For lags 0, 1, …: whether a token's document reaches so far back, (B, L, 1)."""
-        return [(self.position_BL >= lag).unsqueeze(-1) for lag in range(16)]
-
-    def conv1d(self, x_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> Tensor:
-        """Causal depthwise convolution, (T, C) → (T, C)."""
-        x_BLC, weight_KC = wide(x_TC).unflatten(0, self.shape), wide(weight_CK).t()
-        K, L = len(weight_KC), self.shape[1]
-        y_BLC = x_BLC * weight_KC[K - 1]
-        for lag in range(1, min(K, L)):
-            past_BLC = F.pad(x_BLC[:, : L - lag], (0, 0, lag, 0))
-            if not self.alone:
-                has = self._has_past[lag] if lag < 16 else (self.position_BL >= lag).unsqueeze(-1)
-                past_BLC = past_BLC * has
-            y_BLC = torch.addcmul(y_BLC, past_BLC, weight_KC[K - 1 - lag])
-        y_TC = y_BLC.flatten(0, 1)
-        return y_TC if bias_C is None else y_TC + wide(bias_C)
+    def conv1d_silu(self, x_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> Tensor:
+        """silu of the causal depthwise convolution, (T, C) → (T, C)."""
+        taps = weight_CK.shape[1]
+        if taps not in self._pasts:
+            self._pasts[taps] = Pasts(self.position_BL, taps)
+        x_BLC, bias_C = wide(x_TC).unflatten(0, self.shape), None if bias_C is None else wide(bias_C)
+        return packed_conv1d_silu(x_BLC, wide(weight_CK), bias_C, self._pasts[taps]).flatten(0, 1)
 
     # ── scans
 

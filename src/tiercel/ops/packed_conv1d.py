@@ -1,0 +1,106 @@
+"""silu of the causal depthwise convolution inside documents of rows, with its way back.
+
+    y_t = silu(b + Σ_k w_k x_{t−k} over the k < K that stay in t's document)          w_k: the tap k tokens back
+
+On the CPU all tokens are summed as if a row were one document, and the few whose past is cut short are made again; on a
+GPU, where their number would have to be waited for, each lag is multiplied with 0 or 1.
+
+Letters: B rows of L tokens, T = B · L, C channels, K taps, E tokens near a document's start.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Pasts:
+    """How far back each token's document reaches."""
+
+    def __init__(self, position_BL: Tensor, taps: int) -> None:
+        self.position_BL, self.taps = position_BL, taps
+        self.few = position_BL.device.type == "cpu"
+
+    @cached_property
+    def has(self) -> list[Tensor]:
+        """(B, L, 1) for each lag."""
+        return [(self.position_BL >= lag).unsqueeze(2) for lag in range(self.taps)]
+
+    @cached_property
+    def edges(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Tokens with fewer than K − 1 before them in their document, then those with fewer after them, flat (E,);
+        of each, for every lag, whether the token so far away is of its document, (K, E, 1)."""
+        position_T = self.position_BL.flatten()
+        lags_K, T = torch.arange(self.taps), len(position_T)
+        token_T = torch.arange(T)
+        later_TK = (token_T.unsqueeze(1) + lags_K).clamp(max=T - 1)
+        ahead_TK = position_T[later_TK] == position_T.unsqueeze(1) + lags_K
+        behind_TK = position_T.unsqueeze(1) >= lags_K
+        ahead_TK &= token_T.unsqueeze(1) + lags_K < T
+        first_E, last_E = (~flags[:, -1:].flatten() for flags in (behind_TK, ahead_TK))
+        return (
+            (token_T[first_E], behind_TK[first_E].t().unsqueeze(2)),
+            (token_T[last_E], ahead_TK[last_E].t().unsqueeze(2)),
+        )
+
+
+def packed_conv1d_silu(x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: Pasts) -> Tensor:
+    """(B, L, C) → the same, contiguous; all of one dtype, float32 or float64."""
+    y: Tensor = PackedConv1dSilu.apply(x_BLC, weight_CK, bias_C, pasts)
+    return y
+
+
+class PackedConv1dSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: Pasts) -> Tensor:
+        weight_KC, L = weight_CK.t().flip(0).contiguous(), x_BLC.shape[1]
+        h_BLC = x_BLC * weight_KC[0] if bias_C is None else torch.addcmul(bias_C, x_BLC, weight_KC[0])
+        for lag in range(1, min(len(weight_KC), L)):
+            past = x_BLC[:, : L - lag]
+            h_BLC[:, lag:].addcmul_(past if pasts.few else past * pasts.has[lag][:, lag:], weight_KC[lag])
+        if pasts.few:
+            (first_E, has_KE1), _ = pasts.edges
+            h_BLC.flatten(0, 1)[first_E] = _made_again(x_BLC.flatten(0, 1), first_E, -1, has_KE1, weight_KC, bias_C)
+        ctx.save_for_backward(x_BLC, weight_KC, h_BLC)
+        ctx.pasts, ctx.biased = pasts, bias_C is not None
+        return F.silu(h_BLC)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BLC: Tensor) -> tuple[Tensor | None, ...]:
+        x_BLC, weight_KC, h_BLC = ctx.saved_tensors
+        pasts, L = ctx.pasts, x_BLC.shape[1]
+        dh_BLC = torch.ops.aten.silu_backward(dy_BLC, h_BLC)
+        dx_BLC, dweight_KC = dh_BLC * weight_KC[0], torch.zeros_like(weight_KC)
+        dweight_KC[0] = (dh_BLC * x_BLC).sum((0, 1))
+        for lag in range(1, min(len(weight_KC), L)):
+            later = dh_BLC[:, lag:]
+            if not pasts.few:
+                later = later * pasts.has[lag][:, lag:]
+            dx_BLC[:, : L - lag].addcmul_(later, weight_KC[lag])
+            dweight_KC[lag] = (later * x_BLC[:, : L - lag]).sum((0, 1))
+        if pasts.few:
+            (first_E, has_KE1), (last_F, ahead_KF1) = pasts.edges
+            x_TC, dh_TC = x_BLC.flatten(0, 1), dh_BLC.flatten(0, 1)
+            dx_BLC.flatten(0, 1)[last_F] = _made_again(dh_TC, last_F, 1, ahead_KF1, weight_KC, None)
+            dh_EC, column_E1 = dh_TC[first_E], (first_E % L).unsqueeze(1)
+            for lag in range(1, min(len(weight_KC), L)):
+                other_E1 = ~has_KE1[lag] & (column_E1 >= lag)
+                dweight_KC[lag] -= (dh_EC * x_TC[(first_E - lag).clamp(min=0)] * other_E1).sum(0)
+        return dx_BLC, dweight_KC.flip(0).t(), dh_BLC.sum((0, 1)) if ctx.biased else None, None
+
+
+def _made_again(
+    x_TC: Tensor, token_E: Tensor, way: int, has_KE1: Tensor, weight_KC: Tensor, bias_C: Tensor | None
+) -> Tensor:
+    """Σ_k w_k x_{t + way · k} over the k that count, for some tokens."""
+    h_EC = x_TC[token_E] * weight_KC[0] if bias_C is None else torch.addcmul(bias_C, x_TC[token_E], weight_KC[0])
+    for lag in range(1, len(weight_KC)):
+        other_EC = x_TC[(token_E + way * lag).clamp(0, len(x_TC) - 1)]
+        h_EC.addcmul_(other_EC * has_KE1[lag], weight_KC[lag])
+    return h_EC
