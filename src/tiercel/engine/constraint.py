@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import struct
 import subprocess
 import sys
 import threading
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tiercel import child
 from tiercel.errors import RequestError, TiercelError
 from tiercel.sampling import Structured
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 SECONDS = 1.2  # of processor time for a grammar, in the worker
 PATIENCE = 1.4  # of wall clock
 START = 60.0
+MOST_ANSWER_BYTES = 1 << 16
 CACHE_BYTES = 64 << 20
 BYTES_PER_CHARACTER = 40  # of a compiled grammar: an estimate
 TOO_LARGE = f"it is too large, or takes more than {SECONDS:g} s to compile"
@@ -270,31 +271,10 @@ class _Worker:
     def stop(self) -> None:
         process, self.process = self.process, None
         if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                try:
-                    if pipe is not None:
-                        pipe.close()
-                except OSError:  # unsent bytes of a job meet a closed pipe
-                    pass
+            child.end(process)
 
     def _exchange(self, job: dict[str, Any], patience: float) -> str | None:
         """One job, one answer; None where the process died or was ended."""
-        process = self.process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        clock = threading.Timer(patience, process.kill)
-        clock.daemon = True
-        clock.start()
-        try:
-            data = json.dumps(job).encode("ascii")
-            process.stdin.write(struct.pack("<Q", len(data)) + data)
-            process.stdin.flush()
-            header = process.stdout.read(8)
-            if len(header) < 8:
-                return None
-            return str(json.loads(process.stdout.read(struct.unpack("<Q", header)[0]))["error"])
-        except (OSError, ValueError):
-            return None
-        finally:
-            clock.cancel()
+        assert self.process is not None
+        answer = child.exchange(self.process, json.dumps(job).encode("ascii"), patience, MOST_ANSWER_BYTES)
+        return None if answer is None else str(answer["error"])

@@ -15,8 +15,8 @@ import sys
 import threading
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
 
+from tiercel import child
 from tiercel.errors import RequestError
 
 SECONDS, START_SECONDS = 5.0, 60.0
@@ -24,12 +24,10 @@ WORKER = Path(__file__).with_name("math_worker.py")
 
 
 class Judge:
-    """timeouts: questions that were given up"""
-
     def __init__(self, seconds: float = SECONDS) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise RequestError("grading mathematics needs math-verify; type: pip install 'tiercel[eval]'")
-        self.seconds, self.timeouts = seconds, 0
+        self.seconds = seconds
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
         atexit.register(self.close)
@@ -44,44 +42,28 @@ class Judge:
                 if self._line(START_SECONDS) != "ready":
                     self.close()
                     raise RequestError("math-verify does not start; try: python -c 'import math_verify'")
+            assert self._process.stdin is not None
             try:
-                self._pipe(self._process.stdin).write(json.dumps([answer, gold]) + "\n")
+                self._process.stdin.write(json.dumps([answer, gold]) + "\n")
             except OSError:
                 found = None
             else:
                 found = self._line(self.seconds)
             if found is None:
-                self.timeouts += 1
                 self.close()
             return found == "same"
 
     def close(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                try:
-                    self._pipe(pipe).close()
-                except OSError:  # what was not written has nobody to read it
-                    continue
+            child.end(process)
 
     def _line(self, seconds: float) -> str | None:
         """The next line, or None when none came in time or the process is gone."""
         process = self._process
-        assert process is not None
-        late = threading.Timer(seconds, process.kill)
-        late.start()
-        try:
-            line = self._pipe(process.stdout).readline()
-        finally:
-            late.cancel()
-        return line.strip() or None
-
-    @staticmethod
-    def _pipe(pipe: IO[str] | None) -> IO[str]:
-        assert pipe is not None
-        return pipe
+        assert process is not None and process.stdout is not None
+        with child.within(process, seconds):
+            return process.stdout.readline().strip() or None
 
 
 @lru_cache(maxsize=1)

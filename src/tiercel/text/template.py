@@ -8,17 +8,16 @@ ended, and the caller gets an error.  The process starts with the first template
 from __future__ import annotations
 
 import atexit
-import contextlib
 import importlib.util
 import json
 import os
-import struct
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from tiercel import child
 from tiercel.errors import FormatError, RequestError, TiercelError
 
 SECONDS = 1.0  # of processor time, counted in the worker
@@ -66,7 +65,7 @@ class _Worker:
     def ask(self, job: bytes) -> dict[str, Any]:
         with self.lock:
             process = self.start()
-            answer = _exchange(process, job, PATIENCE + len(job) * SECONDS_PER_BYTE)
+            answer = child.exchange(process, job, PATIENCE + len(job) * SECONDS_PER_BYTE, MOST_ANSWER_BYTES)
             if answer is None:
                 self.stop()
                 raise FormatError(
@@ -84,7 +83,7 @@ class _Worker:
             self.process, self.owner = _spawn(), os.getpid()
         except OSError as error:
             raise TiercelError(f"cannot start {sys.executable} to render a chat template: {error.strerror}") from None
-        if _exchange(self.process, b"", START) is None:
+        if child.exchange(self.process, b"", START, MOST_ANSWER_BYTES) is None:
             self.stop()
             raise TiercelError(f"the process that renders chat templates did not start ({sys.executable})")
         return self.process
@@ -94,12 +93,7 @@ class _Worker:
         process, self.process = self.process, None
         if process is None or self.owner != os.getpid():
             return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # unsent bytes of a job meet a closed pipe
-                if pipe is not None:
-                    pipe.close()
+        child.end(process)
 
 
 _worker = _Worker()
@@ -122,38 +116,6 @@ def _spawn() -> subprocess.Popen[bytes]:
         cwd=Path(sys.executable).anchor or None,
         env=keep,
     )
-
-
-def _exchange(process: subprocess.Popen[bytes], job: bytes, patience: float) -> dict[str, Any] | None:
-    """Sends a job (b"": none, the first word is awaited), reads one answer; None when the child died or was ended."""
-    assert process.stdin is not None and process.stdout is not None
-    clock = threading.Timer(patience, process.kill)
-    clock.daemon = True
-    clock.start()
-    try:
-        if job:
-            process.stdin.write(struct.pack("<Q", len(job)) + job)
-            process.stdin.flush()
-        return _read_answer(process.stdout)
-    except OSError:  # the pipe closed: the child is gone
-        return None
-    finally:
-        clock.cancel()
-
-
-def _read_answer(pipe: IO[bytes]) -> dict[str, Any] | None:
-    header = pipe.read(8)
-    if len(header) < 8:
-        return None
-    (length,) = struct.unpack("<Q", header)
-    data = pipe.read(length) if length <= MOST_ANSWER_BYTES else b""
-    if not data or len(data) < length:
-        return None
-    try:
-        answer = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return answer if isinstance(answer, dict) else None
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
