@@ -9,7 +9,7 @@ from ops.triton.conftest import DEVICE
 from tiercel import quant
 from tiercel.ops.linear import QTensor
 from tiercel.ops.pointwise import gate_reference
-from tiercel.ops.triton.linear import TYPES, gated, on_device, plain, some
+from tiercel.ops.triton.linear import TYPES, gated, on_device, plain
 
 
 def pair(type, N, K):
@@ -77,12 +77,3 @@ def test_gate_and_up_of_packed_matrices():
     got = gated(x.to(DEVICE), gate, up, "silu").cpu()
     expected = gate_reference(x @ a.numbers().T, x @ b.numbers().T, "silu")
     assert (got - expected).norm() <= 2e-2 * expected.norm()
-
-
-@pytest.mark.parametrize("tiles", [(32, 1, 4, 3, 1, False), (32, 2, 4, 4, 4, True), (32, 1, 4, 4, 3, True)])
-def test_tiles_and_pieces_of_some_rows(tiles):
-    q, there = pair("Q4_K", 37, 768)
-    x, b = torch.randn(5, 768), torch.randn(37)
-    expected = x @ q.numbers().T * 0.7 + b
-    got = some(x.to(DEVICE), there, b.to(DEVICE), 0.7, tiles=tiles).cpu()
-    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-4)
