@@ -19,6 +19,12 @@ from tiercel.evals.task import Item, Prompt, Task, Verdict
 STEPS = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
+def competition_prompt(item: Item, chat: bool) -> Prompt:
+    if chat:
+        return [{"role": "user", "content": f"{item.question}\n\n{STEPS}"}]
+    return f"Problem: {item.question}\nSolution:"
+
+
 class AIME(Task):
     samples, temperature, top_p, max_tokens = 16, 0.6, 0.95, 65_536
     stop: Sequence[str] = ("Problem:",)
@@ -38,9 +44,7 @@ class AIME(Task):
         return items
 
     def prompt(self, item: Item, shots: int, *, chat: bool) -> Prompt:
-        if chat:
-            return [{"role": "user", "content": f"{item.question}\n\n{STEPS}"}]
-        return f"Problem: {item.question}\nSolution:"
+        return competition_prompt(item, chat)
 
     def grade(self, item: Item, text: str) -> Verdict:
         answer = grade.boxed(text)

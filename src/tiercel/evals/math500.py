@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tiercel.evals import grade
-from tiercel.evals.aime import STEPS
+from tiercel.evals.aime import competition_prompt
 from tiercel.evals.data import File, field, open_file
 from tiercel.evals.task import Item, Prompt, Task, Verdict
 
@@ -39,9 +39,7 @@ class MATH500(Task):
         return items
 
     def prompt(self, item: Item, shots: int, *, chat: bool) -> Prompt:
-        if chat:
-            return [{"role": "user", "content": f"{item.question}\n\n{STEPS}"}]
-        return f"Problem: {item.question}\nSolution:"
+        return competition_prompt(item, chat)
 
     def grade(self, item: Item, text: str) -> Verdict:
         answer = grade.boxed(text)
