@@ -111,12 +111,9 @@ def sft(
     json: Json = False,
 ) -> None:
     """Learn the answers of conversations."""
-    from tiercel.train.data import ROLES
     from tiercel.train.sft import sft
 
-    roles = tuple(role.strip() for role in loss_on.split(","))
-    if unknown := [role for role in roles if role not in (*ROLES, "all")]:
-        raise RequestError(f"--loss-on: no role {unknown[0]!r}; choose from {', '.join(ROLES)}, all")
+    roles = _roles(loss_on)
     settings = _settings(steps, epochs, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
         accumulate=accumulate, save_every=save_every, eval_every=eval_every, device=device, dtype=dtype,
         recompute=recompute, compile=compile, resume=resume, out=out, quiet=quiet or json)  # fmt: skip
@@ -157,12 +154,9 @@ def lora(
     json: Json = False,
 ) -> None:
     """Learn the answers of conversations in an adapter (LoRA; with --quantize QLoRA)."""
-    from tiercel.train.data import ROLES
     from tiercel.train.lora import TARGETS, lora
 
-    roles = tuple(role.strip() for role in loss_on.split(","))
-    if unknown := [role for role in roles if role not in (*ROLES, "all")]:
-        raise RequestError(f"--loss-on: no role {unknown[0]!r}; choose from {', '.join(ROLES)}, all")
+    roles = _roles(loss_on)
     wanted = tuple(word.strip() for word in targets.split(",") if word.strip()) or TARGETS
     settings = _settings(steps, epochs, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
         accumulate=accumulate, save_every=save_every, eval_every=eval_every, device=device, recompute=recompute,
@@ -215,7 +209,7 @@ def grpo(
         raise RequestError("say what to learn from: one of --problems, --data and --gym")
     held: list[rewards.Task] = []
     if problems is not None:
-        names, of = [name.strip() for name in problems.split(",")], whole_numbers("--sizes", sizes)
+        names, of = [name.strip() for name in problems.split(",")], _whole_numbers("--sizes", sizes)
         tasks = rewards.problems(names, of, seed)
         held = rewards.held_out(names, of, tests)
     elif data is not None:
@@ -235,11 +229,20 @@ def grpo(
     _say(found, json)
 
 
-def whole_numbers(option: str, text: str) -> list[int]:
+def _whole_numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise RequestError(f"{option}: whole numbers with commas between them, not {text!r}") from None
+
+
+def _roles(loss_on: str) -> tuple[str, ...]:
+    from tiercel.train.data import ROLES
+
+    roles = tuple(role.strip() for role in loss_on.split(","))
+    if unknown := [role for role in roles if role not in (*ROLES, "all")]:
+        raise RequestError(f"--loss-on: no role {unknown[0]!r}; choose from {', '.join(ROLES)}, all")
+    return roles
 
 
 def _settings(steps: int | None, epochs: float | None, **rest: Any) -> Settings:

@@ -21,7 +21,6 @@ from tiercel.families.family import Layout
 from tiercel.model.decoder import Decoder
 from tiercel.train import start
 from tiercel.train.causal_lm import CausalLM, coverage
-from tiercel.train.data import Batches, read_documents
 from tiercel.train.loop import Settings, fit
 from tiercel.weights import hub
 from tiercel.weights.adapters import CONFIG, FOLDED, folds, module_rows
@@ -57,12 +56,9 @@ def lora(
     network, text, layout = load(hub.resolve(model, pull=True), quantize=quantize)
     torch.manual_seed(seed)
     adapted = adapt(network, layout, rank=rank, alpha=alpha, dropout=dropout, targets=targets, name=str(model))
-    documents = read_documents(data, text, learn=loss_on).fit_rows(length, cut=False)
-    batches = Batches(documents, rows=rows, length=length, seed=seed)
-    evaluation = None
-    if held_out is not None:
-        evaluation = start.evaluation(read_documents(held_out, text, learn=loss_on).fit_rows(length, cut=False), rows,
-                                      length)  # fmt: skip
+    documents, batches, evaluation = start.read(
+        data, held_out, text, loss_on, rows=rows, length=length, cut=False, seed=seed
+    )
     settings = start.counted_steps(batches, settings, epochs)
     covered = coverage(adapted)
     if not settings.quiet:

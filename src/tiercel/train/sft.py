@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.train import start
-from tiercel.train.data import Batches, read_documents
 from tiercel.train.loop import Settings, fit
 
 
@@ -34,12 +33,9 @@ def sft(
     """
     start.prepare(settings.out, settings.resume)
     network, text, layout = start.open_network(config, tokenizer, seed=seed)
-    documents = read_documents(data, text, learn=loss_on).fit_rows(length, cut=False)
-    batches = Batches(documents, rows=rows, length=length, seed=seed)
-    evaluation = None
-    if held_out is not None:
-        others = read_documents(held_out, text, learn=loss_on).fit_rows(length, cut=False)
-        evaluation = start.evaluation(others, rows, length)
+    documents, batches, evaluation = start.read(
+        data, held_out, text, loss_on, rows=rows, length=length, cut=False, seed=seed
+    )
     settings = start.counted_steps(batches, settings, epochs)
     result = fit(network, batches, settings, held_out=evaluation)
     if settings.out is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +21,13 @@ from tiercel.quant import PACKED_TYPES
 from tiercel.text import Text
 from tiercel.train import parallel
 from tiercel.train.checkpoint import complete
-from tiercel.train.data import Batches, Documents, Rows
+from tiercel.train.data import Batches, Documents, Rows, read_documents
 from tiercel.train.loop import Result, Settings
 from tiercel.weights import hub
 from tiercel.weights.load import NetworkSource, export, load, open_checkpoint, read_json
 
 Start = tuple[Decoder, Text | None, Layout]
+Evaluation = Callable[[], Iterator[Rows]]  # all of the held-out batches, anew at every call
 
 
 def open_network(config: str | Path, tokenizer: str | Path | None = None, *, seed: int = 0) -> Start:
@@ -84,6 +85,30 @@ def prepare(out: Path | None, resume: bool) -> None:
         raise RequestError(f"{out} holds a run already: go on with --resume, or choose another --out")
 
 
+def read(
+    data: str | Path,
+    held_out: str | Path | None,
+    text: Text | None,
+    learn: Sequence[str],
+    *,
+    rows: int,
+    length: int,
+    cut: bool,
+    seed: int,
+) -> tuple[Documents, Batches, Evaluation | None]:
+    """The documents of a file, an endless stream of batches of them, and the batches of what is held out.
+
+    cut: whether documents longer than `length` are cut into pieces, or left out and counted.
+    """
+    documents, others = (
+        None if file is None else read_documents(file, text, learn=learn).fit_rows(length, cut=cut)
+        for file in (data, held_out)
+    )
+    assert documents is not None
+    batches = Batches(documents, rows=rows, length=length, seed=seed)
+    return documents, batches, None if others is None else evaluation(others, rows, length)
+
+
 def counted_steps(batches: Batches, settings: Settings, epochs: float | None) -> Settings:
     """The settings with steps for so many epochs."""
     if epochs is None:
@@ -91,7 +116,7 @@ def counted_steps(batches: Batches, settings: Settings, epochs: float | None) ->
     return replace(settings, steps=max(1, round(epochs * batches.per_epoch / settings.accumulate)))
 
 
-def evaluation(documents: Documents, rows: int, length: int) -> Callable[[], Iterator[Rows]]:
+def evaluation(documents: Documents, rows: int, length: int) -> Evaluation:
     return lambda: Batches(documents, rows=rows, length=length, shuffle=False).once()
 
 
