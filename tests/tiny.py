@@ -1,10 +1,12 @@
 """A tiny network of every kind of layer, and a tiny checkpoint with a tokenizer, for tests that need words."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from tiercel.engine import Engine
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, pattern, rows
 from tiercel.model.config import ModelConfig
@@ -60,3 +62,34 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|bot|>' }}{{ m.content }}"
     "{% if m.role != 'user' %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
 )
+
+
+class Counting:
+    """The network, with a note of every forward: how many tokens each row had."""
+
+    def __init__(self, network):
+        self.network, self.calls = network, []
+
+    def __getattr__(self, name):
+        return getattr(self.network, name)
+
+    def __call__(self, rows, states, **more):
+        self.calls.append([len(row) for row in rows])
+        return self.network(rows, states, **more)
+
+
+def engine(network, max_length, **options):
+    """An engine without words, on a network that counts."""
+    made = Engine(SimpleNamespace(network=network, text=None, max_length=max_length), **options)
+    made.network = made.cache.network = Counting(network)
+    return made
+
+
+def run(engine, limit=5000):
+    """Steps until idle; the updates of all."""
+    updates = []
+    for _ in range(limit):
+        if engine.idle:
+            return updates
+        updates += engine.step()
+    raise AssertionError("the engine does not come to rest")

@@ -394,6 +394,16 @@ def show(model: ModelName, json: Json = False) -> None:
         print(table(model, found))
 
 
+def _check_floats(dtype: str | None) -> None:
+    if dtype not in (None, "f32", "f16", "bf16"):
+        raise RequestError(f"--dtype must be f32, f16 or bf16, not {dtype!r}")
+
+
+def _check_free(out: Path, force: bool) -> None:
+    if not force and out.exists() and (out.is_file() or any(out.iterdir())):
+        raise RequestError(f"{out} exists; choose another name, or write over it with --force")
+
+
 @app.command()
 def export(
     model: ModelName,
@@ -403,10 +413,8 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a model as a GGUF file or as a Hugging Face folder."""
-    if dtype not in (None, "f32", "f16", "bf16"):
-        raise RequestError(f"--dtype must be f32, f16 or bf16, not {dtype!r}")
-    if not force and out.exists() and (out.is_file() or any(out.iterdir())):
-        raise RequestError(f"{out} exists; choose another name, or write over it with --force")
+    _check_floats(dtype)
+    _check_free(out, force)
     from tiercel.console import waiting
     from tiercel.weights import hub
 
@@ -465,10 +473,8 @@ def merge(
 
     Where the model is packed its unpacked values are merged, and written as bf16 unless --dtype says otherwise.
     """
-    if dtype not in (None, "f32", "f16", "bf16"):
-        raise RequestError(f"--dtype must be f32, f16 or bf16, not {dtype!r}")
-    if not force and out.exists() and (out.is_file() or any(out.iterdir())):
-        raise RequestError(f"{out} exists; choose another name, or write over it with --force")
+    _check_floats(dtype)
+    _check_free(out, force)
     from tiercel.console import waiting
     from tiercel.weights import hub
 
@@ -555,8 +561,7 @@ def quantize(
     json: Json = False,
 ) -> None:
     """Write a packed copy of a model: smaller, and faster where memory is what limits."""
-    if not force and out.exists() and (out.is_file() or any(out.iterdir())):
-        raise RequestError(f"{out} exists; choose another name, or write over it with --force")
+    _check_free(out, force)
     if report and text is None:
         raise RequestError("--report measures over a text; name a file with --text")
     from tiercel.console import waiting

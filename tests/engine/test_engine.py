@@ -1,17 +1,14 @@
 """What an engine promises beside the right tokens: nobody waits for ever, nothing is left, nothing is read twice."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 import tiny
-from tiercel.engine.engine import Engine
 from tiercel.engine.scheduler import BESIDE
 from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
 from tiercel.sampling import SamplingParams
-from tiny import ids
+from tiny import ids, run
 
 
 def greedy(count, **more):
@@ -23,34 +20,8 @@ def net():
     return tiny.network(max_length=4096)
 
 
-class Counting:
-    """The network, with a note of every forward: how many tokens each row had."""
-
-    def __init__(self, network):
-        self.network, self.calls = network, []
-
-    def __getattr__(self, name):
-        return getattr(self.network, name)
-
-    def __call__(self, rows, states, **more):
-        self.calls.append([len(row) for row in rows])
-        return self.network(rows, states, **more)
-
-
 def engine(network, **changes):
-    made = Engine(SimpleNamespace(network=network, text=None, max_length=4096), **({"cache_bytes": 1 << 28} | changes))
-    made.network = made.cache.network = Counting(network)
-    return made
-
-
-def run(engine, limit=5000):
-    """Steps until idle; the updates of all."""
-    updates = []
-    for _ in range(limit):
-        if engine.idle:
-            return updates
-        updates += engine.step()
-    raise AssertionError("the engine does not come to rest")
+    return tiny.engine(network, 4096, **({"cache_bytes": 1 << 28} | changes))
 
 
 def read(engine):

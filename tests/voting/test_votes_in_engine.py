@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 import tiny
-from tiercel.engine.engine import Engine
 from tiercel.engine.speculative import prompt_lookup
 from tiercel.errors import RequestError
 from tiercel.sampling import SamplingParams
 from tiercel.voting import Voter, VoteSettings, vote
-from tiny import ids
+from tiny import ids, run
 
 PARAMS = SamplingParams(temperature=8.0, seed=5, max_tokens=12, stop_token_ids=list(range(0, 40)))
 
@@ -22,22 +21,8 @@ def net():
     return network
 
 
-class Counting:
-    def __init__(self, network):
-        self.network, self.calls = network, []
-
-    def __getattr__(self, name):
-        return getattr(self.network, name)
-
-    def __call__(self, rows, states, **more):
-        self.calls.append([len(row) for row in rows])
-        return self.network(rows, states, **more)
-
-
 def engine(net, **changes):
-    made = Engine(SimpleNamespace(network=net, text=None, max_length=512), **({"cache_bytes": 1 << 26} | changes))
-    made.network = made.cache.network = Counting(net)
-    return made
+    return tiny.engine(net, 512, **({"cache_bytes": 1 << 26} | changes))
 
 
 def model(net, **changes):
@@ -59,19 +44,10 @@ def hold(e, settings, params=PARAMS, prompt=None):
     return voter, request
 
 
-def finish(e, limit=3000):
-    updates = []
-    for _ in range(limit):
-        if e.idle:
-            return updates
-        updates += e.step()
-    raise AssertionError("the engine does not come to rest")
-
-
 def test_many_traces_read_one_prompt_once(net):
     e = engine(net, slots=4, cache_bytes=0)
     voter, request = hold(e, VoteSettings(k=20))
-    updates = finish(e)
+    updates = run(e)
     made = voter.result(request)
     assert len(made.traces) == made.counted == 20 and made.prompt_tokens == 50
     # the first token of a trace comes from the prompt's logits, the last is not read
@@ -87,10 +63,10 @@ def test_a_trace_of_a_vote_is_the_answer_of_the_same_number(net):
     """Starting late from the prompt's state is the same as n answers at once."""
     e = engine(net, slots=8)
     _, request = hold(e, VoteSettings(k=8))
-    finish(e)
+    run(e)
     together = engine(net, slots=8)
     plain = together.add(ids(50), SamplingParams(**(vars(PARAMS) | {"n": 8})))
-    finish(together)
+    run(together)
     assert [choice.token_ids for choice in request.choices] == [choice.token_ids for choice in plain.choices]
 
 
@@ -99,7 +75,7 @@ def test_the_same_seed_gives_the_same_vote_alone_and_in_company(net, method):
     settings = VoteSettings(k=24, method=method, window=3, warmup=8)
     alone = engine(net, slots=3)
     voter, request = hold(alone, settings)
-    finish(alone)
+    run(alone)
     first = voter.result(request)
     crowd = engine(net, slots=7)
     for seed in range(5):
@@ -108,7 +84,7 @@ def test_the_same_seed_gives_the_same_vote_alone_and_in_company(net, method):
     voter, request = hold(crowd, settings)
     for seed in range(4):
         crowd.add(ids(9, seed=seed), SamplingParams(temperature=8.0, seed=seed, max_tokens=25, ignore_eos=True))
-    finish(crowd)
+    run(crowd)
     second = voter.result(request)
     assert (first.answer, first.table, first.counted, first.threshold) == (
         second.answer, second.table, second.counted, second.threshold
@@ -137,7 +113,7 @@ def test_an_unsure_trace_stops_early_and_its_slot_goes_on(net):
     assert all(trace.confidence["lowest"] < made.threshold for trace in stopped)
     full = engine(net, slots=2)
     reference, asked = hold(full, VoteSettings(k=20, window=4), params)
-    finish(full)
+    run(full)
     assert made.tokens < reference.result(asked).tokens
     for trace, whole in zip(request.choices, asked.choices, strict=True):
         assert whole.token_ids[: len(trace.token_ids)] == trace.token_ids, "as far as it came it is the same trace"
@@ -153,7 +129,7 @@ def test_a_consensus_ends_those_that_still_run(net):
     voter = Agreed(VoteSettings(k=100, method="deepconf", warmup=5, window=3))
     request = e.prepare(ids(40), PARAMS, watch=voter)
     e.queue(request)
-    updates = finish(e)
+    updates = run(e)
     made = voter.result(request)
     assert made.consensus and made.counted == 5 and made.answer == "42"
     assert len(request.choices) < 12 and request.finished and not e.scheduler.running
@@ -171,7 +147,7 @@ def test_others_come_in_between_the_traces(net):
     while not other.finished:
         e.step()
     assert len(vote_request.choices) < 30 and not vote_request.finished
-    finish(e)
+    run(e)
     assert len(vote_request.choices) == 60
 
 
@@ -182,7 +158,7 @@ def test_guesses_change_no_vote(net):
     plain, guessing = engine(net, slots=3), engine(net, slots=3, drafter=prompt_lookup)
     prompt = ids(8) * 6
     (first, a), (second, b) = hold(plain, settings, params, prompt), hold(guessing, settings, params, prompt)
-    finish(plain), finish(guessing)
+    run(plain), run(guessing)
     assert guessing.stats.drafts_accepted > 0
     assert first.result(a).traces == second.result(b).traces and len(a.choices) == 12
 
@@ -210,7 +186,7 @@ def test_a_broken_trace_ends_the_vote_with_its_error(net):
     voter = Broken(VoteSettings(k=9))
     request = e.prepare(ids(20), PARAMS, watch=voter)
     e.queue(request)
-    updates = finish(e)
+    updates = run(e)
     assert updates[-1].last and request.finished and not e.scheduler.running
     with pytest.raises(Exception, match="no such thing"):
         voter.result(request)
@@ -220,7 +196,7 @@ def test_memory_that_is_short_changes_no_vote(net):
     plain, short = engine(net, slots=4), engine(net, slots=4, state_bytes=1)
     first, a = hold(plain, VoteSettings(k=10))
     second, b = hold(short, VoteSettings(k=10))
-    finish(plain), finish(short)
+    run(plain), run(short)
     assert [choice.token_ids for choice in a.choices] == [choice.token_ids for choice in b.choices]
     assert first.result(a).table == second.result(b).table
 
