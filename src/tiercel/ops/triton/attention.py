@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tiercel.ops.triton.launch import early, others_done
 from tiercel.ops.triton.norm import store_rounded
 from tiercel.ops.triton.rounded import Rounded, keep_rounded
 
@@ -24,7 +25,9 @@ PROGRAMS = 264  # as many pieces are made of the work where there are few texts:
 def _remember(
     q, k, v, cos, sin, q_out, k_pages, v_pages, table, slot_T, position_T, T,
     stride_q, stride_k, stride_v, stride_table, H, K, P, R, PAGE: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    others_done(EARLY)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     n = tl.program_id(1)
     p = tl.arange(0, BP)[None, :]
@@ -81,7 +84,7 @@ def remember(
     _remember[(triton.cdiv(T, BT), H + 2 * K)](
         q_TI, k_TM, v_TM, cos, sin, q_THP, k_pages, v_pages, table, slot_T, position_T, T, q_TI.stride(0),
         k_TM.stride(0), v_TM.stride(0), table.stride(0), H, K, P, R, PAGE=page, BT=BT,
-        BP=triton.next_power_of_2(P), num_warps=1 if BT == 1 else 4,
+        BP=triton.next_power_of_2(P), num_warps=1 if BT == 1 else 4, **early(),
     )  # fmt: skip
     return q_THP
 
@@ -90,8 +93,10 @@ def remember(
 def _attend(
     q, k_pages, v_pages, table, slot_T, length_S, sums, most, total, stride_table, scale, window, H, K, P,
     SPLITS: tl.constexpr, PAGE: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A stretch of one text's keys against the queries that share them."""
+    others_done(EARLY)
     t, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slot = tl.load(slot_T + t).to(tl.int64)
     if slot >= 0:
@@ -133,8 +138,9 @@ def _attend(
 @triton.jit
 def _join(
     sums, most, total, slot_T, y, q8, scales, sums8, H, P,
-    SPLITS: tl.constexpr, ROUND: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr,
+    SPLITS: tl.constexpr, ROUND: tl.constexpr, BS: tl.constexpr, BP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    others_done(EARLY)
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tl.load(slot_T + t) >= 0:
         s, p = tl.arange(0, BS), tl.arange(0, BP)
@@ -170,12 +176,12 @@ def attention_step(
         q_THP, k_pages, v_pages, table, slot_T, length_S, sums, most, total, table.stride(0), scale,
         (1 << 30) if window is None else window, H, K, P, SPLITS=splits, PAGE=page,
         BR=max(16, triton.next_power_of_2(H // K)), BP=BP, num_stages=3, num_warps=4,
-        PRECISION="ieee" if k_pages.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if k_pages.dtype == torch.float32 else "tf32", **early(),
     )  # fmt: skip
     r = Rounded(T, H * P, device) if round and P % 32 == 0 else None
     _join[(T, H)](
         sums, most, total, slot_T, y_THP, *(r.planes if r else (y_THP,) * 3), H, P, SPLITS=splits,
-        ROUND=r is not None, BS=triton.next_power_of_2(splits), BP=BP,
+        ROUND=r is not None, BS=triton.next_power_of_2(splits), BP=BP, **early(),
     )  # fmt: skip
     y_TI = y_THP.flatten(1)
     if r:

@@ -27,6 +27,7 @@ from torch import Tensor
 from tiercel import quant
 from tiercel.ops.linear import QTensor
 from tiercel.ops.triton import FEW, interpreted
+from tiercel.ops.triton.launch import early, others_done
 from tiercel.ops.triton.norm import activated
 from tiercel.ops.triton.rounded import TYPES as ROUNDED
 from tiercel.ops.triton.rounded import product, rounded
@@ -35,7 +36,7 @@ from tiercel.quant.nf4 import LEVELS
 
 TYPES = ("Q4_K", "Q6_K", "NF4", "Q8_0", "INT8")
 SOME = 64
-PLAIN = 4, 512, 4, 3  # outputs and inputs that a program takes at a time, its warps, loads under way
+PLAIN = 2, 1024, 4, 2  # outputs and inputs that a program takes at a time, its warps, loads under way
 FEW_SHAPE = 1, 64, 2, 1  # the same, inputs in groups of 64 or 32
 
 
@@ -181,11 +182,20 @@ def _plain(
     BN: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     rows = tl.arange(0, T)
-    sums, others = tl.zeros((T, BN, BK), tl.float32), tl.zeros((T, BN, BK), tl.float32)
-    for k0 in tl.range(0, K, BK, num_stages=STAGES):
+    k = tl.arange(0, BK)
+    seen = (n < N)[:, None] & (k < K)[None, :]
+    w_NK = tl.load(w + n[:, None] * stride_w + k[None, :], seen, 0.0).to(tl.float32)
+    if ACTIVATION is not None:
+        u_NK = tl.load(up + n[:, None] * stride_w + k[None, :], seen, 0.0).to(tl.float32)
+    others_done(EARLY)
+    x_TK = tl.load(x + rows[:, None] * stride_x + k[None, :], (k < K)[None, :], 0.0).to(tl.float32)
+    sums = x_TK[:, None, :] * w_NK[None, :, :]
+    others = x_TK[:, None, :] * u_NK[None, :, :] if ACTIVATION is not None else sums
+    for k0 in tl.range(BK, K, BK, num_stages=STAGES):
         k = k0 + tl.arange(0, BK)
         seen = (n < N)[:, None] & (k < K)[None, :]
         w_NK = tl.load(w + n[:, None] * stride_w + k[None, :], seen, 0.0).to(tl.float32)
@@ -224,7 +234,7 @@ def plain(
         x_TK, weight_NK, weight_NK if up_NK is None else up_NK, x_TK if bias_N is None else bias_N,
         x_TK if base is None else base, y_TN, N, K,
         x_TK.stride(0), weight_NK.stride(0), T=x_TK.shape[0], BIAS=bias_N is not None, BASE=base is not None,
-        ACTIVATION=activation,         BN=BN, BK=BK, STAGES=stages, num_warps=warps,
+        ACTIVATION=activation, BN=BN, BK=BK, STAGES=stages, num_warps=warps, **early(),
     )  # fmt: skip
     return y_TN.view(*x.shape[:-1], N)
 

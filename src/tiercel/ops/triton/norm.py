@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiercel.ops.triton import FEW
+from tiercel.ops.triton.launch import early, others_done
 
 
 @triton.jit
@@ -26,13 +27,15 @@ def store_rounded(h, t, first, q, scales, sums, D, BLOCK: tl.constexpr):
 @triton.jit
 def _rms_norm(
     x, a, b, weight, total, y, q, scales, sums, D, eps,
-    ADDED: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+    ADDED: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """total = x + a + b (as many as ADDED), y = norm(total)."""
     t = tl.program_id(0).to(tl.int64)
     row = t * D
     d = tl.arange(0, BLOCK)
     seen = d < D
+    w = tl.load(weight + d, seen, 0.0).to(tl.float32)
+    others_done(EARLY)
     h = tl.load(x + row + d, seen, 0.0).to(tl.float32)
     if ADDED > 0:
         h += tl.load(a + row + d, seen, 0.0).to(tl.float32)
@@ -42,7 +45,6 @@ def _rms_norm(
         tl.store(total + row + d, h.to(total.dtype.element_ty), seen)
         h = h.to(total.dtype.element_ty).to(tl.float32)
     scale = tl.rsqrt(tl.sum(h * h) / D + eps)
-    w = tl.load(weight + d, seen, 0.0).to(tl.float32)
     h = h * scale * w
     tl.store(y + row + d, h.to(y.dtype.element_ty), seen)
     if ROUND:
@@ -75,7 +77,7 @@ def _norm(x: Tensor, added: list[Tensor], weight_D: Tensor, eps: float, round: b
     more = added or [x]
     _rms_norm[(x.numel() // D,)](
         x, more[0], more[-1], weight_D, total, y, *(r.planes if r else (y, y, y)), D, eps,
-        ADDED=len(added), ROUND=round, BLOCK=block, num_warps=_warps(block),
+        ADDED=len(added), ROUND=round, BLOCK=block, num_warps=_warps(block), **early(),
     )  # fmt: skip
     if r:
         keep_rounded(y, r)
@@ -85,20 +87,22 @@ def _norm(x: Tensor, added: list[Tensor], weight_D: Tensor, eps: float, round: b
 @triton.jit
 def _gated_norm(
     y, z, weight, out, q, scales, sums, D, stride_z, eps,
-    NORM: tl.constexpr, GATE_FIRST: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr, GATE_FIRST: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     t, g, groups = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     d = tl.arange(0, BLOCK)
     seen = d < D
     c = g * D + d
     at = t * groups * D + c
+    w = tl.load(weight + c, seen, 0.0).to(tl.float32) if NORM else 0.0
+    others_done(EARLY)
     h = tl.load(y + at, seen, 0.0).to(tl.float32)
     gate = tl.load(z + t * stride_z + c, seen, 0.0).to(tl.float32)
     gate = gate * tl.sigmoid(gate)
     if GATE_FIRST or not NORM:
         h = h * gate
     if NORM:
-        h = h * tl.rsqrt(tl.sum(h * h) / D + eps) * tl.load(weight + c, seen, 0.0).to(tl.float32)
+        h = h * tl.rsqrt(tl.sum(h * h) / D + eps) * w
         if not GATE_FIRST:
             h = h * gate
     tl.store(out + at, h.to(out.dtype.element_ty), seen)
@@ -123,7 +127,7 @@ def gated_norm(
     _gated_norm[(T, groups)](
         y_TI, z_TI, y_TI if weight_I is None else weight_I, out_TI, *(r.planes if r else (out_TI,) * 3),
         I // groups, z_TI.stride(0), eps, NORM=weight_I is not None, GATE_FIRST=gate_first, ROUND=r is not None,
-        BLOCK=block, num_warps=_warps(block),
+        BLOCK=block, num_warps=_warps(block), **early(),
     )  # fmt: skip
     if r:
         keep_rounded(out_TI, r)

@@ -22,9 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from tiercel.ops.triton import interpreted
+from tiercel.ops.triton.launch import early, others_done
 from tiercel.ops.triton.norm import activated, store_rounded
 
 TYPES = ("Q4_K", "Q6_K", "Q8_0", "INT8")
+# outputs and groups that a program takes at a time, the fastest of a dozen on an H100 (docs/h100.md): two matrices with
+# a gate; rows longer than 64 groups; others
+GATED_TILE, LONG_TILE, TILE = (1, 64), (1, 32), (2, 16)
 
 
 @triton.jit
@@ -46,45 +50,67 @@ def _halves(word):
 
 
 @triton.jit
-def _groups(
-    q, top, scales, d, n, g, here, K, x0, x1, xs0, xs1, X0, X1,
-    TYPE: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """What some groups add to some outputs, (outputs, groups); INT8 without its scale."""
+def _words(q, top, scales, d, n, g, here, K, TYPE: tl.constexpr):
+    """What the memory holds of some groups of some outputs: five tensors, the last again where a type has fewer."""
     j = tl.arange(0, 8)[None, None, :]
     each = here[:, :, None]
     if TYPE == "Q8_0" or TYPE == "INT8":
         at = q + n[:, None, None] * (K // 4) + g[None, :, None] * 16 + j
         w0, w1 = tl.load(at, each, 0), tl.load(at + 8, each, 0)
+        if TYPE == "INT8":
+            return w0, w1, w1, w1, w1
+        else:
+            ends = tl.load(d + n[:, None] * (K // 64) + g[None, :], here, 0)
+            return w0, w1, ends, ends, ends
+    else:
+        bits = tl.load(q + n[:, None, None] * (K // 8) + g[None, :, None] * 8 + j, each, 0)
+        if TYPE == "Q4_K":
+            four = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0)
+            ends = tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0)
+            return bits, four, ends, ends, ends
+        else:
+            tops = tl.load(top + n[:, None, None] * (K // 16) + g[None, :, None] * 4 + j // 2, each, 0)
+            i = tl.arange(0, 2)[None, None, :]
+            at = scales + n[:, None, None] * (K // 16) + g[None, :, None] * 4 + i
+            s0, s1 = tl.load(at, each, 0), tl.load(at + 2, each, 0)
+            return bits, tops, s0, s1, tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0.0)
+
+
+@triton.jit
+def _groups(
+    words0, words1, words2, words3, words4, x0, x1, xs0, xs1, X0, X1,
+    TYPE: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """What some groups, given as `_words`, add to some outputs, (outputs, groups); INT8 without its scale."""
+    if TYPE == "Q8_0" or TYPE == "INT8":
+        w0, w1 = words0, words1
         p0 = tl.sum(_four_products(w0, x0 + w0 * 0, ASM), 2).to(tl.float32) * xs0
         p1 = tl.sum(_four_products(w1, x1 + w1 * 0, ASM), 2).to(tl.float32) * xs1
         if TYPE == "INT8":
             return p0 + p1
         else:
-            d0, d1 = _halves(tl.load(d + n[:, None] * (K // 64) + g[None, :], here, 0))
+            d0, d1 = _halves(words2)
             return p0 * d0 + p1 * d1
     else:
-        bits = tl.load(q + n[:, None, None] * (K // 8) + g[None, :, None] * 8 + j, each, 0)
+        bits = words0
         if TYPE == "Q4_K":
             p0 = tl.sum(_four_products(bits & 0x0F0F0F0F, x0 + bits * 0, ASM), 2).to(tl.float32)
             p1 = tl.sum(_four_products((bits >> 4) & 0x0F0F0F0F, x1 + bits * 0, ASM), 2).to(tl.float32)
-            four = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0)
-            d_, dmin = _halves(tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0))
+            four = words1
+            d_, dmin = _halves(words2)
             s0, m0 = (four & 255).to(tl.float32), ((four >> 8) & 255).to(tl.float32)
             s1, m1 = ((four >> 16) & 255).to(tl.float32), ((four >> 24) & 255).to(tl.float32)
             return d_ * (s0 * (p0 * xs0) + s1 * (p1 * xs1)) - dmin * (m0 * X0 + m1 * X1)
         else:
-            tops = tl.load(top + n[:, None, None] * (K // 16) + g[None, :, None] * 4 + j // 2, each, 0) >> (j % 2 * 4)
+            tops = words1 >> (tl.arange(0, 8) % 2 * 4)[None, None, :]
             w0 = (bits & 0x0F0F0F0F) | ((tops & 0x03030303) << 4)
             w1 = ((bits >> 4) & 0x0F0F0F0F) | (((tops >> 2) & 0x03030303) << 4)
             # 0 … 63 less 32, times 4: six bits become a signed byte
             w0, w1 = (w0 ^ 0x20202020) << 2, (w1 ^ 0x20202020) << 2
             p0 = tl.sum(tl.reshape(_four_products(w0, x0 + w0 * 0, ASM), (BN, BG, 2, 4)), 3).to(tl.float32)
             p1 = tl.sum(tl.reshape(_four_products(w1, x1 + w1 * 0, ASM), (BN, BG, 2, 4)), 3).to(tl.float32)
-            i = tl.arange(0, 2)[None, None, :]
-            at = scales + n[:, None, None] * (K // 16) + g[None, :, None] * 4 + i
-            s0, s1 = tl.load(at, each, 0).to(tl.float32), tl.load(at + 2, each, 0).to(tl.float32)
-            d_ = tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0.0).to(tl.float32) * 0.25
+            s0, s1 = words2.to(tl.float32), words3.to(tl.float32)
+            d_ = words4.to(tl.float32) * 0.25
             return d_ * (tl.sum(p0 * s0, 2) * xs0 + tl.sum(p1 * s1, 2) * xs1)
 
 
@@ -92,25 +118,36 @@ def _groups(
 def _product(
     x, x_scales, x_sums, q, top, scales, d, q_up, top_up, scales_up, d_up, bias, base, y, N, K, scale,
     TYPE: tl.constexpr, BIAS: tl.constexpr, BASE: tl.constexpr, ACTIVATION: tl.constexpr,
-    BN: tl.constexpr, BG: tl.constexpr, ASM: tl.constexpr,
+    PASSES: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """PASSES times BG groups; the words of the first are asked for before the inputs are there."""
     n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     t = tl.program_id(1)
     j = tl.arange(0, 8)[None, None, :]
     sums, others = tl.zeros((BN, BG), tl.float32), tl.zeros((BN, BG), tl.float32)
-    for g0 in range(0, K // 64, BG):
-        g = g0 + tl.arange(0, BG)
+    g = tl.arange(0, BG)
+    here = (n < N)[:, None] & (g < K // 64)[None, :]
+    a, b, c, e, f = _words(q, top, scales, d, n, g, here, K, TYPE)
+    if ACTIVATION is not None:
+        a_up, b_up, c_up, e_up, f_up = _words(q_up, top_up, scales_up, d_up, n, g, here, K, TYPE)
+    others_done(EARLY)
+    for i in tl.static_range(PASSES):
+        g = i * BG + tl.arange(0, BG)
         inside = g < K // 64
-        here = (n < N)[:, None] & inside[None, :]
+        if i > 0:
+            here = (n < N)[:, None] & inside[None, :]
+            a, b, c, e, f = _words(q, top, scales, d, n, g, here, K, TYPE)
+            if ACTIVATION is not None:
+                a_up, b_up, c_up, e_up, f_up = _words(q_up, top_up, scales_up, d_up, n, g, here, K, TYPE)
         at = x + t * (K // 4) + g[None, :, None] * 16 + j
         seen = inside[None, :, None]
         x0, x1 = tl.load(at, seen, 0), tl.load(at + 8, seen, 0)
         block = t * (K // 32) + g * 2
         xs0, xs1 = tl.load(x_scales + block, inside, 0.0)[None, :], tl.load(x_scales + block + 1, inside, 0.0)[None, :]
         X0, X1 = tl.load(x_sums + block, inside, 0.0)[None, :], tl.load(x_sums + block + 1, inside, 0.0)[None, :]
-        sums += _groups(q, top, scales, d, n, g, here, K, x0, x1, xs0, xs1, X0, X1, TYPE, BN, BG, ASM)
+        sums += _groups(a, b, c, e, f, x0, x1, xs0, xs1, X0, X1, TYPE, BN, BG, ASM)
         if ACTIVATION is not None:
-            others += _groups(q_up, top_up, scales_up, d_up, n, g, here, K, x0, x1, xs0, xs1, X0, X1, TYPE, BN, BG, ASM)
+            others += _groups(a_up, b_up, c_up, e_up, f_up, x0, x1, xs0, xs1, X0, X1, TYPE, BN, BG, ASM)
     out, other = tl.sum(sums, 1), tl.sum(others, 1)
     if TYPE == "INT8":
         out = out * tl.load(scales + n, n < N, 0.0)
@@ -127,7 +164,8 @@ def _product(
 
 
 @triton.jit
-def _round(x, q, scales, sums, K, stride_x, BLOCK: tl.constexpr):
+def _round(x, q, scales, sums, K, stride_x, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    others_done(EARLY)
     t, k = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     h = tl.load(x + t * stride_x + k, k < K, 0.0).to(tl.float32)
     store_rounded(h, t, tl.program_id(1) * (BLOCK // 32), q, scales, sums, K, BLOCK)
@@ -157,7 +195,7 @@ def rounded(x: Tensor) -> Rounded:
     K = x.shape[-1]
     x_TK = x.reshape(-1, K)
     r = Rounded(len(x_TK), K, x.device)
-    _round[(len(x_TK), triton.cdiv(K, 1024))](x_TK, *r.planes, K, x_TK.stride(0), BLOCK=1024)
+    _round[(len(x_TK), triton.cdiv(K, 1024))](x_TK, *r.planes, K, x_TK.stride(0), BLOCK=1024, **early())
     x._rounded = r, stream  # type: ignore[attr-defined]
     return r
 
@@ -182,18 +220,18 @@ def product(
 ) -> Tensor:
     """scale · x Wᵀ + b + base, or act(x Wᵀ) · (x Uᵀ), (T, N); planes: q, top, scales, d as the kernel reads them.
 
-    A program is one warp and one output, which keeps the most loads under way (benchmarks/h100.py, docs/h100.md).
+    A program is one warp and one or two outputs, which keeps the most loads under way.
     """
     N, K = shape
     T = len(r.q)
     y_TN = torch.empty(T, N, dtype=dtype, device=r.q.device)
     groups = K // 64
-    BG = min(16 if 32 < groups < 64 else 64, triton.next_power_of_2(groups))  # few groups of a pass with nothing to do
-    BN = 64 if interpreted else 1
+    BN, BG = GATED_TILE if up else LONG_TILE if groups > 64 else TILE
+    BN, BG = 64 if interpreted else BN, min(BG, triton.next_power_of_2(groups))
     _product[(triton.cdiv(N, BN), T)](
         r.q.view(torch.int32), r.scales, r.sums, *planes, *(up or planes), y_TN if bias_N is None else bias_N,
         y_TN if base is None else base, y_TN, N, K, scale,
         TYPE=type, BIAS=bias_N is not None, BASE=base is not None, ACTIVATION=activation,
-        BN=BN, BG=BG, ASM=not interpreted, num_warps=1,
+        PASSES=triton.cdiv(groups, BG), BN=BN, BG=BG, ASM=not interpreted, num_warps=1, **early(),
     )  # fmt: skip
     return y_TN

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tiercel.ops.triton.launch import early, others_done
+
 SMALLEST = tl.constexpr(-87.0)
 
 
@@ -48,8 +50,9 @@ def _step(
     xBC, dt_in, dt_bias, A, D, S, x_ring, B_ring, dt_ring, columns, weight, bias, slot_T, length_S, base_S, y,
     stride_xBC, stride_dt, stride_y, low, high, H, P, N, G, R, size,
     CONV: tl.constexpr, BIAS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr,
-    BN: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """TILES of BN numbers of the state; those of the first are asked for before the new token is there."""
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slot_T + t).to(tl.int64)
     if slot >= 0:
@@ -67,7 +70,13 @@ def _step(
         last = tl.sum(dt * a, 0)
         weight_J = tl.exp(tl.maximum(last - decay_J, SMALLEST)) * dt  # into the state after the open inputs
         both = kept[:, None] & inside[None, :]
+        n = tl.arange(0, BN)
+        S_NP = tl.load(S + (head * N + n)[:, None] * P + p[None, :], (n < N)[:, None] & inside[None, :], 0.0)
+        B_JN = tl.load(
+            B_ring + (group * R + number)[:, None] * N + n[None, :], kept[:, None] & (n < N)[None, :], 0.0
+        ).to(tl.float32)  # fmt: skip
         x_JP = tl.load(x_ring + (head * R + number)[:, None] * P + p[None, :], both, 0.0).to(tl.float32)
+        others_done(EARLY)
         row = xBC + t * stride_xBC
         C = H * P + 2 * G * N
         ring = columns + slot * size * C
@@ -80,8 +89,8 @@ def _step(
         keeps = (h % (H // G) == 0) & (tl.program_id(2) == 0)
         commit = open_ >= CHUNK
         y_P, scores_J, score = tl.zeros((BP,), tl.float32), tl.zeros((BJ,), tl.float32), 0.0
-        for n0 in range(0, N, BN):
-            n = n0 + tl.arange(0, BN)
+        for i in tl.static_range(TILES):
+            n = i * BN + tl.arange(0, BN)
             real = n < N
             of_B, of_C = H * P + g * N + n, H * P + (G + g) * N + n
             if CONV > 0:
@@ -94,10 +103,11 @@ def _step(
                 C_N = tl.load(row + of_C, real, 0.0).to(tl.float32)
             at = S + (head * N + n)[:, None] * P + p[None, :]
             there = real[:, None] & inside[None, :]
-            S_NP = tl.load(at, there, 0.0)
-            B_JN = tl.load(
-                B_ring + (group * R + number)[:, None] * N + n[None, :], kept[:, None] & real[None, :], 0.0
-            ).to(tl.float32)  # fmt: skip
+            if i > 0:
+                S_NP = tl.load(at, there, 0.0)
+                B_JN = tl.load(
+                    B_ring + (group * R + number)[:, None] * N + n[None, :], kept[:, None] & real[None, :], 0.0
+                ).to(tl.float32)  # fmt: skip
             y_P += tl.sum(S_NP * C_N[:, None], 0)
             scores_J += tl.sum(B_JN * C_N[None, :], 1)
             score += tl.sum(B_new * C_N, 0)
@@ -116,6 +126,7 @@ def _step(
         if tl.program_id(2) == 0:
             tl.store(dt_ring + here, dt_new)
     else:
+        others_done(EARLY)
         p = tl.program_id(2) * BP + tl.arange(0, BP)
         tl.store(y + t * stride_y + h * P + p, tl.zeros((BP,), y.dtype.element_ty), p < P)
 
@@ -146,14 +157,14 @@ def ssd_step(
     G, R = memory.B.shape[1:3]
     y_TI = torch.empty(T, H * P, dtype=torch.float32, device=xBC_TC.device)
     most_N, most_P, warps = FEW_TILE if T < 8 else MANY_TILE
-    BP = min(max(16, triton.next_power_of_2(P)), most_P)
+    BN, BP = (max(16, min(most, triton.next_power_of_2(n))) for most, n in ((most_N, N), (most_P, P)))
     _step[(T, H, triton.cdiv(P, BP))](
         xBC_TC, dt_TH, dt_bias_H, A_H, D_H, memory.S, memory.x, memory.B, memory.dt, memory.columns, weight_KC,
         weight_KC if bias_C is None else bias_C, slot_T, length_S, base_S, y_TI,
         xBC_TC.stride(0), dt_TH.stride(0), y_TI.stride(0), *dt_limit, H, P, N, G, R,
         memory.columns.shape[1], CONV=0 if conv is None else len(weight_KC), BIAS=bias_C is not None,
         CHUNK=memory.chunk, BJ=max(16, triton.next_power_of_2(memory.chunk)),
-        BN=max(16, min(most_N, triton.next_power_of_2(N))), BP=BP, PRECISION=_precision(memory.x), num_warps=warps,
+        TILES=triton.cdiv(N, BN), BN=BN, BP=BP, PRECISION=_precision(memory.x), num_warps=warps, **early(),
     )  # fmt: skip
     return y_TI
 
