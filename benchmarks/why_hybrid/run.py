@@ -45,6 +45,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--small", action="store_true")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     p.add_argument("--jobs", type=int, default=2, help="worker processes")
+    p.add_argument("--gpus", type=int, default=1, help="workers take them in turn")
     p.add_argument("--minutes", type=float, help="of this whole command; --small: 10")
     p.add_argument("--seeds", type=int)
     p.add_argument("--rates", help="learning rates, with commas")
@@ -184,10 +185,11 @@ class Workers:
 
     def _start(self) -> subprocess.Popen[str]:
         command = [sys.executable, str(HERE / "run.py"), "--worker", "--device", self.args.device]
+        gpu = str(len(self.processes) % self.args.gpus)
         with (self.args.out / "errors.log").open("a") as errors:
             process = subprocess.Popen(
                 command + ([] if self.graph else ["--no-graph"]), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=errors, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stderr=errors, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpu},
             )  # fmt: skip
         self.processes.append(process)
         return process
