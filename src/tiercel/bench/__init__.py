@@ -159,7 +159,11 @@ def _result(case: Case, engines: dict[str, Engine], rounds: dict[str, list[dict[
         out |= {"bytes_per_token": step // case.batch, "read_gb_s": round(step * speed / 1e9, 2),
                 "read_share": round(statistics.median(share), 3)}  # fmt: skip
     if "product_tflops" in rounds["memory"][0]:
-        out["product_tflops"] = round(statistics.median(turn["product_tflops"] for turn in rounds["memory"]), 1)
+        product = statistics.median(turn["product_tflops"] for turn in rounds["memory"])
+        out |= {"device_name": engines["memory"].about["device_name"], "product_tflops": round(product, 1),
+                "peak_device_bytes": max(turn["peak_device_bytes"] for turn in ours),
+                "product_share": {n: round(2e-12 * out["parameters"] * own["median"] / product, 3)
+                                  for n, own in out["prefill"].items()}}  # fmt: skip
     if case.vs:
         out["peers"] = {peer: _beside(ours, rounds[peer], engines[peer].about) for peer in case.vs}
     return out

@@ -48,12 +48,17 @@ def _facts(found: dict[str, Any]) -> list[tuple[str, str]]:
                  f"from the start of the process {found['process_s']:.2f} s"),
         ("memory", f"{human_bytes(found['peak_rss_bytes'])} at most, {human_bytes(found['weights_bytes'])} of weights"),
     ]  # fmt: skip
+    if "peak_device_bytes" in found:
+        facts.append(("of the GPU", f"{human_bytes(found['peak_device_bytes'])} at most"))
     if "decode" in found:
         limit = f"{found['read_share']:.0%} of the {found['bandwidth_gb_s']:.1f} GB/s measured"
         share = f"{found['read_gb_s']:.1f} GB/s, {limit}"
         facts.append(("decode reads", f"{human_bytes(found['bytes_per_token'])} per token: {share}"))
+    if found.get("product_share"):
+        shares = ", ".join(f"{length}: {share:.0%}" for length, share in found["product_share"].items())
+        facts.append(("prefill", f"of the {found['product_tflops']:.0f} TFLOP/s of a bf16 product measured: {shares}"))
     for name, peer in found.get("peers", {}).items():
         facts.append((name, f"{peer['version']}, {human_bytes(peer['peak_rss_bytes'])} of memory at most"))
-    where = f"{found['machine']}, {found['threads']} thread(s)"
+    where = found.get("device_name") or f"{found['machine']}, {found['threads']} thread(s)"
     turns = f"median of {found['repeat']} rounds in turn"
     return [*facts, ("measured", f"tiercel {found['version']}, {where}, {found['date']}, {turns}")]

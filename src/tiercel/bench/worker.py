@@ -19,13 +19,14 @@ from tiercel.bench import SHORT_PROMPT
 from tiercel.bench.rss import peak_rss
 
 BUFFER_BYTES = 1 << 29
-PREFILL = 512  # tokens per call and row, as in `generate`
+PREFILL = {"cpu": 512, "cuda": 8192}  # tokens per call and row: as in `generate`; what fills a GPU
 
 
 class Network(Protocol):
     """What transformers and Tiercel have in common: a memory for some rows, and a call that feeds tokens to them."""
 
     vocabulary: int
+    device: str
 
     def empty(self, rows: int) -> Any: ...
 
@@ -70,8 +71,9 @@ def rates(network: Network, order: dict[str, Any], kept: dict[Any, Any]) -> dict
 
 
 def read(network: Network, tokens_BL: torch.Tensor, memory: Any) -> Any:
-    for start in range(0, tokens_BL.shape[1], PREFILL):
-        memory = network.feed(tokens_BL[:, start : start + PREFILL], memory)
+    each = PREFILL[network.device]
+    for start in range(0, tokens_BL.shape[1], each):
+        memory = network.feed(tokens_BL[:, start : start + each], memory)
     return memory
 
 
@@ -185,7 +187,7 @@ class Memory:
         self.device = order.get("device", "cpu")
         size = BUFFER_BYTES if self.device == "cpu" else 1 << 32
         self.buffer = torch.ones(size // 8, dtype=torch.int64, device=self.device)
-        self.about: dict[str, Any] = {}
+        self.about = {} if self.device == "cpu" else {"device_name": torch.cuda.get_device_name()}
 
     def round(self, order: dict[str, Any]) -> dict[str, Any]:
         if self.device != "cpu":
@@ -216,6 +218,12 @@ class Memory:
 ENGINES: dict[str, Any] = {"tiercel": Tiercel, "transformers": Transformers, "memory": Memory}
 
 
+def memory() -> dict[str, int]:
+    """The most bytes so far."""
+    found = {"peak_rss_bytes": peak_rss(os.getpid())}
+    return found | ({"peak_device_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_initialized() else {})
+
+
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
@@ -227,10 +235,10 @@ def main() -> None:
         order = json.loads(sys.argv[1])
         torch.set_num_threads(order["threads"])
         engine = ENGINES[order["engine"]](order)
-        reply({**engine.about, "peak_rss_bytes": peak_rss(os.getpid())})
+        reply({**engine.about, **memory()})
         for line in sys.stdin:
             measured = engine.round(json.loads(line))
-            reply({**measured, "peak_rss_bytes": peak_rss(os.getpid())})
+            reply({**measured, **memory()})
     except Exception as error:
         if os.environ.get("TIERCEL_DEBUG") == "1":
             raise
