@@ -179,6 +179,26 @@ def decode_sampled(net: Decoder, rows: int, context: int, steps: int) -> float:
     return seconds(graph.run, steps)
 
 
+def decode_in_engine(net: Decoder, rows: int, steps: int) -> float:
+    """Tokens a second of answers that the engine schedules, samples as above and hands out, without their text."""
+    from types import SimpleNamespace
+
+    from tiercel.engine.engine import Engine
+
+    model: Any = SimpleNamespace(network=net, text=None, max_length=512)
+    engine = Engine(model, slots=rows, cache_bytes=0)
+    params = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, max_tokens=steps + 16, ignore_eos=True)
+    requests = [engine.add(list(range(8 + i, 72 + i)), params) for i in range(rows)]
+    while any(len(request.choices[0].token_ids) < 8 for request in requests):
+        engine.step()
+    torch.cuda.synchronize()
+    begin, said = time.perf_counter(), sum(len(request.choices[0].token_ids) for request in requests)
+    for _ in range(steps):
+        engine.step()
+    count = sum(len(request.choices[0].token_ids) for request in requests) - said
+    return count / (time.perf_counter() - begin)
+
+
 def free() -> None:
     gc.collect()
     torch.cuda.empty_cache()
@@ -261,6 +281,10 @@ def decode1() -> None:
     time_, _ = decode(net, 1, 512, 100)
     note(decode1_bf16_tok_s=1 / time_)
     note(decode1_bf16_sampled_tok_s=1 / decode_sampled(net, 1, 512, 50))
+    for rows in (1, 32):
+        note(**{f"decode{rows}_bf16_engine_tok_s": decode_in_engine(net, rows, 60)})
+        if rows > 1:
+            note(**{f"decode{rows}_bf16_sampled_tok_s": rows / decode_sampled(net, rows, 100, 30)})
     if "copy_GBps" in RESULT:
         note(decode1_bf16_of_bandwidth=weight_bytes(net) / 1e9 / RESULT["copy_GBps"] / time_)
 

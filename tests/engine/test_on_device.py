@@ -76,6 +76,56 @@ def test_answers_that_fork_and_slots_that_come_back(net):
     assert len(slots.free) == slots.count and not any(slots.pages)
 
 
+def test_the_next_forward_has_begun_when_a_token_is_handed_out(net):
+    e = engine(net)
+    first, second = e.add(ids(9), greedy(2)), e.add(ids(21, 1), greedy(5))
+    begun = []
+    while not e.idle:
+        e.step()
+        begun.append(e._begun is not None)
+    assert begun == [True, True, True, True, False]  # two prompts and their first tokens; the last has nothing to begin
+    assert answer(first) == expected(net, ids(9), greedy(2))
+    assert answer(second) == expected(net, ids(21, 1), greedy(5))
+
+
+def test_who_comes_leaves_or_is_sent_back_while_a_forward_is_under_way_changes_nothing(net):
+    e = engine(net)
+    stays, leaves = e.add(ids(9), greedy(7)), e.add(ids(30, 1), greedy(7))
+    for _ in range(2):
+        e.step()
+    assert e._begun is not None
+    e.abort(leaves.id)
+    comes = e.add(ids(17, 2), greedy(3))
+    e.step()
+    e.step()
+    assert e._begun is not None
+    e.preempt(e.scheduler.running[0])
+    run(e)
+    assert answer(stays) == expected(net, ids(9), greedy(7))
+    assert answer(comes) == expected(net, ids(17, 2), greedy(3))
+    assert answer(leaves) == expected(net, ids(30, 1), greedy(7))[: len(answer(leaves))]
+    again = e.add(ids(30, 1) + answer(leaves), greedy(2))
+    run(e)
+    assert again.cached_tokens >= 30 and answer(again) == expected(net, ids(30, 1) + answer(leaves), greedy(2))
+    assert len(e.network.slots.free) == e.network.slots.count
+
+
+def test_a_forward_that_fails_ahead_is_made_again(net, monkeypatch):
+    e = engine(net)
+    request = e.add(ids(9), greedy(4))
+    e.step()
+    real, fails = OnDevice.__call__, [True]
+
+    def call(self, *given, **more):
+        if fails and fails.pop():
+            raise RuntimeError("out of memory")
+        return real(self, *given, **more)
+
+    monkeypatch.setattr(OnDevice, "__call__", call)
+    run(e)
+    assert not fails and answer(request) == expected(net, ids(9), greedy(4))
+
+
 @pytest.mark.slow
 def test_who_is_sent_back_goes_on_where_it_was(net):
     e = engine(net, slots=1)

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from tiercel.engine.ahead import Begun, Chosen
 from tiercel.engine.constraint import Grammar, Grammars
 from tiercel.engine.prefix_cache import PrefixCache
 from tiercel.engine.request import Choice, Request, Update, Watch
@@ -43,7 +44,6 @@ from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.on_device import OnDevice
 from tiercel.model.state import State, nbytes_together
-from tiercel.ops.sampling import choose
 from tiercel.sampling import SamplingParams
 from tiercel.text.stream import Piece
 
@@ -123,6 +123,7 @@ class Engine:
         self._arrivals: deque[Choice] = deque()  # filled by `add` from any thread, emptied by `step`
         self._news: list[Update] = []
         self._watched: list[Request] = []  # whose prompt is read, and which may open further choices
+        self._begun: Begun | None = None  # on a GPU, the next forward (ahead.py)
         self._numbers = itertools.count()
         self._lock = threading.RLock()
         self._speed = 100.0  # tokens a second, lately
@@ -299,15 +300,29 @@ class Engine:
             for choice in self.scheduler.admit():
                 self._start(choice)
             self._open_choices()
-            rows = self.scheduler.plan(self._stop)
-            if rows:
-                self._draft(rows)
-                self._keep(rows)
-                for row, logits_LV in self._forward(rows):
-                    self._hand_out(row, logits_LV)
-                self._stats.steps += 1
+            handed_out = False
+            for row, logits_LV in self._claimed() or self._planned():
+                self._hand_out(row, logits_LV)
+                handed_out = True
+            self._stats.steps += handed_out
             news, self._news = self._news, []
             return news
+
+    def _planned(self) -> Iterator[tuple[Row, Tensor]]:
+        """A forward for everybody who has something to read."""
+        rows = self.scheduler.plan(self._stop)
+        if rows:
+            self._draft(rows)
+            self._keep(rows)
+            yield from self._forward(rows)
+
+    def _claimed(self) -> Iterator[tuple[Row, Tensor]] | None:
+        """What the last step began; None where nobody is left of it.  Newcomers wait for the step after it."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return None
+        rows, logits = begun.claim()
+        return self._chosen(rows, logits, time.perf_counter()) if rows else None
 
     def _arrive(self) -> None:
         while self._arrivals:
@@ -426,7 +441,7 @@ class Engine:
         for row in rows:
             choice, state = row.choice, row.choice.state
             assert state is not None
-            at, oldest = state.length, state.oldest_after(len(row.tokens))
+            at, oldest = state.length, state.oldest_after(row.count + len(row.drafts))
             place = any(state.oldest <= mark <= at and oldest > mark for mark in choice.marks)
             reading = choice.spacing and at and at % choice.spacing == 0 and at <= len(choice.request.prompt_ids)
             if place or (reading and oldest >= at):
@@ -437,6 +452,8 @@ class Engine:
         state = choice.state
         if state is None or self.cache.budget == 0 or state.length == choice.kept:
             return
+        if state.length > len(choice.tokens):
+            return  # a device is ahead of what was handed out
         choice.kept = state.length
         snapshot = state.snapshot()
         choice.kept_by(snapshot.oldest, snapshot.length)
@@ -448,7 +465,6 @@ class Engine:
         """Each row with the logits of its last tokens: as many as were drafted, and one."""
         device = self.network.embed.weight.device
         tokens = [torch.tensor(row.tokens, device=device) for row in rows]
-        count = sum(map(len, tokens))
         keep = 1 + max(len(row.drafts) for row in rows)
         began = time.perf_counter()
         try:
@@ -459,14 +475,45 @@ class Engine:
         except BaseException:  # Ctrl+C in the middle of a layer
             self._start_again(rows)
             raise
+        yield from self._chosen(rows, logits, began)
+
+    def _chosen(self, rows: list[Row], logits: Sequence[Tensor], began: float) -> Iterator[tuple[Row, Tensor]]:
+        """Each row with its logits; what a device chooses itself is chosen, and its next forward begun."""
         if isinstance(self.network, OnDevice):
-            _choose_ahead(rows, logits)
+            try:
+                chosen = Chosen(rows, logits)
+                if len(chosen) == len(rows) and self._may_begin(rows):
+                    self._begin(rows, chosen.tokens_B)
+                chosen.settle()
+            except BaseException as error:
+                self._begun = None
+                if not isinstance(error, Exception):
+                    self._start_again(rows)
+                    raise
+                self._forward_failed(rows, error)
+                return
         seconds = time.perf_counter() - began
+        count = sum(row.count + len(row.drafts) for row in rows)
         self._speed += 0.05 * (count / seconds - self._speed)
         if all(row.count == 1 for row in rows):
             self.costs.note(count, seconds)
         for row, logits_LV in zip(rows, logits, strict=True):
             yield row, logits_LV[-(1 + len(row.drafts)) :]
+
+    def _may_begin(self, rows: list[Row]) -> bool:
+        """Whether the next step is one token for each of these: nobody comes in or forks, and somebody goes on."""
+        if self._arrivals or self.scheduler.waiting or len(rows) != len(self.scheduler.running):
+            return False
+        choices = [row.choice for row in rows]
+        forks = any(c.places > 1 or (c.request.watch is not None and not c.token_ids) for c in choices)
+        return not forks and any(choice.room - len(choice.token_ids) > 1 for choice in choices)
+
+    def _begin(self, rows: list[Row], tokens_B: Tensor) -> None:
+        """The next forward, from tokens that the host has not seen."""
+        ahead = [Row(row.choice, 1) for row in rows]
+        self._keep(ahead)
+        states = [_its(row) for row in ahead]
+        self._begun = Begun(ahead, list(states), self.network(tokens_B.clamp(min=0).split(1), states))
 
     def _forward_failed(self, rows: list[Row], error: Exception) -> None:
         """Whose fault it was is not known: everybody of this step starts again from what is remembered, alone.
@@ -622,28 +669,6 @@ class Engine:
     def _patience(self) -> float:
         """Seconds until the queue is likely to be shorter."""
         return min(max(sum(choice.pending for choice in list(self.scheduler.waiting)) / self._speed, 1.0), 60.0)
-
-
-def _choose_ahead(rows: list[Row], logits: Sequence[Tensor]) -> None:
-    """The next tokens of everybody whose request leaves it to the device, with one answer from there."""
-    free = [
-        (row.choice.sampler, row_logits[-1])
-        for row, row_logits in zip(rows, logits, strict=True)
-        if row.choice.length == len(row.choice.tokens) and not row.drafts and row.choice.sampler.free
-    ]
-    if not free:
-        return
-    logits_BV = torch.stack([logits_V for _, logits_V in free])
-    params = [sampler.params for sampler, _ in free]
-    columns = [
-        [0.0 if p.greedy else p.temperature for p in params], [p.min_p for p in params],
-        [float(max(p.top_k, 0)) for p in params], [p.top_p for p in params], [sampler.u for sampler, _ in free],
-    ]  # fmt: skip
-    t, min_p, k, top_p, u = torch.tensor(columns, dtype=torch.float64).to(logits_BV.device)
-    chosen = choose(logits_BV, t.float(), min_p, k.long(), top_p, u)
-    finite = logits_BV.amax(1).isfinite()  # the sampler says what is wrong with the others
-    for (sampler, _), token in zip(free, torch.where(finite, chosen, -1).tolist(), strict=True):
-        sampler.ahead = token if token >= 0 else None
 
 
 def _its(row: Row) -> State:
