@@ -5,7 +5,7 @@ anew at each document's first token, so that every document gets what it would g
 documents or heads; all of it is torch with gradients, and runs where the tensors are.
 
     ssd              Mamba-2 as in `ops.ssd`, all chunks at once: inside a chunk a masked product, between chunks the
-                     states, whose decay is zero across a document's start
+                     states, whose decay is zero across a document's start; on a GPU kernels of our own where Triton is
     selective_scan   Mamba-1 as in `ops.scan`; `linear_scan` has its own backward
     conv1d_silu      inside documents, as `ops.conv1d`; attend as `ops.attention`
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tiercel.model.batch import frequencies_of
 from tiercel.model.config import RopeConfig
+from tiercel.ops import triton
 from tiercel.ops.packed_attention import Documents, packed_attention
 from tiercel.ops.packed_conv1d import Pasts, packed_conv1d_silu
 from tiercel.ops.packed_ssd import Chunks, packed_ssd
@@ -139,6 +140,11 @@ class PackedRows:
         chunk: int = CHUNK,
     ) -> Tensor:
         """Mamba-2 → y + D x (T, H, P), float32 or wider."""
+        if triton.there and x_THP.is_cuda:
+            from tiercel.ops.triton import packed_ssd as kernels
+
+            if kernels.takes(x_THP, dt_TH):
+                return kernels.packed_ssd(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, self.document_BL)
         L = self.shape[1]
         Q = min(chunk, L)
         given = [wide(t) for t in (C_TGN, x_THP, dt_TH, B_TGN)]
