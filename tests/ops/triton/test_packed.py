@@ -9,7 +9,9 @@ from ops.triton.conftest import DEVICE
 from tiercel import quant
 from tiercel.ops.linear import QTensor
 from tiercel.ops.pointwise import gate_reference
+from tiercel.ops.triton import tiled
 from tiercel.ops.triton.linear import TYPES, gated, on_device, plain
+from tiercel.ops.triton.tiled import Tile
 
 
 def pair(type, N, K):
@@ -37,6 +39,36 @@ def test_products(type, T, N, K):
         there.exact = name
         got = there.multiply(x.to(DEVICE), b.to(DEVICE), 0.7).cpu()
         assert got.dtype == torch.float32 and (got - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("T", [1, 4, 19])
+@pytest.mark.parametrize("type, K", [("Q8_0", 96), ("INT8", 40), ("INT8", 1), ("NF4", 64)])
+def test_odd_widths(type, K, T):
+    q, there = pair(type, 7, K)
+    x = torch.randn(T, K)
+    expected = x @ q.numbers().T
+    assert (there.multiply(x.to(DEVICE)).cpu() - expected).norm() <= 2e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("by", [Tile(16, 1, 4, 2), Tile(32, 4, 4, 3, 5), Tile(64, 2, 4, 2, 2), Tile(128, 4, 8, 2, 16)])
+def test_tiles_and_pieces_of_some_rows(type, by):
+    q, there = pair(type, 133, 2304)
+    x, b = torch.randn(11, 2304), torch.randn(133)
+    expected = x @ q.numbers().T * 0.7 + b
+    got = tiled.product(
+        x.to(DEVICE), type, (133, 2304), there.bytes, bias_N=b.to(DEVICE), scale=0.7, by=by
+    ).cpu()  # fmt: skip
+    assert (got - expected).norm() <= 1e-2 * expected.norm()
+    if DEVICE == "cpu" and type != "NF4":  # the interpreter rounds nothing but the levels of NF4
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("T", [5, 8, 9, 32, 33, 64])
+@pytest.mark.parametrize("N, K", [(64, 64), (3072, 3072), (3072, 12288), (12288, 3072), (130048, 3072), (8, 1 << 20)])
+def test_a_chosen_tile_leaves_every_piece_work(T, N, K):
+    by = tiled.tile(T, N, K)
+    assert by.pieces == 1 or by.groups * by.pieces * tiled.STEPS <= K // 64
 
 
 def test_rows_of_x_may_lie_apart_and_outputs_follow_their_dtype():
@@ -71,8 +103,9 @@ def test_gate_and_up_at_once(activation):
     torch.testing.assert_close(plain(x, w, None, u, activation), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_gate_and_up_of_packed_matrices():
-    (a, gate), (b, up) = pair("Q4_K", 9, 768), pair("Q4_K", 9, 768)
+@pytest.mark.parametrize("type", TYPES)
+def test_gate_and_up_of_packed_matrices(type):
+    (a, gate), (b, up) = pair(type, 9, 768), pair(type, 9, 768)
     x = torch.randn(2, 768) / 8
     got = gated(x.to(DEVICE), gate, up, "silu").cpu()
     expected = gate_reference(x @ a.numbers().T, x @ b.numbers().T, "silu")

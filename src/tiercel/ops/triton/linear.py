@@ -1,15 +1,12 @@
 """Products with packed matrices on a GPU, y = x Wᵀ + b.
 
-    few rows     (up to FEW) inputs are rounded to eight bits: `rounded.py`.  NF4, `exact` and odd widths unpack every
-                 weight in registers, where it meets the rows at once
-    some rows    (up to SOME) tiles are unpacked to bfloat16 for the tensor cores
+    few rows     (up to FEW) inputs are rounded to eight bits: `rounded.py`
+    some rows    (up to SOME) tiles are unpacked to bfloat16 for the tensor cores: `tiled.py`.  With `exact`, or a width
+                 that 64 does not divide, few and some rows are `_some`'s, without haste
     many rows    the whole matrix is unpacked to bfloat16 first; that is little beside the product
 
-The bits of a file's blocks lie in planes, nothing is rounded: those of `rounded.py`, and
-
-    NF4    q (N, K / 2) · absmax float32 (N, K / 64)
-
-with four-bit values in Q4_K's order.  Other types are unpacked when they come to the device.
+The bits of a file's blocks lie in planes, those of `rounded.py`; nothing is rounded.  Matrices of other types are
+unpacked when they come to the device.
 
 Letters: T rows of x, N outputs, K inputs.
 """
@@ -26,7 +23,7 @@ from torch import Tensor
 
 from tiercel import quant
 from tiercel.ops.linear import QTensor
-from tiercel.ops.triton import FEW, interpreted
+from tiercel.ops.triton import FEW, interpreted, tiled
 from tiercel.ops.triton.launch import early, others_done
 from tiercel.ops.triton.norm import activated
 from tiercel.ops.triton.rounded import TYPES as ROUNDED
@@ -37,7 +34,6 @@ from tiercel.quant.nf4 import LEVELS
 TYPES = ("Q4_K", "Q6_K", "NF4", "Q8_0", "INT8")
 SOME = 64
 PLAIN = 2, 1024, 4, 2  # outputs and inputs that a program takes at a time, its warps, loads under way
-FEW_SHAPE = 1, 64, 2, 1  # the same, inputs in groups of 64 or 32
 
 
 @triton.jit
@@ -67,62 +63,6 @@ def _values(q, scales, d, levels, n, k, K, seen, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _few(
-    x, q, scales, d, levels, bias, y, N, K, scale, stride_x,
-    TYPE: tl.constexpr, T: tl.constexpr, BIAS: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """BG groups of 64 values (four bits) or 32 (eight) at a time, each summed before it meets its scale."""
-    FOUR: tl.constexpr = TYPE == "Q4_K" or TYPE == "NF4"
-    WIDTH: tl.constexpr = 64 if FOUR else 32
-    n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
-    rows = tl.arange(0, T)
-    j = tl.arange(0, 32)[None, None, :]
-    sums = tl.zeros((T, BN, BG), tl.float32)
-    for g0 in tl.range(0, K // WIDTH, BG, num_stages=STAGES):
-        g = g0 + tl.arange(0, BG)
-        inside = g < K // WIDTH
-        here = (n < N)[:, None] & inside[None, :]
-        packed = tl.load(
-            q + n[:, None, None] * (K // 2 if FOUR else K) + g[None, :, None] * 32 + j, here[:, :, None], 0
-        )  # fmt: skip
-        if TYPE == "Q4_K":  # four bytes: scale, minimum, scale, minimum; d and dmin are two halves of a word
-            four = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0)
-            ends = tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0)
-            d_ = (ends & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            dmin = (ends >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            s0, m0 = (four & 255).to(tl.float32) * d_, ((four >> 8) & 255).to(tl.float32) * dmin
-            s1, m1 = ((four >> 16) & 255).to(tl.float32) * d_, ((four >> 24) & 255).to(tl.float32) * dmin
-        elif TYPE == "NF4":
-            s0 = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0.0)
-        elif TYPE == "Q8_0":
-            s0 = tl.load(scales + n[:, None] * (K // 32) + g[None, :], here, 0.0).to(tl.float32)
-        for t in tl.static_range(T):
-            at = x + t * stride_x + g[None, :, None] * WIDTH + j
-            x0 = tl.load(at, inside[None, :, None], 0.0).to(tl.float32)
-            if FOUR:
-                x1 = tl.load(at + 32, inside[None, :, None], 0.0).to(tl.float32)
-                low, high = packed & 15, packed >> 4
-                if TYPE == "NF4":
-                    part = tl.sum(tl.load(levels + low.to(tl.int32)) * x0 + tl.load(levels + high.to(tl.int32)) * x1, 2)
-                    part = part * s0
-                else:
-                    part = tl.sum(low.to(tl.float32) * x0, 2) * s0 + tl.sum(high.to(tl.float32) * x1, 2) * s1
-                    part -= tl.sum(x0, 2) * m0 + tl.sum(x1, 2) * m1
-            else:
-                part = tl.sum(packed.to(tl.float32) * x0, 2)
-                if TYPE == "Q8_0":
-                    part = part * s0
-            sums += tl.where((rows == t)[:, None, None], part[None, :, :], 0.0) if T > 1 else part[None, :, :]
-    out = tl.sum(sums, 2) * scale
-    if TYPE == "INT8":
-        out = out * tl.load(scales + n, n < N, 0.0)[None, :]
-    if BIAS:
-        out += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
-    tl.store(y + rows[:, None] * N + n[None, :], out.to(y.dtype.element_ty), (n < N)[None, :])
-
-
-@triton.jit
 def _some(
     x, q, scales, d, levels, bias, y, T, N, K, scale, stride_x,
     TYPE: tl.constexpr, BIAS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -145,13 +85,6 @@ def _some(
         sum_ += tl.load(bias + n, n < N, 0.0).to(tl.float32)[None, :]
     at = y + t[:, None] * N + n[None, :]
     tl.store(at, sum_.to(y.dtype.element_ty), (t < T)[:, None] & (n < N)[None, :])
-
-
-# rows, outputs, groups of 64 inputs at a time, warps, loads under way, pieces of K, and whether W comes first
-SOME_TRIED = [
-    (32, 1, 4, 3, 1, False), (64, 1, 4, 3, 1, False), (64, 1, 4, 4, 4, False), (32, 1, 4, 4, 4, False),
-    (64, 1, 4, 3, 1, True), (64, 1, 4, 4, 4, True), (128, 1, 4, 4, 4, True), (64, 2, 4, 3, 4, True),
-]  # fmt: skip
 
 
 @triton.jit
@@ -288,6 +221,14 @@ class DeviceQTensor(QTensor):
         d = d.flatten(1).view(torch.int32) if self.type in ("Q4_K", "Q8_0") else d
         return q, top, scales, d
 
+    @property
+    def bytes(self) -> tuple[Tensor, ...]:
+        """q, top, scales, d as `tiled.product` reads them."""
+        top = self.q if self.top is None else self.top
+        if self.type == "Q4_K":
+            return self.q, top, *self.words[2:]
+        return self.q, top, self.scales, self.scales if self.d is None else self.d
+
     @classmethod
     def joined(cls, matrices: Sequence[DeviceQTensor]) -> DeviceQTensor:
         """One below the other; of one type and width."""
@@ -345,28 +286,18 @@ class DeviceQTensor(QTensor):
             y_TN = y_TN * scale if scale != 1.0 else y_TN
             y_TN = y_TN if bias_N is None else y_TN + bias_N.to(y_TN.dtype)
             return y_TN.view(*x.shape[:-1], N)
-        y_TN = torch.empty(T, N, dtype=x.dtype, device=x.device)
-        bias = x_TK if bias_N is None else bias_N
         if self.meets_rounded and T <= FEW:
             return self.meet_rounded(x, bias_N, scale)
-        if T <= FEW and T & (T - 1) == 0 and self.type != "Q6_K":
-            groups = K // (64 if self.type in ("Q4_K", "NF4") else 32)
-            BN, BG, warps, stages = FEW_SHAPE
-            planes = self.planes
-            if self.type == "Q4_K":
-                q, _, scales, d = self.words
-                planes = self.q, scales, d, q
-            _few[(triton.cdiv(N, BN),)](
-                x_TK, *planes, bias, y_TN, N, K, scale, x_TK.stride(0), TYPE=self.type, T=T,
-                BIAS=bias_N is not None, BN=BN, BG=min(BG, triton.next_power_of_2(groups)), STAGES=stages,
-                num_warps=warps,
-            )  # fmt: skip
-        else:
-            BT, BN = max(16, min(64, triton.next_power_of_2(T))), 32
-            _some[(triton.cdiv(N, BN), triton.cdiv(T, BT))](
-                x_TK, *self.planes, bias, y_TN, T, N, K, scale, x_TK.stride(0), TYPE=self.type,
-                BIAS=bias_N is not None, BT=BT, BN=BN, BK=128, EXACT=self.exact or interpreted, num_warps=4,
-            )  # fmt: skip
+        if self.meets_rounded:
+            y_TN = tiled.product(x_TK, self.type, (N, K), self.bytes, bias_N=bias_N, scale=scale)
+            return y_TN.view(*x.shape[:-1], N)
+        y_TN = torch.empty(T, N, dtype=x.dtype, device=x.device)
+        bias = x_TK if bias_N is None else bias_N
+        BT, BN = max(16, min(64, triton.next_power_of_2(T))), 32
+        _some[(triton.cdiv(N, BN), triton.cdiv(T, BT))](
+            x_TK, *self.planes, bias, y_TN, T, N, K, scale, x_TK.stride(0), TYPE=self.type,
+            BIAS=bias_N is not None, BT=BT, BN=BN, BK=128, EXACT=self.exact or interpreted, num_warps=4,
+        )  # fmt: skip
         return y_TN.view(*x.shape[:-1], N)
 
 

@@ -7,14 +7,18 @@ a time as integers.  Weights lie in planes of 32-bit words, nothing of the file 
     Q6_K   q (N, K / 2) low nibbles · top (N, K / 4) · scales int8 (N, K / 16) · d float16 (N, K / 256)
     Q8_0   q (N, K) int8 · d float16 (N, K / 32)
     INT8   q (N, K) int8 · scale float32 (N)
+    NF4    q (N, K / 2) · absmax float32 (N, K / 64)
 
 Of 64 four-bit values the first 32 are the low nibbles of 32 bytes, the others the high ones.  `top` of Q6_K: byte c of
 word m of 64 values holds, two bits each, the top of value c of words 2m and 2m + 1: low nibble, high nibble, low, high.
+The sixteen levels of NF4 are rounded to 1 / 112.03, as on the CPU (`ops/cpu/formats.h`): about 0.6 % of the norm of y.
 
 Letters: T rows of x, N outputs, K inputs; a group is 64 inputs.
 """
 
 from __future__ import annotations
+
+import struct
 
 import torch
 import triton
@@ -24,11 +28,37 @@ from torch import Tensor
 from tiercel.ops.triton import interpreted
 from tiercel.ops.triton.launch import early, others_done
 from tiercel.ops.triton.norm import activated, store_rounded
+from tiercel.quant.nf4 import LEVELS
 
-TYPES = ("Q4_K", "Q6_K", "Q8_0", "INT8")
+TYPES = ("Q4_K", "Q6_K", "Q8_0", "INT8", "NF4")
 # outputs and groups that a program takes at a time, the fastest of a dozen on an H100 (docs/h100.md): two matrices with
 # a gate; rows longer than 64 groups; others
 GATED_TILE, LONG_TILE, TILE = (1, 64), (1, 32), (2, 16)
+NF4_UNIT = tl.constexpr(1 / 112.03)
+_BYTES = b"".join(round(level * 112.03).to_bytes(1, "little", signed=True) for level in LEVELS)
+_WORDS = struct.unpack("<4i", _BYTES)
+LOW_LEVELS, HIGH_LEVELS = (tl.constexpr(int.from_bytes(b, "little", signed=True)) for b in (_BYTES[:8], _BYTES[8:]))
+# a nibble's three low bits choose a byte of eight, of the low and of the high levels; its top bit chooses between them.
+# Four nibbles at a time, so the answers are those of two low and two high nibbles in turn, and are put in order last
+LOOK_UP = f"""
+    .reg .b32 l0, l1, h0, h1, three, top, a, b, c;
+    mov.b32 l0, {_WORDS[0]}; mov.b32 l1, {_WORDS[1]}; mov.b32 h0, {_WORDS[2]}; mov.b32 h1, {_WORDS[3]};
+    and.b32 three, $bits, 0x77777777;
+    shr.u32 top, $bits, 1;
+    and.b32 top, top, 0x44444444;
+    or.b32 top, top, 0x32103210;
+    prmt.b32 a, l0, l1, three;
+    prmt.b32 b, h0, h1, three;
+    prmt.b32 c, a, b, top;
+    shr.u32 three, three, 16;
+    shr.u32 top, top, 16;
+    prmt.b32 a, l0, l1, three;
+    prmt.b32 b, h0, h1, three;
+    prmt.b32 a, a, b, top;
+    prmt.b32 $low, c, a, 0x6420;
+    prmt.b32 $high, c, a, 0x7531;
+"""
+_LOOK_UP = tl.constexpr("{" + LOOK_UP.replace("$low", "$0").replace("$high", "$1").replace("$bits", "$2") + "}")
 
 
 @triton.jit
@@ -43,7 +73,27 @@ def _four_products(a, b, ASM: tl.constexpr):
 
 
 @triton.jit
-def _halves(word):
+def level(nibble):
+    """The byte of a nibble 0 … 15 of NF4, as an int64."""
+    return (tl.where(nibble < 8, LOW_LEVELS, HIGH_LEVELS) << ((7 - nibble % 8) * 8)) >> 56
+
+
+@triton.jit
+def _levels(bits, ASM: tl.constexpr):
+    """The levels of NF4 that eight nibbles mean, as signed bytes: of the four low nibbles and of the four high ones."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            _LOOK_UP, "=&r,=&r,r", [bits], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )  # fmt: skip
+    low, high = bits * 0, bits * 0
+    for i in tl.static_range(4):
+        low |= (level((bits >> (8 * i)) & 15) & 255).to(tl.int32) << (8 * i)
+        high |= (level((bits >> (8 * i + 4)) & 15) & 255).to(tl.int32) << (8 * i)
+    return low, high
+
+
+@triton.jit
+def halves(word):
     """The two float16 in 32 bits."""
     low = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return low, (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -68,6 +118,9 @@ def _words(q, top, scales, d, n, g, here, K, TYPE: tl.constexpr):
             four = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0)
             ends = tl.load(d + n[:, None] * (K // 256) + g[None, :] // 4, here, 0)
             return bits, four, ends, ends, ends
+        elif TYPE == "NF4":
+            absmax = tl.load(scales + n[:, None] * (K // 64) + g[None, :], here, 0.0)
+            return bits, absmax, absmax, absmax, absmax
         else:
             tops = tl.load(top + n[:, None, None] * (K // 16) + g[None, :, None] * 4 + j // 2, each, 0)
             i = tl.arange(0, 2)[None, None, :]
@@ -89,7 +142,7 @@ def _groups(
         if TYPE == "INT8":
             return p0 + p1
         else:
-            d0, d1 = _halves(words2)
+            d0, d1 = halves(words2)
             return p0 * d0 + p1 * d1
     else:
         bits = words0
@@ -97,10 +150,15 @@ def _groups(
             p0 = tl.sum(_four_products(bits & 0x0F0F0F0F, x0 + bits * 0, ASM), 2).to(tl.float32)
             p1 = tl.sum(_four_products((bits >> 4) & 0x0F0F0F0F, x1 + bits * 0, ASM), 2).to(tl.float32)
             four = words1
-            d_, dmin = _halves(words2)
+            d_, dmin = halves(words2)
             s0, m0 = (four & 255).to(tl.float32), ((four >> 8) & 255).to(tl.float32)
             s1, m1 = ((four >> 16) & 255).to(tl.float32), ((four >> 24) & 255).to(tl.float32)
             return d_ * (s0 * (p0 * xs0) + s1 * (p1 * xs1)) - dmin * (m0 * X0 + m1 * X1)
+        elif TYPE == "NF4":
+            w0, w1 = _levels(bits, ASM)
+            p0 = tl.sum(_four_products(w0, x0 + w0 * 0, ASM), 2).to(tl.float32)
+            p1 = tl.sum(_four_products(w1, x1 + w1 * 0, ASM), 2).to(tl.float32)
+            return words1 * NF4_UNIT * (p0 * xs0 + p1 * xs1)
         else:
             tops = words1 >> (tl.arange(0, 8) % 2 * 4)[None, None, :]
             w0 = (bits & 0x0F0F0F0F) | ((tops & 0x03030303) << 4)
