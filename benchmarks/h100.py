@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from tiercel.model.layers import Embedding, Linear, deviation, fresh, hold, init
 from tiercel.model.placed import place
 from tiercel.model.slots import PAGE, Mamba2Slots, Slots
 from tiercel.ops.triton.linear import DeviceQTensor, gated
+from tiercel.ops.triton.tiled import Tile, tile
+from tiercel.ops.triton.tiled import product as tiled_product
 from tiercel.sampling import SamplingParams
 
 MODEL = "falcon-h1r:7b"
@@ -255,6 +258,10 @@ def correct() -> None:
             worst[key] = max(worst[key], error) if math.isfinite(error) else math.inf
             print(f"      {name:20s} {key} {error:.2e}", flush=True)
     note(error_fp32=worst["fp32"], error_bf16=worst["bf16"])
+    correct_packed()
+
+
+def correct_packed() -> None:
     note(error_packed=max(_packed_error(kind) for kind in ("Q4_K", "Q6_K", "Q8_0", "INT8", "NF4")))
 
 
@@ -325,6 +332,57 @@ def decode1_packed() -> None:
         free()
 
 
+# of the 7B: gate and up, down, what the mixers read from, out_proj
+SOME_SHAPES = (12288, 3072), (3072, 12288), (8728, 3072), (3072, 3072)
+SOME_TILES = (
+    Tile(64, 2, 4, 4), Tile(64, 4, 4, 3), Tile(64, 4, 4, 4), Tile(128, 2, 4, 3), Tile(128, 2, 8, 4), Tile(128, 4, 8, 3)
+)  # fmt: skip
+
+
+def some() -> None:
+    """GB/s of Q4_K products of 8 and 32 rows by each tile and number of pieces of K, weights from memory; the best, and
+    what `tiled.tile` chooses today."""
+    for N, K in SOME_SHAPES:
+        copies = [packed("Q4_K", (N, K), 0.02) for _ in range(math.ceil(2.5e8 / (N * K * 0.5625)))]  # beyond the cache
+        for T in (8, 32):
+            x, reached = torch.randn(T, K, device="cuda", dtype=torch.bfloat16), {}
+            expected = x.float() @ copies[0].numbers().T
+            chosen = tile(T, N, K)
+            for by in (chosen, *(t._replace(pieces=p) for t in SOME_TILES for p in (1, 2, 3, 4, 6, 8))):
+                if K // 64 % (by.groups * by.pieces) or K // 64 // (by.groups * by.pieces) < 2:
+                    continue
+                if by != chosen and not 100 <= by.pieces * math.ceil(N / by.outputs) <= 1000:
+                    continue
+                try:
+                    error = (by_tile(x, copies[0], by).float() - expected).norm() / expected.norm()
+                    assert error < 1e-2, f"{by}: off by {error:.3g}"
+                    reached[by] = copies[0].nbytes / graph_seconds([partial(by_tile, x, m, by) for m in copies]) / 1e9
+                except Exception as error:  # too much shared memory, say: the others are still of interest
+                    print(f"      {by}: {error}", flush=True)
+            for by, rate in sorted(reached.items(), key=lambda item: -item[1])[:8]:
+                print(f"      {T:2d} rows of {N} x {K}: {rate:7.0f} GB/s  {by}", flush=True)
+            best = max(reached, key=lambda by: reached[by])
+            note(**{f"some_{T}_{N}x{K}_best": f"{reached[best]:.0f} GB/s {tuple(best)}"})
+            note(**{f"some_{T}_{N}x{K}_chosen_GBps": reached.get(chosen, 0.0)})
+        del copies
+        free()
+
+
+def by_tile(x: torch.Tensor, m: DeviceQTensor, by: Tile) -> torch.Tensor:
+    return tiled_product(x, m.type, (m.shape[0], m.shape[1]), m.bytes, by=by)
+
+
+def graph_seconds(runs: list[Callable[[], Any]]) -> float:
+    """Of one of these, recorded one after another: launches from Python would cost more than they do."""
+    runs[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    return seconds(graph.replay, 10) / len(runs)
+
+
 def decode32() -> None:
     net = network(MODEL)
     for rows, context in ((8, 16384), (32, 16384)):
@@ -353,6 +411,31 @@ def scan() -> None:
     x, B, C = x.view(1, L, H, P), B.view(1, L, 1, N), C.view(1, L, 1, N)
     time_ = seconds(lambda: mamba_chunk_scan_combined(x, dt.unsqueeze(0), A, B, C, 256, D=D), 10)
     note(mamba_ssm_scan_8192_ms=1e3 * time_)
+
+
+def training_scan() -> None:
+    """The packed scan both ways under autocast, 16 rows of 1,024 tokens in documents of 200, beside torch."""
+    from tiercel.model.packed import PackedRows
+    from tiercel.ops.packed_ssd import packed_ssd
+
+    H, P, N, rows, L = 24, 64, 128, 16, 1024
+    starts = (torch.arange(L, device="cuda") % 200 == 0).expand(rows, L)
+    batch = PackedRows(starts)
+    x, B, C = (torch.randn(rows * L, *size, device="cuda") / 4 for size in ((H, P), (1, N), (1, N)))
+    dt, A, D = torch.rand(rows * L, H, device="cuda") / 10, -torch.rand(H, device="cuda") - 0.1, torch.ones(H).cuda()
+    given, chunks = [t.requires_grad_() for t in (C, x, dt, A, B, D)], batch.chunks(64, torch.float32)
+    weigh, grads = torch.randn_like(x), {}
+
+    def run(way: Callable[..., torch.Tensor], *more: Any) -> tuple[torch.Tensor, ...]:
+        with torch.enable_grad(), torch.autocast("cuda", torch.bfloat16):
+            y = way(*given, *more)
+        return y.detach(), *torch.autograd.grad(y, given, weigh)
+
+    for name, way, more in (("torch", packed_ssd, (chunks,)), ("kernels", batch.ssd, ())):
+        grads[name] = run(way, *more)
+        note(**{f"training_scan_{name}_ms": 1e3 * seconds(lambda w=way, m=more: run(w, *m), 10)})
+    for name, a, b in zip(["y", *"C x dt A B D".split()], grads["kernels"], grads["torch"], strict=True):
+        note(**{f"training_scan_difference_{name}": float((a - b).norm() / b.norm())})
 
 
 def prefill() -> None:
@@ -442,14 +525,19 @@ def transformers_() -> None:
 
 
 ROWS: dict[str, Callable[[], None]] = {
-    "roofline": roofline, "correct": correct, "decode1": decode1, "packed": decode1_packed, "decode32": decode32,
-    "prefill": prefill, "scan": scan, "transformers": transformers_, "context32k": context32k, "profile": profile,
+    "roofline": roofline, "correct": correct, "correct_packed": correct_packed, "some": some, "decode1": decode1,
+    "packed": decode1_packed, "decode32": decode32,
+    "prefill": prefill, "scan": scan, "training_scan": training_scan, "transformers": transformers_,
+    "context32k": context32k, "profile": profile,
 }  # fmt: skip
+
+
+ASKED_FOR = "profile", "some", "correct_packed"  # run by name only
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(name for name in ROWS if name != "profile"))
+    parser.add_argument("--rows", default=",".join(name for name in ROWS if name not in ASKED_FOR))
     parser.add_argument("--budget", type=float, default=580, help="seconds after which no row begins")
     options = parser.parse_args()
     begin = time.monotonic()
