@@ -33,15 +33,15 @@ class Tile(NamedTuple):
     pieces: int = 1
 
 
-# by the most rows; not tuned yet: `benchmarks/h100.py --rows some` prints what settings reach
-TILES = {8: Tile(64, 4, 4, 4), 32: Tile(64, 4, 4, 3), 64: Tile(128, 2, 4, 3)}
-PROGRAMS, STEPS = 396, 4  # three programs on each of an H100's processors; a piece of K is not shorter
+# by the most rows; the fastest on an H100 (`benchmarks/h100.py --rows some` prints what settings reach)
+TILES = {8: Tile(64, 4, 4, 3), 64: Tile(128, 2, 4, 3)}
+PROGRAMS, STEPS, PIECES = 396, 3, 8  # three programs on each of its processors; a piece of K is not shorter; of those
 
 
 def tile(T: int, N: int, K: int) -> Tile:
     by = next((tile for most, tile in TILES.items() if most >= T), TILES[64])
     programs, steps = triton.cdiv(N, by.outputs), K // 64 // by.groups
-    pieces = [p for p in range(2, 1 + PROGRAMS // programs) if steps % p == 0 and steps // p >= STEPS]
+    pieces = [p for p in range(2, 1 + min(PIECES, PROGRAMS // programs)) if steps % p == 0 and steps // p >= STEPS]
     return by._replace(pieces=max(pieces, default=1))
 
 
@@ -83,7 +83,7 @@ _BYTES = """
     .reg .b32 l, h, a, b, t, u, v0, v1, minus, zero;
     mov.b32 minus, 0xBF80BF80; mov.b32 zero, 0x80008000;"""
 _Q4_K = _asm(
-    _NIBBLES + "mov.b32 less, 0xC300C300;"
+    _NIBBLES + "mov.b32 less, 0xC308C308;"  # less 128 + 8
     + _below_128("l", _V) + _scaled(_S, ("$m0", "$m1"), _LOW)
     + _below_128("h", _V) + _scaled(_S1, ("$m2", "$m3"), _HIGH),
     "w0", "w1", "w2", "w3", "q", "s0", "s1", "m0", "m1", "s2", "s3", "m2", "m3",
@@ -125,17 +125,18 @@ def _four_bits(
     if TYPE == "Q4_K":  # four bytes: scale, minimum, scale, minimum; d and dmin are two halves of a word
         four = tl.load(scales + n * G + g, known, 0)
         d_, dmin = halves(tl.load(d + n * (G // 4) + g // 4, known, 0))
-        s0 = _each(d_ * (four & 255).to(tl.float32), BN, BG, 32, ASM)
-        m0 = _each(-dmin * ((four >> 8) & 255).to(tl.float32), BN, BG, 32, ASM)
-        s1 = _each(d_ * ((four >> 16) & 255).to(tl.float32), BN, BG, 32, ASM)
-        m1 = _each(-dmin * ((four >> 24) & 255).to(tl.float32), BN, BG, 32, ASM)
+        s0, s1 = d_ * (four & 255).to(tl.float32), d_ * ((four >> 16) & 255).to(tl.float32)
+        # seen from the middle of the sixteen levels, where what is added is small, and so is its rounding
+        m0 = _each(8 * s0 - dmin * ((four >> 8) & 255).to(tl.float32), BN, BG, 32, ASM)
+        m1 = _each(8 * s1 - dmin * ((four >> 24) & 255).to(tl.float32), BN, BG, 32, ASM)
+        s0, s1 = _each(s0, BN, BG, 32, ASM), _each(s1, BN, BG, 32, ASM)
         if ASM:
             return tl.inline_asm_elementwise(
                 _Q4_K, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r", [bytes_, s0, m0, s1, m1],
                 dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
             )  # fmt: skip
         else:
-            return low.to(tl.float32) * s0 + m0, high.to(tl.float32) * s1 + m1
+            return (low.to(tl.float32) - 8) * s0 + m0, (high.to(tl.float32) - 8) * s1 + m1
     elif TYPE == "NF4":
         absmax = tl.load(scales + n * G + g, known, 0.0)
         s0 = _each(absmax * NF4_UNIT, BN, BG, 32, ASM)
