@@ -10,6 +10,7 @@ for anybody: a thread may be in the middle of a download or of loading a model.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import os
@@ -263,7 +264,7 @@ def run(settings: Settings, names: list[str], adapters: dict[str, Path] | None =
 def leave() -> NoReturn:
     """End the process now.  asyncio and Python would wait for every thread of `to_thread`, also for one that loads a
     model or waits for a hub that is silent; and taking torch to pieces takes seconds on a machine with other work."""
-    logging.shutdown()
+    atexit._run_exitfuncs()  # files of the cache, the log's last lines
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
