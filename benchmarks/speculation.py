@@ -2,13 +2,13 @@
 
     python benchmarks/speculation.py [--rounds 5] [--tokens 256] [--model FILE]
 
-0.5B      the shape of Falcon-H1-0.5B in Q4_K_M with random weights. The greedy text of such a model turns in a circle
-          after some hundred tokens; the prompt is as much of it as shows the circle, so going on is copying from it
+0.5B      the shape of Falcon-H1-0.5B in Q4_K_M with random weights, a prompt of 64 tokens said four times.  Such a
+          model copies in parts only, so what lookup brings is not what it brings on a copy: `right` says that
 smollm2   the real model (tiercel pull smollm2), asked to repeat a text; left out where it is not here
 
-In turn: without guesses, with prompt lookup, with guesses that are always wrong (the token after the one that comes).
-Tokens a second of the answer, the prompt's reading left out. The three texts must be equal. The ratio is the median of
-the rounds' ratios.
+In turn: without guesses, with prompt lookup, with guesses that are always right (what lookup is where all is copied)
+and always wrong.  Tokens a second of the answer, the prompt's reading left out.  The texts must be equal.  The ratio
+is the median of the rounds' ratios; guessed and right are tokens of one answer.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ from tiercel.weights.load import export
 
 TEXT = """The river begins in three springs below the pass, where 14 shepherds keep 230 goats. In June the snow water \
 fills the upper ponds; by September two of them are dry. Anna Kovalenko measured the flow every Monday from 1962 to \
-1981 and wrote it in green notebooks. The largest flood came on 9 May 1970, when the mill at Orlova lost its wheel. Her \
-brother Petro built the new one from larch, seven metres across, and it still turns."""
+1981 and wrote it in green notebooks. The largest flood came on 9 May 1970, when the mill at Orlova lost its wheel. \
+Her brother Petro built the new one from larch, seven metres across, and it still turns."""
 
 
 @dataclass
-class AlwaysWrong:
-    """Knows what comes and says something else."""
+class Knows:
+    """Says what comes, or always something else."""
 
     text: Sequence[int]  # prompt and answer
+    shift: int  # to another token; 0: none
     vocabulary: int
 
     def strength(self, tokens: Sequence[int]) -> int:
         return 2
 
     def propose(self, tokens: Sequence[int], k: int) -> list[int]:
-        return [(token + 1) % self.vocabulary for token in self.text[len(tokens) : len(tokens) + k]]
+        return [(token + self.shift) % self.vocabulary for token in self.text[len(tokens) : len(tokens) + k]]
 
     def note(self, accepted: int) -> None:
         pass
@@ -78,8 +79,11 @@ def measure(model: Any, prompt: list[int], tokens: int, rounds: int) -> dict[str
 
     plain = engine(None)
     truth = answer(plain, prompt, tokens).token_ids
-    wrong = AlwaysWrong([*prompt, *truth, 0], model.config.vocab_size)
-    engines = {"none": plain, "lookup": engine(prompt_lookup), "wrong": engine(lambda _: wrong)}
+    right, wrong = (Knows([*prompt, *truth], shift, model.config.vocab_size) for shift in (0, 1))
+    engines = {
+        "none": plain, "lookup": engine(prompt_lookup), "right": engine(lambda _: right),
+        "wrong": engine(lambda _: wrong),
+    }  # fmt: skip
     found = {name: Runs() for name in engines}
     for number in range(rounds + 1):  # the first one records each kind of step and is not counted
         for name, each in engines.items():
@@ -101,18 +105,6 @@ def measure(model: Any, prompt: list[int], tokens: int, rounds: int) -> dict[str
     return {"prompt": len(prompt), "tokens": tokens, **table}
 
 
-def circle(model: Any) -> list[int]:
-    """A prompt that ends in what a model of random weights says for ever."""
-    engine = Engine(model, slots=1, cache_bytes=0)
-    for seed in range(50):
-        rng = random.Random(seed)
-        start = [rng.randrange(30000) for _ in range(32)]
-        said = answer(engine, start, 400).token_ids
-        if any(said[-250:] == said[-250 - period : -period] for period in range(2, 126)):
-            return start + said
-    raise SystemExit("none of these texts ends in a circle")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -125,7 +117,9 @@ def main() -> None:
             options.model = Path(scratch) / "plain.gguf"
             export(random_source("falcon-h1:0.5b", "q4_k_m"), options.model, name="falcon-h1:0.5b")
         model = tiercel.load(options.model, max_length=4096)
-        result["0.5B"] = measure(model, circle(model), options.tokens, options.rounds)
+        rng = random.Random(3)
+        prompt = [rng.randrange(30000) for _ in range(64)] * 4
+        result["0.5B"] = measure(model, prompt, options.tokens, options.rounds)
     try:
         model = tiercel.load("smollm2", max_length=4096)
     except ModelNotFound:

@@ -326,4 +326,6 @@ def test_sigterm_ends_the_server_also_while_a_download_stands_still(checkpoints,
             each.close()
     finally:
         process.kill()
+        process.wait()
+        process.stderr.close()
         silent.close()

@@ -38,7 +38,6 @@ from tiercel.serve.security import Guard
 from tiercel.serve.settings import Settings
 from tiercel.serve.talk import Running
 
-
 CLOSING = 5.0  # seconds for the engines to end their step and stop, after the drain
 
 
@@ -256,7 +255,7 @@ def run(settings: Settings, names: list[str], adapters: dict[str, Path] | None =
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    sys.setswitchinterval(0.001)  # five by default: so long an answer would wait for the engine's thread at every turn
+    sys.setswitchinterval(0.0002)  # 5 ms by default: so long an answer waits for the engine's thread at every turn
     service = Service(settings)
     asyncio.run(_run(service, names, adapters or {}))
 
