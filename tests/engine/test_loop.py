@@ -1,6 +1,8 @@
 """Many at once through asyncio: everybody gets an own answer, who leaves frees everything, closing ends all."""
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +83,25 @@ def test_closing_lets_what_runs_end_and_ends_what_takes_too_long(net):
 
     first, second, third = asyncio.run(main())
     assert first in ("length", "abort") and second in ("length", "abort") and third == "abort"
+
+
+def test_answers_can_be_ended_and_the_engine_closed_while_all_other_threads_are_busy(net):
+    async def main():
+        many, busy, loop = engine(net), threading.Event(), asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        work = loop.run_in_executor(None, busy.wait, 30)
+        many.start()
+        stream, other = many.submit(ids(20), LONG), many.submit(ids(20), LONG)
+        await anext(stream)
+        async with asyncio.timeout(5):
+            await stream.cancel()
+            assert stream.request.choices[0].state is None and other.request.choices[0].state is not None
+            await many.close()
+        assert many.engine.idle and await many.call(lambda: 3) == 3
+        busy.set()
+        await work
+
+    asyncio.run(main())
 
 
 def test_what_is_wrong_is_said_at_once(net):

@@ -227,8 +227,8 @@ def test_a_model_that_does_not_fit_takes_the_place_of_an_idle_one(start):
     assert len(server.service.models.loaded) == 1
 
 
-def serve(checkpoints, drain, tmp_path, port):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TIERCEL_HOME": str(tmp_path)}
+def serve(checkpoints, drain, tmp_path, port, **environment):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TIERCEL_HOME": str(tmp_path)} | environment
     process = subprocess.Popen(
         [sys.executable, "-m", "tiercel", "serve", str(checkpoints["tiny"]), "--port", str(port),
          "--drain", str(drain)],
@@ -304,3 +304,28 @@ def test_sigterm_lets_answers_finish(checkpoints, tmp_path):
     read, code, seconds, refused = drained(checkpoints, tmp_path, 20, 60, random.Random(0))
     check_ends(read, cut=False)
     assert code == 0 and refused and seconds < 22
+
+
+def test_sigterm_ends_the_server_also_while_a_download_stands_still(checkpoints, tmp_path):
+    """And while somebody does not read what it is sent."""
+    silent = socket.create_server(("127.0.0.1", 0))  # a hub that takes the call and says nothing
+    hub = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    port = free_port()
+    process = serve(checkpoints, 1, tmp_path, port, HF_ENDPOINT=hub)
+    try:
+        pull = open_stream(port, {"model": "hf.co/somebody/something"}, "/api/pull")
+        deaf = open_stream(port, FOREVER, "/v1/completions")
+        silent.settimeout(20)
+        call, _ = silent.accept()
+        assert b"200 OK" in deaf.recv(20)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(30) == 0
+        assert time.monotonic() - began < 1 + 2 + 3  # an unfinished download is cut two seconds after the answers
+        for each in (pull, deaf, call):
+            each.close()
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        silent.close()

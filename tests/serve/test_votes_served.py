@@ -40,6 +40,23 @@ def test_a_stream_tells_how_it_stands_and_then_the_answer(server):
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-1] in ("stop", "length")
 
 
+def test_responses_are_voted_on_too(server):
+    body = {"model": "tiny", "input": HI, "max_output_tokens": 9, "temperature": 9, "vote": VOTE}
+    status, answer = server.ask("POST", "/v1/responses", body)
+    assert status == 200 and len(answer["output"]) == 1
+    vote = answer["vote"]
+    assert vote["traces"] == 12
+    assert answer["usage"]["output_tokens"] == sum(trace["tokens"] for trace in vote["details"])
+    events = server.events("/v1/responses", body | {"stream": True})
+    told = [event["response"]["vote"] for event in events if "vote" in event.get("response", {})]
+    assert len(told) > 2 and all("done" in vote for vote in told[:-1]) and told[-1]["traces"] == 12
+    said = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+    assert events[-1]["response"]["output"][0]["content"][0]["text"] == said
+    assert events[-1]["type"] in ("response.completed", "response.incomplete")
+    status, answer = server.ask("POST", "/v1/responses", body | {"vote": {"k": 65}})
+    assert status == 400 and "may be 64 on this server" in answer["error"]["message"]
+
+
 def test_ollamas_chat_and_generate(server):
     status, answer = server.ask("POST", "/api/chat", ollama(stream=False))
     assert status == 200 and answer["done"] and answer["vote"]["traces"] == 12

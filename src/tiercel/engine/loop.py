@@ -64,8 +64,7 @@ class Stream:
     async def cancel(self) -> None:
         """End the request; what it held is free when this returns.  Nothing happens where it has ended."""
         if not self.request.finished:
-            await asyncio.to_thread(self.engine.engine.abort, self.request.id)
-            self.engine.wake()
+            await self.engine.end(self.request)
         self.engine.streams.pop(self.request, None)
 
     def _give_up(self) -> None:
@@ -88,7 +87,7 @@ class AsyncEngine:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="engine", daemon=True)
         self._thread.start()
 
@@ -109,12 +108,13 @@ class AsyncEngine:
             await asyncio.sleep(0.02)
         for request in list(self.streams):
             if not request.finished:
-                await asyncio.to_thread(self.engine.abort, request.id)
+                self.abandon(request)
         self._stopped = True
         self.wake()
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+            await self._ended.wait()
             self._thread = None
+            self._serve_calls()  # those that came too late for it
 
     @property
     def stats(self) -> Stats:
@@ -122,6 +122,8 @@ class AsyncEngine:
 
     async def call(self, work: Callable[[], Any]) -> Any:
         """Run this between two steps, on the engine's thread: the network is the engine's, and nobody else's."""
+        if self._thread is None:
+            return work()
         done: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._calls.append((work, done))
         self.wake()
@@ -135,6 +137,12 @@ class AsyncEngine:
         self._abandoned.append(request.id)
         self.wake()
 
+    async def end(self, request: Request) -> None:
+        """The same, and wait for it.  On the engine's thread, which has no queue and holds the engine's lock anyway; it
+        happens also when who waits is cancelled."""
+        self.abandon(request)
+        await self.call(self._end_abandoned)
+
     def _loop_time(self) -> float:
         return asyncio.get_running_loop().time()
 
@@ -143,21 +151,28 @@ class AsyncEngine:
         torch.set_num_threads(threads)  # OpenMP counts for each thread that calls it
         while True:
             self._awake.clear()
-            while self._abandoned:
-                self.engine.abort(self._abandoned.pop())
-            while self._calls:
-                work, done = self._calls.popleft()
-                if done.set_running_or_notify_cancel():
-                    try:
-                        done.set_result(work())
-                    except BaseException as error:
-                        done.set_exception(error)
+            self._end_abandoned()
+            self._serve_calls()
             if not self.engine.idle:
                 self._send(self._step())
             elif self._stopped:
-                return
+                break
             else:
                 self._awake.wait()
+        self._tell(self._ended.set)
+
+    def _end_abandoned(self) -> None:
+        while self._abandoned:
+            self.engine.abort(self._abandoned.pop())
+
+    def _serve_calls(self) -> None:
+        while self._calls:
+            work, done = self._calls.popleft()
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(work())
+                except BaseException as error:
+                    done.set_exception(error)
 
     def _step(self) -> list[Update]:
         try:
@@ -167,8 +182,11 @@ class AsyncEngine:
             return self.engine.fail_all(TiercelError(f"the engine failed ({type(error).__name__}: {error}); try again"))
 
     def _send(self, updates: list[Update]) -> None:
+        self._tell(self._deliver, updates)
+
+    def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is gone
-            self._loop.call_soon_threadsafe(self._deliver, updates)
+            self._loop.call_soon_threadsafe(what, *arguments)
 
     def _deliver(self, updates: list[Update]) -> None:
         for update in updates:

@@ -266,7 +266,8 @@ class Speculation:
             more += p**k
             if k not in LENGTHS:
                 continue
-            here = (rows + more) / (self.costs.of(rows + k) + k * self._drafting)
+            # more rows never cost less: where they seem to, somebody else had the cores while few were measured
+            here = (rows + more) / (max(self.costs.of(rows + k), base) + k * self._drafting)
             if here > speed:
                 best, speed = k, here
         if best:

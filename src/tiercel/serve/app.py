@@ -3,20 +3,23 @@
     Guard (who may call) → Desk (drain, request ids, errors, counting) → routes
 
 On SIGTERM the server stops listening, refuses what still comes, lets running answers go on for `drain` seconds, and
-ends the rest with an error event of their own; a second signal ends at once.
+ends the rest with an error event of their own; a second signal ends at once.  The process then leaves without waiting
+for anybody: a thread may be in the middle of a download or of loading a model.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import logging
+import os
 import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 from starlette.applications import Starlette
@@ -35,6 +38,8 @@ from tiercel.serve.security import Guard
 from tiercel.serve.settings import Settings
 from tiercel.serve.talk import Running
 
+CLOSING = 5.0  # seconds for the engines to end their step and stop, after the drain
+
 
 class Service:
     """What the routes share."""
@@ -45,7 +50,8 @@ class Service:
         self.metrics = Metrics()
         self.running: set[Running] = set()
         self.admitted = 0
-        self.draining = False
+        self.draining = False  # nobody new is let in
+        self.over: Refusal | None = None  # and why nobody may go on
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
@@ -69,8 +75,10 @@ class Service:
                 lease.release(keep_alive)
 
     def expire(self) -> None:
+        """End all answers, and those whose prompt is still being made ready when they begin."""
+        self.over = Refusal(503, "the server is going down; the answer was cut short", code="shutdown")
         for running in list(self.running):
-            running.expire(Refusal(503, "the server is going down; the answer was cut short", code="shutdown"))
+            running.expire(self.over)
 
 
 class Desk:
@@ -165,7 +173,11 @@ def make_app(service: Service) -> Any:
     async def life(app: Starlette) -> Any:
         service.models.start()
         yield
-        await service.models.close()
+        try:
+            async with asyncio.timeout(CLOSING):
+                await service.models.close()
+        except TimeoutError:
+            log.warning("an engine did not stop within %g s", CLOSING)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -243,9 +255,18 @@ def run(settings: Settings, names: list[str], adapters: dict[str, Path] | None =
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    sys.setswitchinterval(0.001)  # five by default: so long an answer would wait for the engine's thread at every turn
+    sys.setswitchinterval(0.0002)  # 5 ms by default: so long an answer waits for the engine's thread at every turn
     service = Service(settings)
     asyncio.run(_run(service, names, adapters or {}))
+
+
+def leave() -> NoReturn:
+    """End the process now.  asyncio and Python would wait for every thread of `to_thread`, also for one that loads a
+    model or waits for a hub that is silent; and taking torch to pieces takes seconds on a machine with other work."""
+    atexit._run_exitfuncs()  # files of the cache, the log's last lines
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 async def _run(service: Service, names: list[str], adapters: dict[str, Path]) -> None:
@@ -267,6 +288,7 @@ async def _run(service: Service, names: list[str], adapters: dict[str, Path]) ->
             f"{service.settings.host}:{service.settings.port} cannot be listened on: another server is there, or the "
             "address is not this machine's; choose another with --port"
         )
+    leave()
 
 
 def served_name(service: Service, name: str) -> str:

@@ -239,10 +239,11 @@ class Models:
             await self._sweep()
 
     async def close(self) -> None:
+        """Stop all engines; their memory goes with the process."""
         if self._sweeper is not None:
             self._sweeper.cancel()
-        for key in list(self.loaded):
-            await self._unload(key)
+        loaded, self.loaded = self.loaded, {}
+        await asyncio.gather(*(each.engine.close(0) for each in loaded.values()))
 
 
 def extras_of(local: hub.LocalModel) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """OpenAI's /v1/responses, without memory: `previous_response_id`, `conversation` and `background` are refused.
 
-One message item, before it a reasoning item where the model thinks, after it the function calls.
+One message item, before it a reasoning item where the model thinks, after it the function calls.  Of a vote
+`response.in_progress` tells how it stands whenever an answer has ended; the last response has its table.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from starlette.responses import Response
 from tiercel.serve import talk
 from tiercel.serve.errors import Refusal
 from tiercel.serve.openai import ChatCompletion, open_chat
-from tiercel.serve.requests import Body, read
+from tiercel.serve.requests import Body, VoteField, read
 from tiercel.serve.stream import NamedEvents, Whole
 from tiercel.serve.talk import Counts, Part
 
@@ -46,6 +47,7 @@ class ResponsesRequest(Body):
     metadata: dict[str, Any] | None = None
     include: list[str] | None = None
     user: str | None = None
+    vote: VoteField | None = None  # ours
 
 
 async def responses(request: Request) -> Response:
@@ -92,7 +94,7 @@ def as_chat(body: ResponsesRequest, settings: Any) -> ChatCompletion:
         model=body.model, messages=messages, temperature=body.temperature, top_p=body.top_p,
         max_tokens=body.max_output_tokens, tools=[_tool(tool) for tool in body.tools or ()] or None,
         tool_choice=body.tool_choice, response_format=format,
-        reasoning={"effort": effort} if effort else None,
+        reasoning={"effort": effort} if effort else None, vote=body.vote,
     )  # fmt: skip
 
 
@@ -244,10 +246,15 @@ async def _events(
     async with service.lease(body.model) as lease:
         ask = await open_chat(request, chat, lease)
         counts, writer, finish = Counts(), _Writer(body), "stop"
+        held: dict[str, Any] = {}
         async with talk.answer(service, lease, ask, counts) as parts:
             for kind in ("response.created", "response.in_progress"):
                 yield writer.event(kind, response=writer.response("in_progress"))
             async for part in parts:
+                if part.vote:
+                    held = {"vote": part.vote}
+                    if not part.finish:  # an answer has ended, and this is how it stands
+                        yield writer.event("response.in_progress", response=writer.response("in_progress", **held))
                 for event in writer.write(part):
                     yield event
                 finish = part.finish or finish
@@ -257,7 +264,7 @@ async def _events(
         status = "incomplete" if short else "completed"
         done = writer.response(
             status, completed_at=int(time.time()), usage=_usage(counts),
-            incomplete_details={"reason": "max_output_tokens"} if short else None,
+            incomplete_details={"reason": "max_output_tokens"} if short else None, **held,
         )  # fmt: skip
         yield writer.event(f"response.{status}", response=done)
 

@@ -305,7 +305,7 @@ class Running:
 
     def expire(self, reason: Refusal) -> None:
         self.reason = reason
-        if self._scope is not None:
+        if self._scope is not None and not self._scope.expired():
             self._scope.reschedule(asyncio.get_running_loop().time())
 
     async def updates(self) -> AsyncIterator[Any]:
@@ -342,6 +342,8 @@ class Running:
 @asynccontextmanager
 async def answer(service: Service, lease: Lease, ask: Ask, counts: Counts) -> AsyncIterator[AsyncIterator[Part]]:
     """The parts of an answer; leaving the block cancels what still runs.  Raises Busy, RequestError at once."""
+    if service.over is not None:
+        raise service.over
     lease.take(len(ask.ids))
     shown = ask.tools.markers if ask.tools is not None else ()
     voter = None if ask.vote is None else Voter(ask.vote)
