@@ -24,12 +24,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import tiercel  # before torch: it says how torch's threads wait
+
+# isort: split
 import lm_eval
 import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
-import tiercel
 from tiercel.evals import open_task
 from tiercel.evals.gsm8k import GSM8K
 from tiercel.evals.lm_eval import TiercelLM
