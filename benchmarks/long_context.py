@@ -1,6 +1,6 @@
 """Falcon-H1 against a Llama-shaped model of equal parameters and precision, 1K to 32K of context, on the CPU.
 
-    python benchmarks/long_context.py                      0.5B in Q4_K_M: about fifteen minutes on two quiet cores
+    python benchmarks/long_context.py                      0.5B in Q4_K_M: two to fifteen minutes on two quiet cores
     python benchmarks/long_context.py --model falcon-h1:1.5b --quantize q8_0
     python benchmarks/long_context.py --lengths 512,1024 --keep /tmp/tiny.json     a look
     python benchmarks/long_context.py --write              the page and the plot from what was measured

@@ -1,6 +1,6 @@
 """What `tiercel plan` says against what comes: twelve combinations of model, precision, context and slots.
 
-    python benchmarks/plan_vs_measured.py                all: under eight minutes on two quiet cores
+    python benchmarks/plan_vs_measured.py                all: three minutes on two quiet cores
     python benchmarks/plan_vs_measured.py --memory       memory alone, which may be measured on a busy machine
     python benchmarks/plan_vs_measured.py --list         the combinations and what is predicted
     python benchmarks/plan_vs_measured.py --predict      what was measured beside what is predicted now

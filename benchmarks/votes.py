@@ -4,8 +4,8 @@
     python benchmarks/votes.py --each 1 --larger 1 --pool 20 --k 4,16     a quick look
     python benchmarks/votes.py --traces FILE                the same traces again, without the model
 
-Problems are `tiercel.problems`' held-out ones, of the sizes that the reasoner was trained on (--each of a family) and
-larger (--larger of a family), where it is often wrong; the families' own checkers say what is right.  Each problem is
+Problems are `tiercel.problems`' held-out ones, of the sizes that the reasoner was trained on (--each of a family, at
+temperature 0.6 and at 1.5) and larger (--larger of a family); the families' own checkers say what is right.  Each is
 answered --pool times in full, in one vote of the engine, so that its prompt is read once; votes of K are then drawn
 from these traces (voting/pool.py), and every method sees the same draws.  Each problem is a line of --traces as soon
 as it is done: started again, the script goes on.  Prints the tables, and writes docs/votes.svg and docs/votes.json.
@@ -29,30 +29,36 @@ from tiercel.voting import Trace, VoteSettings
 from tiercel.voting.answers import normal
 from tiercel.voting.pool import Stored, curve
 
-SAMPLING = {"temperature": 0.6, "top_p": 0.95}  # DeepConf's own
-SETS = {"trained sizes": False, "larger": True}
+CAREFUL = {"temperature": 0.6, "top_p": 0.95}  # DeepConf's own
+HOT = {"temperature": 1.5, "top_p": 1.0}  # at which the reasoner slips now and then
+SETS: dict[str, tuple[bool, dict[str, float]]] = {  # larger than trained? and how traces are drawn
+    "trained sizes": (False, CAREFUL),
+    "trained sizes, temperature 1.5": (False, HOT),
+    "larger sizes": (True, CAREFUL),
+}
 
 
 def problems(each: int, larger: int) -> dict[str, list[Problem]]:
     """By set."""
     return {
         name: [p for f in FAMILIES.values() for p in f.test_set(larger if is_larger else each, larger=is_larger)]
-        for name, is_larger in SETS.items()
+        for name, (is_larger, _) in SETS.items()
     }
 
 
 def make(args: argparse.Namespace) -> None:
     """Answer what is not in the file of traces yet."""
     args.traces.touch()
-    done = {json.loads(line)["question"] for line in args.traces.read_text().splitlines()}
+    rows = map(json.loads, args.traces.read_text().splitlines())
+    done = {(row["set"], row["question"]) for row in rows}
     asked = problems(args.each, args.larger)
-    left = [(name, problem) for name, part in asked.items() for problem in part if problem.question not in done]
+    left = [(name, p) for name, part in asked.items() for p in part if (name, p.question) not in done]
     if not left:
         return
     model = tiercel.load(args.model)
     for number, (name, problem) in enumerate(left, 1):
         began = time.perf_counter()
-        params = tiercel.SamplingParams(max_tokens=args.max_tokens, seed=args.seed, **SAMPLING)
+        params = tiercel.SamplingParams(max_tokens=args.max_tokens, seed=args.seed, **SETS[name][1])
         messages = [{"role": "user", "content": problem.question}]
         settings = VoteSettings(k=args.pool, window=args.window)
         vote = model.vote(messages, settings, params, answer=lambda text: normal(text))
@@ -65,9 +71,10 @@ def make(args: argparse.Namespace) -> None:
               f"{time.perf_counter() - began:.1f} s", flush=True)  # fmt: skip
 
 
-def read(args: argparse.Namespace, part: list[Problem]) -> list[list[Stored]]:
-    """The traces of each problem."""
-    lines = {row["question"]: row["traces"] for row in map(json.loads, args.traces.read_text().splitlines())}
+def read(args: argparse.Namespace, name: str, part: list[Problem]) -> list[list[Stored]]:
+    """The traces of each problem of a set."""
+    rows = map(json.loads, args.traces.read_text().splitlines())
+    lines = {row["question"]: row["traces"] for row in rows if row["set"] == name}
     return [
         [Stored(Trace(0, tokens=t["tokens"], finish_reason=t["finish_reason"], answer=t["answer"],
                       token_confidence=t["confidence"])) for t in lines[problem.question]] for problem in part
@@ -87,9 +94,9 @@ def wanted(ks: list[int], window: int) -> dict[str, list[VoteSettings]]:
     return lines
 
 
-def counted(args: argparse.Namespace, part: list[Problem]) -> dict[str, Any]:
+def counted(args: argparse.Namespace, name: str, part: list[Problem]) -> dict[str, Any]:
     """one: a single answer's share of right ones, tokens and cut ones · curves: by method."""
-    pools = read(args, part)
+    pools = read(args, name, part)
 
     @functools.cache
     def correct(number: int, answer: str | None) -> bool:
@@ -129,7 +136,7 @@ def plot(sets: dict[str, Any], title: str, out: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(sets), figsize=(11, 4.6))
+    figure, panels = plt.subplots(1, len(sets), figsize=(13, 4.6))
     for axes, (name, found) in zip(panels, sets.items(), strict=True):
         for method, points in found["curves"].items():
             style = "-o" if method == "majority" else "--s" if method.startswith("deepconf") else ":^"
@@ -156,17 +163,17 @@ def main() -> None:
         "--window", type=int, default=16, help="tokens of a group; DeepConf's 2048 is for long thoughts"
     )
     parser.add_argument("--max-tokens", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--traces", type=Path, default=Path(tempfile.gettempdir()) / "tiercel-votes.jsonl")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "votes")
     args = parser.parse_args()
     make(args)
-    sets = {name: counted(args, part) for name, part in problems(args.each, args.larger).items() if part}
+    sets = {name: counted(args, name, part) for name, part in problems(args.each, args.larger).items() if part}
     title = f"{args.model}: votes of {args.k.replace(',', ', ')} answers"
     head = {"model": args.model, "tiercel": tiercel.__version__, "machine": cpu_name(),
             "date": time.strftime("%Y-%m-%d"), "pool": args.pool, "window": args.window,
-            "max_tokens": args.max_tokens, "seed": args.seed, "rounds": args.rounds, "sampling": SAMPLING}  # fmt: skip
+            "max_tokens": args.max_tokens, "seed": args.seed, "rounds": args.rounds}  # fmt: skip
     print(", ".join(f"{name} {value}" for name, value in head.items()), end="\n\n")
     for name, found in sets.items():
         print(table(name, found, args.pool))
