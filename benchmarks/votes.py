@@ -130,25 +130,44 @@ def table(name: str, found: dict[str, Any], pool: int) -> str:
     return "\n".join([*out, ""])
 
 
+STYLES = {  # a colour for each kind, lighter where it spends more for the same
+    "majority": ("black", "-", "o"),
+    "weighted by mean": ("#9ecae1", ":", "^"), "weighted by lowest": ("#2171b5", ":", "^"),
+    "weighted by bottom": ("#4292c6", ":", "v"), "weighted by tail": ("#084594", ":", "v"),
+    "filtered-low": ("#74c476", ":", "D"), "filtered-high": ("#006d2c", ":", "D"),
+    "deepconf-low, stop": ("#fdae6b", "--", "s"), "deepconf-low, stop and consensus": ("#e6550d", "--", "s"),
+    "deepconf-high, stop": ("#bcbddc", "--", "s"), "deepconf-high, stop and consensus": ("#54278f", "--", "s"),
+}  # fmt: skip
+SPAN = 12  # points of the axis at least, so that what is within the noise does not look like more
+
+
 def plot(sets: dict[str, Any], title: str, out: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(sets), figsize=(13, 4.6))
+    figure, panels = plt.subplots(1, len(sets), figsize=(13, 4.4))
     for axes, (name, found) in zip(panels, sets.items(), strict=True):
-        for method, points in found["curves"].items():
-            style = "-o" if method == "majority" else "--s" if method.startswith("deepconf") else ":^"
-            x, y = [p.tokens for p in points], [100 * p.accuracy for p in points]
-            axes.plot(x, y, style, label=method, markersize=4)
         one = found["one"]
-        axes.plot(one["tokens"], 100 * one["accuracy"], "*", color="black", markersize=9, label="one answer")
-        axes.set(xlabel="tokens per problem", xscale="log", title=f"{name}, {one['problems']} problems")
+        shares = [100 * one["accuracy"]]
+        for method, points in found["curves"].items():
+            colour, line, marker = STYLES[method]
+            x, y = [p.tokens for p in points], [100 * p.accuracy for p in points]
+            shares += y
+            axes.plot(x, y, color=colour, linestyle=line, marker=marker, label=method, markersize=4)
+        axes.plot(one["tokens"], shares[0], "*", color="crimson", markersize=11, label="one answer")
+        middle, half = (min(shares) + max(shares)) / 2, max(max(shares) - min(shares), SPAN) / 2 + 1
+        axes.set_ylim(max(middle - half, 0), min(middle + half, 100.5))
+        axes.set(xlabel="tokens per problem", xscale="log")
+        axes.set_title(name.replace(", ", ",\n") + f" ({one['problems']} problems)", fontsize=10)
+        ticks = [50, 100, 200, 500, 1000, 2000, 5000]
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+        axes.minorticks_off()
     panels[0].set_ylabel("right, %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="center right", fontsize=8)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=11)
     figure.tight_layout(rect=(0, 0, 0.8, 1))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(0.8, 0.5), fontsize=8)
     figure.savefig(out)
 
 
