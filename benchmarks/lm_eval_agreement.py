@@ -1,11 +1,15 @@
 """Does our lm-eval model class give what transformers gives from the same GGUF, and do our prompts and filters agree?
 
-    python benchmarks/lm_eval_agreement.py --items 200 --out agreement.json      (an hour on two cores)
+    python benchmarks/lm_eval_agreement.py --items 200 --gsm8k-items 40 --out agreement.json
+
+Every answer is kept beside --out as it comes (lm-eval's own cache, one file for each model): the same command goes on
+where it was interrupted, and agreement.json has the tasks that are finished.
 
 ARC-Challenge and MMLU (5 shots): the choice of each item, SmolLM2-135M through `TiercelLM` and through HFLM
 on the GGUF as transformers unpacks it, both in lm-eval's own tasks on our local files.  GSM8K (5 shots): the
 prompts of lm-eval and of `tiercel eval`, the verdicts of both filters on the same outputs, and the outputs themselves.
-Every item on which they differ is printed with both likelihoods.
+Every item on which they differ is printed: choices with both likelihoods and how far apart the best two were, outputs
+with the first token that differs and how much likelier ours was there than theirs, by our own network.
 
 --precision float32 unpacks our weights as transformers does.  As we normally run the file (exact, fast) keys and values
 are kept in bfloat16, which moves a log-probability by about 0.01 and so turns choices that are nearly a tie.
@@ -17,16 +21,17 @@ import argparse
 import json
 import platform
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+import tiercel  # before torch: it says how torch's threads wait
+
+# isort: split
 import lm_eval
 import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
-import tiercel
 from tiercel.evals import open_task
 from tiercel.evals.gsm8k import GSM8K
 from tiercel.evals.lm_eval import TiercelLM
@@ -92,9 +97,10 @@ def gsm8k_task(items: list[Item], task: GSM8K, folder: Path, tokens: int) -> lis
                    ])]  # fmt: skip
 
 
-def run(model: Any, tasks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """id → the samples lm-eval logs of it (one for each filter)."""
-    found = lm_eval.simple_evaluate(model=model, tasks=tasks, log_samples=True, bootstrap_iters=0, verbosity="ERROR")
+def run(model: Any, tasks: list[dict[str, Any]], kept: Path | None) -> dict[str, list[dict[str, Any]]]:
+    """id → the samples lm-eval logs of it (one for each filter).  kept: where its answers are, and will be"""
+    found = lm_eval.simple_evaluate(model=model, tasks=tasks, log_samples=True, bootstrap_iters=0, verbosity="ERROR",
+                                    use_cache=None if kept is None else str(kept))  # fmt: skip
     by_id: dict[str, list[dict[str, Any]]] = {}
     for samples in found["samples"].values():
         for sample in samples:
@@ -102,39 +108,58 @@ def run(model: Any, tasks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any
     return by_id
 
 
-def choice_of(sample: dict[str, Any], lengths: bool) -> tuple[int, list[float]]:
+def choice_of(sample: dict[str, Any], lengths: bool) -> tuple[int, list[float], float]:
+    """The choice, all likelihoods, and by how much the best one leads (per character where lengths count)."""
     values = [float(response[0][0] if isinstance(response[0], (list, tuple)) else response[0])
               for response in sample["resps"]]  # fmt: skip
     texts = [sample["arguments"][n][1] for n in range(len(values))]
     ranked = [v / len(t.removeprefix(" ")) for v, t in zip(values, texts, strict=True)] if lengths else values
-    return max(range(len(ranked)), key=lambda n: ranked[n]), values
+    second, best = sorted(ranked)[-2:]
+    return ranked.index(best), values, best - second
 
 
 def compare_choices(name: str, task: Task, items: list[Item], ours: Any, theirs: Any, lengths: bool) -> dict[str, Any]:
     same, prompts, worst, apart = 0, 0, 0.0, []
     for item in items:
         (a,), (b,) = ours[item.id], theirs[item.id]
-        (pick_a, values_a), (pick_b, values_b) = choice_of(a, lengths), choice_of(b, lengths)
+        (pick_a, values_a, lead_a), (pick_b, values_b, lead_b) = choice_of(a, lengths), choice_of(b, lengths)
         prompts += a["arguments"][0][0] == task.prompt(item, task.shots, chat=False)
         worst = max(worst, *(abs(x - y) for x, y in zip(values_a, values_b, strict=True)))
         same += pick_a == pick_b
         if pick_a != pick_b:
-            apart.append({"id": item.id, "ours": values_a, "theirs": values_b})
+            apart.append({"id": item.id, "ours": values_a, "theirs": values_b, "leads": [lead_a, lead_b]})
     return {"task": name, "items": len(items), "same_choice": same, "same_prompt": prompts,
             "largest_difference_of_a_logprob": worst, "apart": apart}  # fmt: skip
 
 
-def compare_gsm8k(task: GSM8K, items: list[Item], ours: Any, theirs: Any) -> dict[str, Any]:
+def compare_gsm8k(task: GSM8K, items: list[Item], ours: Any, theirs: Any, model: tiercel.Model) -> dict[str, Any]:
     counts = dict.fromkeys(("same_prompt", "same_output", "same_strict", "same_flexible", "judged"), 0)
+    apart = []
     for item in items:
-        counts["same_prompt"] += ours[item.id][0]["arguments"][0][0] == task.prompt(item, 5, chat=False)
-        counts["same_output"] += ours[item.id][0]["resps"] == theirs[item.id][0]["resps"]
+        prompt = ours[item.id][0]["arguments"][0][0]
+        a, b = (run[item.id][0]["resps"][0][0] for run in (ours, theirs))
+        counts["same_prompt"] += prompt == task.prompt(item, 5, chat=False)
+        counts["same_output"] += a == b
+        if a != b:
+            apart.append({"id": item.id} | parting(model, prompt, a, b))
         for sample in (*ours[item.id], *theirs[item.id]):
             kind = sample["filter"].split("-")[0]
             verdict = task.grade(item, sample["resps"][0][0]).scores[kind]
-            counts[f"same_{kind}"] += verdict == sample["exact_match"]
+            counts[f"same_{kind}"] += bool(verdict == sample["exact_match"])
             counts["judged"] += kind == "strict"
-    return {"task": "gsm8k", "items": len(items), **counts}
+    return {"task": "gsm8k", "items": len(items), **counts, "apart": apart}
+
+
+def parting(model: tiercel.Model, prompt: str, ours: str, theirs: str) -> dict[str, Any]:
+    """Where two outputs part: after how many tokens, the two tokens, and the log-probability of ours less theirs."""
+    a, b = (model.encode(prompt + text, raw=True) for text in (ours, theirs))
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if at is None:
+        return {"one_ends_after": min(len(ours), len(theirs))}
+    row = model.logits(a[:at])[-1].log_softmax(-1)
+    together, lead = at - len(model.encode(prompt, raw=True)), float(row[a[at]] - row[b[at]])
+    tokens = [model.text.decode([ids[at]]) for ids in (a, b)]
+    return {"tokens_in_common": together, "lead_of_ours": lead, "tokens": tokens}
 
 
 def main() -> None:
@@ -147,6 +172,11 @@ def main() -> None:
     parser.add_argument("--data", default=None)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
+    about = {"model": args.model, "precision": args.precision}
+    if args.out is not None and args.out.exists():
+        before = json.loads(args.out.read_text())
+        if any(before[name] != value for name, value in about.items()):
+            parser.error(f"{args.out} is of {before['model']} in {before['precision']}; give another --out")
     file = hub.resolve(args.model, pull=True)
     loading = {"dtype": "float32"} if args.precision == "float32" else {"exact": args.precision == "exact"}
     ours = TiercelLM(tiercel.load(args.model, **loading))
@@ -156,7 +186,9 @@ def main() -> None:
                   tokenizer=tokenizer, batch_size=1, device="cpu")  # fmt: skip
     versions = {"tiercel": tiercel.__version__, "lm_eval": lm_eval.__version__, "torch": torch.__version__,
                 "transformers": transformers.__version__, "machine": platform.machine()}  # fmt: skip
-    report: dict[str, Any] = {"model": args.model, "precision": args.precision, "versions": versions, "tasks": []}
+    report: dict[str, Any] = about | {"versions": versions, "tasks": []}
+    if args.out is not None:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for task_name, count in (("arc_challenge", args.items), ("mmlu", args.items),
@@ -165,18 +197,14 @@ def main() -> None:
             items = chosen(task.load(args.data), count, 0)
             tasks = (arc_task(items, folder) if task_name == "arc_challenge" else mmlu_tasks(items, task, folder)
                      if task_name == "mmlu" else gsm8k_task(items, task, folder, args.gsm8k_tokens))  # fmt: skip
-            began = time.perf_counter()
-            a = run(ours, tasks)
-            middle = time.perf_counter()
-            b = run(theirs, tasks)
-            end = time.perf_counter()
-            found = (compare_gsm8k(task, items, a, b) if task_name == "gsm8k" else
+            a, b = (run(model, tasks, None if args.out is None else args.out.with_suffix(f".{who}"))
+                    for who, model in (("ours", ours), ("theirs", theirs)))  # fmt: skip
+            found = (compare_gsm8k(task, items, a, b, ours.model) if task_name == "gsm8k" else
                      compare_choices(task_name, task, items, a, b, task.normalized))  # fmt: skip
-            found |= {"seconds_ours": round(middle - began, 1), "seconds_theirs": round(end - middle, 1)}
             report["tasks"].append(found)
             print(json.dumps(found, indent=1), flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+            if args.out:
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tiercel.families import from_hf
 from tiercel.families.shapes import SHAPES
 from tiercel.plan import open_bytes, shapes
 from tiercel.plan.forecast import forecast, matrices, prefill_seconds, step_seconds, transformer_of
-from tiercel.plan.machines import MACHINES, Machine, machine
+from tiercel.plan.machines import MACHINES, PROBES, Machine, from_probe, machine
 
 PUBLISHED = {  # reference: TII's model cards and configs
     "falcon-h1:90m": 91_131_072, "falcon-h1:0.5b": 521_411_104, "falcon-h1:1.5b": 1_554_863_488,
@@ -144,6 +144,26 @@ def test_a_longer_context_is_slower_and_eight_rows_are_faster_together():
         assert steps == sorted(steps)
         assert step_seconds(config, held, on, 512, 8) < 8 * step_seconds(config, held, on, 512)
         assert prefill_seconds(config, held, on, 4096) > 2 * prefill_seconds(config, held, on, 2048) * 0.999
+
+
+def test_a_machine_that_takes_twice_as_long_for_every_piece_is_planned_half_as_fast():
+    pieces = [f"{piece} {what}" for piece in PROBES for what in ("chunk", "step")]
+    seconds = {piece: 1e-3 * (1 + ("big" in piece or "far" in piece or "wide" in piece)) for piece in pieces}
+    seconds |= {"read": 5e-3, "Q4_K one": 7e-4, "Q4_K few": 1e-3, "Q4_K many": 4e-3, "Q6_K one": 1e-3}
+    seconds |= {"Q6_K few": 2e-3, "Q6_K many": 5e-3}
+    config = from_hf(SHAPES["falcon-h1:0.5b"]).config
+
+    def planned(seconds):
+        on = from_probe("this", 1 << 34, 1 << 34, seconds)
+        return forecast(config, on, quantize="q4_k_m", context=2048, slots=3)
+
+    whole = planned(seconds)
+    half = planned({piece: 2 * value for piece, value in seconds.items()})
+    assert half.prefill_tok_s == pytest.approx(whole.prefill_tok_s / 2, rel=1e-3)
+    assert half.decode_tok_s == pytest.approx(whole.decode_tok_s / 2, rel=1e-3)
+    for piece, speed in (("layer wide chunk", "prefill_tok_s"), ("mamba2 big step", "decode_tok_s"),
+                         ("attention far step", "decode_tok_s"), ("attention far chunk", "prefill_tok_s")):  # fmt: skip
+        assert getattr(planned(seconds | {piece: 4e-3}), speed) < getattr(whole, speed), f"{piece} counts"
 
 
 def test_the_transformer_beside_it_has_as_many_parameters_and_no_state():

@@ -28,7 +28,6 @@ from tiercel.train.cli import app as train_app
 if TYPE_CHECKING:
     from tiercel.console import Prompt, Talker
     from tiercel.sampling import SamplingParams
-    from tiercel.voting.settings import VoteSettings
 
 DEFAULT_MODEL = "reasoner"  # it comes with the package: `hub.BUNDLED`
 
@@ -161,7 +160,9 @@ def run(
              "max_tokens": max_tokens, "stop": stop or None}  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     _check_params(given)
-    votes = _vote_settings(vote, vote_method, vote_set or [])
+    from tiercel.voting.settings import VoteSettings
+
+    votes = VoteSettings.typed(vote, vote_method, vote_set or [])
     model, prompt = _model_and_words(model, prompt or [])
     text = _prompt_text(prompt)
     if text is None and (json or raw or not sys.stdout.isatty()):
@@ -202,24 +203,6 @@ def _check_params(given: dict[str, Any]) -> None:
     from tiercel.sampling import SamplingParams
 
     SamplingParams(max_tokens=given.get("max_tokens"), **{k: v for k, v in given.items() if k != "max_tokens"})
-
-
-def _vote_settings(k: int | None, method: str, pairs: list[str]) -> VoteSettings | None:
-    """Also refused before a model is loaded."""
-    from tiercel.voting.settings import VoteSettings
-
-    if k is None:
-        if method != "majority" or pairs:
-            raise RequestError("--vote-method and --vote-set need --vote K, the number of answers")
-        return None
-    given: dict[str, Any] = {}
-    for pair in pairs:
-        name, _, word = pair.partition("=")
-        try:
-            given[name] = word if name == "weight" else int(word) if word.isdecimal() else float(word)
-        except ValueError:
-            raise RequestError(f"--vote-set takes NAME=VALUE, as in window=256, not {pair!r}") from None
-    return VoteSettings.of(given | {"k": k, "method": method})
 
 
 def _prompt_text(words: list[str]) -> str | None:

@@ -25,7 +25,7 @@ from tiercel.families.shapes import SHAPES
 from tiercel.model.config import ModelConfig
 from tiercel.plan import human_bytes
 from tiercel.plan.forecast import LENGTHS, Forecast, forecast, matrices, smaller, transformer_of
-from tiercel.plan.machines import Machine, from_probe, machine
+from tiercel.plan.machines import PROBE, Machine, from_probe, machine
 from tiercel.quant import PACKED_TYPES
 from tiercel.show import stored_types
 from tiercel.weights import hub
@@ -123,7 +123,7 @@ def this_machine(kinds: Sequence[str] = (), *, measure: bool = False) -> Machine
     if not kinds:
         return Machine("this", memory.total, memory.available)
     file = hub.home() / "machine.json"
-    key = f"{name}, {_threads()} thread(s), {os.environ.get('TIERCEL_ISA', '')}"
+    key = f"{name}, {_threads()} thread(s), {os.environ.get('TIERCEL_ISA', '')}, probe {PROBE}"
     known = read_json(file) if file.is_file() else {}
     known = known if isinstance(known, dict) else {}
     seconds: dict[str, float] = known.get(key, {})

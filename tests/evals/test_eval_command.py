@@ -47,6 +47,19 @@ def test_a_run_prints_its_score_and_leaves_three_reports(model, quiz, tmp_path):
     assert (folder / "report.html").read_bytes() == before
 
 
+def test_a_vote_is_told_beside_single_answers(model, quiz, tmp_path):
+    words = ["eval", model, "-t", quiz, "--question", "q", "--answer", "key", "--max-tokens", "6", "--vote", "4",
+             "--vote-method", "weighted", "--vote-set", "weight=tail", "--vote-set", "window=3",
+             "--temperature", "8"]  # fmt: skip
+    found = typed(*words)
+    assert found.exit_code == 0, found.output
+    for words_ in ("4 answers a question at most", "weight tail, window 3", "pass@1", "majority", "filtered-high"):
+        assert words_ in found.stdout
+    assert typed(*words).stdout == found.stdout, "nothing is asked twice"
+    assert typed(*words[:-2], "--temperature", "9").stdout != found.stdout
+    assert len(list((tmp_path / "tiercel-evals").iterdir())) == 2
+
+
 def test_json_is_one_value(model, quiz, monkeypatch):
     words = ["eval", model, "-t", quiz, "--question", "q", "--answer", "key", "--max-tokens", "2", "--json"]
     found = json.loads(typed(*words, monkeypatch=monkeypatch).stdout)
@@ -61,6 +74,11 @@ def test_json_is_one_value(model, quiz, monkeypatch):
         ([], "which task? --task aime24", 2),
         (["-t", "nothing"], "no task is called 'nothing'", 2),
         (["-t", "gsm8k", "--question", "q"], "is for a JSONL file", 2),
+        (["-t", "gsm8k", "--vote-method", "deepconf"], "need --vote K", 2),
+        (["-t", "problems", "--vote", "4"], "4 samples at temperature 0 would be the same", 2),
+        (["-t", "problems", "--vote", "4", "--samples", "4", "--temperature", "1"], "has its own number of answers", 2),
+        (["-t", "humaneval", "--vote", "4", "--temperature", "1"], "nothing to vote on", 2),
+        (["-t", "mmlu", "--likelihood", "--vote", "4"], "likelihoods do not vary", 2),
         (
             ["-t", "gsm8k", "--endpoint", "http://127.0.0.1:9/v1", "--quantize", "q8_0"],
             "has loaded its model already",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +20,8 @@ from tiercel.evals import Settings, evaluate, open_task
 from tiercel.evals.endpoint import Endpoint
 from tiercel.evals.report import markdown, page, save
 from tiercel.evals.statistics import bootstrap, wilson
+from tiercel.evals.task import Item, Task, Verdict
+from tiercel.voting import VoteSettings
 
 QUIZ = [{"question": f"What is {n} plus {n}?", "answer": str(2 * n)} for n in range(8)]
 CHOICE = [{"question": f"Pick {n}", "choices": ["one", "two", "three"], "answer": "ABC"[n % 3]} for n in range(9)]
@@ -101,6 +104,95 @@ def test_what_contexts_share_is_read_once_and_changes_nothing(model):
         assert [f.logprob for f in found] == pytest.approx([f.logprob for f in Scorer(model).score(each)], abs=1e-5)
         reused.append(scorer.reused)
     assert reused == [0, 0, 100, 100]
+
+
+# ── votes ──
+
+ENDS = "abcdefghijklmnopqrstuvwxyz0123456789"  # at which a plain answer of the tiny model ends, which is mostly soon
+
+
+class Parity(Task):
+    """There are no words in a tiny model: it answers with the parity of the length of what it says."""
+
+    name, title = "parity", "Parity"
+    stop = tuple(ENDS[:16])
+
+    def load(self, folder):
+        self.sources = []
+        return [Item(str(n), f"question {n}", str(n % 2)) for n in range(6)]
+
+    def prompt(self, item, shots, *, chat):
+        return f"{item.question} is long enough to be worth reading once"
+
+    def grade(self, item, text):
+        said = str(len(text) % 2)
+        return Verdict(said, said == item.gold)
+
+
+def voted(k=12, method="majority", **more):
+    return Settings(vote=VoteSettings(k, method, window=2, **more), chat=False, temperature=8.0, max_tokens=24)
+
+
+def test_a_vote_is_counted_from_the_traces_that_the_report_keeps(model):
+    result = evaluate(model, Parity(), voted())
+    assert result.metric == "majority" and result.n_samples == 72
+    for record in result.items:
+        ended = [s for s in record["samples"] if s["finish_reason"] == "stop"]
+        counts = [sum(s["answer"] == parity for s in ended) for parity in "01"]
+        assert ended and (counts[0] == counts[1] or record["vote"]["answer"] == "01"[counts[1] > counts[0]])
+        assert record["score"] == (record["vote"]["answer"] == record["gold"])
+        weights = {parity: sum(s["confidence"]["tail"] for s in ended if s["answer"] == parity) for parity in "01"}
+        assert record["scores"]["weighted by tail"] == (max(weights, key=weights.get) == record["gold"])
+    assert result.score == result.metrics["majority"] == sum(r["score"] for r in result.items) / 6
+    singles = [s["correct"] for r in result.items for s in r["samples"]]
+    assert result.metrics["pass@1"] == pytest.approx(sum(singles) / len(singles))
+    assert result.metrics["pass@12"] == 1
+    assert {"weighted by mean", "weighted by lowest", "weighted by bottom", "filtered-low"} <= result.metrics.keys()
+    assert result.interval["method"] == "Wilson", "an item is right or wrong"
+    assert result.generated_tokens == sum(s["tokens"] for r in result.items for s in r["samples"])
+
+
+def test_a_vote_reads_each_prompt_once(model, monkeypatch):
+    read = []
+    forward = model.network.forward
+
+    def counted(ids, *rest, **more):
+        read.extend([ids] if not isinstance(ids, list) else ids)
+        return forward(ids, *rest, **more)
+
+    monkeypatch.setattr(model.network, "forward", counted)
+    result = evaluate(model, Parity(), voted())
+    said = sum(s["tokens"] for r in result.items for s in r["samples"])
+    assert result.prompt_tokens <= sum(map(len, read)) <= result.prompt_tokens + said
+
+
+@pytest.mark.parametrize("method", ["deepconf-low", "deepconf-high"])
+def test_what_a_threshold_stops_is_told_and_single_answers_are_those_of_the_warmup(model, method):
+    result = evaluate(model, Parity(), voted(16, method, warmup=6, consensus=0))
+    warm = [s["correct"] for r in result.items for s in r["samples"][:6]]
+    assert result.metrics.keys() == {"pass@1", method} and result.metrics["pass@1"] == pytest.approx(sum(warm) / 36)
+    stopped = sum(s["finish_reason"] == "confidence" for r in result.items for s in r["samples"])
+    assert stopped == sum(r["vote"]["stopped"] for r in result.items) > 0
+    assert f"{stopped} stopped early" in markdown(result) and "stopped early" in page(result)
+
+
+def test_a_vote_that_was_interrupted_goes_on_and_ends_the_same(model, tmp_path):
+    settings = voted(16, "deepconf-low", warmup=4, consensus=0.6)
+    whole = evaluate(model, Parity(), settings, out=tmp_path / "whole")
+    assert any(r["vote"]["consensus"] for r in whole.items)
+    lines = (tmp_path / "whole" / "items.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "run.json").write_bytes((tmp_path / "whole" / "run.json").read_bytes())
+    (tmp_path / "part" / "items.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:40])
+    rest = evaluate(model, Parity(), replace(settings, slots=3), out=tmp_path / "part")
+    assert json.dumps(whole.to_dict(times=False)) == json.dumps(rest.to_dict(times=False))
+    with pytest.raises(RequestError, match="another settings"):
+        evaluate(model, Parity(), voted(16, "deepconf-high", warmup=4), out=tmp_path / "part")
+
+
+def test_an_address_holds_no_votes():
+    with pytest.raises(RequestError, match="does not say how sure it was"):
+        evaluate(Endpoint("http://127.0.0.1:9/v1", "m"), Parity(), voted())
 
 
 ASK = """

@@ -57,6 +57,19 @@ def test_writing_stops_where_it_is_asked_to(lm):
     assert cut == again == free.split(stop)[0]
 
 
+def test_each_answer_is_kept_as_it_comes(lm, monkeypatch):
+    """So that lm-eval's use_cache has what was finished when a run is interrupted."""
+    kept = []
+    monkeypatch.setattr(lm.cache_hook, "add_partial", lambda *answer: kept.append(answer))
+    pairs = [("The sky is", " blue"), ("The sky is", " green"), ("The sea", " is")]
+    found = lm.loglikelihood([Asked(*pair) for pair in pairs], disable_tqdm=True)
+    assert kept == [("loglikelihood", pair, value) for pair, value in zip(pairs, found, strict=True)]
+    kept.clear()
+    question = "Hello", {"until": [], "max_gen_toks": 3}
+    assert kept == [] and lm.generate_until([Asked(*question)], disable_tqdm=True) == [kept[0][2]]
+    assert kept[0][:2] == ("generate_until", question)
+
+
 @pytest.mark.slow
 def test_a_whole_task_runs(lm, tmp_path):
     import lm_eval

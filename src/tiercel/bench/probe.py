@@ -6,6 +6,9 @@ of its own, as plan has no torch.  Seconds of the fastest try: a busy machine on
     read                      a buffer far larger than the caches
     KIND one | few | many     a product with 1, 8 and 512 rows
     attention, mamba …        tiny networks that are all mixer: reading 512 tokens, and one step
+
+A step of a whole network finds nothing in the caches that it left there a step ago.  So what one row or a few read is
+measured in turn on as many matrices, and as many states, as are far larger than the caches together.
 """
 
 from __future__ import annotations
@@ -21,8 +24,12 @@ import torch
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, pattern, rows
 from tiercel.model.decoder import Decoder
+from tiercel.model.state import State
 from tiercel.ops.linear import QTensor
 from tiercel.plan.machines import BUFFER, FEW, LARGE, LAYERS, MANY, PROBES, SMALL, Piece
+from tiercel.quant import panel_bytes
+
+MOST = 64  # states
 
 
 def best(run: Callable[[], Any], tries: int = 5) -> float:
@@ -38,11 +45,17 @@ def best(run: Callable[[], Any], tries: int = 5) -> float:
 def products(kind: str) -> dict[str, float]:
     out = {}
     for name, shape, T in ((f"{kind} one", LARGE, 1), (f"{kind} few", LARGE, FEW), (f"{kind} many", SMALL, MANY)):
-        matrix = QTensor(kind, shape)
-        matrix.data.zero_()
-        x = torch.rand(T, shape[1])
-        matrix.multiply(x)
-        out[name] = best(lambda matrix=matrix, x=x: matrix.multiply(x))  # type: ignore[misc]
+        count = max(BUFFER // panel_bytes(kind, *shape), 1) if shape is LARGE else 1
+        matrices, x = [QTensor(kind, shape) for _ in range(count)], torch.rand(T, shape[1])
+
+        def each(matrices: list[QTensor] = matrices, x: torch.Tensor = x) -> None:
+            for matrix in matrices:
+                matrix.multiply(x)
+
+        for matrix in matrices:
+            matrix.data.zero_()
+        each()
+        out[name] = best(each) / count
     return out
 
 
@@ -51,7 +64,7 @@ def network(piece: Piece) -> Decoder:
     from tiercel.weights.load import of_source
     from tiercel.weights.random import RandomSource, kinds_of
 
-    sizes: dict[str, Any] = {**piece.sizes, "width": 64, "ffn_width": 64, "vocab_size": 256, "max_length": 1 << 20}
+    sizes: dict[str, Any] = {"width": 64, "ffn_width": 64, "vocab_size": 256, "max_length": 1 << 20, **piece.sizes}
     config = pattern(piece.layers, repeat=LAYERS, **sizes)
     layout = Layout(PATTERN, config, rows(config))
     return of_source(RandomSource(layout, kinds_of(layout, "q8_0"), 0))
@@ -70,10 +83,31 @@ def mixer(name: str, piece: Piece) -> dict[str, float]:
         net(tokens, state, keep=1)
 
     chunk = best(again, 4)
-    state.restore(snapshot)
+    states = [
+        state,
+        *(another(net, state, piece.context, tokens) for _ in range(min(BUFFER // state.nbytes, MOST) - 1)),
+    ]
+
+    def step() -> None:
+        for each in states:
+            net(tokens[:1], each, keep=1)
+
     for _ in range(4):
-        net(tokens[:1], state, keep=1)
-    return {f"{name} chunk": chunk, f"{name} step": best(lambda: net(tokens[:1], state, keep=1), 32)}
+        step()
+    return {f"{name} chunk": chunk, f"{name} step": best(step, 8) / len(states)}
+
+
+def another(net: Decoder, like: State, context: int, tokens: torch.Tensor) -> State:
+    """As long as it and with memory of its own.  Where there is a context all layers are attention."""
+    state = net.new_state()
+    if context == 0:
+        net(tokens, state, keep=1)
+        return state
+    state.reserve(like.length)
+    for own, page in zip(state.pages, like.pages, strict=True):
+        own.memory.copy_(page.memory)
+    state.length = like.length
+    return state
 
 
 @torch.inference_mode()

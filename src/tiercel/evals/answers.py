@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tiercel.errors import TiercelError
 from tiercel.evals.task import Prompt
+from tiercel.voting.answers import final_answer
+from tiercel.voting.settings import VoteSettings
+from tiercel.voting.tally import Vote
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Ask:
     stop: tuple[str, ...]
     think: bool | None
     slots: int
+    vote: VoteSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Answers:
-    """All answers to one question; or the error that kept it from being asked (a prompt that does not fit)."""
+    """All answers to one question; or the error that kept it from being asked (a prompt that does not fit).
+
+    vote: what came of them, where one was asked for; the samples are then the traces that it counted
+    """
 
     key: int
     samples: list[Sample]
@@ -46,6 +53,7 @@ class Answers:
     cached_tokens: int = 0
     seconds: float = 0.0
     error: TiercelError | None = None
+    vote: Vote | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,13 @@ class Scored:
 
 @dataclass(frozen=True)
 class Question:
-    """key: number of the item · seed: of its samples, its own whatever is asked beside it"""
+    """key: number of the item · seed: of its samples, its own whatever is asked beside it
+    answer: how a vote reads a text, None for no answer"""
 
     key: int
     prompt: Prompt
     seed: int
+    answer: Callable[[str], str | None] = final_answer
 
 
 class Answerer(Protocol):

@@ -21,6 +21,11 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="So many items, drawn with --seed.", min=1)] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each question.", min=1)] = None,
+    vote: Annotated[
+        int | None, typer.Option(help="Answer each question so often, and grade what most answers agree on.")
+    ] = None,
+    vote_method: Annotated[str, typer.Option(help="As for run.")] = "majority",
+    vote_set: Annotated[list[str] | None, typer.Option(help="More of the vote, as for run; may be repeated.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Token budget of an answer, thoughts included.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None,
@@ -61,6 +66,7 @@ def evaluate(
     from tiercel.errors import RequestError
     from tiercel.evals.report import save, told
     from tiercel.evals.task import TASKS, Settings, open_task
+    from tiercel.voting.settings import VoteSettings
 
     if not task:
         raise RequestError(f"which task? --task {' | '.join(TASKS)} | FILE.jsonl")
@@ -68,7 +74,7 @@ def evaluate(
     settings = Settings(
         chat=chat, system=system, think=think, shots=shots, samples=samples, max_tokens=max_tokens,
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, choices=by, limit=limit, seed=seed,
-        slots=slots, data=data,
+        slots=slots, data=data, vote=VoteSettings.typed(vote, vote_method, vote_set or []),
     )  # fmt: skip
     fields = {"question": question, "choices": choices, "answer": answer, "kind": kind, "answer_from": answer_from}
     named = {name: value for name, value in fields.items() if value is not None}

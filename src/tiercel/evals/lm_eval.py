@@ -83,11 +83,14 @@ class TiercelLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         scorer, results = Scorer(self.model), list[tuple[float, bool]]()
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="likelihoods")
-        for _context, group in itertools.groupby(requests, key=lambda request: request[1]):
-            pairs = [self._fit(context, continuation) for _, context, continuation in group]
-            found = scorer.score(pairs)
-            results += [(each.logprob, each.greedy) for each in found]
-            bar.update(len(pairs))
+        for _context, same in itertools.groupby(requests, key=lambda request: request[1]):
+            group = list(same)
+            found = scorer.score([self._fit(context, continuation) for _, context, continuation in group])
+            for request, each in zip(group, found, strict=True):
+                results.append((each.logprob, each.greedy))
+                if texts := request[0]:  # so that lm-eval's use_cache has it, should the run be interrupted
+                    self.cache_hook.add_partial("loglikelihood", texts, results[-1])
+            bar.update(len(group))
         bar.close()
         return results
 
@@ -108,7 +111,7 @@ class TiercelLM(TemplateLM):
                     max_seq_len=self.max_length, context_len=1,
                 )
             ]  # fmt: skip
-            found = self._loglikelihood_tokens([("", *window) for window in windows], disable_tqdm=True)
+            found = self._loglikelihood_tokens([(None, *window) for window in windows], disable_tqdm=True)
             results.append(sum(logprob for logprob, _ in found))
         return results
 
@@ -136,6 +139,7 @@ class TiercelLM(TemplateLM):
                 for stop in until:  # those that are too many or too long for the engine
                     text = text.split(stop)[0] if stop else text
                 answers[found.key] = text
+                self.cache_hook.add_partial("generate_until", requests[found.key].args, text)
                 bar.update()
         bar.close()
         return answers

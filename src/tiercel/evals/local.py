@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tiercel.errors import ContextOverflow, RequestError, TiercelError
 from tiercel.evals.answers import Answers, Ask, Likelihood, Question, Sample, Scored
 from tiercel.sampling import SamplingParams
+from tiercel.voting.voter import Voter
 
 if TYPE_CHECKING:
     from tiercel.engine.request import Request
@@ -26,6 +27,8 @@ SHARED = 32  # tokens: less than this is not worth a state of its own
 
 
 class LocalModel:
+    votes = True  # it says how sure it was
+
     def __init__(self, model: Model) -> None:
         self.model, self.name = model, model.name
         self.has_template = model.text is not None and model.text.has_template
@@ -44,7 +47,7 @@ class LocalModel:
         from tiercel.engine.engine import Engine
         from tiercel.engine.speculative import prompt_lookup
 
-        together = min(ask.samples, TOGETHER)
+        together = 1 if ask.vote else min(ask.samples, TOGETHER)  # a vote opens its traces as slots come free
         drafter = prompt_lookup if self.model.network.native else None
         engine = Engine(self.model, slots=max(ask.slots, together), drafter=drafter)
         waiting = iter(questions)
@@ -81,14 +84,15 @@ class LocalModel:
             raise RequestError(f"{self.name} has no tokenizer")
         ids = self.prompt_ids(question.prompt, ask)
         starts = ask.chat and text.opens_thinking(ids)
+        thinking = "auto" if ask.chat else "off"
         requests = []
-        for group, first in enumerate(range(0, ask.samples, together)):
+        for group, first in enumerate(range(0, 1 if ask.vote else ask.samples, together)):
             params = SamplingParams(
                 n=min(together, ask.samples - first), temperature=ask.temperature, top_p=ask.top_p, top_k=ask.top_k,
                 min_p=ask.min_p, max_tokens=ask.max_tokens, stop=list(ask.stop) or None, seed=question.seed + group,
             )  # fmt: skip
-            thinking = "auto" if ask.chat else "off"
-            requests.append(engine.prepare(ids, params, thinking=thinking, starts_in_thinking=starts))
+            watch = Voter(ask.vote, question.answer) if ask.vote else None
+            requests.append(engine.prepare(ids, params, thinking=thinking, starts_in_thinking=starts, watch=watch))
         return requests
 
     def prompt_ids(self, prompt: Any, ask: Ask) -> list[int]:
@@ -200,11 +204,12 @@ class Scorer:
 
 def _answers(key: int, requests: list[Request]) -> Answers:
     error = next((request.error for request in requests if request.error is not None), None)
+    first = requests[0]
+    vote = first.watch.result(first) if isinstance(first.watch, Voter) and error is None else None
+    choices = [choice for request in requests for choice in request.choices]
     samples = [
         Sample(choice.text, choice.thoughts, choice.finish_reason, len(choice.token_ids))
-        for request in requests
-        for choice in request.choices
+        for choice in (choices if vote is None else choices[: vote.counted])
     ]
-    first = requests[0]
     seconds = max(request.times.total - request.times.queue for request in requests)
-    return Answers(key, samples, len(first.prompt_ids), first.cached_tokens, seconds, error)
+    return Answers(key, samples, len(first.prompt_ids), first.cached_tokens, seconds, error, vote)

@@ -44,7 +44,7 @@ def told(result: Result) -> str:
     return "\n".join(lines)
 
 
-TERMINAL = ("metric", "asked", "also", "baselines", "cut", "no answer", "not asked", "spent")
+TERMINAL = ("metric", "vote", "asked", "also", "baselines", "cut", "no answer", "not asked", "spent")
 
 
 def percent(value: float) -> str:
@@ -81,6 +81,7 @@ def facts(result: Result) -> list[tuple[str, str]]:
     model = {name: value for name, value in result.model.items() if name != "name"}
     lines = [
         ("metric", result.metric),
+        ("vote", _vote(result)),
         ("asked", asked),
         ("how", how),
         ("also", also),
@@ -89,7 +90,9 @@ def facts(result: Result) -> list[tuple[str, str]]:
         ("no answer", f"{result.unanswered} outputs without an answer" if result.unanswered else ""),
         ("not asked", f"{result.errors} items do not fit the context and count as wrong" if result.errors else ""),
         ("spent", f"{result.generated_tokens} tokens written, {result.prompt_tokens} read "
-                  f"({result.cached_tokens} of them reused), {result.seconds:.1f} s"),
+                  f"({result.cached_tokens} of them reused), {result.seconds:.1f} s"
+                  + (f"; {result.beyond_tokens} more by answers given up when a vote was decided"
+                     if result.beyond_tokens else "")),
         ("model", ", ".join(f"{name} {value}" for name, value in model.items())),
         ("data", "; ".join(f"{d['file']} ({d['rows']} rows, sha256 {d['sha256']})" for d in result.task["data"])),
         ("versions", ", ".join(f"{name} {value}" for name, value in result.versions.items())),
@@ -97,10 +100,39 @@ def facts(result: Result) -> list[tuple[str, str]]:
     return [(name, text) for name, text in lines if text]
 
 
+def _vote(result: Result) -> str:
+    """What was voted on, and what it left out."""
+    if "vote" not in result.settings:
+        return ""
+    s = result.settings["vote"]
+    held = [record["vote"] for record in result.items if "vote" in record]
+    said = f"{s['k']} answers a question at most, {result.n_samples / max(result.n_items, 1):.1f} counted on average"
+    if s["method"] != "majority":
+        said += f", weight {s['weight']}, window {s['window']}"
+    if sum(vote["stopped"] for vote in held):
+        said += f", {sum(vote['stopped'] for vote in held)} stopped early"
+    if s["consensus"]:
+        said += f", {sum(vote['consensus'] for vote in held)} of {len(held)} ended by consensus"
+    return said
+
+
+def _ways(result: Result) -> list[tuple[str, float, float, float]]:
+    """(name, share, low, high): a single answer, and every way to count the votes."""
+    if "vote" not in result.settings:
+        return []
+    names = {name for record in result.items for name in record.get("scores", ())}
+    return [(name, value, *wilson(value * result.n_items, result.n_items))
+            for name, value in result.metrics.items() if name in names]  # fmt: skip
+
+
 def markdown(result: Result) -> str:
     out = [f"# {_md(result.model['name'])} on {_md(result.task['title'])}", "",
            f"**{percent(result.score)}** {_between(result)}", "", "| | |", "|---|---|"]  # fmt: skip
     out += [f"| {name} | {_md(text)} |" for name, text in facts(result)]
+    if ways := _ways(result):
+        out += ["", "| the same answers, counted by | right | 95 % |", "|---|---:|---:|"]
+        out += [f"| {_md(name)} | {percent(value)} | {100 * low:.1f} – {100 * high:.1f} |"
+                for name, value, low, high in ways]  # fmt: skip
     if result.groups:
         out += ["", "| group | items | score |", "|---|---:|---:|"]
         out += [f"| {_md(name)} | {int(group['items'])} | {percent(group['score'])} |"
@@ -147,6 +179,8 @@ def page(result: Result) -> str:
         f"<p class=score>{percent(result.score)}</p><p class=dim>{e(result.metric)} {e(_between(result))}</p>",
         plots.score(result.score, result.interval, _baselines(result)),
     ]
+    if ways := _ways(result):
+        parts += ["<h2>The same answers, counted by</h2>", plots.bars(ways)]
     if result.groups:
         rows = []
         for name, group in result.groups.items():

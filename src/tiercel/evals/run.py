@@ -9,6 +9,7 @@ have given without the interruption, but for the times.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -17,15 +18,17 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiercel.errors import ContextOverflow, FormatError, RequestError, TiercelError
-from tiercel.evals import grade
+from tiercel.evals import grade, votes
 from tiercel.evals.answers import Answerer, Answers, Ask, Question, Scored
 from tiercel.evals.statistics import bootstrap, wilson
-from tiercel.evals.task import Item, Prompt, Settings, Task, chosen
+from tiercel.evals.task import Item, Prompt, Settings, Task, Verdict, chosen
+from tiercel.voting.answers import normal
+from tiercel.voting.settings import VoteSettings
 
 if TYPE_CHECKING:
     from tiercel.llm import Model
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Progress = Callable[[int, int, float], None]  # items done, items in all, running score
 FORMAT = 1
-TIMES = ("seconds", "latency", "cached_tokens", "folder")  # what may differ between two runs that are equal
+TIMES = ("seconds", "latency", "cached_tokens", "beyond_tokens", "folder")  # may differ between two equal runs
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Result:
     chance: what guessing would score on these items · majority: what the commonest answer scores on the whole task
     seconds: by the clock, from when the first item was asked, interruptions left out
     cut: outputs that the token budget ended · errors: items that could not be asked (they count as wrong)
+    beyond_tokens: written by traces of a vote that were given up when it was decided; not among the generated
     items: one record each, in the order of the task, with every transcript
     """
 
@@ -65,6 +69,7 @@ class Result:
     prompt_tokens: int
     generated_tokens: int
     cached_tokens: int
+    beyond_tokens: int
     seconds: float
     versions: dict[str, str]
     items: list[Record]
@@ -157,7 +162,9 @@ def resolve(answerer: Answerer, task: Task, settings: Settings) -> dict[str, Any
         raise RequestError(f"{answerer.name} has no chat template; ask with --plain")
     chat = answerer.has_template if chat is None else chat
     write = task.kind == "generate" or choices == "letters"
-    samples = settings.samples or (task.samples if write else 1)
+    if settings.vote is not None:
+        _check_vote(answerer, task, settings, write)
+    samples = settings.vote.k if settings.vote else settings.samples or (task.samples if write else 1)
     temperature = settings.temperature if settings.temperature is not None else task.temperature
     if samples > 1 and temperature == 0:
         if not write:
@@ -175,9 +182,22 @@ def resolve(answerer: Answerer, task: Task, settings: Settings) -> dict[str, Any
             **sampling}  # fmt: skip
 
 
+def _check_vote(answerer: Answerer, task: Task, settings: Settings, write: bool) -> None:
+    if settings.samples is not None:
+        raise RequestError(f"--samples {settings.samples} and a vote: a vote has its own number of answers")
+    if not write:
+        raise RequestError("likelihoods do not vary, so there is nothing to vote on")
+    if not task.votes:
+        raise RequestError(f"answers to {task.name} are hardly ever equal, so there is nothing to vote on; --samples?")
+    if not getattr(answerer, "votes", False):
+        raise RequestError(f"{answerer.name} is an address, which does not say how sure it was; a vote needs a model "
+                           "that is loaded here")  # fmt: skip
+
+
 def settings_of(settings: Settings, plan: dict[str, Any]) -> dict[str, Any]:
     """What decides the outcome of an item: two runs may share their items when this is equal."""
-    return plan | {"system": settings.system, "think": settings.think, "seed": settings.seed}
+    vote = {} if settings.vote is None else {"vote": asdict(settings.vote)}
+    return plan | {"system": settings.system, "think": settings.think, "seed": settings.seed} | vote
 
 
 def about_task(task: Task, items: int) -> dict[str, Any]:
@@ -207,7 +227,8 @@ def _ask(
     settings: Settings,
 ) -> Iterator[Record]:
     ask = Ask(plan["chat"], plan["samples"], plan["max_tokens"], plan["temperature"], plan["top_p"], plan["top_k"],
-              plan["min_p"], () if plan["chat"] else tuple(task.stop), settings.think, settings.slots)  # fmt: skip
+              plan["min_p"], () if plan["chat"] else tuple(task.stop), settings.think, settings.slots,
+              settings.vote)  # fmt: skip
     if plan["choices"] == "likelihood" or task.kind == "continue":
         contexts = ((i, str(prompts[i]), list(task.continuations(items[i]))) for i in left)
         for scored in answerer.score(contexts, ask):
@@ -215,11 +236,20 @@ def _ask(
                 raise scored.error
             yield _scored(task, items[scored.key], str(prompts[scored.key]), scored)
         return
-    questions = (Question(i, prompts[i], seed_of(settings.seed, items[i].id)) for i in left)
+
+    @functools.lru_cache(4096)  # a vote reads each trace as it ends, before all of them are graded
+    def judged(key: int, text: str) -> Verdict:
+        return task.grade(items[key], grade.final(text))
+
+    def read(key: int, text: str) -> str | None:
+        said = judged(key, text).answer
+        return None if said is None else normal(said)
+
+    questions = (Question(i, prompts[i], seed_of(settings.seed, items[i].id), functools.partial(read, i)) for i in left)
     for answers in answerer.answer(questions, ask):
         if answers.error is not None and not isinstance(answers.error, ContextOverflow):
             raise answers.error
-        yield _graded(task, items[answers.key], prompts[answers.key], answers)
+        yield _graded(items[answers.key], prompts[answers.key], answers, functools.partial(judged, answers.key))
 
 
 def seed_of(seed: int, id: str) -> int:
@@ -227,18 +257,23 @@ def seed_of(seed: int, id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {id}".encode()).digest()[:6], "big")
 
 
-def _graded(task: Task, item: Item, prompt: Prompt, answers: Answers) -> Record:
+def _graded(item: Item, prompt: Prompt, answers: Answers, judged: Callable[[str], Verdict]) -> Record:
     samples: list[Record] = []
     for sample in answers.samples:
-        verdict = task.grade(item, grade.final(sample.text))
+        verdict = judged(sample.text)
         samples.append({"text": sample.text, "thinking": sample.thinking, "finish_reason": sample.finish_reason,
                         "tokens": sample.tokens, "answer": verdict.answer, "correct": verdict.correct,
                         "scores": dict(verdict.scores)} | ({"note": verdict.note} if verdict.note else {}))  # fmt: skip
-    return _record(item, prompt, answers) | {
+    record: Record = _record(item, prompt, answers) | {
         "score": _mean([float(sample["correct"]) for sample in samples]),
         "samples": samples,
         "generated_tokens": sum(sample["tokens"] for sample in samples),
     }
+    if answers.vote is not None:
+        for kept, trace in zip(samples, answers.vote.traces, strict=False):
+            kept["confidence"] = trace.confidence
+        record |= votes.record(answers.vote, [sample["correct"] for sample in samples])
+    return record
 
 
 def _scored(task: Task, item: Item, prompt: str, scored: Scored) -> Record:
@@ -288,14 +323,17 @@ def summarize(
     scores = [record["score"] for record in records]
     samples = [sample for record in records for sample in record.get("samples", ())]
     write = settings["choices"] != "likelihood"
+    vote = VoteSettings(**settings["vote"]) if "vote" in settings else None
     metric = "correct" if write else "acc_norm" if task.normalized else "acc"
-    if settings["samples"] > 1 and 0 < sum(scores) < len(scores):  # of equal scores a bootstrap says nothing
+    metric = metric if vote is None else votes.name_of(vote)
+    samples_each = settings["samples"] if vote is None else 1  # what is scored of an item
+    if samples_each > 1 and 0 < sum(scores) < len(scores):  # of equal scores a bootstrap says nothing
         low, high = bootstrap(scores)
         interval = {"low": low, "high": high, "level": 0.95, "method": "bootstrap over items"}
     else:
         low, high = wilson(sum(scores), len(scores))
         interval = {"low": low, "high": high, "level": 0.95, "method": "Wilson"}
-    metrics = _further(task, records, settings["samples"])
+    metrics = _further(task, records, samples_each)
     by_group: dict[str, list[float]] = {}
     for record in records:
         if record["group"]:
@@ -321,6 +359,7 @@ def summarize(
         prompt_tokens=sum(record["prompt_tokens"] for record in records),
         generated_tokens=sum(record["generated_tokens"] for record in records),
         cached_tokens=sum(record["cached_tokens"] for record in records),
+        beyond_tokens=sum(record.get("beyond_tokens", 0) for record in records),
         seconds=round(sum(record["seconds"] for record in records), 3),
         versions=versions(),
         items=records,
@@ -330,10 +369,11 @@ def summarize(
 def _further(task: Task, records: Sequence[Record], samples: int) -> dict[str, float]:
     """Means of the other judgements, pass@k, perplexity."""
     out: dict[str, float] = {}
-    judged = [sample["scores"] for record in records for sample in record.get("samples", ())]
-    judged += [record["scores"] for record in records if "scores" in record]
-    for name in dict.fromkeys(name for scores in judged for name in scores):
-        out[name] = _mean([scores.get(name, 0.0) for scores in judged])
+    of_samples = [sample["scores"] for record in records for sample in record.get("samples", ())]
+    of_items = [record.get("scores", {}) for record in records]
+    for judged in (of_samples, of_items):
+        for name in dict.fromkeys(name for scores in judged for name in scores):
+            out[name] = _mean([scores.get(name, 0.0) for scores in judged])
     if samples > 1:
         out[f"pass@{samples}"] = _mean([float(any(s["correct"] for s in record["samples"])) for record in records])
     if task.kind == "continue":

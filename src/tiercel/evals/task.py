@@ -17,9 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tiercel.errors import RequestError
+
+if TYPE_CHECKING:
+    from tiercel.voting.settings import VoteSettings
 
 Kind = Literal["generate", "choose", "continue"]
 Messages = list[dict[str, str]]
@@ -47,6 +50,7 @@ class Settings:
     chat: the model's chat template, or the plain text · shots: solved examples before the question
     choices: "likelihood", or "letters": the model writes the letter of its choice (all that an endpoint can)
     limit: so many items, drawn with `seed`; a larger limit contains a smaller one · data: the folder of the files
+    vote: `vote.k` answers to each question, and the one that they agree on is graded
     """
 
     chat: bool | None = None
@@ -64,6 +68,7 @@ class Settings:
     seed: int = 0
     slots: int = 8
     data: str | None = None
+    vote: VoteSettings | None = None
 
     def __post_init__(self) -> None:
         bounds = {"shots": (0, 64), "samples": (1, 1024), "max_tokens": (1, 1 << 20), "limit": (1, 1 << 31),
@@ -125,6 +130,7 @@ class Task:
     normalized = False  # the score that is usually quoted is acc_norm
     spread_over = ""  # what `group` is, for the report
     from_model = False  # made by rules, not read from a file
+    votes = True  # two answers can be equal
 
     def load(self, folder: str | None) -> list[Item]:
         """All items, and `self.sources` for the report.  Raises FormatError, RequestError, Offline."""

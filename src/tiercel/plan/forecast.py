@@ -8,7 +8,7 @@ working     what one forward of 512 tokens needs between layers
 process     Python, torch and what it loads at the first step, the tokenizer's tables
 
 step of R rows = Σ matrices + R · (keys, values and states read) + layers · a layer's own time
-prompt of n tokens = Σ products + attention (n² / 2 pairs) + scan
+prompt of n tokens = Σ products + attention (n² / 2 pairs) + scan + what lies between products + the layers' own time
 """
 
 from __future__ import annotations
@@ -255,7 +255,16 @@ def prefill_seconds(config: ModelConfig, held: list[Matrix], machine: Machine, t
                 pairs += 4 * m.heads * m.head_dim * (window * tokens - window * window / 2)
     mamba1, mamba2 = _cells(config)
     scans = tokens * (mamba2 / machine.scan + mamba1 / machine.scan1)
-    return products + pairs / machine.attend + scans + (calls + bool(last)) * len(config.layers) * machine.layer_s
+    between = 4 * tokens * sum(_between(config, layer) for layer in config.layers) / machine.flow
+    layers = (calls + bool(last)) * len(config.layers) * machine.layer_s
+    return products + pairs / machine.attend + scans + between + layers
+
+
+def _between(config: ModelConfig, layer: LayerConfig) -> int:
+    """Numbers of one token that a product writes or reads in a layer; those of a scan are in the scan's own rate."""
+    mixers = sum((2 * m.heads + 2 * m.kv_heads) * m.head_dim for m in layer.mixers if isinstance(m, AttentionConfig))
+    ffn = layer.feed_forward
+    return 4 * config.width + mixers + (3 * ffn.width * (ffn.active if isinstance(ffn, MoEConfig) else 1) if ffn else 0)
 
 
 def _cells(config: ModelConfig) -> tuple[int, int]:

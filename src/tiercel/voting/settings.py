@@ -12,7 +12,7 @@ deepconf           deepconf-high: what Falcon-H1R used
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,3 +92,19 @@ class VoteSettings:
         if unknown is not None:
             raise RequestError(f"vote has no {str(unknown)[:40]!r}; it takes {', '.join(names)}")
         return cls(**{name: value for name, value in given.items() if value is not None})
+
+    @classmethod
+    def typed(cls, k: int | None, method: str, pairs: Iterable[str]) -> VoteSettings | None:
+        """From a command line: --vote K, --vote-method, and NAME=VALUE of --vote-set.  None where there is no vote."""
+        if k is None:
+            if method != "majority" or list(pairs):
+                raise RequestError("--vote-method and --vote-set need --vote K, the number of answers")
+            return None
+        given: dict[str, Any] = {}
+        for pair in pairs:
+            name, _, word = pair.partition("=")
+            try:
+                given[name] = word if name == "weight" else int(word) if word.isdecimal() else float(word)
+            except ValueError:
+                raise RequestError(f"--vote-set takes NAME=VALUE, as in window=256, not {pair!r}") from None
+        return cls.of(given | {"k": k, "method": method})
