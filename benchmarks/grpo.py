@@ -3,8 +3,8 @@
     python benchmarks/grpo.py [--family counting] [--sizes 4] [--rounds 40] [--out RUN] [--json FILE]
 
 Trains on problems of the training split alone (no seed or phrasing can bring one of the test set into it), tests
-greedily on the disjoint test sets: the trained family at the trained and at the larger sizes, and all other families
-at the trained ones, to see what was lost.  Same problems before and after.
+greedily on the disjoint test sets: the trained family at each of --sizes and at all that the reasoner was trained on,
+and all other families at these, to see what was lost.  Same problems before and after.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from tiercel.train.rewards import problems
 
 def table(name: str | Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     model = tiercel.load(name)
-    family = FAMILIES[args.family]
-    sets = {
-        f"{args.family}, larger": family.test_set(args.each, larger=True, seed=args.seed),
-        f"{args.family}, trained sizes": family.test_set(args.each, seed=args.seed),
-    }
+    family, sets = FAMILIES[args.family], {}
+    for size in map(int, args.sizes.split(",")):
+        which: dict[str, Any] = {"larger": True} if size == LARGER else {"size": size}
+        label = "larger" if size == LARGER else f"size {size}"
+        sets[f"{args.family}, {label}"] = family.test_set(args.each, seed=args.seed, **which)
+    sets[f"{args.family}, trained sizes"] = family.test_set(args.each, seed=args.seed)
     others = [f for f in FAMILIES.values() if f is not family]
     sets |= {f.name: f.test_set(args.others, seed=args.seed) for f in others if args.others}
     return {label: score(model, found, args.most) for label, found in sets.items()}

@@ -18,6 +18,7 @@ from tiercel.errors import FormatError, ModelNotFound, RequestError, Unsupported
 from tiercel.ops.linear import QTensor, multiply_reference
 from tiercel.train.causal_lm import CausalLM, coverage
 from tiercel.train.lora import TARGETS, adapt, matched, save
+from tiercel.train.lora_layer import LowRank, kept
 from tiercel.weights import adapters, hub
 from tiercel.weights import load as weights
 
@@ -131,7 +132,7 @@ def test_every_adapter_weight_of_every_target_has_a_gradient_after_one_step(base
     network, _, layout = weights.load(base / "model", quantize=quantize)
     adapted = adapt(network, layout, rank=3).train()
     held = {name: w for name, w in weights.named_weights(network) if isinstance(w, QTensor)}
-    assert held or not weights.cpu.there, "the frozen matrices stay as the kernels read them"
+    assert held or quantize is None, "packed matrices stay packed"
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 1e-2)
     x, losses = torch.tensor([IDS]), []
     for _ in range(2):
@@ -163,6 +164,51 @@ def test_the_way_back_through_a_frozen_matrix_is_that_of_its_numbers(type):
     again.backward(dy)
     assert torch.allclose(got, x.grad, atol=1e-5) and torch.allclose(got_bias, bias.grad, atol=1e-5)
     assert torch.allclose(y, multiply_reference(x, q, bias, 0.7), atol=1e-4)
+
+
+def test_an_adapter_adds_its_product_with_gradients_of_the_formula_and_drops_what_dropout_says():
+    y, x, A, B, m = (torch.randn(*s) for s in ((9, 20), (9, 16), (3, 16), (20, 3), (20,)))
+    x[0, 0] = 0.5
+
+    def ours(y, x, A, B):
+        return LowRank.apply(y, x, A, B, 0.7, m, 0.0)
+
+    def formula(y, x, A, B):
+        return y + 0.7 * m * (x @ A.t() @ B.t())
+
+    found = []
+    for f in (ours, formula):
+        leaves = [t.clone().requires_grad_() for t in (y, x, A, B)]
+        out = f(*leaves)
+        found.append([out, *torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel()).view(out.shape))])
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*found, strict=True))
+
+    mask = kept(torch.empty(400, 500), 0.05)
+    assert mask.shape == (400, 500) and abs(mask.float().mean() - 0.95) < 0.002
+    one = torch.ones(2000, 16, requires_grad=True)
+    out = LowRank.apply(torch.zeros(2000, 16), one, torch.eye(16), torch.eye(16), 1.0, None, 0.25)
+    (back,) = torch.autograd.grad(out.sum(), one)
+    assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()} and back.equal(
+        out
+    )  # the same are dropped
+
+
+def test_frozen_matrices_of_bfloat16_learn_as_those_of_float32_do(base):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        network, _, layout = weights.load(base / "model", dtype=dtype)
+        torch.manual_seed(3)
+        adapted = adapt(network, layout, rank=3).train()
+        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 1e-2)
+        x = torch.tensor([IDS])
+        for _ in range(6):
+            loss = adapted(input_ids=x, labels=x)["loss"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(loss))
+        assert all(p.dtype == torch.float32 for p in adapted.parameters() if p.requires_grad)
+    assert abs(losses[0] - losses[1]) < 0.05 * losses[0]
 
 
 def test_train_lora_writes_an_adapter_that_learned(base, tmp_path):

@@ -195,6 +195,9 @@ def test_a_file_of_ones_own(tmp_path):
     assert task.how == "text" and task.grade(item, "Hm.\nparis.").correct and not task.grade(item, "Rome").correct
     task, (item,) = own(tmp_path, {"question": "?", "answer": "B"}, kind="letter")
     assert task.grade(item, "The answer is B.").correct
+    task, (item,) = own(tmp_path, {"question": "Say it.", "answer": "So be it"}, kind="bare")
+    assert task.prompt(item, 0, chat=True) == [{"role": "user", "content": "Say it."}]
+    assert task.grade(item, "so be it").correct and not task.grade(item, "Well,\nso be it").correct
     task, items = own(tmp_path, *({"question": "?", "options": ["x", "y", "z"], "answer": a} for a in ("B", "z", 0)))
     assert task.kind == "choose" and [item.gold for item in items] == ["1", "2", "0"]
     _, (item,) = own(tmp_path, {"question": "?", "choices": ["x", "y"], "answer": "2"}, answer_from=1)

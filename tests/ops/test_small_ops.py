@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from tiercel.model.config import RopeConfig
 from tiercel.ops.conv1d import conv1d, conv1d_reference
 from tiercel.ops.moe import moe, moe_reference, route
-from tiercel.ops.norm import gated_rms_norm, rms_norm
+from tiercel.ops.norm import gated_rms_norm, rms_norm, rms_norm_reference
+from tiercel.ops.pointwise import ACTIVATIONS, gate, gate_reference
 from tiercel.ops.rotary import frequencies, rotate
 
 
@@ -31,6 +32,23 @@ def test_rms_norm_by_hand():
     x, w = torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0])
     rms = math.sqrt((9 + 16) / 2 + 0.5)
     torch.testing.assert_close(rms_norm(x, w, 0.5), torch.tensor([[3 / rms, 8 / rms]]))
+
+
+def gradients(f, *tensors):
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    y = f(*leaves)
+    return y, torch.autograd.grad(y, leaves, torch.linspace(-1, 1, y.numel()).view(y.shape))
+
+
+def test_the_way_back_of_a_norm_and_of_a_gate_is_that_of_their_formulas():
+    x, u, w = torch.randn(7, 12), torch.randn(7, 12), torch.rand(12)
+    pairs = [((x, w), lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5))]
+    for name in ACTIVATIONS:
+        pairs.append(((x, u), lambda g, u, n=name: gate(g, u, n), lambda g, u, n=name: gate_reference(g, u, n)))
+    for given, ours, formula in pairs:
+        (y, got), (wanted_y, wanted) = gradients(ours, *given), gradients(formula, *given)
+        assert torch.allclose(y, wanted_y, atol=1e-6)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])

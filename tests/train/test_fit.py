@@ -50,6 +50,19 @@ def test_the_loss_in_slices_is_the_plain_loss_and_has_its_gradients(chunk):
         torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [7, 50])
+def test_under_a_frozen_head_the_loss_and_its_gradient_are_the_same(chunk):
+    x, W, targets = torch.randn(50, 8), torch.randn(30, 8), torch.randint(30, (50,))
+    found = []
+    for frozen in (True, False):
+        a = x.clone().requires_grad_()
+        loss = chunked_cross_entropy(a, targets, lambda x: x @ W.t(), 30, chunk, frozen=frozen)
+        (0.3 * loss).backward()
+        found.append((loss.detach(), a.grad))
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_only_learned_tokens_count_and_each_is_predicted_from_its_own_document():
     docs = Documents.of([([5, 6, 7], [0, 1, 1]), ([8, 9], [1, 1])])
     rows = make_rows(docs, [[0, 1], []], 8)

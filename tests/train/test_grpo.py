@@ -90,7 +90,7 @@ def test_the_reward_rises_within_seconds():
     player = Player(network, None, slots=32)
     rules = Rules(prompts=4, answers=8, most=6, updates=2, tries=4)
     stream = Rollouts(network, player, lambda number: Task(tiny.ids(4, number % 3), few), rules)
-    settings = Settings(steps=30, lr=1.5e-2, schedule="constant", weight_decay=0.0, quiet=True)
+    settings = Settings(steps=44, lr=1.5e-2, schedule="constant", weight_decay=0.0, quiet=True)
     log = fit(network, stream, settings, loss(rules)).log
     first, last = (sum(line["reward"] for line in part) / len(part) for part in (log[:4], log[-4:]))
     assert first < 0.55 and last > 0.85, (first, last)

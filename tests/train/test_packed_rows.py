@@ -163,3 +163,18 @@ def test_a_compiled_block_has_the_same_gradients():
         grads.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
     for name, grad in grads[0].items():
         assert (grads[1][name] - grad).norm() <= 1e-5 * grad.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_attention_by_two_rounded_products_is_attention(window):
+    starts_BL = torch.zeros(1, 40, dtype=torch.bool)
+    starts_BL[0, 23] = True
+    q, k, v, dy = torch.randn(4, 40, 8), torch.randn(2, 40, 8), torch.randn(2, 40, 8), torch.randn(4, 40, 8)
+    found = []
+    for rounded in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            y = PackedRows(starts_BL).attend(*leaves, 0.3, window).float()
+        found.append([y, *torch.autograd.grad(y, leaves, dy)])
+    for exact, rounded in zip(*found, strict=True):
+        assert (exact - rounded).norm() < 0.01 * exact.norm()

@@ -46,7 +46,9 @@ def evaluate(
     question: Annotated[str | None, typer.Option(help="FILE.jsonl: the field with the question.")] = None,
     choices: Annotated[str | None, typer.Option(help="FILE.jsonl: the field with the choices.")] = None,
     answer: Annotated[str | None, typer.Option(help="FILE.jsonl: the field with the right answer.")] = None,
-    kind: Annotated[str | None, typer.Option(help="FILE.jsonl: answers are number, math, text or letter.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="FILE.jsonl: answers are number, math, text, letter or bare.")
+    ] = None,
     answer_from: Annotated[int | None, typer.Option(help="FILE.jsonl: numbered answers count from 0 or 1.")] = None,
     data: Annotated[str | None, typer.Option(help="The folder with the benchmark files.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where runs are kept.")] = None,

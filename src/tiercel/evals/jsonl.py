@@ -8,10 +8,11 @@ choices    the field with a list of texts, or {"text": […]}: then it is a choi
 answer     the field with the right answer.  With choices: a letter, the text of a choice, or a number, an index from 0
            (`--answer-from 1`: from 1).  A digit in quotes that is the text of no choice is an error unless
            --answer-from says what it counts from: that is the mistake of a well-known bad copy of ARC.
-kind       of written answers: "number" (exact), "math" (LaTeX), "text" (case and spaces aside), "letter"; when not
-           named it is "number" where every answer is one, else "text"
+kind       of written answers: "number" (exact), "math" (LaTeX), "text" (case and spaces aside), "letter", "bare" (text,
+           and the question goes without a word about the form of its answer); when not named it is "number" where
+           every answer is one, else "text"
 counts     number: the stated number; math: the last \\boxed{…}; text: the box or, without one, the last line;
-           letter: the letter it settles on
+           letter: the letter it settles on; bare: all that is said after the thoughts
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tiercel.evals.task import LETTERS, Item, Prompt, Task, Verdict, letters_pro
 
 QUESTIONS, CHOICES = ("question", "problem", "prompt", "query"), ("choices", "options")
 ANSWERS = ("answer", "answerKey", "gold", "target", "label")
-KINDS = ("number", "math", "text", "letter")
+KINDS = ("number", "math", "text", "letter", "bare")
 ASKED = {
     "number": "Solve the problem step by step, and put the final number into \\boxed{}.",
     "math": "Please reason step by step, and put your final answer within \\boxed{}.",
@@ -127,7 +128,8 @@ class JSONL(Task):
         if chat:
             if item.choices:
                 return letters_prompt(item)
-            return [{"role": "user", "content": f"{item.question}\n\n{ASKED[self.how or 'text']}"}]
+            form = "" if self.how == "bare" else f"\n\n{ASKED[self.how or 'text']}"
+            return [{"role": "user", "content": item.question + form}]
         return f"Question: {item.question}\nAnswer:"
 
     def grade(self, item: Item, text: str) -> Verdict:
@@ -143,6 +145,8 @@ class JSONL(Task):
         if self.how == "letter":
             found = grade.letter(text, len(LETTERS))
             return Verdict(found, found == item.gold.strip().upper())
+        if self.how == "bare":
+            return Verdict(text.strip() or None, grade.same_text(text, item.gold))
         lines = [line for line in text.split("\n") if line.strip()]
         found = grade.boxed(text) or (lines[-1].strip() if lines else None)
         return Verdict(found, grade.same_text(found, item.gold))

@@ -28,7 +28,7 @@ from tiercel.model.slots import SlotBatch, Slots
 from tiercel.model.state import State, layer_state
 from tiercel.model.steps import Steps
 from tiercel.ops import cpu
-from tiercel.ops.linear import QTensor
+from tiercel.ops.linear import QTensor, torch_multiplies_bf16
 
 
 class Decoder(nn.Module):
@@ -143,15 +143,18 @@ class Decoder(nn.Module):
 
     def features(self, tokens_BL: Tensor, batch: PackedRows) -> Tensor:
         """What the last norm gives out for rows full of documents, (T, D), with gradients: the input of `head`."""
-        x_TD = self.embed(tokens_BL.flatten())
-        if self.config.residual_fp32:
+        x_TD, half = self.embed(tokens_BL.flatten()), self.dtype == torch.bfloat16
+        if self.config.residual_fp32 or half:
             x_TD = x_TD.float()
-        for i, block in enumerate(self.layers):
-            nothing = self._memories(i, None, len(batch.lengths))
-            if batch.recompute and torch.is_grad_enabled():
-                x_TD = checkpoint(block, x_TD, batch, nothing, use_reentrant=False)
-            else:
-                x_TD = block(x_TD, batch, nothing)
+        # between bfloat16 matrices the products of attention and scans are rounded as theirs are
+        rounding = torch.autocast(x_TD.device.type, torch.bfloat16) if half else nullcontext()
+        with rounding:
+            for i, block in enumerate(self.layers):
+                nothing = self._memories(i, None, len(batch.lengths))
+                if batch.recompute and torch.is_grad_enabled():
+                    x_TD = checkpoint(block, x_TD, batch, nothing, use_reentrant=False)
+                else:
+                    x_TD = block(x_TD, batch, nothing)
         return self.norm(x_TD)
 
     def _memories(self, layer: int, states: Sequence[State] | None, rows: int) -> list[list[object]]:
@@ -211,13 +214,13 @@ class Decoder(nn.Module):
             hold(self.head, "weight", self.embed.weight)
 
     def train(self, mode: bool = True) -> Decoder:
-        if mode and not self.frozen:
+        if mode and not (self.frozen and self.dtype == torch.bfloat16 and not torch_multiplies_bf16()):
             self.unpack()
         return super().train(mode)
 
     @property
     def frozen(self) -> bool:
-        """Whether PEFT's adapters are what is trained: the matrices under them stay as the kernels read them."""
+        """Whether PEFT's adapters are what is trained: then what the kernels read may stay as they read it."""
         return any(".lora_" in name for name, p in self.named_parameters() if p.requires_grad)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:

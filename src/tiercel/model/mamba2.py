@@ -27,6 +27,7 @@ from tiercel.model.packed import CHUNK, PackedRows
 from tiercel.model.state import Mamba2State
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.norm import gated_rms_norm
+from tiercel.ops.pointwise import gate
 from tiercel.ops.ssd import ssd
 
 
@@ -67,7 +68,7 @@ class Mamba2(nn.Module):
             ]
             y_TI = rows[0] if len(rows) == 1 else torch.cat(rows)
         if self.out_norm is None:
-            y_TI = y_TI * F.silu(z_TI.float())
+            y_TI = gate(z_TI.float(), y_TI, "silu")
         else:
             y_TI = gated_rms_norm(y_TI, z_TI, self.out_norm, self.eps, c.groups, c.gated_norm == "gate_first")
         return self.out_proj(y_TI)
@@ -96,7 +97,9 @@ class Mamba2(nn.Module):
         """All rows at once, for training → y (T, I), float32 at least."""
         c = self.config
         x_THP, B_TGN, C_TGN = self._parts(batch.conv1d_silu(xBC_TC, self.conv, self.conv_bias))
-        return batch.ssd(C_TGN, x_THP, dt_TH, A_H, B_TGN, self.D, chunk=min(CHUNK, c.chunk)).flatten(1)
+        return batch.ssd(
+            C_TGN, x_THP, dt_TH, A_H, B_TGN, self.D, chunk=min(c.chunk, CHUNK if c.state <= CHUNK else 2 * CHUNK)
+        ).flatten(1)
 
     def _parts(self, xBC_LC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (L, H, P), B and C (L, G, N)."""

@@ -30,7 +30,7 @@ from tiercel.ops.packed_attention import Documents, packed_attention
 from tiercel.ops.packed_conv1d import Pasts, packed_conv1d_silu
 from tiercel.ops.packed_ssd import Chunks, packed_ssd
 
-CHUNK = 64  # a chunk's matrices cost Q for each token, its state N · P: for heads of 64 they meet about here
+CHUNK = 64  # a chunk's matrices cost Q for each token, its state N · P: for heads and states of 64 they meet here
 
 
 class PackedRows:

@@ -119,7 +119,7 @@ class QTensor:
     def back(self, dy: Tensor, scale: float = 1.0) -> Tensor:
         """scale · dy W, (…, N) → (…, K) float32: what `multiply` needs on the way back."""
         N, K = self.shape
-        half = self.type == "BF16" and not self.exact and _multiplies_bf16()
+        half = self.type == "BF16" and not self.exact and torch_multiplies_bf16()
         dy_TN = (dy.float() * scale if scale != 1.0 else dy).reshape(-1, N)
         dy_TN = dy_TN.to(torch.bfloat16 if half else torch.float32)
         dx_TK, step = torch.zeros(len(dy_TN), K), max(16, SLAB // K // 16 * 16)
@@ -139,7 +139,7 @@ class QTensor:
 
 
 @cache
-def _multiplies_bf16() -> bool:
+def torch_multiplies_bf16() -> bool:
     """Whether torch multiplies bfloat16 fast here."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tiercel.ops import cpu, triton
 from tiercel.ops.pointwise import add
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, round: bool = False) -> Tensor:
-    """x: (…, D) any float dtype → (…, D) in the dtype of x; in that of the weight on a GPU, where a matrix follows.
+    """x: (…, D) any float dtype → (…, D) in the dtype of x; in that of the weight on a GPU, where a matrix follows, and
+    in that of autocast on the way to a gradient on the CPU.
 
     round: on a GPU few rows also in eight bits, for a packed matrix.
     """
@@ -28,6 +31,9 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, round: bool = False) ->
         from tiercel.ops.triton import norm
 
         return norm.rms_norm(x, weight_D, eps, round=round and _few(x))
+    if torch.is_grad_enabled() and x.device.type == "cpu":
+        y: Tensor = Normed.apply(x, weight_D, eps)
+        return y
     return rms_norm_reference(x, weight_D, eps)
 
 
@@ -48,10 +54,35 @@ def _few(x: Tensor) -> bool:
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """The formula in torch: also the one with gradients."""
+    """The formula in torch."""
     h = x.float()
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
     return (h * weight_D).to(x.dtype)
+
+
+class Normed(torch.autograd.Function):
+    """`rms_norm` with its way back, for which x and one number a row are kept; autograd would keep four of x's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        h = x.float()
+        r = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight_D, r)
+        half = torch.is_autocast_enabled("cpu")
+        return (h * r).mul_(weight_D).to(torch.get_autocast_dtype("cpu") if half else x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight_D, r = ctx.saved_tensors
+        dy, h = dy.float(), x.float() * r
+        dx = dweight_D = None
+        if ctx.needs_input_grad[1]:
+            dweight_D = (dy * h).flatten(0, -2).sum(0).to(weight_D.dtype)
+        if ctx.needs_input_grad[0]:
+            dh = dy * weight_D
+            dx = dh.sub_(h * (dh * h).mean(-1, keepdim=True)).mul_(r).to(x.dtype)
+        return dx, dweight_D, None
 
 
 def gated_rms_norm(y_LI: Tensor, z_LI: Tensor, weight_I: Tensor, eps: float, groups: int, gate_first: bool) -> Tensor:

@@ -3,7 +3,8 @@
     y_t = silu(b + Σ_k w_k x_{t−k} over the k < K that stay in t's document)          w_k: the tap k tokens back
 
 On the CPU all tokens are summed as if a row were one document, and the few whose past is cut short are made again; on a
-GPU, where their number would have to be waited for, each lag is multiplied with 0 or 1.
+GPU, where their number would have to be waited for, each lag is multiplied with 0 or 1.  The way back makes the sums
+again: keeping them would cost as much memory as x.
 
 Letters: B rows of L tokens, T = B · L, C channels, K taps, E tokens near a document's start.
 """
@@ -58,24 +59,17 @@ def packed_conv1d_silu(x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, 
 class PackedConv1dSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: Pasts) -> Tensor:
-        weight_KC, L = weight_CK.t().flip(0).contiguous(), x_BLC.shape[1]
-        h_BLC = x_BLC * weight_KC[0] if bias_C is None else torch.addcmul(bias_C, x_BLC, weight_KC[0])
-        for lag in range(1, min(len(weight_KC), L)):
-            past = x_BLC[:, : L - lag]
-            h_BLC[:, lag:].addcmul_(past if pasts.few else past * pasts.has[lag][:, lag:], weight_KC[lag])
-        if pasts.few:
-            (first_E, has_KE1), _ = pasts.edges
-            h_BLC.flatten(0, 1)[first_E] = _made_again(x_BLC.flatten(0, 1), first_E, -1, has_KE1, weight_KC, bias_C)
-        ctx.save_for_backward(x_BLC, weight_KC, h_BLC)
-        ctx.pasts, ctx.biased = pasts, bias_C is not None
-        return F.silu(h_BLC)
+        weight_KC = weight_CK.t().flip(0).contiguous()
+        ctx.save_for_backward(x_BLC, weight_KC, bias_C)
+        ctx.pasts = pasts
+        return F.silu(_convolution(x_BLC, weight_KC, bias_C, pasts))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BLC: Tensor) -> tuple[Tensor | None, ...]:
-        x_BLC, weight_KC, h_BLC = ctx.saved_tensors
+        x_BLC, weight_KC, bias_C = ctx.saved_tensors
         pasts, L = ctx.pasts, x_BLC.shape[1]
-        dh_BLC = torch.ops.aten.silu_backward(dy_BLC, h_BLC)
+        dh_BLC = torch.ops.aten.silu_backward(dy_BLC, _convolution(x_BLC, weight_KC, bias_C, pasts))
         dx_BLC, dweight_KC = dh_BLC * weight_KC[0], torch.zeros_like(weight_KC)
         dweight_KC[0] = (dh_BLC * x_BLC).sum((0, 1))
         for lag in range(1, min(len(weight_KC), L)):
@@ -92,7 +86,19 @@ class PackedConv1dSilu(torch.autograd.Function):
             for lag in range(1, min(len(weight_KC), L)):
                 other_E1 = ~has_KE1[lag] & (column_E1 >= lag)
                 dweight_KC[lag] -= (dh_EC * x_TC[(first_E - lag).clamp(min=0)] * other_E1).sum(0)
-        return dx_BLC, dweight_KC.flip(0).t(), dh_BLC.sum((0, 1)) if ctx.biased else None, None
+        return dx_BLC, dweight_KC.flip(0).t(), dh_BLC.sum((0, 1)) if bias_C is not None else None, None
+
+
+def _convolution(x_BLC: Tensor, weight_KC: Tensor, bias_C: Tensor | None, pasts: Pasts) -> Tensor:
+    h_BLC = x_BLC * weight_KC[0] if bias_C is None else torch.addcmul(bias_C, x_BLC, weight_KC[0])
+    L = x_BLC.shape[1]
+    for lag in range(1, min(len(weight_KC), L)):
+        past = x_BLC[:, : L - lag]
+        h_BLC[:, lag:].addcmul_(past if pasts.few else past * pasts.has[lag][:, lag:], weight_KC[lag])
+    if pasts.few:
+        (first_E, has_KE1), _ = pasts.edges
+        h_BLC.flatten(0, 1)[first_E] = _made_again(x_BLC.flatten(0, 1), first_E, -1, has_KE1, weight_KC, bias_C)
+    return h_BLC
 
 
 def _made_again(

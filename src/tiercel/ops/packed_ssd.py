@@ -67,7 +67,7 @@ def packed_ssd(
 ) -> Tensor:
     """y (T, H, P) + D x in the dtype of x, which is that of all other inputs: float32 or float64.
 
-    Under autocast the products are rounded like others; everything else is not.
+    Under autocast the products are rounded like others, and what is kept for the way back with them; nothing else is.
     """
     device = x_THP.device.type
     half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -101,7 +101,7 @@ class PackedSSD(torch.autograd.Function):
         log_KQH = dt.double() * A_H.double()
         a_KQH = log_KQH.cumsum(1)
         a_KQH = a_KQH - (a_KQH - log_KQH).gather(1, chunks.begin_KQ.unsqueeze(2).expand(-1, -1, H))
-        u_KHQP = _by_head(x * dt.unsqueeze(-1))
+        u_KHQP = _by_head(x * dt.unsqueeze(-1)).to(half or dtype)
         decay_KHQQ = _decay(a_KQH, dtype)
         scores_KGQQ = _product(Cs, Bs.transpose(1, 2), half).view(K, G, Q, Q) * chunks.same_KQQ.unsqueeze(1)
         weights = (decay_KHQQ.unflatten(1, (G, -1)) * scores_KGQQ.unsqueeze(2)).view(K * H, Q, Q)
@@ -113,12 +113,13 @@ class PackedSSD(torch.autograd.Function):
             g_BHCC = _carry(a_KQH[:, -1], chunks, dtype)
             V = _by_group(x * (left_KQH * dt).unsqueeze(-1), G)
             S_BHCX = _per_row(_product(Bs.transpose(1, 2), V, half), chunks.count, G, H)
-            Z = _per_chunk(g_BHCC @ S_BHCX, G, N)
+            Z = _per_chunk(g_BHCC @ S_BHCX, G, N).to(half or dtype)
             before = _by_token(_product(Cs, Z, half), K, H).mul_(into_KQH.unsqueeze(-1))
             y = before + y
-            between = left_KQH, into_KQH, g_BHCC, S_BHCX, Z, before
+            between = left_KQH, into_KQH, g_BHCC, S_BHCX.to(half or dtype), Z, before.to(half or dtype)
         if D_H is not None:
             y = y.addcmul_(x, D_H.unsqueeze(-1))
+        decay_KHQQ = decay_KHQQ.to(half or dtype)
         ctx.save_for_backward(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, u_KHQP, decay_KHQQ, scores_KGQQ, *between)
         ctx.chunks, ctx.half = chunks, half
         return y.reshape(-1, H, P)
@@ -133,7 +134,7 @@ class PackedSSD(torch.autograd.Function):
         Bs, Cs = _grouped(B_TGN, K), _grouped(C_TGN, K)
 
         # inside the chunks
-        dy_KHQP = _by_head(dy)
+        decay_KHQQ, dy_KHQP = decay_KHQQ.to(x.dtype), _by_head(dy)
         weights = (decay_KHQQ.unflatten(1, (G, -1)) * scores_KGQQ.unsqueeze(2)).view(K * H, Q, Q)
         du = _product(weights.transpose(1, 2), dy_KHQP.flatten(0, 1), half).view(K, H, Q, P).transpose(1, 2)
         dw = _product(dy_KHQP.flatten(0, 1), u_KHQP.flatten(0, 1).transpose(1, 2), half)
@@ -151,7 +152,7 @@ class PackedSSD(torch.autograd.Function):
             dC += _product(E, Z.transpose(1, 2), half)
             dZ_BHCX = _per_row(_product(Cs.transpose(1, 2), E, half), chunks.count, G, H)
             dS = _per_chunk(g_BHCC.transpose(2, 3) @ dZ_BHCX, G, N)
-            dg_BHCC = (dZ_BHCX @ S_BHCX.transpose(2, 3)).mul_(g_BHCC).double()
+            dg_BHCC = (dZ_BHCX @ S_BHCX.to(x.dtype).transpose(2, 3)).mul_(g_BHCC).double()
             V = _by_group(x * (left_KQH * dt).unsqueeze(-1), G)
             dB += _product(V, dS.transpose(1, 2), half)
             dlu = _by_token(_product(Bs, dS, half), K, H).mul_(left_KQH.unsqueeze(-1))

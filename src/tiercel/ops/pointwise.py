@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tiercel.ops import cpu, triton
 
@@ -35,8 +38,31 @@ def gate(g: Tensor, u: Tensor, activation: str) -> Tensor:
         from tiercel.ops.triton import norm
 
         return norm.gate(g, u, activation)
+    if torch.is_grad_enabled() and g.device.type == "cpu":
+        y: Tensor = Gate.apply(g, u, activation)
+        return y
     return gate_reference(g, u, activation)
 
 
 def gate_reference(g: Tensor, u: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](g) * u
+
+
+class Gate(torch.autograd.Function):
+    """`gate` with its way back, which makes act(g) again."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, u: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(g, u)
+        ctx.activation = activation
+        return gate_reference(g, u, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        g, u = ctx.saved_tensors
+        with torch.enable_grad():
+            g = g.detach().requires_grad_()
+            a = ACTIVATIONS[ctx.activation](g)
+        (dg,) = torch.autograd.grad(a, g, dy * u)
+        return dg, dy * a.detach(), None

@@ -26,7 +26,7 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.layers import Linear, named_weights
 from tiercel.model.packed import PackedRows
 from tiercel.ops.linear import QTensor
-from tiercel.train.loss import chunked_cross_entropy
+from tiercel.train.loss import chunked_cross_entropy, learns
 
 if TYPE_CHECKING:
     from tiercel.llm import Model
@@ -147,7 +147,11 @@ class CausalLM(Names):
         targets_T = labels[:, 1:].flatten()
         learned_T = (targets_T != IGNORED).nonzero().squeeze(1)
         total = chunked_cross_entropy(
-            x_TD[learned_T], targets_T[learned_T], lambda x: network.head(x, scale), network.config.vocab_size
+            x_TD[learned_T],
+            targets_T[learned_T],
+            lambda x: network.head(x, scale),
+            network.config.vocab_size,
+            frozen=not learns(network.head),
         )
         return {"loss": total / (num_items_in_batch if num_items_in_batch is not None else max(1, len(learned_T)))}
 

@@ -3,8 +3,10 @@
     lora("smollm2", "chats.jsonl", Settings(steps=200, lr=2e-4, out=Path("poet")))
     lora("smollm2", "chats.jsonl", Settings(...), quantize="q4_k_m")          over packed weights
 
-The frozen matrices are multiplied by the kernels that run them, on the way back from slabs unpacked for the moment
-(`ops.linear.Product`); what learns is float32.  `out` is an adapter in PEFT's form, with the checkpoint's own names.
+Packed matrices are multiplied by the kernels that run them, on the way back from slabs unpacked for the moment
+(`ops.linear.Product`); frozen ones of bfloat16 by torch where the CPU multiplies that fast, and the products of
+attention and scans between them are rounded alike.  What learns is float32.  `out` is an adapter in PEFT's form, with
+the checkpoint's own names.
 """
 
 from __future__ import annotations

@@ -7,28 +7,34 @@ ranks, so that every token weighs the same however a step is cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tiercel.model.decoder import Decoder
 from tiercel.train.data import Rows
 
-LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}  # numbers of a slice
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers of a slice
 
 
 def next_token_loss(network: Decoder, rows: Rows) -> Tensor:
     """The sum of −log p over the counted tokens of a micro-batch, float32."""
     x_TD, head = _counted(network, rows)
-    return chunked_cross_entropy(x_TD, rows.targets_T, head, network.config.vocab_size)
+    return chunked_cross_entropy(x_TD, rows.targets_T, head, network.config.vocab_size, frozen=not learns(network.head))
 
 
 def next_token_logprobs(network: Decoder, rows: Rows) -> Tensor:
     """log p of each counted token of a micro-batch, (T,) float32."""
     x_TD, head = _counted(network, rows)
     return -torch.cat(list(_slices(x_TD, rows.targets_T, head, network.config.vocab_size, None, "none")))
+
+
+def learns(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _counted(network: Decoder, rows: Rows) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -40,16 +46,51 @@ def _counted(network: Decoder, rows: Rows) -> tuple[Tensor, Callable[[Tensor], T
 
 
 def chunked_cross_entropy(
-    x_TD: Tensor, targets_T: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int, chunk: int | None = None
+    x_TD: Tensor,
+    targets_T: Tensor,
+    head: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    chunk: int | None = None,
+    *,
+    frozen: bool = False,
 ) -> Tensor:
     """Σ_t −log softmax(head(x_t))[target_t], float32; a slice's logits are made again on the way back.
 
-    chunk: tokens of a slice; None chooses by the vocabulary.
+    chunk: tokens of a slice; None chooses by the vocabulary.  frozen: nothing in `head` learns; then the gradient of x
+    is all there is, and made at once, so that no logits are made twice.
     """
+    if frozen and torch.is_grad_enabled():
+        summed: Tensor = FrozenHead.apply(x_TD, targets_T, head, vocab_size, chunk)
+        return summed
     total = torch.zeros((), device=x_TD.device)
     for summed in _slices(x_TD, targets_T, head, vocab_size, chunk, "sum"):
         total = total + summed
     return total
+
+
+class FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, targets_T: Tensor, head: Any, vocab_size: int, chunk: int | None) -> Tensor:
+        total, dx_TD = torch.zeros((), device=x_TD.device), torch.empty_like(x_TD)
+        chunk = chunk or _chunk(x_TD, vocab_size)
+        for x, targets, dx in zip(x_TD.split(chunk), targets_T.split(chunk), dx_TD.split(chunk), strict=True):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                summed = F.cross_entropy(head(x).float(), targets, reduction="sum")
+            dx.copy_(torch.autograd.grad(summed, x)[0])
+            total += summed.detach()
+        ctx.save_for_backward(dx_TD)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        (dx_TD,) = ctx.saved_tensors
+        return (dx_TD * dtotal).to(dx_TD.dtype), None, None, None, None
+
+
+def _chunk(x_TD: Tensor, vocab_size: int) -> int:
+    return max(64, LOGITS.get(x_TD.device.type, LOGITS["cpu"]) // vocab_size)
 
 
 def _slices(
@@ -60,7 +101,7 @@ def _slices(
     chunk: int | None,
     reduction: str,
 ) -> Iterator[Tensor]:
-    chunk = chunk or max(64, LOGITS.get(x_TD.device.type, LOGITS["cpu"]) // vocab_size)
+    chunk = chunk or _chunk(x_TD, vocab_size)
 
     def entropy(x_TD: Tensor, targets_T: Tensor) -> Tensor:
         return F.cross_entropy(head(x_TD).float(), targets_T, reduction=reduction)
