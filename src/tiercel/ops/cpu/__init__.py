@@ -127,19 +127,32 @@ ROUNDED = {
 }  # fmt: skip
 
 
+def _rounded(type: str, x_TK: Tensor) -> Tensor | None:
+    """The inputs of a product as its kernel wants them; a tape makes them once for all that read the same."""
+    if type not in ROUNDED and type != "BF16":
+        return None
+    T, K = x_TK.shape
+    sub, zero = ROUNDED.get(type, (0, 0))
+    if recorder is not None and (known := recorder.rounded(x_TK, (T, K, sub, zero))) is not None:
+        return known
+    if type == "BF16":
+        rounded = empty(T, -(-K // 2))
+        _native.round_bf16(x_TK.data_ptr(), rounded.data_ptr(), T, K)
+    else:
+        rounded = empty(T, -(-K // 32) * (9 + 64 // sub))
+        _native.round_inputs(x_TK.data_ptr(), rounded.data_ptr(), T, K, sub, zero)
+    if recorder is not None:
+        recorder.keep_rounded(x_TK, (T, K, sub, zero), rounded)
+    return rounded
+
+
 def linear(
     type: str, panels: Tensor, shape: Sequence[int], x_TK: Tensor, bias_N: Tensor | None, scale: float, exact: bool
 ) -> Tensor:
     N, K = shape
     T = x_TK.shape[0]
-    y_TN, rounded = empty(T, N), None
-    if type == "BF16" and not exact and T > 1:
-        rounded = empty(T, -(-K // 2))
-        _native.round_bf16(x_TK.data_ptr(), rounded.data_ptr(), T, K)
-    elif type in ROUNDED and not exact and T > 1:
-        sub, zero = ROUNDED[type]
-        rounded = empty(T, -(-K // 32) * (9 + 64 // sub))
-        _native.round_inputs(x_TK.data_ptr(), rounded.data_ptr(), T, K, sub, zero)
+    y_TN = empty(T, N)
+    rounded = None if exact or T == 1 else _rounded(type, x_TK)
     _native.linear(
         panels.data_ptr(), panels.nbytes, x_TK.data_ptr(), 0 if rounded is None else rounded.data_ptr(),
         0 if bias_N is None else bias_N.data_ptr(), y_TN.data_ptr(), K, N, T, scale, FORMATS[type], exact,

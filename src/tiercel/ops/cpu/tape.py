@@ -51,6 +51,7 @@ class _Block:
         self.__array_interface__ = memory.__array_interface__
 
     def __del__(self) -> None:
+        self.tape.roundings.pop(self.memory.ctypes.data, None)
         self.tape.free[self.memory.nbytes].append(self.memory)
 
 
@@ -61,6 +62,7 @@ class Tape:
         self.ops = cpu._native.Ops()
         self.free: defaultdict[int, list[np.ndarray]] = defaultdict(list)
         self.memory: list[np.ndarray] = []
+        self.roundings: defaultdict[int, dict[tuple[int, ...], Tensor]] = defaultdict(dict)  # by the block they are of
         self.broken: str | None = None
 
     @contextmanager
@@ -86,6 +88,17 @@ class Tape:
             again.append(self.memory[-1])
         flat = torch.from_numpy(np.asarray(_Block(self, again.pop())))
         return flat[: int(np.prod(shape))].view(shape)
+
+    # Blocks are written once: native ops have outputs of their own, and torch may not write while a tape records.  So
+    # what was made of one is right until its tensor dies.
+
+    def rounded(self, x: Tensor, how: tuple[int, ...]) -> Tensor | None:
+        """What `keep_rounded` was given for these numbers, as long as they are there."""
+        return self.roundings.get(x.data_ptr(), {}).get(how)
+
+    def keep_rounded(self, x: Tensor, how: tuple[int, ...], rounded: Tensor) -> None:
+        if any(block.ctypes.data == x.data_ptr() for block in self.memory):
+            self.roundings[x.data_ptr()][how] = rounded
 
     @property
     def nbytes(self) -> int:
