@@ -4,8 +4,12 @@ import pytest
 import torch
 
 import tiny
+from tiercel.families.family import Layout
+from tiercel.families.pattern import PATTERN, rows
 from tiercel.model.steps import Step, Steps
 from tiercel.ops import cpu
+from tiercel.weights.load import of_source
+from tiercel.weights.random import RandomSource, kinds_of
 
 pytestmark = pytest.mark.skipif(not cpu.there, reason="no native kernels here")
 DENSE = "attention+mamba2 mamba2 attention mamba1"  # experts are chosen in Python: such layers are not recorded
@@ -114,3 +118,18 @@ def test_memory_of_a_recording_is_used_again():
         network(torch.tensor([5]), state)
     (step,) = recordings(network)
     assert len(step.tape.memory) < len(step.tape.ops) / 4
+
+
+def test_packed_products_that_read_the_same_input_round_it_once_and_give_the_same_bits():
+    config = tiny.config("attention+mamba2", width=64, ffn_width=64, repeat=1)
+    layout = Layout(PATTERN, config, tuple(rows(config)))
+    network = of_source(RandomSource(layout, kinds_of(layout, "q8_0"), 0))
+    states, twins = ([network.new_state() for _ in range(3)] for _ in range(2))
+    for step in range(40):
+        tokens = [torch.tensor([(7 * step + i) % 300]) for i in range(3)]
+        for row, token, twin in zip(network(tokens, states), tokens, twins, strict=True):
+            assert torch.equal(row, live(network, token, twin))
+    names = recordings(network)[0].tape.ops.names()
+    matrices = 4 + 2 + 3 + 1  # q k v o · in_proj out_proj · gate up down · head
+    inputs = 1 + 2 + 2 + 1  # q, k, v and in_proj share one · o, out_proj · gate and up share one, down · head
+    assert names.count("linear") == matrices and names.count("round_inputs") == inputs

@@ -49,7 +49,7 @@ class Step:
 
     def answers(self) -> list[Tensor]:
         """The logits of each row, the caller's own."""
-        # not clone(): from 32,768 numbers on that wakes torch's threads, which take the cores from ours for milliseconds
+        # not clone(): from 32,768 numbers on that wakes torch's threads, which keep ours from their cores for a while
         return [torch.from_numpy(row.numpy().copy()) for row in self.logits]
 
     def run(self, tokens_T: Tensor, states: Sequence[State]) -> None:

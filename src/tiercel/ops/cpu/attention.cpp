@@ -72,6 +72,22 @@ INLINE void turn_plainly(const bf16* k, uint32_t* out, i64 from, i64 P) {
 #if defined(TIERCEL_AVX2) || defined(TIERCEL_AVX512)
 // four words of sixteen keys, `stride` bytes apart, by their words
 INLINE void turn_four(const char* k, i64 stride, uint32_t* out) {
+#if defined(TIERCEL_AVX512)
+    __m512i r[4], s[4];
+    const auto words = [&](int key) { return _mm_loadu_si128((const __m128i*)(k + key * stride)); };
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_inserti32x4(_mm512_castsi128_si512(words(i)), words(i + 4), 1);
+        r[i] = _mm512_inserti32x4(_mm512_inserti32x4(r[i], words(i + 8), 2), words(i + 12), 3);
+    }
+    for (int i = 0; i < 2; i++) {
+        s[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        s[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        _mm512_storeu_si512(out + 2 * i * KEYS, _mm512_unpacklo_epi64(s[i], s[i + 2]));
+        _mm512_storeu_si512(out + (2 * i + 1) * KEYS, _mm512_unpackhi_epi64(s[i], s[i + 2]));
+    }
+#else
     for (int half = 0; half < 2; half++, k += 8 * stride) {
         __m256i r[4], s[4];
         for (int i = 0; i < 4; i++) {
@@ -87,6 +103,7 @@ INLINE void turn_four(const char* k, i64 stride, uint32_t* out) {
             _mm256_storeu_si256((__m256i*)(out + (2 * i + 1) * KEYS + 8 * half), _mm256_unpackhi_epi64(s[i], s[i + 2]));
         }
     }
+#endif
 }
 
 // `ahead`: the same of a later tile, asked for as we go
@@ -113,33 +130,58 @@ INLINE void widen(const uint32_t* pairs, float* out, i64 P) {
         }
 }
 
+// Sums of R queries are chains of their own, too few to keep the machine busy with one vector each: AVX-512 has the
+// registers for a whole tile of keys and for four vectors of values.
+#if defined(TIERCEL_AVX512)
+constexpr int SIDE = VECTORS;
+template <int R> constexpr int DIMS = 4;
+#else
+constexpr int SIDE = 1;
+template <int R> constexpr int DIMS = R == 1 ? 4 : R <= 3 ? 2 : 1;
+#endif
+
 // scores of R queries with a tile's keys: Σ_p q_p k_p, p in order
-template <int R> INLINE void add_scores(F (&sum)[R], const float* q, i64 stride, F k) {
-    for (int r = 0; r < R; r++) sum[r] = fma(set(q[r * stride]), k, sum[r]);
+template <int R> INLINE void add_scores(F (&sum)[R][SIDE], const float* q, i64 stride, const F (&k)[SIDE]) {
+    for (int r = 0; r < R; r++) {
+        const F one = set(q[r * stride]);
+        for (int i = 0; i < SIDE; i++) sum[r][i] = fma(one, k[i], sum[r][i]);
+    }
+}
+
+template <int R, class Body> INLINE void each_side(float* s, Body body) {
+    for (int v = 0; v < KEYS; v += 16 * SIDE) {
+        F sum[R][SIDE];
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < SIDE; i++) sum[r][i] = zero();
+        body(sum, v);
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < SIDE; i++) store(s + r * KEYS + v + 16 * i, sum[r][i]);
+    }
 }
 
 template <int R> INLINE void scores_of(const float* q, i64 stride, const float* keys, i64 P, float* s) {
-    for (int v = 0; v < KEYS; v += 16) {
-        F sum[R];
-        for (int r = 0; r < R; r++) sum[r] = zero();
-        for (i64 p = 0; p < P; p++) add_scores<R>(sum, q + p, stride, load(keys + p * KEYS + v));
-        for (int r = 0; r < R; r++) store(s + r * KEYS + v, sum[r]);
-    }
+    each_side<R>(s, [&](auto& sum, int v) {
+        for (i64 p = 0; p < P; p++) {
+            F k[SIDE];
+            for (int i = 0; i < SIDE; i++) k[i] = load(keys + p * KEYS + v + 16 * i);
+            add_scores<R>(sum, q + p, stride, k);
+        }
+    });
 }
 
 template <int R> INLINE void scores_of(const float* q, i64 stride, const uint32_t* pairs, i64 P, float* s) {
-    for (int v = 0; v < KEYS; v += 16) {
-        F sum[R];
-        for (int r = 0; r < R; r++) sum[r] = zero();
-        i64 p = 0;
-        for (; p + 2 <= P; p += 2) {
-            const I pair = loadi(pairs + p / 2 * KEYS + v);
-            add_scores<R>(sum, q + p, stride, as_float(shl(pair, 16)));
-            add_scores<R>(sum, q + p + 1, stride, as_float(pair & seti(0xffff0000)));
+    each_side<R>(s, [&](auto& sum, int v) {
+        for (i64 p = 0; p < P; p += 2) {
+            F even[SIDE], odd[SIDE];
+            for (int i = 0; i < SIDE; i++) {
+                const I pair = loadi(pairs + p / 2 * KEYS + v + 16 * i);
+                even[i] = as_float(shl(pair, 16));
+                odd[i] = as_float(pair & seti(0xffff0000));
+            }
+            add_scores<R>(sum, q + p, stride, even);
+            if (p + 1 < P) add_scores<R>(sum, q + p + 1, stride, odd);
         }
-        if (p < P) add_scores<R>(sum, q + p, stride, as_float(shl(loadi(pairs + p / 2 * KEYS + v), 16)));
-        for (int r = 0; r < R; r++) store(s + r * KEYS + v, sum[r]);
-    }
+    });
 }
 
 // o = o · decay + Σ_k w_k v_k, k from `first` to `last` in order, for R queries and W · 16 dims.  `ahead` values further
@@ -151,7 +193,8 @@ INLINE void add_values(const float* w, const float* decay, const V* v, i64 v_str
         for (int i = 0; i < W; i++) sum[r][i] = load(o + r * stride + 16 * i) * set(decay[r]);
     for (i64 k = first; k < last; k++) {
         F value[W];
-        if (ahead) __builtin_prefetch(ahead + k * v_stride, 0, 2);
+        if (ahead)
+            for (int i = 0; i < W; i += 64 / (16 * (int)sizeof(V))) __builtin_prefetch(ahead + k * v_stride + 16 * i, 0, 2);
         for (int i = 0; i < W; i++) value[i] = load(v + k * v_stride + 16 * i);
         for (int r = 0; r < R; r++) {
             const F weight = set(w[r * KEYS + k]);
@@ -164,7 +207,7 @@ INLINE void add_values(const float* w, const float* decay, const V* v, i64 v_str
 
 template <int R, class V>
 INLINE void add_all_values(const float* w, const float* decay, const V* v, i64 v_stride, float* o, i64 dims, i64 first, i64 last, const V* ahead = nullptr) {
-    constexpr int W = R == 1 ? 4 : R <= 3 ? 2 : 1;
+    constexpr int W = DIMS<R>;
     constexpr i64 LINE = 64 / sizeof(V);  // values of a cache line
     const auto line = [&](i64 p) { return ahead && p % LINE == 0 ? ahead + p : nullptr; };
     i64 p = 0;
@@ -248,13 +291,14 @@ INLINE void meet(Block& b, const Cache<T>& cache, i64 first_query, i64 window, i
         const T* ahead = more ? cache.k(tile + AHEAD) : nullptr;
         for (int i = 0; i < VECTORS; i++) turn(key + 16 * i * P, b.turned + 16 * i, P, more ? ahead + 16 * i * P : nullptr);
         const bool whole = tile + KEYS - 1 <= first_query && tile >= oldest(last_query);
-        if (whole && b.rows <= 6 && b.dims == P) {  // few rows: values straight from the cache
+        if ((whole || first_query == last_query) && b.rows <= 6 && b.dims == P) {  // few rows: values straight from the cache
+            const i64 first = most(oldest(first_query) - tile, 0), last = least(first_query + 1 - tile, KEYS);
             ahead = more ? cache.v(tile + AHEAD) : nullptr;
             by_six(b.rows, [&](i64 r, auto n) {
                 if constexpr (sizeof(T) == 2) scores_of<n>(b.q + r * b.dims, b.dims, b.turned, P, b.scores + r * KEYS);
                 else scores_of<n>(b.q + r * b.dims, b.dims, b.keys, P, b.scores + r * KEYS);
-                for (i64 i = r; i < r + n; i++) weigh(b, i, 0, KEYS);
-                add_all_values<n>(b.scores + r * KEYS, b.decay + r, value, P, b.o + r * b.dims, b.dims, 0, KEYS, ahead);
+                for (i64 i = r; i < r + n; i++) weigh(b, i, first, last);
+                add_all_values<n>(b.scores + r * KEYS, b.decay + r, value, P, b.o + r * b.dims, b.dims, first, last, ahead);
             });
             continue;
         }

@@ -56,6 +56,7 @@ template <class T> INLINE void conv_as(const Conv& a, Team& team) {
         float* y = a.y + (row.first + from) * a.channels;
         const i64 stop = least(a.channels, (block + 1) * CHANNELS);
         i64 c = block * CHANNELS;
+        for (i64 i = 0; i < least(before, n + history); i++) fetch(kept + i * a.channels + c, (stop - c) * sizeof(T));
         for (; c + 16 <= stop; c += 16) conv_sixteen(a, kept + c, x + c, y + c, c, before, n, columns, Constant<16>());
         if (c < stop) conv_sixteen(a, kept + c, x + c, y + c, c, before, n, columns, (int)(stop - c));
     });

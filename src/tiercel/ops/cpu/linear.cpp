@@ -6,8 +6,8 @@
 //   f32
 //
 // One row, few rows and many go through the same operations on every output, in the same order over K: a token's
-// result does not depend on who shares the batch.  One row reads the blocks as they lie; more rows unpack a panel
-// into the cache first, K_PIECE inputs at a time.
+// result does not depend on who shares the batch.  Few rows read the blocks as they lie; more unpack a panel into the
+// cache first, K_PIECE inputs at a time.
 #include "dots.h"
 #include "formats.h"
 
@@ -125,51 +125,59 @@ INLINE void keep(const Linear& a, i64 token, i64 panel, F y) {
     else store_some(at, y, rest);
 }
 
-// ── one row ──
+// ── few rows: blocks are taken as they lie ──
 
 constexpr i64 PANELS = 16;         // taken at a time: at the start of a piece nothing has been fetched yet
 constexpr i64 DISTANCE = 1024;     // bytes fetched ahead: the processor's own fetching stops at every page
+constexpr i64 FEW = TILE;          // more rows are worth a panel unpacked in the cache
 
 INLINE i64 pieces_of(i64 panels, const Team& team) {
     const i64 each = panels / (2 * team.size);
     return each < 1 ? 1 : each > PANELS ? PANELS : each;
 }
 
-template <class Q> void one_row(const Linear& a, Team& team) {
-    constexpr int Z = 32 / Q::SUB, PARTS32 = Q::BLOCK / 32;
-    const i64 panels = (a.outputs + 15) / 16, blocks = (a.inputs + Q::BLOCK - 1) / Q::BLOCK, bytes = panel_bytes<Q>(a.inputs);
-    const i64 each = pieces_of(panels, team);
-    uint8_t* in = nullptr;
-    for (i64 piece; (piece = team.take((panels + each - 1) / each)) >= 0;) {
-        if (in == nullptr) {  // every thread rounds the row for itself: sooner done than waited for
-            in = (uint8_t*)team.scratch(((a.inputs + 255) / 32) * token_bytes(Q::SUB));
-            round_tile(a.x, 0, a.inputs, 1, Q::SUB, Q::ZERO, in);
-            const i64 done = (a.inputs + 31) / 32, all = blocks * PARTS32;
-            memset(in + done * token_bytes(Q::SUB), 0, (all - done) * token_bytes(Q::SUB));
-        }
-        for (i64 p = piece * each; p < panels && p < (piece + 1) * each; p++) {
-            const uint8_t* panel = a.weight + p * bytes;
-            const uint8_t* x = in;
-            F acc = zero();
-            for (i64 b = 0; b < blocks; b++) {
-                F s[SCALES<Q>], o[SCALES<Q>];
-                block_scales<Q>(panel, b, s, o);
+// M tokens (a tile) with one panel
+template <class Q, int M> INLINE void direct(const uint8_t* panel, i64 all32, const uint8_t* in, bool fresh, F* acc) {
+    constexpr int Z = 32 / Q::SUB, PARTS32 = Q::BLOCK / 32, EACH32 = BLOCK_BYTES<Q> / PARTS32;
+    for (int m = 0; m < M; m++) acc[m] = zero();
+    for (i64 b = 0; b * PARTS32 < all32; b++) {
+        F s[SCALES<Q>], o[SCALES<Q>];
+        block_scales<Q>(panel, b, s, o);
+        const int parts = all32 - b * PARTS32 < PARTS32 ? all32 - b * PARTS32 : PARTS32;
 #pragma GCC unroll 1
-                for (int part = 0; part < PARTS32; part++, x += token_bytes(Q::SUB)) {
-                    constexpr int each = BLOCK_BYTES<Q> / PARTS32;
-                    for (int i = 0; i < (each + 63) / 64; i++)
-                        __builtin_prefetch(panel + b * BLOCK_BYTES<Q> + part * each + i * 64 + DISTANCE, 0, 3);
-                    I q[8];
-                    block_quants<Q>(panel, b, part, q);
-                    block<Q, 1>(q, s + Z * part, o + Z * part, x, &acc);
-                }
-            }
-            finish(a, 0, p, acc);
+        for (int part = 0; part < parts; part++, in += M * token_bytes(Q::SUB)) {
+            if (fresh)
+                for (int i = 0; i < (EACH32 + 63) / 64; i++)
+                    __builtin_prefetch(panel + b * BLOCK_BYTES<Q> + part * EACH32 + i * 64 + DISTANCE, 0, 3);
+            I q[8];
+            block_quants<Q>(panel, b, part, q);
+            block<Q, M>(q, s + Z * part, o + Z * part, in, acc);
         }
     }
 }
 
-// ── more rows ──
+template <class Q> void few_rows(const Linear& a, Team& team) {
+    const i64 panels = (a.outputs + 15) / 16, all32 = (a.inputs + 31) / 32, bytes = panel_bytes<Q>(a.inputs);
+    const i64 each = pieces_of(panels, team);
+    const uint8_t* in = a.rounded;
+    for (i64 piece; (piece = team.take((panels + each - 1) / each)) >= 0;) {
+        if (in == nullptr) {  // one row, which every thread rounds for itself: sooner done than waited for
+            uint8_t* mine = (uint8_t*)team.scratch(all32 * token_bytes(Q::SUB));
+            round_tile(a.x, 0, a.inputs, 1, Q::SUB, Q::ZERO, mine);
+            in = mine;
+        }
+        for (i64 p = piece * each; p < panels && p < (piece + 1) * each; p++)
+            for (i64 t = 0; t < a.tokens;) {
+                const int m = tile_at(a.tokens - t);
+                F acc[TILE];
+                WITH_TILE(m, (direct<Q, M>(a.weight + p * bytes, all32, in + t * all32 * token_bytes(Q::SUB), t == 0, acc)));
+                for (int i = 0; i < m; i++) finish(a, t + i, p, acc[i]);
+                t += m;
+            }
+    }
+}
+
+// ── many rows: a panel is unpacked first ──
 
 constexpr i64 K_PIECE = 1024;    // inputs unpacked at a time, 24 KB: a multiple of every block, and at home in L1
 constexpr i64 TOKENS = 16 * 12;  // tokens that share an unpacked panel: whole tiles
@@ -210,7 +218,7 @@ __attribute__((noinline)) void tile(const Unpacked* w, const uint8_t* in, i64 co
 template <class Q> void many_rows(const Linear& a, Team& team) {
     const i64 panels = (a.outputs + 15) / 16, blocks = (a.inputs + Q::BLOCK - 1) / Q::BLOCK, bytes = panel_bytes<Q>(a.inputs);
     const i64 parts = (a.tokens + TOKENS - 1) / TOKENS, piece_blocks = K_PIECE / Q::BLOCK, all32 = (a.inputs + 31) / 32;
-    // few tokens: several panels in a row, so that what is fetched ahead is this thread's own
+    // not so many tokens: several panels in a row, so that what is fetched ahead is this thread's own
     const i64 each = a.tokens > 32 ? 1 : pieces_of(panels, team), groups = (panels + each - 1) / each;
     Unpacked* w = nullptr;
     for (i64 piece; (piece = team.take(groups * parts)) >= 0;) {
@@ -242,7 +250,7 @@ template <class Q> void many_rows(const Linear& a, Team& team) {
 
 void linear(const void* args, Team& team) {
     const Linear& a = *(const Linear*)args;
-    if (a.tokens == 1) { WITH_FORMAT(a.format, one_row<Q>(a, team)) }
+    if (a.tokens <= FEW) { WITH_FORMAT(a.format, few_rows<Q>(a, team)) }
     else { WITH_FORMAT(a.format, many_rows<Q>(a, team)) }
 }
 

@@ -85,6 +85,8 @@ INLINE void weights_of(float* w, const double* a, i64 t, const float* shared, co
 
 // ── one token: vectors of P, S where it lies ──
 
+constexpr i64 DISTANCE = 2048;  // bytes of S fetched ahead: the processor's own fetching stops at every page
+
 template <int W, class T, class Lanes>
 INLINE void one(const float* C, const float* S, i64 N, i64 P, float decay, const float* w, const T* x, i64 kept,
                 const float* new_x, i64 stride, i64 count, float D, float* y, Lanes n) {
@@ -92,6 +94,7 @@ INLINE void one(const float* C, const float* S, i64 N, i64 P, float decay, const
     for (int i = 0; i < W; i++) s[i] = zero();
     for (i64 k = 0; k < N; k++) {
         const F c = set(C[k]);
+        for (int i = 0; i < W; i++) __builtin_prefetch((const char*)(S + k * P + 16 * i) + DISTANCE, 0, 3);
         for (int i = 0; i < W; i++) s[i] = fma(c, load_n(S + k * P + 16 * i, n), s[i]);
     }
     for (int i = 0; i < W; i++) s[i] = s[i] * set(decay);

@@ -77,6 +77,7 @@ class Tape:
         finally:
             cpu._native.stop()
             cpu.recorder = None
+            self.roundings.clear()
         self.broken = guard.found
 
     def empty(self, *shape: int) -> Tensor:
