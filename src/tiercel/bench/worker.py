@@ -56,10 +56,11 @@ def rates(network: Network, order: dict[str, Any], kept: dict[Any, Any]) -> dict
         out["prefill"][str(length)] = rows * length / (time.perf_counter() - began)
         del memory
     if count:
-        if (rows, context) not in kept:
+        if context and (rows, context) not in kept:
             kept[rows, context] = read(network, _tokens(network, rows, context), network.empty(rows))
         token_B1 = _tokens(network, rows, 1)
-        memory = network.feed(token_B1, network.fork(kept[rows, context]))  # not counted: buffers grow here
+        memory = network.fork(kept[rows, context]) if context else network.empty(rows)
+        memory = network.feed(token_B1, memory)  # not counted: buffers grow here
         wait()
         began = time.perf_counter()
         for _ in range(count):
