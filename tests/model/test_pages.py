@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,24 @@ def test_a_trim_frees_pages_at_once_unless_somebody_else_needs_them() -> None:
     assert pool.nbytes == 7 * page
     del state
     assert pool.nbytes == 8 * page
+
+
+def test_large_pages_come_from_slabs_that_go_back_with_the_last_of_them() -> None:
+    pool, before = Pool(), psutil.Process().memory_info().rss
+    size = (1 << 20) // 4
+    pages = [pool.take(size, torch.float32, CPU) for _ in range(100)]
+    for page in pages:
+        page.memory.fill_(1.0)
+    addresses = sorted(page.address for page in pages)
+    assert all(b - a >= size * 4 for a, b in itertools.pairwise(addresses))
+    assert sum(b - a == size * 4 for a, b in itertools.pairwise(addresses)) >= 90
+    assert psutil.Process().memory_info().rss - before > 90 << 20
+    del page
+    pages.clear()
+    assert pool.nbytes <= Pool.KEPT
+    pool.free.clear()
+    pool.untouched.clear()
+    assert psutil.Process().memory_info().rss - before < 20 << 20
 
 
 def test_free_pages_are_used_again_and_not_hoarded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ writing, the last one is copied before the next token (`Pages.reserve`).
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -33,6 +35,24 @@ def memory(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return new.fill_(torch.nan) if spoil else new
 
 
+LARGE = 2 << 20  # bytes of the system's large pages
+
+
+def slab(count: int, size: int, dtype: torch.dtype) -> Sequence[Tensor]:
+    """Memory of so many pages in one mapping, in the system's large pages where it has some: a step that reads the
+    keys of 16,000 tokens is a tenth faster than from small ones.  It goes back with the last of its pages."""
+    nbytes = count * size * dtype.itemsize
+    mapped = mmap.mmap(-1, nbytes + LARGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    with torch.inference_mode(False):
+        all_ = torch.frombuffer(mapped, dtype=torch.uint8)
+        begin = -all_.data_ptr() % LARGE
+        new = all_[begin : begin + nbytes].view(dtype).view(count, size)
+        return (new.fill_(torch.nan) if spoil else new).unbind()
+
+
 class Pool:
     """Free pages, so that texts that come and go do not ask the system for memory every time.
 
@@ -40,9 +60,11 @@ class Pool:
     """
 
     KEPT = 128 << 20
+    SLAB, SMALL = 32 << 20, 256 << 10  # bytes asked for at once; pages below so many are asked for one by one
 
     def __init__(self) -> None:
         self.free: defaultdict[Any, deque[Tensor]] = defaultdict(deque)  # by size, dtype, device
+        self.untouched: defaultdict[Any, deque[Tensor]] = defaultdict(deque)  # the rest of a slab
 
     def __deepcopy__(self, memo: Any) -> Pool:
         return Pool()
@@ -56,10 +78,15 @@ class Pool:
 
     def take(self, size: int, dtype: torch.dtype, device: torch.device) -> Page:
         """A page of so many numbers; what they are is undefined."""
-        try:
-            return Page(self, self.free[size, dtype, device].pop())
-        except IndexError:
+        kind, nbytes = (size, dtype, device), size * dtype.itemsize
+        if free := self.free[kind]:
+            return Page(self, free.pop())
+        if device.type != "cpu" or nbytes < self.SMALL:
             return Page(self, memory(size, dtype=dtype, device=device))
+        untouched = self.untouched[kind]
+        if not untouched:
+            untouched.extend(slab(max(1, self.SLAB // nbytes), size, dtype))
+        return Page(self, untouched.popleft())
 
     def give(self, freed: Tensor) -> None:
         if spoil:
