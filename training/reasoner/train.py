@@ -48,6 +48,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--tokens", type=float, default=90e6)
     p.add_argument("--minutes", type=float, default=math.inf)
     p.add_argument("--rows", type=int, default=32, help="rows of 512 tokens in a step")
+    p.add_argument("--at-once", type=int, default=32 if cuda else 4, help="of these, as many as go forward together")
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cuda" if cuda else "cpu")
@@ -55,7 +56,11 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--compile", action="store_true")
     p.add_argument("--test-every", type=int, default=500, help="steps")
     p.add_argument("--config", type=Path, default=HERE / "config.toml")
-    return p.parse_args()
+    args = p.parse_args()
+    args.at_once = min(args.at_once, args.rows)
+    if args.rows % args.at_once:
+        p.error(f"--rows {args.rows} is no multiple of --at-once {args.at_once}")
+    return args
 
 
 def training_data(args: argparse.Namespace) -> Documents:
@@ -74,7 +79,7 @@ def plan(args: argparse.Namespace, network: Decoder, batches: Batches, settings:
     path = args.out / "plan.json"
     if path.exists():
         return int(json.loads(path.read_text())["steps"])
-    steps, seconds = batches.per_epoch, None
+    steps, seconds = batches.per_epoch // settings.accumulate, None
     if args.minutes < math.inf:
         # a rate so small that no weight moves: what is compiled stays compiled
         idle = replace(settings, lr=1e-30, warmup=0, out=None, weight_decay=0.0)
@@ -124,16 +129,17 @@ def main() -> None:
     documents = training_data(args)
     network = Decoder(read_file(args.config))
     initialize(network, args.seed)
-    batches = Batches(documents, rows=args.rows, length=LENGTH, seed=args.seed)
+    batches = Batches(documents, rows=args.at_once, length=LENGTH, seed=args.seed)
     settings = Settings(
         steps=1, lr=args.lr, schedule="cosine", warmup=200, floor=0.01, weight_decay=0.05, betas=(0.9, 0.98),
         device=args.device, dtype=args.dtype, compile=args.compile, save_every=500, out=args.out, resume=True,
-        quiet=not sys.stderr.isatty(),
+        quiet=not sys.stderr.isatty(), accumulate=args.rows // args.at_once,
     )  # fmt: skip
     steps = plan(args, network, batches, settings, began)
     settings = replace(settings, steps=steps, warmup=min(200, max(1, steps // 10)))
-    print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {steps} of {batches.per_epoch} "
-          f"steps of {args.rows * LENGTH} tokens, {time.perf_counter() - began:.0f} s so far", flush=True)  # fmt: skip
+    print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters, {steps} of "
+          f"{batches.per_epoch // settings.accumulate} steps of {args.rows * LENGTH} tokens, "
+          f"{time.perf_counter() - began:.0f} s so far", flush=True)  # fmt: skip
     tests = Tests(args, settings)
 
     def on_step(step: int, network: Decoder) -> None:
