@@ -12,17 +12,19 @@ import pytest
 import torch
 from two_ranks import run
 
+import tiny
+
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
-def on_two(*folders: Path) -> None:
+def on_two(*command: str | Path) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("two_ranks.py"), *folders],
+            [sys.executable, *command],
             env=os.environ | there | {"RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -49,7 +51,7 @@ def test_two_ranks_train_as_one_does_and_either_goes_on_from_the_others_checkpoi
     first = ended(one)
     shutil.copytree(one, from_one)
     shutil.rmtree(from_one / "checkpoints" / "step-00000005")
-    on_two(two, from_one)
+    on_two(Path(__file__).with_name("two_ranks.py"), two, from_one)
     same(first, ended(two))
     same(first, ended(from_one))
     shutil.rmtree(two / "checkpoints" / "step-00000005")
@@ -66,3 +68,28 @@ def same(a: tuple[list[dict], dict[str, torch.Tensor]], b: tuple[list[dict], dic
     assert weights_a.keys() == weights_b.keys()
     for name, w in weights_a.items():
         torch.testing.assert_close(w, weights_b[name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_command_on_two_ranks_trains_and_both_end_well(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"one two three {i}"}) for i in range(20)))
+    model = tiny.checkpoint(tmp_path / "model", "mamba2")
+    options = "--steps 2 --batch 2 --length 64 --quiet --config".split()
+    on_two("-m", "tiercel", "train", "sft", data, *options, model, "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_leaving_waits_for_no_thread_and_loses_nothing(tmp_path):
+    script = """
+import atexit, threading
+from pathlib import Path
+from tiercel.leave import leave
+threading.Thread(target=threading.Event().wait).start()
+atexit.register(Path("done").touch)
+print("said", end="")
+leave(3)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, timeout=60, text=True)
+    assert (ended.returncode, ended.stdout) == (3, "said")
+    assert (tmp_path / "done").exists()

@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
+from tiercel.leave import leave
 from tiercel.train import parallel
 from tiercel.train.data import Batches, Documents
 from tiercel.train.loop import Settings, fit
@@ -36,3 +37,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[1:]:
         run(Path(name))
+    leave()

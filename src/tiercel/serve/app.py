@@ -10,16 +10,14 @@ for anybody: a thread may be in the middle of a download or of loading a model.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
 import logging
-import os
 import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -29,6 +27,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tiercel.errors import RequestError, TiercelError
+from tiercel.leave import leave
 from tiercel.serve import library, ollama, openai, openapi, page, responses
 from tiercel.serve.connection import connection
 from tiercel.serve.errors import BUSY, Refusal, log, plain, reply, reply_to
@@ -260,15 +259,6 @@ def run(settings: Settings, names: list[str], adapters: dict[str, Path] | None =
     asyncio.run(_run(service, names, adapters or {}))
 
 
-def leave() -> NoReturn:
-    """End the process now.  asyncio and Python would wait for every thread of `to_thread`, also for one that loads a
-    model or waits for a hub that is silent; and taking torch to pieces takes seconds on a machine with other work."""
-    atexit._run_exitfuncs()  # files of the cache, the log's last lines
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
 async def _run(service: Service, names: list[str], adapters: dict[str, Path]) -> None:
     if adapters and not names:
         raise RequestError("--adapter needs a model to put it on: tiercel serve MODEL --adapter NAME=FOLDER")
@@ -288,7 +278,7 @@ async def _run(service: Service, names: list[str], adapters: dict[str, Path]) ->
             f"{service.settings.host}:{service.settings.port} cannot be listened on: another server is there, or the "
             "address is not this machine's; choose another with --port"
         )
-    leave()
+    leave()  # asyncio would wait for the threads of `to_thread`, and taking torch to pieces takes seconds
 
 
 def served_name(service: Service, name: str) -> str:

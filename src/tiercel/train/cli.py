@@ -9,11 +9,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tiercel.errors import RequestError
+from tiercel.leave import leave
 
 if TYPE_CHECKING:
     from tiercel.train.loop import Settings
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train a network: pretrain, sft, lora, grpo.")
+
+def _ended(*_: Any, **__: Any) -> None:
+    from tiercel.train.parallel import ranks
+
+    if ranks().count > 1:  # gloo's threads must not see Python end
+        leave()
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Train a network: pretrain, sft, lora, grpo.",
+    result_callback=_ended,
+)
 
 Data = Annotated[Path, typer.Argument(help='JSONL, one example a line: {"messages": […]} or {"text": …}.')]
 Out = Annotated[Path, typer.Option(help="Folder for the checkpoint, the log and the plot.")]
