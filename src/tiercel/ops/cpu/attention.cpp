@@ -106,18 +106,14 @@ INLINE void turn_four(const char* k, i64 stride, uint32_t* out) {
 #endif
 }
 
-// `ahead`: the same of a later tile, asked for as we go
-template <class T> INLINE void turn(const T* k, uint32_t* out, i64 P, const T* ahead) {
+template <class T> INLINE void turn(const T* k, uint32_t* out, i64 P) {
     constexpr i64 DIMS = 16 / sizeof(T);
     i64 p = 0;
-    for (; p + DIMS <= P; p += DIMS) {
-        if (ahead) fetch(ahead + 16 * p, 256);
-        turn_four((const char*)(k + p), P * sizeof(T), out + p * 4 / DIMS * KEYS);
-    }
+    for (; p + DIMS <= P; p += DIMS) turn_four((const char*)(k + p), P * sizeof(T), out + p * 4 / DIMS * KEYS);
     turn_plainly(k, out, p, P);
 }
 #else
-template <class T> INLINE void turn(const T* k, uint32_t* out, i64 P, const T*) { turn_plainly(k, out, 0, P); }
+template <class T> INLINE void turn(const T* k, uint32_t* out, i64 P) { turn_plainly(k, out, 0, P); }
 #endif
 
 // pairs become two rows of floats
@@ -159,9 +155,11 @@ template <int R, class Body> INLINE void each_side(float* s, Body body) {
     }
 }
 
-template <int R> INLINE void scores_of(const float* q, i64 stride, const float* keys, i64 P, float* s) {
+// `ahead`: a later tile, asked for as we go, where it is not 0: all at once they would wait for each other
+template <int R> INLINE void scores_of(const float* q, i64 stride, const float* keys, i64 P, float* s, const float* ahead = nullptr) {
     each_side<R>(s, [&](auto& sum, int v) {
         for (i64 p = 0; p < P; p++) {
+            if (ahead) fetch(ahead + v * P + p * 16 * SIDE, 64 * SIDE);
             F k[SIDE];
             for (int i = 0; i < SIDE; i++) k[i] = load(keys + p * KEYS + v + 16 * i);
             add_scores<R>(sum, q + p, stride, k);
@@ -169,9 +167,10 @@ template <int R> INLINE void scores_of(const float* q, i64 stride, const float* 
     });
 }
 
-template <int R> INLINE void scores_of(const float* q, i64 stride, const uint32_t* pairs, i64 P, float* s) {
+template <int R> INLINE void scores_of(const float* q, i64 stride, const uint32_t* pairs, i64 P, float* s, const bf16* ahead = nullptr) {
     each_side<R>(s, [&](auto& sum, int v) {
         for (i64 p = 0; p < P; p += 2) {
+            if (ahead) fetch(ahead + v * P + p * 16 * SIDE, 64 * SIDE);
             F even[SIDE], odd[SIDE];
             for (int i = 0; i < SIDE; i++) {
                 const I pair = loadi(pairs + p / 2 * KEYS + v + 16 * i);
@@ -287,18 +286,18 @@ INLINE void meet(Block& b, const Cache<T>& cache, i64 first_query, i64 window, i
     if (stop > last_query + 1) stop = last_query + 1;
     for (i64 tile = start; tile < stop; tile += KEYS) {
         const T *key = cache.k(tile), *value = cache.v(tile);
-        const bool more = b.rows <= 6 && tile + AHEAD < stop;  // few rows: memory is what they wait for
+        const bool more = b.rows <= 6 && tile + AHEAD <= last_query;  // few rows: memory is what they wait for
         const T* ahead = more ? cache.k(tile + AHEAD) : nullptr;
-        for (int i = 0; i < VECTORS; i++) turn(key + 16 * i * P, b.turned + 16 * i, P, more ? ahead + 16 * i * P : nullptr);
+        for (int i = 0; i < VECTORS; i++) turn(key + 16 * i * P, b.turned + 16 * i, P);
         const bool whole = tile + KEYS - 1 <= first_query && tile >= oldest(last_query);
         if ((whole || first_query == last_query) && b.rows <= 6 && b.dims == P) {  // few rows: values straight from the cache
             const i64 first = most(oldest(first_query) - tile, 0), last = least(first_query + 1 - tile, KEYS);
-            ahead = more ? cache.v(tile + AHEAD) : nullptr;
+            const T* later = more ? cache.v(tile + AHEAD) : nullptr;
             by_six(b.rows, [&](i64 r, auto n) {
-                if constexpr (sizeof(T) == 2) scores_of<n>(b.q + r * b.dims, b.dims, b.turned, P, b.scores + r * KEYS);
-                else scores_of<n>(b.q + r * b.dims, b.dims, b.keys, P, b.scores + r * KEYS);
+                if constexpr (sizeof(T) == 2) scores_of<n>(b.q + r * b.dims, b.dims, b.turned, P, b.scores + r * KEYS, ahead);
+                else scores_of<n>(b.q + r * b.dims, b.dims, b.keys, P, b.scores + r * KEYS, ahead);
                 for (i64 i = r; i < r + n; i++) weigh(b, i, first, last);
-                add_all_values<n>(b.scores + r * KEYS, b.decay + r, value, P, b.o + r * b.dims, b.dims, first, last, ahead);
+                add_all_values<n>(b.scores + r * KEYS, b.decay + r, value, P, b.o + r * b.dims, b.dims, first, last, later);
             });
             continue;
         }

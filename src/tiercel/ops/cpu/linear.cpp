@@ -329,11 +329,19 @@ template <int M> INLINE void f32_tile(const F* w, const float* x, i64 stride, i6
 
 INLINE float rounded_bf16(float x) { return from_bf16(to_bf16(x)); }
 
-// two inputs at a time; a: pairs of bf16, token after token (`stride` pairs apart)
-template <int M> INLINE void bf16_tile(const uint8_t* w, const uint32_t* x, i64 stride, i64 pairs, F* acc) {
+INLINE void round_row(const float* x, i64 inputs, bf16* out) {  // in pairs: an odd last one with zero
+    i64 k = 0;
+    for (; k + 16 <= inputs; k += 16) store(out + k, load(x + k));
+    for (; k < inputs; k++) out[k] = to_bf16(x[k]);
+    if (inputs % 2) out[inputs] = 0;
+}
+
+// two inputs at a time; x: pairs of bf16, token after token (`stride` pairs apart)
+template <int M> INLINE void bf16_tile(const uint8_t* w, const uint32_t* x, i64 stride, i64 pairs, bool fresh, F* acc) {
     F sum[M];
-    for (int m = 0; m < M; m++) sum[m] = acc[m];
+    for (int m = 0; m < M; m++) sum[m] = zero();
     for (i64 k = 0; k < pairs; k++) {
+        if (fresh) __builtin_prefetch(w + 64 * k + DISTANCE, 0, 3);
         const I pair = loadi(w + 64 * k);
 #if defined(TIERCEL_AVX512)
         for (int m = 0; m < M; m++)
@@ -384,37 +392,31 @@ void linear_f32(const void* args, Team& team) {
 void linear_bf16(const void* args, Team& team) {
     const Linear& a = *(const Linear*)args;
     const i64 panels = (a.outputs + 15) / 16, parts = (a.tokens + TOKENS - 1) / TOKENS, pairs = (a.inputs + 1) / 2;
+    const i64 each = a.tokens > FEW ? 1 : pieces_of(panels, team), groups = (panels + each - 1) / each;
     const uint32_t* x = (const uint32_t*)a.rounded;
-    for (i64 piece; (piece = team.take(panels * parts)) >= 0;) {
+    for (i64 piece; (piece = team.take(groups * parts)) >= 0;) {
         if (x == nullptr) {  // one row
             uint32_t* mine = (uint32_t*)team.scratch(pairs * 4 + 4);
-            bf16* to = (bf16*)mine;
-            to[pairs * 2 - 1] = 0;
-            for (i64 k = 0; k < a.inputs; k++) to[k] = to_bf16(a.x[k]);
+            round_row(a.x, a.inputs, (bf16*)mine);
             x = mine;
         }
-        const i64 p = piece / parts, begin = piece % parts * TOKENS;
-        const i64 end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
-        const uint8_t* w = a.weight + p * pairs * 64;
-        for (i64 t = begin; t < end;) {
-            const int m = tile_at(end - t);
-            F acc[TILE];
-            for (int i = 0; i < m; i++) acc[i] = zero();
-            WITH_TILE(m, (bf16_tile<M>(w, x + t * pairs, pairs, pairs, acc)));
-            for (int i = 0; i < m; i++) finish(a, t + i, p, acc[i]);
-            t += m;
-        }
+        const i64 begin = piece % parts * TOKENS, end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
+        const i64 first = piece / parts * each, last = first + each < panels ? first + each : panels;
+        for (i64 p = first; p < last; p++)
+            for (i64 t = begin; t < end;) {
+                const int m = tile_at(end - t);
+                F acc[TILE];
+                WITH_TILE(m, (bf16_tile<M>(a.weight + p * pairs * 64, x + t * pairs, pairs, pairs, t == begin, acc)));
+                for (int i = 0; i < m; i++) finish(a, t + i, p, acc[i]);
+                t += m;
+            }
     }
 }
 
 void round_bf16(const void* args, Team& team) {
     const RoundInputs& a = *(const RoundInputs*)args;
     const i64 pairs = (a.inputs + 1) / 2;
-    for (i64 t; (t = team.take(a.tokens)) >= 0;) {
-        bf16* to = (bf16*)a.out + t * pairs * 2;
-        to[pairs * 2 - 1] = 0;
-        for (i64 k = 0; k < a.inputs; k++) to[k] = to_bf16(a.x[t * a.inputs + k]);
-    }
+    for (i64 t; (t = team.take(a.tokens)) >= 0;) round_row(a.x + t * a.inputs, a.inputs, (bf16*)a.out + t * pairs * 2);
 }
 
 // ── rows of a matrix as numbers: embeddings, and the way back ──
