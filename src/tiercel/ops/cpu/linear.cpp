@@ -319,11 +319,13 @@ void panel_values(int format, const uint8_t* weight, i64 inputs, i64 p, i64 firs
     }
 }
 
-template <int M> INLINE void f32_tile(const F* w, const float* x, i64 stride, i64 count, F* acc) {
+template <int M> INLINE void f32_tile(const F* w, const float* x, i64 stride, i64 count, bool fresh, F* acc) {
     F sum[M];
     for (int m = 0; m < M; m++) sum[m] = acc[m];
-    for (i64 k = 0; k < count; k++)
+    for (i64 k = 0; k < count; k++) {
+        if (fresh) __builtin_prefetch((const char*)(w + k) + DISTANCE, 0, 3);
         for (int m = 0; m < M; m++) sum[m] = fma(w[k], set(x[m * stride + k]), sum[m]);
+    }
     for (int m = 0; m < M; m++) acc[m] = sum[m];
 }
 
@@ -365,27 +367,29 @@ void linear_f32(const void* args, Team& team) {
     const Linear& a = *(const Linear*)args;
     const i64 panels = (a.outputs + 15) / 16, parts = (a.tokens + TOKENS - 1) / TOKENS;
     const bool direct = a.format == FORMAT_F32;  // lies in the form that is multiplied
+    const i64 each = direct && a.tokens <= FEW ? pieces_of(panels, team) : 1, groups = (panels + each - 1) / each;
     F* values = nullptr;
-    for (i64 piece; (piece = team.take(panels * parts)) >= 0;) {
-        const i64 p = piece / parts, begin = piece % parts * TOKENS;
-        const i64 end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
+    for (i64 piece; (piece = team.take(groups * parts)) >= 0;) {
+        const i64 begin = piece % parts * TOKENS, end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
+        const i64 first = piece / parts * each, last = first + each < panels ? first + each : panels;
         if (values == nullptr && !direct) values = (F*)team.scratch(K_PIECE * sizeof(F));
-        for (i64 k = 0; k < a.inputs; k += K_PIECE) {
-            const i64 stop = k + K_PIECE < a.inputs ? k + K_PIECE : a.inputs;
-            const F* w = direct ? (const F*)((const float*)a.weight + (p * a.inputs + k) * 16) : values;
-            if (!direct) panel_values(a.format, a.weight, a.inputs, p, k, stop, values);
-            for (i64 t = begin; t < end;) {
-                const int m = tile_at(end - t);
-                F acc[TILE];
-                for (int i = 0; i < m; i++) acc[i] = k == 0 ? zero() : partial(a, t + i, p);
-                WITH_TILE(m, (f32_tile<M>(w, a.x + t * a.inputs + k, a.inputs, stop - k, acc)));
-                for (int i = 0; i < m; i++) {
-                    if (stop == a.inputs) finish(a, t + i, p, acc[i]);
-                    else keep(a, t + i, p, acc[i]);
+        for (i64 p = first; p < last; p++)
+            for (i64 k = 0; k < a.inputs; k += K_PIECE) {
+                const i64 stop = k + K_PIECE < a.inputs ? k + K_PIECE : a.inputs;
+                const F* w = direct ? (const F*)((const float*)a.weight + (p * a.inputs + k) * 16) : values;
+                if (!direct) panel_values(a.format, a.weight, a.inputs, p, k, stop, values);
+                for (i64 t = begin; t < end;) {
+                    const int m = tile_at(end - t);
+                    F acc[TILE];
+                    for (int i = 0; i < m; i++) acc[i] = k == 0 ? zero() : partial(a, t + i, p);
+                    WITH_TILE(m, (f32_tile<M>(w, a.x + t * a.inputs + k, a.inputs, stop - k, direct && t == begin, acc)));
+                    for (int i = 0; i < m; i++) {
+                        if (stop == a.inputs) finish(a, t + i, p, acc[i]);
+                        else keep(a, t + i, p, acc[i]);
+                    }
+                    t += m;
                 }
-                t += m;
             }
-        }
     }
 }
 
