@@ -3,7 +3,8 @@
     TIERCEL_LLAMA_SERVER=…/llama-server python benchmarks/serving.py [--rounds 3] [--turns turns.py]
 
 streams   the shape of Falcon-H1-0.5B in Q4_K_M with random weights, prompts of 256 token ids, 64 tokens each, eight
-          connections; total tokens a second of the answers, from the first request to the last token
+          connections; total tokens a second of the answers, from the first request to the last token.  Twice with
+          other prompts: the first eight after the start, whose memory the system has to give first, and the next eight
 turns     with --turns: a script that takes BASE_URL and MODEL and whose last line is JSON with `reused_share` and
           `warm_seconds`; SmolLM2 (tiercel pull smollm2) against both servers
 
@@ -96,8 +97,7 @@ def ask(base: str, model: str, prompt: list[int], tokens: int) -> int:
 
 
 def streams(base: str, model: str, rng: random.Random) -> float:
-    """Tokens a second of eight answers at once; a first one alone warms the server up."""
-    ask(base, model, [rng.randrange(30000) for _ in range(PROMPT)], 8)
+    """Tokens a second of eight answers at once."""
     prompts = [[rng.randrange(30000) for _ in range(PROMPT)] for _ in range(STREAMS)]
     said: list[int] = []
     threads = [threading.Thread(target=lambda p=p: said.append(ask(base, model, p, ANSWER))) for p in prompts]
@@ -137,12 +137,16 @@ def main() -> None:
         for number in range(options.rounds):
             for name, command in commands(file, llama).items():
                 with serving(command) as base:
-                    found.setdefault(name, []).append(streams(base, "streams", rng))
-                print(f"round {number + 1}: {name} {found[name][-1]:.1f} tok/s", flush=True)
+                    ask(base, "streams", [rng.randrange(30000) for _ in range(PROMPT)], 8)
+                    for when in ("first", "next"):
+                        found.setdefault(f"{name}, {when} eight", []).append(streams(base, "streams", rng))
+                        print(f"round {number + 1}: {name}, {when} eight: "
+                              f"{found[f'{name}, {when} eight'][-1]:.1f} tok/s", flush=True)  # fmt: skip
     result: dict[str, Any] = {"streams": {name: statistics.median(values) for name, values in found.items()}}
     if llama is not None:
-        pairs = zip(found["tiercel"], found["llama-server"], strict=True)
-        result["ratio"] = statistics.median(a / b for a, b in pairs)
+        for when in ("first", "next"):
+            pairs = zip(found[f"tiercel, {when} eight"], found[f"llama-server, {when} eight"], strict=True)
+            result[f"ratio, {when} eight"] = statistics.median(a / b for a, b in pairs)
     if options.turns is not None:
         for name, command in commands(hub.resolve("smollm2"), llama).items():
             with serving(command) as base:

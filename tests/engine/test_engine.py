@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tiny
-from tiercel.engine.scheduler import BESIDE
+from tiercel.engine.scheduler import BESIDE, Scheduler
 from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
 from tiercel.sampling import SamplingParams
@@ -33,7 +33,7 @@ def read(engine):
 
 
 def test_a_long_prompt_does_not_stop_a_stream(net):
-    e = engine(net)
+    e = engine(net, patience=0.0)
     stream = e.add(ids(10), greedy(40))
     e.step()
     long = e.add(ids(1500, seed=1), greedy(1))
@@ -44,6 +44,19 @@ def test_a_long_prompt_does_not_stop_a_stream(net):
             between.append(len(news))
     assert min(between) == 1  # a token in every step
     assert max(sum(call) for call in e.network.calls if len(call) > 1) <= BESIDE + 1
+
+
+def test_beside_a_stream_as_much_is_read_as_its_patience_allows_and_never_less_than_is_worth_a_step():
+    scheduler = Scheduler(slots=8, step_tokens=512, patience=0.2)
+    assert scheduler.beside == BESIDE
+    for _ in range(8):
+        scheduler.took(256, seconds=0.25)  # 1024 tokens a second
+    assert 190 <= scheduler.beside <= 204
+    scheduler.took(BESIDE - 1, seconds=10.0)  # too few to say anything
+    assert 190 <= scheduler.beside <= 204
+    for _ in range(8):
+        scheduler.took(64, seconds=1.0)  # a large network: 64 tokens a second
+    assert scheduler.beside == BESIDE
 
 
 def test_a_short_prompt_passes_the_rest_of_a_long_one(net):

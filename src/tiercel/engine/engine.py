@@ -38,7 +38,7 @@ from tiercel.engine.ahead import Begun, Chosen
 from tiercel.engine.constraint import Grammar, Grammars
 from tiercel.engine.prefix_cache import PrefixCache
 from tiercel.engine.request import Choice, Request, Update, Watch
-from tiercel.engine.scheduler import Row, Scheduler
+from tiercel.engine.scheduler import PATIENCE, Row, Scheduler
 from tiercel.engine.speculative import MOST, Drafter, Speculation, StepCosts
 from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
@@ -54,7 +54,7 @@ log = logging.getLogger("tiercel.engine")
 
 CACHE_SHARE, LARGEST_CACHE = 1 / 8, 4 << 30  # of the free memory when the engine starts
 PROMPT_SHARE = 4  # one prompt's snapshots on the way take at most this part of the cache
-CLOSEST = 64  # tokens between them, at least
+CLOSEST = 128  # tokens between them, at least
 
 
 class Model(Protocol):
@@ -94,6 +94,7 @@ class Engine:
     cache_bytes: budget of the prefix cache, 0 for none; an eighth of the free memory, 4 GiB at most, when left out
     spill: a folder for snapshots that do not fit · state_bytes: what running answers may take before some have to wait
     drafter: makes what guesses for an answer (speculative.py); None: nobody guesses
+    patience: seconds that running answers may wait for a step that reads prompts too (scheduler.py)
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Engine:
         max_queue: int | None = None,
         state_bytes: int | None = None,
         drafter: Callable[[Choice], Drafter] | None = None,
+        patience: float = PATIENCE,
     ) -> None:
         if slots < 1 or step_tokens < slots:
             raise RequestError(f"an engine needs slots, and as many step tokens, not {slots} and {step_tokens}")
@@ -117,7 +119,7 @@ class Engine:
         if isinstance(self.network, OnDevice) and state_bytes is None:
             self.state_bytes = self.network.state_bytes
         self.drafter, self.costs = drafter, StepCosts()
-        self.scheduler = Scheduler(slots, step_tokens)
+        self.scheduler = Scheduler(slots, step_tokens, patience)
         self.cache = PrefixCache(self.network, _cache_budget() if cache_bytes is None else cache_bytes, spill)
         self._stats = Stats()
         self._arrivals: deque[Choice] = deque()  # filled by `add` from any thread, emptied by `step`
@@ -339,7 +341,7 @@ class Engine:
     def preempt(self, choice: Choice) -> None:
         """Back to the queue.  What it has read stays in the cache, if that has room, or is read again: the tokens,
         and what was drawn so far, are its own."""
-        self._remember(choice, place=True)
+        self._remember(choice, place=True, ending=True)
         choice.state, choice.marks = None, []
         self.scheduler.back(choice)
         self.scheduler.crowded = True
@@ -447,15 +449,15 @@ class Engine:
             if place or (reading and oldest >= at):
                 self._remember(choice, place=place)
 
-    def _remember(self, choice: Choice, *, place: bool) -> None:
-        """A snapshot of the state as it is, into the cache."""
+    def _remember(self, choice: Choice, *, place: bool, ending: bool = False) -> None:
+        """A snapshot of the state as it is, into the cache.  ending: the state is given up after this."""
         state = choice.state
         if state is None or self.cache.budget == 0 or state.length == choice.kept:
             return
         if state.length > len(choice.tokens):
             return  # a device is ahead of what was handed out
         choice.kept = state.length
-        snapshot = state.snapshot()
+        snapshot = state.snapshot(ending=ending)
         choice.kept_by(snapshot.oldest, snapshot.length)
         self.cache.put(choice.request.key, choice.tokens[: state.length], snapshot, place=place)
 
@@ -495,6 +497,7 @@ class Engine:
         seconds = time.perf_counter() - began
         count = sum(row.count + len(row.drafts) for row in rows)
         self._speed += 0.05 * (count / seconds - self._speed)
+        self.scheduler.took(sum(row.count for row in rows if row.count > 1), seconds)
         if all(row.count == 1 for row in rows):
             self.costs.note(count, seconds)
         for row, logits_LV in zip(rows, logits, strict=True):
@@ -660,7 +663,7 @@ class Engine:
     def _leave(self, choice: Choice) -> None:
         """It has ended: its state stays in the cache as far as that has room.  Of a vote's many answers none does."""
         if choice.request.watch is None or choice.marks:
-            self._remember(choice, place=True)
+            self._remember(choice, place=True, ending=True)
         choice.state, choice.asleep = None, False
         self.scheduler.leave(choice)
         if choice.request.finished:

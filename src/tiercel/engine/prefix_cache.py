@@ -271,7 +271,7 @@ class PrefixCache:
         assert entry is not None
         if entry.snapshot is None and entry.file is not None:
             try:
-                snapshot = self.network.load_state(entry.file).snapshot()
+                snapshot = self.network.load_state(entry.file).snapshot(ending=True)
             except FormatError:
                 return None
             self._forget_file(entry)

@@ -1,7 +1,8 @@
 """Who runs in the next step, and how much of each prompt is read in it.
 
 Everybody who answers gets a token in every step.  What is left of the step's tokens goes to prompts, and while
-somebody answers that is little (`BESIDE`), so that a long prompt stretches a stream and does not stop it.
+somebody answers that is little: what is read in `patience` seconds, and BESIDE tokens where even that takes longer, so
+that a long prompt stretches a stream and does not stop it.
 
 Of the prompts the shortest goes first, but nobody is overtaken by more tokens than its own prompt still has.
 """
@@ -14,7 +15,8 @@ from dataclasses import dataclass, field
 
 from tiercel.engine.request import Choice
 
-BESIDE = 64  # prompt tokens in a step beside running answers: some five steps' time on a CPU
+BESIDE = 64  # prompt tokens that a step may always read beside running answers: fewer are not read much sooner
+PATIENCE = 0.2  # seconds that running answers may wait for a step that reads prompts too
 
 
 @dataclass
@@ -32,10 +34,11 @@ class Row:
 
 
 class Scheduler:
-    """waiting, running: choices in order of arrival.  slots: how many may run at once."""
+    """waiting, running: choices in order of arrival.  slots: how many may run at once.  beside: prompt tokens of a step
+    in which somebody answers."""
 
-    def __init__(self, slots: int, step_tokens: int) -> None:
-        self.slots, self.step_tokens = slots, step_tokens
+    def __init__(self, slots: int, step_tokens: int, patience: float = PATIENCE) -> None:
+        self.slots, self.step_tokens, self.patience, self.beside = slots, step_tokens, patience, BESIDE
         self.waiting: deque[Choice] = deque()
         self.running: list[Choice] = []
         self.crowded = False  # somebody had to go back to the queue: nobody else comes in before somebody leaves
@@ -83,6 +86,12 @@ class Scheduler:
         at = next((i for i, other in enumerate(self.waiting) if _order(other) > _order(choice)), len(self.waiting))
         self.waiting.insert(at, choice)
 
+    def took(self, read: int, seconds: float) -> None:
+        """A step that read so many tokens of prompts took so long."""
+        if read >= BESIDE:
+            now = int(self.patience * read / seconds)
+            self.beside = max(BESIDE, (self.beside + now) // 2)
+
     def plan(self, stop: Callable[[Choice], int]) -> list[Row]:
         """The rows of the next step.  stop(choice): the length that it must not read past in one forward."""
         if single := next((choice for choice in self.running if choice.alone), None):
@@ -90,7 +99,7 @@ class Scheduler:
         rows = [Row(choice, 1) for choice in self.running if choice.pending == 1]
         budget = max(self.step_tokens - len(rows), 1)
         if rows:
-            budget = min(budget, BESIDE)
+            budget = min(budget, self.beside)
         readers = [choice for choice in self.running if choice.pending > 1]
         readers.sort(key=lambda choice: (choice.pending - choice.overtaken, _order(choice)))
         given = {id(choice): 0 for choice in readers}

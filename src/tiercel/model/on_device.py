@@ -136,8 +136,8 @@ class SlotState:
         del self.kept[length // PAGE :]
         return True
 
-    def snapshot(self) -> Snapshot:
-        """A copy in the host's memory."""
+    def snapshot(self, *, ending: bool = False) -> Snapshot:
+        """A copy in the host's memory, in any case."""
         slots, length, base = self.slots, self.length, self.slots.base[self.slot]
         full = length // PAGE
         self.kept += self._copied(range(len(self.kept), full))

@@ -35,6 +35,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -411,7 +412,7 @@ class Snapshot:
     pages: tuple[Page, ...]
     layers: tuple[tuple[dict[str, Tensor], int], ...]  # tensors and base of every recurrent layer state
 
-    @property
+    @cached_property
     def own_nbytes(self) -> int:
         """Without the pages."""
         return sum(t.nbytes for tensors, _ in self.layers for t in tensors.values())
@@ -453,6 +454,7 @@ class State:
         self.layers, self.model = layers, model
         self._caches = [part for part in self._parts if isinstance(part, AttentionState)]
         self._recurrent = [part for part in self._parts if isinstance(part, RecurrentState)]
+        self._chunks = list({part.chunk: part for part in self._recurrent}.values())  # one of each: they move together
         size, first = sum(part.page_size for part in self._caches), self._parts[0]
         self._pages = Pages(Pool() if pool is None else pool, size, first.dtype, first.device)
         start = 0
@@ -497,7 +499,7 @@ class State:
 
     def oldest_after(self, added: int) -> int:
         """What `oldest` will be when so many more tokens have been read in one forward."""
-        return max((part.base_after(added) for part in self._recurrent), default=0)
+        return max((part.base_after(added) for part in self._chunks), default=0)
 
     @property
     def grid(self) -> int:
@@ -559,10 +561,15 @@ class State:
         if self.oldest > self.length:
             raise RequestError("this state was interrupted while it grew and cannot go on: start a new one")
 
-    def snapshot(self) -> Snapshot:
-        """A way back to here: pages shared, the rest copied."""
-        layers = [({k: t.clone() for k, t in part.tensors().items()}, part.base) for part in self._recurrent]
-        return Snapshot(self.length, self._pages.share(self.length), tuple(layers))
+    def snapshot(self, *, ending: bool = False) -> Snapshot:
+        """A way back to here: pages shared, the rest copied; but S, which is most of it, is given away by a state that
+        is not used after this (`ending`)."""
+        given = {"S"} if ending else set()
+        layers = tuple(
+            ({name: t if name in given else t.clone() for name, t in part.tensors().items()}, part.base)
+            for part in self._recurrent
+        )
+        return Snapshot(self.length, self._pages.share(self.length), layers)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Be as when the snapshot was taken."""
