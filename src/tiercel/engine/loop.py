@@ -27,6 +27,7 @@ from tiercel.errors import Busy, TiercelError
 from tiercel.sampling import SamplingParams
 
 BEHIND = 1024  # updates that a reader may leave unread: about 256 KiB of a stream
+FIRST = 0.003  # seconds that the engine waits at most for an answer's first text to be on its way
 
 log = logging.getLogger("tiercel.engine")
 
@@ -38,6 +39,7 @@ class Stream:
         self.engine, self.request = engine, request
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
         self._open = True
+        self.begun = False  # something was delivered
         self.unfinished = {choice.index for choice in request.choices}  # their last update is still to be delivered
 
     async def __aiter__(self) -> AsyncIterator[Update]:
@@ -82,7 +84,7 @@ class AsyncEngine:
         self.streams: dict[Request, Stream] = {}
         self._abandoned: list[str] = []
         self._calls: deque[tuple[Callable[[], Any], concurrent.futures.Future[Any]]] = deque()
-        self._awake = threading.Event()
+        self._awake, self._delivered = threading.Event(), threading.Event()
         self._closing = self._stopped = False
         self._thread: threading.Thread | None = None
 
@@ -182,7 +184,13 @@ class AsyncEngine:
             return self.engine.fail_all(TiercelError(f"the engine failed ({type(error).__name__}: {error}); try again"))
 
     def _send(self, updates: list[Update]) -> None:
+        """To the event loop.  Where an answer begins the next step waits for it: both threads want Python's lock and
+        the cores, and somebody waits for that text."""
+        self._delivered.clear()
         self._tell(self._deliver, updates)
+        streams = (self.streams.get(update.request) for update in updates)
+        if any(stream is not None and not stream.begun for stream in streams):
+            self._delivered.wait(FIRST)
 
     def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is gone
@@ -195,9 +203,11 @@ class AsyncEngine:
                 self._cut_off(stream)
             elif stream is not None:
                 stream._updates.put_nowait(update)
+                stream.begun = True
                 (stream.unfinished.add if update.finish_reason is None else stream.unfinished.discard)(update.choice)
                 if update.last:
                     self.streams.pop(update.request, None)
+        self._loop.call_soon(self._delivered.set)  # after those whom this woke
 
     def _cut_off(self, stream: Stream) -> None:
         """A reader that is far behind: what it has not read is bounded."""
