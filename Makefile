@@ -24,8 +24,10 @@ isas:     ## the tests of the kernels and the network on torch alone and on the 
 	for isa in torch portable; do TIERCEL_ISA=$$isa $(BIN)/pytest tests/model tests/ops tests/test_generate.py || exit 1; done
 
 sanitize: ## the tests of the kernels under the address and undefined behaviour sanitizers (ten minutes)
-	cmake -S . -B build/sanitize -G Ninja -DTIERCEL_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
-	cmake --build build/sanitize
+	$(BIN)/pip install -q -c constraints.txt nanobind cmake ninja
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DTIERCEL_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
+	$(BIN)/cmake --build build/sanitize
 	mkdir -p build/sanitized && cp -r src/tiercel build/sanitized/ && cp build/sanitize/_native*.so build/sanitized/tiercel/ops/cpu/
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(BIN)/python -c "import sys, pytest; \

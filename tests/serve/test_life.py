@@ -227,6 +227,17 @@ def test_a_model_that_does_not_fit_takes_the_place_of_an_idle_one(start):
     assert len(server.service.models.loaded) == 1
 
 
+def test_a_server_guesses_what_comes_next_and_says_how_often(start):
+    server = start()
+    ids = [5, 9, 7, 3, 8, 6] * 12
+    body = {"model": "tiny", "prompt": ids, "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    assert server.ask("POST", "/v1/completions", body)[0] == 200
+    engine = next(iter(server.service.models.loaded.values())).engine.engine
+    assert (engine.drafter is not None) == engine.network.native
+    page = server.raw("GET", "/metrics", None)[2].decode()
+    assert "tiercel_engine_drafts_proposed" in page and "tiercel_engine_drafts_accepted" in page
+
+
 def serve(checkpoints, drain, tmp_path, port, **environment):
     env = os.environ | {"OMP_NUM_THREADS": "1", "TIERCEL_HOME": str(tmp_path)} | environment
     process = subprocess.Popen(

@@ -30,6 +30,7 @@ Opener = Callable[[Path, Settings], tuple[Any, Any]]  # → (Model, AsyncEngine 
 def open_model(path: Path, settings: Settings) -> tuple[Any, Any]:
     import tiercel
     from tiercel.engine import AsyncEngine, Engine
+    from tiercel.engine.speculative import prompt_lookup
     from tiercel.planning import fit
 
     size: dict[str, Any]
@@ -45,7 +46,8 @@ def open_model(path: Path, settings: Settings) -> tuple[Any, Any]:
         size["cache_bytes"] = settings.cache_bytes
     model = tiercel.load(path, device=settings.device, max_length=context)
     spill = Path(settings.spill).expanduser() if settings.spill else None
-    engine = Engine(model, max_queue=settings.queue, spill=spill, **size)
+    drafter = prompt_lookup if model.network.native else None  # as in llm.py
+    engine = Engine(model, max_queue=settings.queue, spill=spill, drafter=drafter, **size)
     engine.warm_up()
     return model, AsyncEngine(engine)
 
