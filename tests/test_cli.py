@@ -26,7 +26,7 @@ FAKE = """
 import sys, time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from tiercel import cli
+from tiercel import cli, run
 from tiercel.errors import ContextOverflow, DoesNotFit
 from tiercel.sampling import SamplingParams
 
@@ -93,7 +93,7 @@ def open_talker(name, dtype, context, report):
         raise DoesNotFit("huge needs 9 TB of memory and 1 GB are free: close something")
     return Fake()
 
-cli.open_talker = open_talker
+run.open_talker = open_talker
 cli.main()
 """
 

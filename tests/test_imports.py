@@ -19,6 +19,8 @@ LEVELS = {  # a part imports from its own level or below; the command line may i
 # what a file at the root belongs to
 PART = {
     "console": "cli",
+    "run": "cli",
+    "commandline": "cli",
     "show": "cli",
     "doctor": "cli",
     "bench": "cli",

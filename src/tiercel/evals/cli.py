@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from tiercel.commandline import Json, print_json
 
 if TYPE_CHECKING:
     from tiercel.evals.run import Result
@@ -58,7 +59,7 @@ def evaluate(
     quantize: Annotated[str | None, typer.Option(help="Pack while loading: q4_k_m, q8_0, int8, nf4, ….")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Do not round inputs of packed matrices; slower.")] = False,
     context: Annotated[int | None, typer.Option(help="Length of the context in tokens.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")] = False,
+    json: Json = False,
 ) -> None:
     """Measure a model: AIME, GSM8K, MATH-500, MMLU, ARC-Challenge, HumanEval, LAMBADA, or a JSONL of your own.
 
@@ -93,7 +94,7 @@ def evaluate(
             print(told(result), flush=True)
     if json:
         found = [result.to_dict(items=False) for result in results]
-        print(json_module.dumps(found[0] if len(found) == 1 else found, ensure_ascii=False), flush=True)
+        print_json(found[0] if len(found) == 1 else found)
 
 
 def _run(answerer: Any, task: Any, settings: Any, under: Path, fresh: bool) -> Result:
@@ -148,7 +149,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Of what --limit draws.")] = 0,
     data: Annotated[str | None, typer.Option(help="The folder with the benchmark files.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the page and of what is kept.")] = Path("tiercel-compare"),
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")] = False,
+    json: Json = False,
 ) -> None:
     """Set models side by side: scores, speed and memory, on one page.
 
@@ -177,6 +178,6 @@ def compare(
             lambda line: report(line, 0, 0),
         )  # fmt: skip
     if json:
-        print(json_module.dumps(found, ensure_ascii=False), flush=True)
+        print_json(found)
     else:
         print(f"{side.markdown(found)}\n{out / 'comparison.html'}")

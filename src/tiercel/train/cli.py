@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tiercel.commandline import Json, print_json
 from tiercel.errors import RequestError
 from tiercel.leave import leave
 
@@ -53,7 +53,6 @@ Recompute = Annotated[bool, typer.Option("--recompute", help="Keep no activation
 Compile = Annotated[bool, typer.Option("--compile", help="Let torch.compile make kernels of the blocks.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 
 
 @app.command()
@@ -273,7 +272,7 @@ def _say(found: dict[str, Any], json: bool, then: str | None = None) -> None:
     if not ranks().first:
         return
     if json:
-        print(json_module.dumps(found), flush=True)
+        print_json(found)
         return
     held = "" if found["eval_loss"] is None else f", held out {found['eval_loss']:.4f}"
     speed = f"{found['tokens']:,} tokens in {found['seconds']:.0f} s"
