@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny
-from tiercel import cli
+from tiercel import cli, run
 from tiercel.console import answer_by_vote
 from tiercel.sampling import SamplingParams
 from tiercel.voting import VoteSettings
@@ -73,6 +73,6 @@ def test_a_vote_of_a_real_model(tmp_path):
     ],
 )
 def test_refusals(words, said, monkeypatch):
-    monkeypatch.setattr(cli, "_open", lambda *_, **__: pytest.fail("no model is loaded for this"))
+    monkeypatch.setattr(run, "_open", lambda *_, **__: pytest.fail("no model is loaded for this"))
     result = CliRunner().invoke(cli.app, ["run", "smollm2", "hi", *words])
     assert result.exit_code == 2 and said in result.output + str(result.stderr)
