@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import tiercel
 import tiny
 from tiercel.cli import app
+
+DATA = Path(tiercel.__file__).resolve().parents[3] / "shared" / "data"
+data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not beside the project")
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +82,8 @@ def test_json_is_one_value(model, quiz, monkeypatch):
         (["-t", "gsm8k", "--vote-method", "deepconf"], "need --vote K", 2),
         (["-t", "problems", "--vote", "4"], "4 samples at temperature 0 would be the same", 2),
         (["-t", "problems", "--vote", "4", "--samples", "4", "--temperature", "1"], "has its own number of answers", 2),
-        (["-t", "humaneval", "--vote", "4", "--temperature", "1"], "nothing to vote on", 2),
-        (["-t", "mmlu", "--likelihood", "--vote", "4"], "likelihoods do not vary", 2),
+        pytest.param(["-t", "humaneval", "--vote", "4", "--temperature", "1"], "nothing to vote on", 2, marks=data),
+        pytest.param(["-t", "mmlu", "--likelihood", "--vote", "4"], "likelihoods do not vary", 2, marks=data),
         (
             ["-t", "gsm8k", "--endpoint", "http://127.0.0.1:9/v1", "--quantize", "q8_0"],
             "has loaded its model already",

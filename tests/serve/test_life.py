@@ -14,7 +14,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-LONG = {"model": "tiny", "prompt": "Why?", "options": {"num_predict": 400, "temperature": 0.9}, "stream": True}
+import pytest
+
+from tiercel.engine import Engine
+
+LONG = {"model": "tiny", "prompt": "Why?", "options": {"num_predict": 400, "temperature": 2.0}, "stream": True}
 
 
 def open_stream(port, body=LONG, path="/api/generate"):
@@ -27,7 +31,7 @@ def open_stream(port, body=LONG, path="/api/generate"):
     return raw
 
 
-FOREVER = {"model": "tiny", "prompt": "Why?", "max_tokens": 490, "stream": True}
+FOREVER = {"model": "tiny", "prompt": "Why?", "max_tokens": 490, "stream": True, "temperature": 2.0}  # hard to guess
 
 
 def until(condition, seconds=10.0):
@@ -127,7 +131,19 @@ def test_too_many_prompt_tokens_wait_elsewhere(start):
     assert until(lambda: at_rest(server))
 
 
-def test_an_answer_that_takes_too_long_ends_with_an_error(start):
+@pytest.fixture
+def slowly(monkeypatch):
+    """Steps of a larger model: the tiny one, guessing right, says 500 tokens in less than a timeout."""
+    step = Engine.step
+
+    def slow(engine):
+        time.sleep(0.01)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", slow)
+
+
+def test_an_answer_that_takes_too_long_ends_with_an_error(start, slowly):
     server = start(total_timeout=0.2)
     body = {"model": "tiny", "prompt": "x", "max_tokens": 480, "ignore_eos": True}
     server.ask("POST", "/api/generate", {"model": "tiny"})
@@ -183,7 +199,7 @@ def test_who_does_not_finish_a_head_is_cut_off_and_who_does_is_not(start):
         raw.close()
 
 
-def test_who_waits_too_long_for_a_slot_is_sent_away(start):
+def test_who_waits_too_long_for_a_slot_is_sent_away(start, slowly):
     server = start(slots=1, queue_timeout=0.2)
     first = open_stream(server.port, FOREVER, "/v1/completions")
     assert b"200 OK" in first.recv(100)

@@ -28,6 +28,7 @@ from tiercel.sampling import SamplingParams
 
 BEHIND = 1024  # updates that a reader may leave unread: about 256 KiB of a stream
 FIRST = 0.003  # seconds that the engine waits at most for an answer's first text to be on its way
+TURNS = 8  # of the event loop until it is: it passes a queue, a task of its own and who waits for that
 
 log = logging.getLogger("tiercel.engine")
 
@@ -197,17 +198,26 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(what, *arguments)
 
     def _deliver(self, updates: list[Update]) -> None:
+        begins = False
         for update in updates:
             stream = self.streams.get(update.request)
             if stream is not None and stream._updates.qsize() >= BEHIND and update.finish_reason is None:
                 self._cut_off(stream)
             elif stream is not None:
                 stream._updates.put_nowait(update)
-                stream.begun = True
+                begins, stream.begun = begins or not stream.begun, True
                 (stream.unfinished.add if update.finish_reason is None else stream.unfinished.discard)(update.choice)
                 if update.last:
                     self.streams.pop(update.request, None)
-        self._loop.call_soon(self._delivered.set)  # after those whom this woke
+        if begins:
+            self._pass(TURNS)
+
+    def _pass(self, turns: int) -> None:
+        """Let whom a delivery woke go first, so many times, before the engine goes on."""
+        if turns:
+            self._loop.call_soon(self._pass, turns - 1)
+        else:
+            self._delivered.set()
 
     def _cut_off(self, stream: Stream) -> None:
         """A reader that is far behind: what it has not read is bounded."""
