@@ -49,9 +49,10 @@ INLINE void round_block(const float* x, int n, int sub, int zero_point, int8_t* 
     const int32_t most = maximum(max(as_int(abs(v0)), as_int(abs(v1))));  // as integers: NaN is the largest of all
     float largest;
     memcpy(&largest, &most, 4);
-    *a = most >= 0x7f800000 ? NAN : largest * (1.0f / 127.0f);
-    const F scale = set(largest > 1e-36f && most < 0x7f800000 ? 127.0f / largest : 0.0f);
-    const I q0 = round(v0 * scale), q1 = round(v1 * scale);
+    const bool finite = most < 0x7f800000;
+    *a = finite ? largest * (1.0f / 127.0f) : NAN;
+    const F scale = set(largest > 1e-36f && finite ? 127.0f / largest : 0.0f);
+    const I q0 = finite ? round(v0 * scale) : seti(0), q1 = finite ? round(v1 * scale) : seti(0);
     store_bytes(q, q0);
     store_bytes(q + 16, q1);
     if (sub == 32) {
