@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -23,9 +23,6 @@ from tiercel.evals.cli import compare, evaluate
 from tiercel.run import run
 from tiercel.serve.cli import ps, serve, stop
 from tiercel.train.cli import app as train_app
-
-if TYPE_CHECKING:
-    pass
 
 
 class Commands(TyperGroup):

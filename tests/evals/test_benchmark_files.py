@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
+from benchmark_data import DATA, data
 
-import tiercel
 from tiercel.errors import FormatError, Offline, RequestError
 from tiercel.evals import open_task
 from tiercel.evals.aime25 import ANSWERS
@@ -16,8 +15,6 @@ from tiercel.evals.arc_challenge import check_shape, item_of, kept_fields
 from tiercel.evals.data import rows_of
 from tiercel.evals.task import Item, chosen
 
-DATA = Path(tiercel.__file__).resolve().parents[3] / "shared" / "data"
-data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not beside the project")
 ROWS = {"aime24": 30, "gsm8k": 1319, "math500": 500, "mmlu": 14042, "arc_challenge": 1172, "humaneval": 164,
         "lambada": 5153}  # fmt: skip
 BASELINES = {"arc_challenge": (0.2502, "B", 0.2654), "mmlu": (0.25, "D", 0.2689)}

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
+from benchmark_data import data
 from typer.testing import CliRunner
 
-import tiercel
 import tiny
 from tiercel.cli import app
-
-DATA = Path(tiercel.__file__).resolve().parents[3] / "shared" / "data"
-data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not beside the project")
 
 
 @pytest.fixture(scope="module")

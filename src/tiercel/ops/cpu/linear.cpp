@@ -330,8 +330,6 @@ template <int M> INLINE void f32_tile(const F* w, const float* x, i64 stride, i6
     for (int m = 0; m < M; m++) acc[m] = sum[m];
 }
 
-INLINE float rounded_bf16(float x) { return from_bf16(to_bf16(x)); }
-
 INLINE void round_row(const float* x, i64 inputs, bf16* out) {  // in pairs: an odd last one with zero
     i64 k = 0;
     for (; k + 16 <= inputs; k += 16) store(out + k, load(x + k));
