@@ -199,7 +199,7 @@ def _decays(dt, A, a, H, L, whole, commit, CH: tl.constexpr):
 
 @triton.jit
 def _scores(
-    xBC, out, stride, I, N, G, L, whole, commit,
+    xBC, out, stride, I, N, G, L, skip, whole, commit,
     CH: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out (chunks, G, CH, CH): C_i · B_j."""
@@ -214,7 +214,7 @@ def _scores(
             n = n0 + tl.arange(0, BN)
             C_IN = tl.load(
                 xBC + i[:, None].to(tl.int64) * stride + I + (G + g) * N + n[None, :],
-                (i < stop)[:, None] & (n < N)[None, :], 0.0,
+                ((i >= skip) & (i < stop))[:, None] & (n < N)[None, :], 0.0,
             )  # fmt: skip
             B_NJ = tl.load(
                 xBC + j[None, :].to(tl.int64) * stride + I + g * N + n[:, None],
@@ -289,7 +289,7 @@ def _outputs(
             n = n0 + tl.arange(0, BN)
             C_IN = tl.load(
                 xBC + i[:, None].to(tl.int64) * stride + H * P + (G + g) * N + n[None, :],
-                real[:, None] & (n < N)[None, :], 0.0,
+                (real & (i >= skip))[:, None] & (n < N)[None, :], 0.0,
             )  # fmt: skip
             S_NP = tl.load(
                 states + ((c * H + h).to(tl.int64) * N + n[:, None]) * P + p[None, :], (n < N)[:, None] & inside, 0.0
@@ -340,7 +340,7 @@ def ssd(
     stride, ends = xBC_LC.stride(0), (whole, commit)
     _decays[(chunks, H)](dt_LH, A_H, a_HL, H, L, *ends, CH=CH)
     _scores[(chunks, G, (CH // BI) ** 2)](
-        xBC_LC, scores, stride, H * P, N, G, L, *ends, CH=CH, BI=BI, BN=BN, PRECISION=precision
+        xBC_LC, scores, stride, H * P, N, G, L, skip, *ends, CH=CH, BI=BI, BN=BN, PRECISION=precision
     )  # fmt: skip
     if whole:
         _states[(whole, H, triton.cdiv(N, BN) * triton.cdiv(P, BP))](
