@@ -60,13 +60,13 @@ def test_every_parameter_has_the_shape_the_network_gives_it(name):
 def test_weights_and_states_take_the_bytes_that_were_said(recipe, tmp_path):
     from tiercel.bench.models import random_source
     from tiercel.bench.traffic import weight_bytes
-    from tiercel.weights.load import build, pick_dtype
+    from tiercel.weights.load import of_source
 
-    source = random_source("falcon-h1:90m", recipe)
-    network = build(source.layout, pick_dtype("auto", source), source)  # its memory, not filled
+    network = of_source(random_source("falcon-h1:90m", recipe))
     packing = {"stored": recipe.upper()} if recipe in ("bf16", "f32") else {"quantize": recipe}
     found = forecast(network.config, machine(LAPTOP), context=640, slots=3, **packing)
-    assert found.weights_bytes == weight_bytes(network)
+    twelve_bits = recipe in ("bf16", "nf4")  # how many blocks of bfloat16 keep sixteen depends on the weights
+    assert found.weights_bytes == pytest.approx(weight_bytes(network), rel=0.01 if twelve_bits else 0)
     state = network.new_state()
     state.reserve(640)
     assert found.state_bytes == 3 * (state.nbytes - sum(page.nbytes for page in state.pages))
@@ -193,7 +193,7 @@ def test_what_cannot_be_planned_is_refused(words, error):
 
 def test_the_plan_is_a_page_for_people_and_a_picture(tmp_path):
     file = tmp_path / "memory.svg"
-    result = CliRunner().invoke(app, ["plan", "falcon-h1:7b", "--device", "laptop-ddr4", "--plot", str(file)])
+    result = CliRunner().invoke(app, ["plan", "bamba:9b", "--device", "laptop-ddr4", "--plot", str(file)])
     assert result.exit_code == 0
     assert "does not fit" in result.output and "nearest that fits" in result.output and "┊" in result.output
     assert file.read_text().startswith("<svg") and "Transformer" in file.read_text()

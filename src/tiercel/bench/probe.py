@@ -54,6 +54,7 @@ def products(kind: str) -> dict[str, float]:
 
         for matrix in matrices:
             matrix.data.zero_()
+            matrix.complete()
         each()
         out[name] = best(each) / count
     return out

@@ -106,6 +106,7 @@ def pack(weight: Tensor) -> QTensor | list[QTensor] | None:
         return [q for matrix in weight if isinstance(q := pack(matrix), QTensor)]
     q = QTensor(kinds[weight.dtype], (weight.shape[0], weight.shape[1]))
     q.put(0, weight.detach())
+    q.complete()
     return q
 
 

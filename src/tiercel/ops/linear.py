@@ -46,6 +46,7 @@ class QTensor:
     def __init__(self, type: str, shape: tuple[int, int], *, exact: bool = False) -> None:
         self.type, self.shape, self.exact = type, torch.Size(shape), exact
         self.in_panels = cpu.there
+        self.form = type  # what the kernels read
         N, K = shape
         count = cpu.panel_bytes(type, N, K) if self.in_panels else N * row_bytes(type, K)
         self.data = torch.empty(count, dtype=torch.uint8)
@@ -76,10 +77,18 @@ class QTensor:
         """Rows from `start` (a multiple of 16) as uint8 bytes (rows, row_bytes), or as numbers to be rounded."""
         raw = raw_NB if raw_NB.dtype == torch.uint8 else raw_NB.to(self.dtype).contiguous().view(torch.uint8)
         raw = raw.contiguous()
+        assert self.form == self.type, "rows of a matrix that is complete cannot be put"
         if self.in_panels:
             cpu.to_panels(self.type, raw, self.data, self.shape, start)
         else:
             self.data.view(self.shape[0], -1)[start : start + len(raw)] = raw
+
+    def complete(self) -> None:
+        """All rows are in: bfloat16 is from now on held in twelve bits, the same numbers (ops/cpu/twelve.h)."""
+        if self.in_panels and self.type == "BF16" and self.numel():
+            shorter = cpu.to_twelve(self.data, self.shape)
+            if shorter.nbytes < self.data.nbytes:
+                self.data, self.form = shorter, "BF16_12"
 
     def raw(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start … stop as bytes, (rows, row_bytes) uint8."""
@@ -88,7 +97,7 @@ class QTensor:
             return self.data.view(self.shape[0], -1)[start:stop]
         first = start // 16 * 16
         out = torch.empty(stop - first, row_bytes(self.type, self.shape[1]), dtype=torch.uint8)
-        cpu.from_panels(self.type, out, self.data, self.shape, first)
+        cpu.from_panels(self.form, out, self.data, self.shape, first)
         return out[start - first :]
 
     def numbers(self, start: int = 0, stop: int | None = None) -> Tensor:
@@ -99,7 +108,7 @@ class QTensor:
     def rows(self, which_T: Tensor) -> Tensor:
         """Rows by number, (T, K) float32: an embedding."""
         if self.in_panels:
-            return cpu.rows(self.type, self.data, self.shape, which_T)
+            return cpu.rows(self.form, self.data, self.shape, which_T)
         raw = self.data.view(self.shape[0], -1)[which_T]
         return quant.dequantize(self.type, raw) if self.packed else raw.view(self.dtype).float()
 
@@ -113,7 +122,7 @@ class QTensor:
         if not self.in_panels:
             return multiply_reference(x, self, bias_N, scale)
         x = x.float().contiguous()
-        y_TN = cpu.linear(self.type, self.data, self.shape, x.view(-1, x.shape[-1]), bias_N, scale, self.exact)
+        y_TN = cpu.linear(self.form, self.data, self.shape, x.view(-1, x.shape[-1]), bias_N, scale, self.exact)
         return y_TN.view(*x.shape[:-1], self.shape[0])
 
     def back(self, dy: Tensor, scale: float = 1.0) -> Tensor:
@@ -134,7 +143,7 @@ class QTensor:
     def floats(self, start: int, stop: int) -> Tensor:
         """Rows start … stop, float32: `numbers` where nobody minds which way they are unpacked."""
         if self.in_panels:
-            return cpu.rows(self.type, self.data, self.shape, torch.arange(start, stop))
+            return cpu.rows(self.form, self.data, self.shape, torch.arange(start, stop))
         return self.numbers(start, stop).float()
 
 

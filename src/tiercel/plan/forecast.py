@@ -33,7 +33,7 @@ from tiercel.model.config import (
 )
 from tiercel.plan.machines import Machine, Product
 from tiercel.plan.sizes import PAGE, kv_bytes_per_token, open_bytes, parameter_count, shapes, state_bytes
-from tiercel.quant import PACKED_TYPES, fits, panel_bytes, recipes, row_bytes
+from tiercel.quant import PACKED_TYPES, fits, held_bytes, recipes, row_bytes
 
 FORWARD = 512  # tokens of one call while a prompt is read (generate.PREFILL)
 SNAPSHOTS = 4  # last user turn, end of the prompt and one before it, end of the answer (engine/engine.py)
@@ -66,7 +66,7 @@ class Matrix:
         if self.kind in SIZES and (not panels or self.precise or len(self.shape) < 2):
             return SIZES[self.kind] * self.values
         *experts, N, K = self.shape
-        one = panel_bytes(self.kind, N, K) if panels else N * row_bytes(self.kind, K)
+        one = held_bytes(self.kind, N, K) if panels else N * row_bytes(self.kind, K)
         return math.prod(experts) * one
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tiercel.errors import RequestError
-from tiercel.quant import panel_bytes
+from tiercel.quant import held_bytes
 
 GB, TERA = 1e9, 1e12
 
@@ -63,7 +63,7 @@ class Machine:
 
 # ── this machine, from pieces of work whose seconds `bench/probe.py` measures
 
-PROBE = 2  # goes up when what the probe measures changes: seconds of another probe are not taken over
+PROBE = 3  # goes up when what the probe measures changes: seconds of another probe are not taken over
 BUFFER = 1 << 28  # bytes
 LARGE, SMALL = (16_384, 4096), (2048, 2048)  # matrices beyond the caches and within
 FEW, MANY = 8, 512  # rows
@@ -106,7 +106,7 @@ def from_probe(name: str, memory: int, free: int, seconds: Mapping[str, float]) 
     def product(kind: str) -> Product:
         large, small = (shape[0] * shape[1] for shape in (LARGE, SMALL))
         return Product(
-            panel_bytes(kind, *LARGE) / seconds[f"{kind} one"] / STEP,
+            held_bytes(kind, *LARGE) / seconds[f"{kind} one"] / STEP,
             2 * FEW * large / seconds[f"{kind} few"] / STEP,
             2 * MANY * small / seconds[f"{kind} many"] / PROMPT,
         )

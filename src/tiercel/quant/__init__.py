@@ -70,6 +70,18 @@ def panel_bytes(type: str, outputs: int, inputs: int) -> int:
     return panels * 16 * row_bytes(type, inputs)
 
 
+def held_bytes(type: str, outputs: int, inputs: int) -> int:
+    """What a matrix takes once it is complete: bfloat16 lies in twelve bits (ops/cpu/twelve.h).
+
+    A block of 128 weights with an exponent beyond the usual ones keeps its sixteen bits: 1 % of a Gaussian's.
+    """
+    whole = panel_bytes(type, outputs, inputs)
+    if type != "BF16":
+        return whole
+    panels, blocks = -(-outputs // 16), -(-inputs // 8)
+    return min(whole, panels * (136 + round(blocks * (192 + 0.01 * 64))))
+
+
 def dequantize(type: str, raw: Tensor) -> Tensor:
     """(…, bytes per row) uint8 → (…, values per row) float32; whole blocks in every row."""
     import torch

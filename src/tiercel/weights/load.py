@@ -34,7 +34,7 @@ from tiercel.ops import cpu
 from tiercel.ops.linear import NUMBERS, QTensor
 from tiercel.ops.rotary import frequencies
 from tiercel.plan import check_fits, parameter_count
-from tiercel.quant import PACKED_TYPES, PACKINGS, dequantize, recipes, row_bytes
+from tiercel.quant import PACKED_TYPES, PACKINGS, dequantize, held_bytes, recipes, row_bytes
 from tiercel.quant.recipes import file_type
 from tiercel.text import Text
 from tiercel.text.vocab_gguf import GGUF_TYPES
@@ -390,7 +390,8 @@ def build(layout: Layout, dtype: torch.dtype, source: Source | None = None, *, p
     shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
     matrices = {row.ours for row in layout.rows if source and _is_matrix(row) and len(shapes[row.ours]) > 1}
     kinds = {row.ours: _kind(row, shapes[row.ours], dtype, source, packed) for row in layout.rows}
-    needed = sum(_bytes(kinds[name], shape) for name, shape in shapes.items())
+    sizes = [_bytes(kinds[name], shape, name in matrices) for name, shape in shapes.items()]
+    needed = sum(held for held, _ in sizes) + max(filled - held for held, filled in sizes)
     check_fits(needed, f"a network of {str(dtype).removeprefix('torch.')} weights")
     for name, shape in shapes.items():
         owner, _, leaf = name.rpartition(".")
@@ -408,12 +409,17 @@ def _kind(row: Row, shape: tuple[int, ...], dtype: torch.dtype, source: Source |
     return stored if packed and stored in PACKED_TYPES else STORED[dtype]
 
 
-def _bytes(kind: str, shape: tuple[int, ...]) -> int:
-    return (
-        math.prod(shape[:-1]) * row_bytes(kind, shape[-1])
-        if kind in PACKED_TYPES
-        else math.prod(shape) * PLAIN[kind][1]
-    )
+def _bytes(kind: str, shape: tuple[int, ...], matrix: bool) -> tuple[int, int]:
+    """What a tensor takes in the end, and while it is filled."""
+    if kind in PACKED_TYPES:
+        packed = math.prod(shape[:-1]) * row_bytes(kind, shape[-1])
+        return packed, packed
+    plain = math.prod(shape) * PLAIN[kind][1]
+    if not (matrix and cpu.there and kind == "BF16"):
+        return plain, plain
+    *experts, N, K = shape
+    count, held = math.prod(experts), held_bytes(kind, N, K)
+    return count * held, count * held + plain // count
 
 
 def _is_matrix(row: Row) -> bool:
@@ -436,11 +442,15 @@ def fill(network: Decoder, source: Source, progress: Progress | None = None) -> 
     total, done = sum(_held(weight) for weight in weights.values()), 0
     for row in source.layout.rows:
         target = weights[row.ours]
+        held = _held(target)
         for start, stop in row_blocks(target, row):
             put(target, source, row, start, stop)
             if progress is not None:
-                done += _held(target) * (stop - start) // _rows(target)
+                done += held * (stop - start) // _rows(target)
                 progress(done, total)
+        for matrix in target if isinstance(target, list) else [target]:
+            if isinstance(matrix, QTensor):
+                matrix.complete()
 
 
 def put(target: nn.Parameter | QTensor | list[QTensor], source: Source, row: Row, start: int, stop: int) -> None:

@@ -112,6 +112,19 @@ def from_panels(type: str, raw_NB: Tensor, panels: Tensor, shape: Sequence[int],
     _native.from_panels(raw_NB.data_ptr(), panels.data_ptr(), K, N, start, len(raw_NB), FORMATS[type])
 
 
+def to_twelve(panels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Panels of "BF16" as those of "BF16_12", the same numbers: see twelve.h."""
+    N, K = shape
+    sizes = torch.empty(-(-N // 16), dtype=torch.int64)
+    _native.to_twelve(panels.data_ptr(), 0, sizes.data_ptr(), K, N)
+    head = -(-sizes.nbytes // 64) * 64
+    ends = sizes.cumsum(0) + head
+    out = torch.empty(int(ends[-1]), dtype=torch.uint8)
+    out[: sizes.nbytes] = (ends - sizes).view(torch.uint8)
+    _native.to_twelve(panels.data_ptr(), out.data_ptr(), sizes.data_ptr(), K, N)
+    return out
+
+
 def rows(type: str, panels: Tensor, shape: Sequence[int], which_T: Tensor) -> Tensor:
     y_TK = empty(len(which_T), shape[1])
     _native.rows(
@@ -129,13 +142,14 @@ ROUNDED = {
 
 def _rounded(type: str, x_TK: Tensor) -> Tensor | None:
     """The inputs of a product as its kernel wants them; a tape makes them once for all that read the same."""
-    if type not in ROUNDED and type != "BF16":
+    half = type in ("BF16", "BF16_12")
+    if type not in ROUNDED and not half:
         return None
     T, K = x_TK.shape
     sub, zero = ROUNDED.get(type, (0, 0))
     if recorder is not None and (known := recorder.rounded(x_TK, (T, K, sub, zero))) is not None:
         return known
-    if type == "BF16":
+    if half:
         rounded = empty(T, -(-K // 2))
         _native.round_bf16(x_TK.data_ptr(), rounded.data_ptr(), T, K)
     else:

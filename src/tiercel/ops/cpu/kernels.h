@@ -32,7 +32,7 @@ enum Activation { SILU, GELU, GELU_TANH, RELU };
 
 enum Format {
     FORMAT_Q4_0, FORMAT_Q4_1, FORMAT_Q5_0, FORMAT_Q5_1, FORMAT_Q8_0, FORMAT_Q2_K, FORMAT_Q3_K, FORMAT_Q4_K, FORMAT_Q5_K,
-    FORMAT_Q6_K, FORMAT_INT8, FORMAT_NF4, FORMAT_BF16, FORMAT_F32
+    FORMAT_Q6_K, FORMAT_INT8, FORMAT_NF4, FORMAT_BF16, FORMAT_BF16_12, FORMAT_F32
 };
 
 // y (tokens, outputs) = scale · x (tokens, inputs) Wᵀ + bias.  `rounded`: what round_inputs or round_bf16 made of x,
@@ -52,6 +52,8 @@ struct RoundInputs { const float* x; uint8_t* out; i64 tokens, inputs; int sub, 
 struct Rows { const uint8_t* weight; const i64* which; float* y; i64 inputs, count; float scale; int format; };
 // rows first … first + count − 1 (first a multiple of 16) between a file's blocks and panels
 struct Panels { uint8_t *blocks, *panels; i64 inputs, outputs, first, count; int format; };
+// panels of bf16 → twelve bits (twelve.h); without `out` only what each panel will take, with it those are its beginnings
+struct ToTwelve { const uint8_t* panels; uint8_t* out; i64* sizes; i64 inputs, outputs; };
 // (rows, width) → super-blocks, width a multiple of 256; importance (width) or nullptr
 struct Quantize { const float *x, *importance; uint8_t* out; i64 rows, width; int type; };
 // ── what depends on a row's own past ──
@@ -140,7 +142,7 @@ struct GatedNorm {  // z rows are `stride` apart; weight nullptr: y · silu(z)
 struct Kernels {
     const char* name;
     Kernel rms_norm, add, gate;
-    Kernel linear, linear_f32, linear_bf16, round_inputs, round_bf16, rows, to_panels, from_panels;
+    Kernel linear, linear_f32, linear_bf16, round_inputs, round_bf16, rows, to_panels, from_panels, to_twelve;
     Kernel quantize;
     Kernel rotary, remember, attend, conv, ssd, select, scan, gated_norm;
 };

@@ -2,7 +2,7 @@
 //
 //   packed   the input is rounded to eight bits, one scale for 32 values:  y = Σ_blocks  a · (s · Σ q x + …)
 //   exact    the same weights as float32 numbers, inputs as they are
-//   bf16     inputs rounded to bfloat16, products and sums in float32
+//   bf16     inputs rounded to bfloat16, products and sums in float32; W in sixteen bits or in twelve (twelve.h)
 //   f32
 //
 // One row, few rows and many go through the same operations on every output, in the same order over K: a token's
@@ -10,6 +10,7 @@
 // cache first, K_PIECE inputs at a time.
 #include "dots.h"
 #include "formats.h"
+#include "twelve.h"
 
 #include <math.h>
 
@@ -303,6 +304,14 @@ void panel_values(int format, const uint8_t* weight, i64 inputs, i64 p, i64 firs
             const I pair = loadi(from + k / 2 * 64);
             *out++ = as_float(k % 2 ? pair & seti((int)0xffff0000) : shl(pair, 16));
         }
+    } else if (format == FORMAT_BF16_12) {
+        Twelve t = Twelve::begin(twelve_panel(weight, p), (inputs + 1) / 2);
+        t.skip(first / 8);
+        for (i64 k = first; k < last; k += 8)
+            t.next([&](int j, I pair) {
+                if (k + 2 * j < last) *out++ = as_float(shl(pair, 16));
+                if (k + 2 * j + 1 < last) *out++ = as_float(pair & seti((int)0xffff0000));
+            });
     } else {
         WITH_FORMAT(format, {
             constexpr int Z = 32 / Q::SUB;
@@ -337,29 +346,67 @@ INLINE void round_row(const float* x, i64 inputs, bf16* out) {  // in pairs: an 
     if (inputs % 2) out[inputs] = 0;
 }
 
-// two inputs at a time; x: pairs of bf16, token after token (`stride` pairs apart)
-template <int M> INLINE void bf16_tile(const uint8_t* w, const uint32_t* x, i64 stride, i64 pairs, bool fresh, F* acc) {
-    F sum[M];
-    for (int m = 0; m < M; m++) sum[m] = zero();
-    for (i64 k = 0; k < pairs; k++) {
-        if (fresh) __builtin_prefetch(w + 64 * k + DISTANCE, 0, 3);
-        const I pair = loadi(w + 64 * k);
+// two inputs of sixteen rows with M tokens; x: pairs of bf16, token after token (`stride` pairs apart)
+template <int M> INLINE void add_pair(I pair, const uint32_t* x, i64 stride, F* sum) {
 #if defined(TIERCEL_AVX512)
-        for (int m = 0; m < M; m++)
-            sum[m].p[0] = (vf)_mm512_dpbf16_ps((__m512)sum[m].p[0], (__m512bh)pair.p[0], (__m512bh)_mm512_set1_epi32(x[m * stride + k]));
+    for (int m = 0; m < M; m++)
+        sum[m].p[0] = (vf)_mm512_dpbf16_ps((__m512)sum[m].p[0], (__m512bh)pair.p[0], (__m512bh)_mm512_set1_epi32(x[m * stride]));
 #else
-        const F even = as_float(shl(pair, 16)), odd = as_float(pair & seti((int)0xffff0000));
-        for (int m = 0; m < M; m++) {
-            const uint32_t b = x[m * stride + k], low = b << 16, high = b & 0xffff0000u;
-            float e, o;
-            memcpy(&e, &low, 4);
-            memcpy(&o, &high, 4);
-            sum[m] = fma(even, set(e), sum[m]);
-            sum[m] = fma(odd, set(o), sum[m]);
-        }
-#endif
+    const F even = as_float(shl(pair, 16)), odd = as_float(pair & seti((int)0xffff0000));
+    for (int m = 0; m < M; m++) {
+        const uint32_t b = x[m * stride], low = b << 16, high = b & 0xffff0000u;
+        float e, o;
+        memcpy(&e, &low, 4);
+        memcpy(&o, &high, 4);
+        sum[m] = fma(even, set(e), sum[m]);
+        sum[m] = fma(odd, set(o), sum[m]);
     }
-    for (int m = 0; m < M; m++) acc[m] = sum[m];
+#endif
+}
+
+// Sums of bf16 products: pairs in turn, so that one row need not wait for its last product before the next.
+#if defined(TIERCEL_AVX512)
+constexpr int TURNS = 2;
+#else
+constexpr int TURNS = 1;
+#endif
+
+template <int M> INLINE void start_sums(F (*sum)[M]) {
+    for (int i = 0; i < TURNS; i++)
+        for (int m = 0; m < M; m++) sum[i][m] = zero();
+}
+template <int M> INLINE void end_sums(F (*sum)[M], F* acc) {
+    for (int m = 0; m < M; m++) acc[m] = TURNS == 2 ? sum[0][m] + sum[TURNS - 1][m] : sum[0][m];
+}
+
+template <int M> INLINE void bf16_tile(const uint8_t* w, const uint32_t* x, i64 stride, i64 pairs, bool fresh, F* acc) {
+    F sum[TURNS][M];
+    start_sums<M>(sum);
+    for (i64 k = 0; k < pairs; k += TURNS)
+#pragma GCC unroll 2
+        for (int i = 0; i < TURNS; i++) {
+            if (k + i >= pairs) break;
+            if (fresh) __builtin_prefetch(w + 64 * (k + i) + DISTANCE, 0, 3);
+            add_pair<M>(loadi(w + 64 * (k + i)), x + k + i, stride, sum[i]);
+        }
+    end_sums<M>(sum, acc);
+}
+
+// the same sums from twelve bits; `wide`: where they are kept in sixteen for the tiles that follow, or nullptr
+template <int M> INLINE void twelve_tile(const uint8_t* w, const uint32_t* x, i64 stride, i64 pairs, uint8_t* wide, F* acc) {
+    F sum[TURNS][M];
+    start_sums<M>(sum);
+    Twelve t = Twelve::begin(w, pairs);
+    for (i64 k = 0; k < pairs; k += 4) {
+        for (int i = 0; i < SHORT / 64; i++) __builtin_prefetch(t.at + 64 * i + 2 * DISTANCE, 0, 3);
+        const bool whole = k + 4 <= pairs;
+        t.next([&](int j, I pair) {
+            if (!whole && k + j >= pairs) return;
+            if (wide) storei(wide + 64 * (k + j), pair);
+            add_pair<M>(pair, x + k + j, stride, sum[j % TURNS]);
+        });
+    }
+    end_sums<M>(sum, acc);
 }
 
 void linear_f32(const void* args, Team& team) {
@@ -396,20 +443,25 @@ void linear_bf16(const void* args, Team& team) {
     const Linear& a = *(const Linear*)args;
     const i64 panels = (a.outputs + 15) / 16, parts = (a.tokens + TOKENS - 1) / TOKENS, pairs = (a.inputs + 1) / 2;
     const i64 each = a.tokens > FEW ? 1 : pieces_of(panels, team), groups = (panels + each - 1) / each;
+    const bool twelve = a.format == FORMAT_BF16_12, again = a.tokens > tile_at(a.tokens);
     const uint32_t* x = (const uint32_t*)a.rounded;
+    uint8_t* wide = nullptr;
     for (i64 piece; (piece = team.take(groups * parts)) >= 0;) {
         if (x == nullptr) {  // one row
             uint32_t* mine = (uint32_t*)team.scratch(pairs * 4 + 4);
             round_row(a.x, a.inputs, (bf16*)mine);
             x = mine;
-        }
+        } else if (twelve && again && wide == nullptr) wide = (uint8_t*)team.scratch(pairs * 64);
         const i64 begin = piece % parts * TOKENS, end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
         const i64 first = piece / parts * each, last = first + each < panels ? first + each : panels;
         for (i64 p = first; p < last; p++)
             for (i64 t = begin; t < end;) {
                 const int m = tile_at(end - t);
                 F acc[TILE];
-                WITH_TILE(m, (bf16_tile<M>(a.weight + p * pairs * 64, x + t * pairs, pairs, pairs, t == begin, acc)));
+                if (twelve && t == begin)
+                    WITH_TILE(m, (twelve_tile<M>(twelve_panel(a.weight, p), x + t * pairs, pairs, pairs, wide, acc)));
+                else
+                    WITH_TILE(m, (bf16_tile<M>(twelve ? wide : a.weight + p * pairs * 64, x + t * pairs, pairs, pairs, t == begin, acc)));
                 for (int i = 0; i < m; i++) finish(a, t + i, p, acc[i]);
                 t += m;
             }

@@ -111,12 +111,13 @@ NB_MODULE(_native, m) {
     // ── matrices ──
 
     m.attr("formats") = std::vector<std::string>{"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
-                                                 "Q6_K", "INT8", "NF4", "BF16", "F32"};
+                                                 "Q6_K", "INT8", "NF4", "BF16", "BF16_12", "F32"};
     m.def("linear", [](at weight, i64 weight_bytes, at x, at rounded, at bias, at y, i64 inputs, i64 outputs, i64 tokens,
                        float scale, int format, bool exact) {
-        const Kernel k = format == FORMAT_BF16 && !exact ? kernels().linear_bf16
-                         : format == FORMAT_F32 || exact ? kernels().linear_f32
-                                                         : kernels().linear;
+        const bool bf16 = format == FORMAT_BF16 || format == FORMAT_BF16_12;
+        const Kernel k = exact || format == FORMAT_F32 ? kernels().linear_f32
+                         : bf16                        ? kernels().linear_bf16
+                                                       : kernels().linear;
         std::vector<Range> reads{{ptr<void>(x), tokens * inputs * f32}};
         if (rounded) reads.push_back({ptr<void>(rounded), 1});
         go(k, Linear{ptr<uint8_t>(weight), ptr<float>(x), ptr<uint8_t>(rounded), ptr<float>(bias), ptr<float>(y), inputs,
@@ -144,6 +145,9 @@ NB_MODULE(_native, m) {
     m.def("from_panels", [](at blocks, at panels, i64 inputs, i64 outputs, i64 first, i64 count, int format) {
         go(kernels().from_panels, Panels{ptr<uint8_t>(blocks), ptr<uint8_t>(panels), inputs, outputs, first, count, format},
            false, {}, {});
+    });
+    m.def("to_twelve", [](at panels, at out, at sizes, i64 inputs, i64 outputs) {
+        go(kernels().to_twelve, ToTwelve{ptr<uint8_t>(panels), ptr<uint8_t>(out), ptr<i64>(sizes), inputs, outputs}, false, {}, {});
     });
     m.def("quantize", [](int type, at x, at importance, at out, i64 rows, i64 width, i64 row_bytes) {
         const auto noted = importance ? std::vector<Range>{{ptr<void>(x), rows * width * f32}, {ptr<void>(importance), width * f32}}

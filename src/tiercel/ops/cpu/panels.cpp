@@ -2,6 +2,7 @@
 //
 // Inside a file's block quants lie in runs: `run` bytes hold the lowest fields of run values, then the next higher ones.
 #include "formats.h"
+#include "twelve.h"
 
 namespace ISA {
 
@@ -201,33 +202,126 @@ template <class Q, bool BACK> void convert(const Panels& a, Team& team) {
     }
 }
 
-// numbers: sixteen rows' values for one input (f32) or two (bf16)
-template <class T, int PAIR, bool BACK> void convert_numbers(const Panels& a, Team& team) {
+// numbers: sixteen rows' values for one input (f32) or two (bf16); `count` of these rows ⇄ one panel
+template <class T, int PAIR, bool BACK> INLINE void convert_numbers(T* rows, T* panel, i64 inputs, i64 count) {
+    const i64 padded = (inputs + PAIR - 1) / PAIR * PAIR;
+    if (!BACK && (count < 16 || padded != inputs)) memset(panel, 0, 16 * padded * sizeof(T));
+    for (i64 r = 0; r < count; r++)
+        for (i64 k = 0; k < inputs; k++) {
+            T& there = panel[k / PAIR * PAIR * 16 + r * PAIR + k % PAIR];
+            if (BACK) rows[r * inputs + k] = there;
+            else there = rows[r * inputs + k];
+        }
+}
+
+template <class T, int PAIR, bool BACK> void numbers(const Panels& a, Team& team) {
     const i64 padded = (a.inputs + PAIR - 1) / PAIR * PAIR;
+    T* wide = nullptr;
     for (i64 piece; (piece = team.take((a.count + 15) / 16)) >= 0;) {
-        T* panel = (T*)a.panels + (a.first / 16 + piece) * 16 * padded;
-        T* from = (T*)a.blocks + piece * 16 * a.inputs;
-        const int there = a.count - piece * 16 < 16 ? a.count - piece * 16 : 16;
-        if (!BACK && (there < 16 || padded != a.inputs)) memset(panel, 0, 16 * padded * sizeof(T));
-        for (int r = 0; r < there; r++)
-            for (i64 k = 0; k < a.inputs; k++) {
-                T& there_ = panel[k / PAIR * PAIR * 16 + r * PAIR + k % PAIR];
-                if (BACK) from[r * a.inputs + k] = there_;
-                else there_ = from[r * a.inputs + k];
-            }
+        const i64 p = a.first / 16 + piece, left = a.count - piece * 16;
+        T* panel = (T*)a.panels + p * 16 * padded;
+        if (a.format == FORMAT_BF16_12) {
+            if (wide == nullptr) wide = (T*)team.scratch(16 * padded * sizeof(T));
+            widen_panel(twelve_panel(a.panels, p), padded / 2, (uint8_t*)wide);
+            panel = wide;
+        }
+        convert_numbers<T, PAIR, BACK>((T*)a.blocks + piece * 16 * a.inputs, panel, a.inputs, left < 16 ? left : 16);
     }
 }
 
 template <bool BACK> void any(const void* args, Team& team) {
     const Panels& a = *(const Panels*)args;
-    if (a.format == FORMAT_F32) convert_numbers<uint32_t, 1, BACK>(a, team);
-    else if (a.format == FORMAT_BF16) convert_numbers<uint16_t, 2, BACK>(a, team);
+    if (a.format == FORMAT_F32) numbers<uint32_t, 1, BACK>(a, team);
+    else if (a.format == FORMAT_BF16 || a.format == FORMAT_BF16_12) numbers<uint16_t, 2, BACK>(a, team);
     else { WITH_FORMAT(a.format, (convert<Q, BACK>(a, team))) }
+}
+
+// ── bfloat16 panels → twelve bits ──
+
+struct Narrowed {  // four vectors of a block, and whether all their exponents have a code
+    I vectors[4];
+    uwords missed[PARTS];
+};
+
+INLINE Narrowed read_block(const uint8_t* panel, i64 v, i64 vectors, int highest) {
+    Narrowed r;
+    EACH r.missed[i] = uwords{};
+    for (int j = 0; j < 4; j++) {
+        r.vectors[j] = v + j < vectors ? loadi(panel + 64 * (v + j)) : seti(0);
+        EACH {
+            const uwords e = ((uwords)r.vectors[j].p[i] >> 7) & 255, code = (uint16_t)highest - e;
+            r.missed[i] |= (uwords)(code > 14) & (uwords)(e != 0);
+        }
+    }
+    return r;
+}
+
+INLINE bool fits(const Narrowed& block) {
+    I any;
+    EACH any.p[i] = (vi)block.missed[i];
+    int32_t n[16], all = 0;
+    storei(n, any);
+    for (int i = 0; i < 16; i++) all |= n[i];
+    return all == 0;
+}
+
+// the highest of the fifteen neighbours that hold most values
+INLINE int highest_exponent(const uint8_t* panel, i64 values) {
+    uint32_t count[4][256] = {};
+    const uint16_t* x = (const uint16_t*)panel;
+    for (i64 i = 0; i < values; i += 4)  // four counts: one after another would wait for the last
+        for (int j = 0; j < 4; j++) count[j][x[i + j] >> 7 & 255]++;
+    int best = 15;
+    int64_t most = -1;
+    for (int highest = 15; highest < 256; highest++) {
+        int64_t there = 0;
+        for (int e = highest - 14; e <= highest; e++)
+            for (int j = 0; j < 4; j++) there += count[j][e];
+        if (there > most) { most = there; best = highest; }
+    }
+    return best;
+}
+
+void to_twelve(const void* args, Team& team) {
+    const ToTwelve& a = *(const ToTwelve*)args;
+    const i64 vectors = (a.inputs + 1) / 2;
+    for (i64 p; (p = team.take((a.outputs + 15) / 16)) >= 0;) {
+        const uint8_t* panel = a.panels + p * vectors * 64;
+        const int highest = highest_exponent(panel, vectors * 32);
+        if (a.out == nullptr) {
+            i64 bytes = twelve_head(vectors);
+            for (i64 v = 0; v < vectors; v += 4) bytes += fits(read_block(panel, v, vectors, highest)) ? SHORT : WHOLE;
+            a.sizes[p] = bytes;
+            continue;
+        }
+        uint8_t* to = (uint8_t*)twelve_panel(a.out, p);
+        memset(to, 0, twelve_head(vectors));
+        for (int i = 0; i < 32; i++) ((uint16_t*)to)[i] = (uint16_t)(i % 16 < 15 ? (highest - i % 16) << 7 : 0);
+        uint8_t *flags = to + 64, *at = to + twelve_head(vectors);
+        for (i64 v = 0; v < vectors; v += 4) {
+            const Narrowed block = read_block(panel, v, vectors, highest);
+            if (!fits(block)) {
+                flags[v / 32] |= 1 << v / 4 % 8;
+                for (int j = 0; j < 4; j++, at += 64) storei(at, block.vectors[j]);
+                continue;
+            }
+            I codes = seti(0);
+            for (int j = 0; j < 4; j++) EACH {
+                const uwords x = (uwords)block.vectors[j].p[i], e = (x >> 7) & 255;
+                const uwords code = (((uint16_t)highest - e) & (uwords)(e != 0)) | ((uwords)(e == 0) & 15);
+                codes.p[i] |= (vi)(code << (4 * j));
+                *((halves_u*)(at + 64 + 32 * j) + i) = __builtin_convertvector((words)((x >> 8 & 128) | (x & 127)), halves);
+            }
+            storei(at, codes);
+            at += SHORT;
+        }
+    }
 }
 
 void panels(Kernels& k) {
     k.to_panels = any<false>;
     k.from_panels = any<true>;
+    k.to_twelve = to_twelve;
 }
 
 }  // namespace ISA
