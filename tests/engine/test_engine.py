@@ -1,5 +1,7 @@
 """What an engine promises beside the right tokens: nobody waits for ever, nothing is left, nothing is read twice."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import tiny
 from tiercel.engine.scheduler import BESIDE, Scheduler
 from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
+from tiercel.ops import cpu
 from tiercel.sampling import SamplingParams
 from tiny import ids, run
 
@@ -27,6 +30,23 @@ def engine(network, **changes):
 def read(engine):
     """Tokens that went through the network."""
     return sum(map(sum, engine.network.calls))
+
+
+def test_where_the_kernels_run_torch_has_one_thread_in_a_step_and_all_of_its_own_after_it():
+    """Its loops on two threads wait for a core each, which stops a busy machine (docs/log.md, 2026-11-28)."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for native in (True, False):
+            e = engine(tiny.network(native=native))
+            request, seen = e.add(ids(40), greedy(3)), []
+            e.network.calls = SimpleNamespace(append=lambda call, seen=seen: seen.append(torch.get_num_threads()))
+            while not request.finished:
+                e.step()
+                assert torch.get_num_threads() == 3
+            assert set(seen) == {1 if e.network.native else 3} and e.network.native is (native and cpu.there)
+    finally:
+        torch.set_num_threads(before)
 
 
 # ── fairness ──

@@ -44,6 +44,7 @@ from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.on_device import OnDevice
 from tiercel.model.state import State, nbytes_together
+from tiercel.ops import cpu
 from tiercel.sampling import SamplingParams
 from tiercel.text.stream import Piece
 
@@ -295,7 +296,7 @@ class Engine:
 
     def step(self) -> list[Update]:
         """One forward, and what came of it; [] when there was nothing to do."""
-        with self._lock:
+        with self._lock, cpu.alone(self.network.native):
             self._arrive()
             self._make_room()
             self._open_choices(first=True)

@@ -9,8 +9,9 @@ addresses, and outputs come from memory that stays: the step can then be run aga
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +46,20 @@ def _choose() -> str:
 
 isa = _choose()
 there = isa != "torch"
+
+
+@contextlib.contextmanager
+def alone(native: bool) -> Iterator[None]:
+    """On this thread torch has one thread meanwhile, if `native`: the kernels have their own, and what is left for
+    torch, copies and sampling, is small.  On a busy machine every loop of its on two threads waits for a core: a copy
+    of a 0.5B's state took 700 ms beside two busy programs, and 5 ms so."""
+    threads = torch.get_num_threads()
+    if native:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 recorder: Tape | None = None  # the tape that records
