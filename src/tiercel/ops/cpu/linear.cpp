@@ -132,10 +132,21 @@ INLINE void keep(const Linear& a, i64 token, i64 panel, F y) {
 constexpr i64 PANELS = 16;         // taken at a time: at the start of a piece nothing has been fetched yet
 constexpr i64 DISTANCE = 1024;     // bytes fetched ahead: the processor's own fetching stops at every page
 constexpr i64 FEW = TILE;          // more rows are worth a panel unpacked in the cache
+constexpr i64 TOKENS = 16 * 12;    // tokens that share an unpacked panel: whole tiles
 
-INLINE i64 pieces_of(i64 panels, const Team& team) {
-    const i64 each = panels / (2 * team.size);
+INLINE i64 pieces_of(const Linear& a, const Team& team) {
+    const i64 each = (a.outputs + 15) / 16 / (2 * team.size);
     return each < 1 ? 1 : each > PANELS ? PANELS : each;
+}
+
+// work(begin, end, panel) for tokens in parts of TOKENS and panels `each` in a row
+template <class Work> INLINE void each_panel(const Linear& a, Team& team, i64 each, Work work) {
+    const i64 panels = (a.outputs + 15) / 16, groups = (panels + each - 1) / each, parts = (a.tokens + TOKENS - 1) / TOKENS;
+    for (i64 piece; (piece = team.take(groups * parts)) >= 0;) {
+        const i64 begin = piece % parts * TOKENS, end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
+        const i64 first = piece / parts * each, last = first + each < panels ? first + each : panels;
+        for (i64 p = first; p < last; p++) work(begin, end, p);
+    }
 }
 
 // M tokens (a tile) with one panel
@@ -159,30 +170,27 @@ template <class Q, int M> INLINE void direct(const uint8_t* panel, i64 all32, co
 }
 
 template <class Q> void few_rows(const Linear& a, Team& team) {
-    const i64 panels = (a.outputs + 15) / 16, all32 = (a.inputs + 31) / 32, bytes = panel_bytes<Q>(a.inputs);
-    const i64 each = pieces_of(panels, team);
+    const i64 all32 = (a.inputs + 31) / 32, bytes = panel_bytes<Q>(a.inputs);
     const uint8_t* in = a.rounded;
-    for (i64 piece; (piece = team.take((panels + each - 1) / each)) >= 0;) {
+    each_panel(a, team, pieces_of(a, team), [&](i64 begin, i64 end, i64 p) {
         if (in == nullptr) {  // one row, which every thread rounds for itself: sooner done than waited for
             uint8_t* mine = (uint8_t*)team.scratch(all32 * token_bytes(Q::SUB));
             round_tile(a.x, 0, a.inputs, 1, Q::SUB, Q::ZERO, mine);
             in = mine;
         }
-        for (i64 p = piece * each; p < panels && p < (piece + 1) * each; p++)
-            for (i64 t = 0; t < a.tokens;) {
-                const int m = tile_at(a.tokens - t);
-                F acc[TILE];
-                WITH_TILE(m, (direct<Q, M>(a.weight + p * bytes, all32, in + t * all32 * token_bytes(Q::SUB), t == 0, acc)));
-                for (int i = 0; i < m; i++) finish(a, t + i, p, acc[i]);
-                t += m;
-            }
-    }
+        for (i64 t = begin; t < end;) {
+            const int m = tile_at(end - t);
+            F acc[TILE];
+            WITH_TILE(m, (direct<Q, M>(a.weight + p * bytes, all32, in + t * all32 * token_bytes(Q::SUB), t == begin, acc)));
+            for (int i = 0; i < m; i++) finish(a, t + i, p, acc[i]);
+            t += m;
+        }
+    });
 }
 
 // ── many rows: a panel is unpacked first ──
 
 constexpr i64 K_PIECE = 1024;    // inputs unpacked at a time, 24 KB: a multiple of every block, and at home in L1
-constexpr i64 TOKENS = 16 * 12;  // tokens that share an unpacked panel: whole tiles
 
 constexpr int AHEAD = 6;         // lines fetched during 32 inputs of a tile: what is unpacked next, while there is time
 
@@ -218,36 +226,33 @@ __attribute__((noinline)) void tile(const Unpacked* w, const uint8_t* in, i64 co
 }
 
 template <class Q> void many_rows(const Linear& a, Team& team) {
-    const i64 panels = (a.outputs + 15) / 16, blocks = (a.inputs + Q::BLOCK - 1) / Q::BLOCK, bytes = panel_bytes<Q>(a.inputs);
-    const i64 parts = (a.tokens + TOKENS - 1) / TOKENS, piece_blocks = K_PIECE / Q::BLOCK, all32 = (a.inputs + 31) / 32;
+    const i64 blocks = (a.inputs + Q::BLOCK - 1) / Q::BLOCK, bytes = panel_bytes<Q>(a.inputs);
+    const i64 piece_blocks = K_PIECE / Q::BLOCK, all32 = (a.inputs + 31) / 32;
     // not so many tokens: several panels in a row, so that what is fetched ahead is this thread's own
-    const i64 each = a.tokens > 32 ? 1 : pieces_of(panels, team), groups = (panels + each - 1) / each;
+    const i64 each = a.tokens > 32 ? 1 : pieces_of(a, team);
     Unpacked* w = nullptr;
-    for (i64 piece; (piece = team.take(groups * parts)) >= 0;) {
+    each_panel(a, team, each, [&](i64 begin, i64 end, i64 p) {
         if (w == nullptr) w = (Unpacked*)team.scratch(K_PIECE / 32 * sizeof(Unpacked));
-        const i64 begin = piece % parts * TOKENS, end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
-        const i64 first = piece / parts * each, last = first + each < panels ? first + each : panels;
-        for (i64 p = first; p < last; p++)
-            for (i64 b = 0; b < blocks; b += piece_blocks) {
-                const i64 stop = b + piece_blocks < blocks ? b + piece_blocks : blocks;
-                const i64 k32 = b * (Q::BLOCK / 32);
-                const i64 some = (stop * (Q::BLOCK / 32) < all32 ? stop * (Q::BLOCK / 32) : all32) - k32;
-                const char* later = (const char*)a.weight + p * bytes + stop * BLOCK_BYTES<Q>;
-                unpack<Q>(a.weight + p * bytes, b, stop, w);
-                for (i64 t = begin; t < end;) {
-                    const int m = tile_at(a.tokens - t);
-                    const uint8_t* in = a.rounded + (t * all32 + m * k32) * token_bytes(Q::SUB);
-                    F acc[TILE];
-                    for (int i = 0; i < m; i++) acc[i] = b == 0 ? zero() : partial(a, t + i, p);
-                    WITH_TILE(m, (tile<Q, M>(w, in, some, acc, later, t == begin ? AHEAD : 0)));
-                    for (int i = 0; i < m; i++) {
-                        if (stop == blocks) finish(a, t + i, p, acc[i]);
-                        else keep(a, t + i, p, acc[i]);
-                    }
-                    t += m;
+        for (i64 b = 0; b < blocks; b += piece_blocks) {
+            const i64 stop = b + piece_blocks < blocks ? b + piece_blocks : blocks;
+            const i64 k32 = b * (Q::BLOCK / 32);
+            const i64 some = (stop * (Q::BLOCK / 32) < all32 ? stop * (Q::BLOCK / 32) : all32) - k32;
+            const char* later = (const char*)a.weight + p * bytes + stop * BLOCK_BYTES<Q>;
+            unpack<Q>(a.weight + p * bytes, b, stop, w);
+            for (i64 t = begin; t < end;) {
+                const int m = tile_at(end - t);
+                const uint8_t* in = a.rounded + (t * all32 + m * k32) * token_bytes(Q::SUB);
+                F acc[TILE];
+                for (int i = 0; i < m; i++) acc[i] = b == 0 ? zero() : partial(a, t + i, p);
+                WITH_TILE(m, (tile<Q, M>(w, in, some, acc, later, t == begin ? AHEAD : 0)));
+                for (int i = 0; i < m; i++) {
+                    if (stop == blocks) finish(a, t + i, p, acc[i]);
+                    else keep(a, t + i, p, acc[i]);
                 }
+                t += m;
             }
-    }
+        }
+    });
 }
 
 void linear(const void* args, Team& team) {
@@ -411,61 +416,52 @@ template <int M> INLINE void twelve_tile(const uint8_t* w, const uint32_t* x, i6
 
 void linear_f32(const void* args, Team& team) {
     const Linear& a = *(const Linear*)args;
-    const i64 panels = (a.outputs + 15) / 16, parts = (a.tokens + TOKENS - 1) / TOKENS;
     const bool direct = a.format == FORMAT_F32;  // lies in the form that is multiplied
-    const i64 each = direct && a.tokens <= FEW ? pieces_of(panels, team) : 1, groups = (panels + each - 1) / each;
     F* values = nullptr;
-    for (i64 piece; (piece = team.take(groups * parts)) >= 0;) {
-        const i64 begin = piece % parts * TOKENS, end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
-        const i64 first = piece / parts * each, last = first + each < panels ? first + each : panels;
+    each_panel(a, team, direct && a.tokens <= FEW ? pieces_of(a, team) : 1, [&](i64 begin, i64 end, i64 p) {
         if (values == nullptr && !direct) values = (F*)team.scratch(K_PIECE * sizeof(F));
-        for (i64 p = first; p < last; p++)
-            for (i64 k = 0; k < a.inputs; k += K_PIECE) {
-                const i64 stop = k + K_PIECE < a.inputs ? k + K_PIECE : a.inputs;
-                const F* w = direct ? (const F*)((const float*)a.weight + (p * a.inputs + k) * 16) : values;
-                if (!direct) panel_values(a.format, a.weight, a.inputs, p, k, stop, values);
-                for (i64 t = begin; t < end;) {
-                    const int m = tile_at(end - t);
-                    F acc[TILE];
-                    for (int i = 0; i < m; i++) acc[i] = k == 0 ? zero() : partial(a, t + i, p);
-                    WITH_TILE(m, (f32_tile<M>(w, a.x + t * a.inputs + k, a.inputs, stop - k, direct && t == begin, acc)));
-                    for (int i = 0; i < m; i++) {
-                        if (stop == a.inputs) finish(a, t + i, p, acc[i]);
-                        else keep(a, t + i, p, acc[i]);
-                    }
-                    t += m;
+        for (i64 k = 0; k < a.inputs; k += K_PIECE) {
+            const i64 stop = k + K_PIECE < a.inputs ? k + K_PIECE : a.inputs;
+            const F* w = direct ? (const F*)((const float*)a.weight + (p * a.inputs + k) * 16) : values;
+            if (!direct) panel_values(a.format, a.weight, a.inputs, p, k, stop, values);
+            for (i64 t = begin; t < end;) {
+                const int m = tile_at(end - t);
+                F acc[TILE];
+                for (int i = 0; i < m; i++) acc[i] = k == 0 ? zero() : partial(a, t + i, p);
+                WITH_TILE(m, (f32_tile<M>(w, a.x + t * a.inputs + k, a.inputs, stop - k, direct && t == begin, acc)));
+                for (int i = 0; i < m; i++) {
+                    if (stop == a.inputs) finish(a, t + i, p, acc[i]);
+                    else keep(a, t + i, p, acc[i]);
                 }
+                t += m;
             }
-    }
+        }
+    });
 }
 
 void linear_bf16(const void* args, Team& team) {
     const Linear& a = *(const Linear*)args;
-    const i64 panels = (a.outputs + 15) / 16, parts = (a.tokens + TOKENS - 1) / TOKENS, pairs = (a.inputs + 1) / 2;
-    const i64 each = a.tokens > FEW ? 1 : pieces_of(panels, team), groups = (panels + each - 1) / each;
+    const i64 pairs = (a.inputs + 1) / 2;
     const bool twelve = a.format == FORMAT_BF16_12, again = a.tokens > tile_at(a.tokens);
     const uint32_t* x = (const uint32_t*)a.rounded;
     uint8_t* wide = nullptr;
-    for (i64 piece; (piece = team.take(groups * parts)) >= 0;) {
+    each_panel(a, team, a.tokens > FEW ? 1 : pieces_of(a, team), [&](i64 begin, i64 end, i64 p) {
         if (x == nullptr) {  // one row
             uint32_t* mine = (uint32_t*)team.scratch(pairs * 4 + 4);
             round_row(a.x, a.inputs, (bf16*)mine);
             x = mine;
         } else if (twelve && again && wide == nullptr) wide = (uint8_t*)team.scratch(pairs * 64);
-        const i64 begin = piece % parts * TOKENS, end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
-        const i64 first = piece / parts * each, last = first + each < panels ? first + each : panels;
-        for (i64 p = first; p < last; p++)
-            for (i64 t = begin; t < end;) {
-                const int m = tile_at(end - t);
-                F acc[TILE];
-                if (twelve && t == begin)
-                    WITH_TILE(m, (twelve_tile<M>(twelve_panel(a.weight, p), x + t * pairs, pairs, pairs, wide, acc)));
-                else
-                    WITH_TILE(m, (bf16_tile<M>(twelve ? wide : a.weight + p * pairs * 64, x + t * pairs, pairs, pairs, t == begin, acc)));
-                for (int i = 0; i < m; i++) finish(a, t + i, p, acc[i]);
-                t += m;
-            }
-    }
+        for (i64 t = begin; t < end;) {
+            const int m = tile_at(end - t);
+            const uint8_t* w = twelve ? wide : a.weight + p * pairs * 64;
+            F acc[TILE];
+            if (twelve && t == begin)
+                WITH_TILE(m, (twelve_tile<M>(twelve_panel(a.weight, p), x + t * pairs, pairs, pairs, wide, acc)));
+            else WITH_TILE(m, (bf16_tile<M>(w, x + t * pairs, pairs, pairs, t == begin, acc)));
+            for (int i = 0; i < m; i++) finish(a, t + i, p, acc[i]);
+            t += m;
+        }
+    });
 }
 
 void round_bf16(const void* args, Team& team) {
