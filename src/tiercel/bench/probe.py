@@ -25,7 +25,7 @@ from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, pattern, rows
 from tiercel.model.decoder import Decoder
 from tiercel.model.state import State
-from tiercel.ops.linear import QTensor
+from tiercel.ops.linear import QTensor, row_bytes
 from tiercel.plan.machines import BUFFER, FEW, LARGE, LAYERS, MANY, PROBES, SMALL, Piece
 from tiercel.quant import panel_bytes
 
@@ -52,8 +52,9 @@ def products(kind: str) -> dict[str, float]:
             for matrix in matrices:
                 matrix.multiply(x)
 
+        zeros = torch.zeros(shape[0], row_bytes(kind, shape[1]), dtype=torch.uint8)
         for matrix in matrices:
-            matrix.data.zero_()
+            matrix.put(0, zeros)
             matrix.complete()
         each()
         out[name] = best(each) / count

@@ -48,8 +48,8 @@ class QTensor:
         self.in_panels = cpu.there
         self.form = type  # what the kernels read
         N, K = shape
-        count = cpu.panel_bytes(type, N, K) if self.in_panels else N * row_bytes(type, K)
-        self.data = torch.empty(count, dtype=torch.uint8)
+        self.room = cpu.panel_bytes(type, N, K) if self.in_panels else N * row_bytes(type, K)
+        self.data = torch.empty(0, dtype=torch.uint8)  # until the first rows come
 
     def __repr__(self) -> str:
         return f"QTensor({self.type}, {self.shape[0]} × {self.shape[1]})"
@@ -66,7 +66,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        return self.data.nbytes or self.room
 
     def numel(self) -> int:
         return math.prod(self.shape)
@@ -78,6 +78,8 @@ class QTensor:
         raw = raw_NB if raw_NB.dtype == torch.uint8 else raw_NB.to(self.dtype).contiguous().view(torch.uint8)
         raw = raw.contiguous()
         assert self.form == self.type, "rows of a matrix that is complete cannot be put"
+        if not len(self.data):
+            self.data = torch.empty(self.room, dtype=torch.uint8)
         if self.in_panels:
             cpu.to_panels(self.type, raw, self.data, self.shape, start)
         else:
