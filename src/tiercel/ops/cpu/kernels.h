@@ -137,12 +137,36 @@ struct GatedNorm {  // z rows are `stride` apart; weight nullptr: y · silu(z)
     int gate_first;
 };
 
+// ── training (training.cpp) ──
+
+struct Values { void* at; i64 stride; int bf16; };      // rows of bf16 or float32; at nullptr: none
+struct Dropout { uint64_t seed; int32_t below; };       // what is dropped, of 65536; 0: nothing
+struct Narrow { Values x; const float* w; float* y; i64 tokens, inputs, rank; Dropout dropout; };
+struct Widen { const float *x, *w; Values base, y; i64 tokens, rank, outputs; Dropout dropout; };
+struct Correlate { const float* a; Values x; float* y; i64 tokens, rank, inputs; int by_input; Dropout dropout; };
+struct SiluGate { Values g, u, y, dg, du; i64 tokens, width; };
+constexpr i64 TAPS = 8;  // of a packed convolution at most
+struct PackedConv {  // weight (taps, channels), of the lags 0 …; reach (T): lags inside the document
+    Values x, y, dx;
+    const float *weight, *bias;
+    const i64* reach;
+    float *dweight, *dbias;
+    i64 tokens, channels, taps;
+};
+struct Decayed {  // high, low: (chunks · H, Q);  scores, dscores: (chunks · G, Q, Q);  w: (chunks · H · Q, Q)
+    const float *high, *low, *scores;
+    Values w;
+    float *dscores, *rows, *columns;
+    i64 chunks, heads, groups, chunk;
+};
+
 struct Kernels {
     const char* name;
     Kernel rms_norm, add, gate;
     Kernel linear, linear_f32, linear_bf16, round_inputs, round_bf16, rows, to_panels, from_panels;
     Kernel quantize;
     Kernel rotary, remember, attend, conv, ssd, select, scan, gated_norm;
+    Kernel narrow, widen, correlate, silu_gate, silu_gate_back, packed_conv, packed_conv_back, decayed, decayed_back;
 };
 
 const Kernels& kernels();  // those of the instruction set in use

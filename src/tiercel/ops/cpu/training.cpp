@@ -1,0 +1,340 @@
+// What stands between the products with matrices in training, on the way to the loss and back: low-rank products with
+// dropout, the convolution, the gate, the decays of a scan.
+//
+// Values are float32 or bf16 as torch gives them, sums float32.  Dropout is a function of a seed and the place, so that
+// the way back need not be told what was dropped.
+#include "kernels.h"
+#include "vec.h"
+
+namespace ISA {
+using namespace tiercel;
+
+INLINE i64 parts(i64 n, i64 size) { return (n + size - 1) / size; }
+INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
+
+// ── values of either type ──
+
+INLINE F load_n(const Values& v, i64 row, i64 column, int n) {
+    const i64 at = row * v.stride + column;
+    return v.bf16 ? load_n((const bf16*)v.at + at, n) : load_n((const float*)v.at + at, n);
+}
+
+INLINE void store_n(const Values& v, i64 row, i64 column, F x, int n) {
+    const i64 at = row * v.stride + column;
+    if (v.bf16) store_n((bf16*)v.at + at, x, n);
+    else store_n((float*)v.at + at, x, n);
+}
+
+// ── dropout: sixteen bits decide, one random number serves two values ──
+
+constexpr i64 PAIR = 32;
+
+INLINE I mixed(I x) {
+    x = (x ^ shr(x, 16)) * seti(0x7feb352d);
+    x = (x ^ shr(x, 15)) * seti((int32_t)0x846ca68b);
+    return x ^ shr(x, 16);
+}
+
+// all ones where the values `column` … + 15 and + 16 … + 31 of a row stay; column is a multiple of 32
+INLINE void stays(const Dropout& d, i64 row, i64 column, i64 width, I* first, I* second) {
+    static const int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const uint32_t at = (uint32_t)(row * parts(width, PAIR) * 16 + column / 2);
+    const I random = mixed(mixed(loadi(lanes) + seti((int32_t)(at + (uint32_t)d.seed))) ^ seti((int32_t)(d.seed >> 32)));
+    const I last = seti(d.below - 1);
+    *first = sar(last - (random & seti(0xffff)), 31);
+    *second = sar(last - shr(random, 16), 31);
+}
+
+INLINE F only(F x, I where) { return as_float(as_int(x) & where); }
+
+// what dropout leaves of `n` values (at most 32) of a row, zeros after them
+INLINE void dropped(const Values& x, const Dropout& d, i64 row, i64 column, i64 width, int n, float* out) {
+    F a = load_n(x, row, column, n), b = n > 16 ? load_n(x, row, column + 16, n - 16) : zero();
+    if (d.below > 0) {
+        I first, second;
+        stays(d, row, column, width, &first, &second);
+        a = only(a, first);
+        b = only(b, second);
+    }
+    store(out, a);
+    store(out + 16, b);
+}
+
+// ── low rank ──
+
+// y (T, R) = dropout(x) (T, K) · w (K, R)
+void narrow(const void* args, Team& team) {
+    const Narrow& a = *(const Narrow*)args;
+    constexpr i64 TOKENS = 8, INPUTS = 256;
+    float* x = (float*)team.scratch(TOKENS * INPUTS * sizeof(float));
+    for (i64 piece; (piece = team.take(parts(a.tokens, TOKENS))) >= 0;) {
+        const i64 first = piece * TOKENS, count = least(TOKENS, a.tokens - first);
+        for (i64 from = 0; from < a.inputs; from += INPUTS) {
+            const i64 inputs = least(INPUTS, a.inputs - from);
+            for (i64 t = 0; t < TOKENS; t++)
+                for (i64 k = 0; k < inputs; k += PAIR)
+                    dropped(a.x, a.dropout, first + (t < count ? t : 0), from + k, a.inputs, least(PAIR, inputs - k),
+                            x + t * INPUTS + k);
+            for (i64 r = 0; r < a.rank; r += 16) {
+                const int some = least(16, a.rank - r);
+                F sum[TOKENS];
+                for (i64 t = 0; t < TOKENS; t++) sum[t] = zero();
+                const float* w = a.w + from * a.rank + r;
+                if (some == 16)
+                    for (i64 k = 0; k < inputs; k++) {
+                        const F row = load(w + k * a.rank);
+                        for (i64 t = 0; t < TOKENS; t++) sum[t] = fma(set(x[t * INPUTS + k]), row, sum[t]);
+                    }
+                else
+                    for (i64 k = 0; k < inputs; k++) {
+                        const F row = load_some(w + k * a.rank, some);
+                        for (i64 t = 0; t < TOKENS; t++) sum[t] = fma(set(x[t * INPUTS + k]), row, sum[t]);
+                    }
+                for (i64 t = 0; t < count; t++) {
+                    float* y = a.y + (first + t) * a.rank + r;
+                    store_n(y, from ? load_n(y, some) + sum[t] : sum[t], some);
+                }
+            }
+        }
+    }
+}
+
+// y (T, N) = base + dropout(x (T, R) · w (R, N))
+void widen(const void* args, Team& team) {
+    const Widen& a = *(const Widen*)args;
+    constexpr i64 TOKENS = 4;
+    for (i64 piece; (piece = team.take(parts(a.tokens, TOKENS))) >= 0;) {
+        const i64 first = piece * TOKENS, count = least(TOKENS, a.tokens - first);
+        const float* x[TOKENS];
+        for (i64 t = 0; t < TOKENS; t++) x[t] = a.x + (first + (t < count ? t : 0)) * a.rank;
+        for (i64 n = 0; n < a.outputs; n += PAIR) {
+            const int some = least(16, a.outputs - n), others = least(16, a.outputs - n - 16);
+            F left[TOKENS], right[TOKENS];
+            for (i64 t = 0; t < TOKENS; t++) left[t] = right[t] = zero();
+            for (i64 r = 0; r < a.rank; r++) {
+                const float* w = a.w + r * a.outputs + n;
+                const F l = load_n(w, some), h = others > 0 ? load_n(w + 16, others) : zero();
+                for (i64 t = 0; t < TOKENS; t++) {
+                    left[t] = fma(set(x[t][r]), l, left[t]);
+                    right[t] = fma(set(x[t][r]), h, right[t]);
+                }
+            }
+            for (i64 t = 0; t < count; t++) {
+                if (a.dropout.below > 0) {
+                    I stay, also;
+                    stays(a.dropout, first + t, n, a.outputs, &stay, &also);
+                    left[t] = only(left[t], stay);
+                    right[t] = only(right[t], also);
+                }
+                if (a.base.at) {
+                    left[t] = load_n(a.base, first + t, n, some) + left[t];
+                    if (others > 0) right[t] = load_n(a.base, first + t, n + 16, others) + right[t];
+                }
+                store_n(a.y, first + t, n, left[t], some);
+                if (others > 0) store_n(a.y, first + t, n + 16, right[t], others);
+            }
+        }
+    }
+}
+
+// y (R, K), or (K, R), = a (T, R)ᵀ · dropout(x) (T, K)
+void correlate(const void* args, Team& team) {
+    const Correlate& a = *(const Correlate*)args;
+    constexpr i64 TOKENS = 128;
+    float* x = (float*)team.scratch(TOKENS * PAIR * sizeof(float));
+    for (i64 piece; (piece = team.take(parts(a.inputs, PAIR))) >= 0;) {
+        const i64 k = piece * PAIR, width = least(PAIR, a.inputs - k);
+        for (i64 first = 0; first < a.tokens; first += TOKENS) {
+            const i64 count = least(TOKENS, a.tokens - first);
+            for (i64 t = 0; t < count; t++) dropped(a.x, a.dropout, first + t, k, a.inputs, width, x + t * PAIR);
+            for (i64 r = 0; r < a.rank; r += 8)
+                for (i64 half = 0; half < width; half += 16) {
+                    const i64 ranks = least(8, a.rank - r);
+                    const float* rows[8];
+                    for (i64 i = 0; i < 8; i++) rows[i] = a.a + first * a.rank + r + (i < ranks ? i : 0);
+                    F sum[8];
+                    for (i64 i = 0; i < 8; i++) sum[i] = zero();
+                    for (i64 t = 0; t < count; t++) {
+                        const F v = load(x + t * PAIR + half);
+                        for (i64 i = 0; i < 8; i++) sum[i] = fma(set(rows[i][t * a.rank]), v, sum[i]);
+                    }
+                    const int some = least(16, width - half);
+                    for (i64 i = 0; i < ranks; i++) {
+                        if (!a.by_input) {
+                            float* y = a.y + (r + i) * a.inputs + k + half;
+                            store_n(y, first ? load_n(y, some) + sum[i] : sum[i], some);
+                            continue;
+                        }
+                        float v[16];
+                        store(v, sum[i]);
+                        for (i64 j = 0; j < some; j++) {
+                            float* y = a.y + (k + half + j) * a.rank + r + i;
+                            *y = first ? *y + v[j] : v[j];
+                        }
+                    }
+                }
+        }
+    }
+}
+
+// ── y = silu(g) · u ──
+
+INLINE F sigmoid(F x) { return set(1.0f) / (set(1.0f) + exp(zero() - x)); }
+
+template <class Body> INLINE void each_value(i64 tokens, i64 width, Team& team, Body body) {
+    constexpr i64 TOKENS = 4;
+    for (i64 piece; (piece = team.take(parts(tokens, TOKENS))) >= 0;)
+        for (i64 t = piece * TOKENS; t < least(tokens, (piece + 1) * TOKENS); t++)
+            for (i64 i = 0; i < width; i += 16) body(t, i, (int)least(16, width - i));
+}
+
+void silu_gate(const void* args, Team& team) {
+    const SiluGate& a = *(const SiluGate*)args;
+    each_value(a.tokens, a.width, team, [&](i64 t, i64 i, int n) {
+        store_n(a.y, t, i, silu(load_n(a.g, t, i, n)) * load_n(a.u, t, i, n), n);
+    });
+}
+
+void silu_gate_back(const void* args, Team& team) {
+    const SiluGate& a = *(const SiluGate*)args;
+    each_value(a.tokens, a.width, team, [&](i64 t, i64 i, int n) {
+        const F g = load_n(a.g, t, i, n), u = load_n(a.u, t, i, n), dy = load_n(a.y, t, i, n), s = sigmoid(g);
+        store_n(a.du, t, i, dy * g * s, n);
+        store_n(a.dg, t, i, dy * u * s * (set(1.0f) + g * (set(1.0f) - s)), n);
+    });
+}
+
+// ── y = silu(causal depthwise convolution) inside documents: reach[t] lags are of t's document ──
+
+template <class Body> INLINE void each_lag(i64 lags, Body body) {
+    if (lags == 3) {
+        body(3);
+        body(2);
+        body(1);
+        body(0);
+    } else {
+        for (i64 k = lags; k >= 0; k--) body(k);
+    }
+}
+
+INLINE F convolved(const PackedConv& a, const F* w, F bias, i64 t, i64 c, int n) {
+    F sum = bias;
+    each_lag(a.reach[t], [&](i64 k) { sum = fma(load_n(a.x, t - k, c, n), w[k], sum); });
+    return sum;
+}
+
+template <class Body> INLINE void each_channels(const PackedConv& a, Team& team, Body body) {
+    for (i64 piece; (piece = team.take(parts(a.channels, 16))) >= 0;) {
+        const i64 c = piece * 16;
+        const int n = (int)least(16, a.channels - c);
+        F w[TAPS];
+        for (i64 k = 0; k < a.taps; k++) w[k] = load_n(a.weight + k * a.channels + c, n);
+        body(c, n, w, a.bias ? load_n(a.bias + c, n) : zero());
+    }
+}
+
+void packed_conv(const void* args, Team& team) {
+    const PackedConv& a = *(const PackedConv*)args;
+    each_channels(a, team, [&](i64 c, int n, const F* w, F bias) {
+        for (i64 t = 0; t < a.tokens; t++) store_n(a.y, t, c, silu(convolved(a, w, bias, t, c, n)), n);
+    });
+}
+
+// y holds its gradient; dweight (taps, C) and dbias (C)
+void packed_conv_back(const void* args, Team& team) {
+    const PackedConv& a = *(const PackedConv*)args;
+    each_channels(a, team, [&](i64 c, int n, const F* w, F bias) {
+        F dw[TAPS], db = zero(), open[TAPS];  // open[i]: dx of t − i, to which later tokens still add
+        for (i64 k = 0; k < TAPS; k++) dw[k] = open[k] = zero();
+        for (i64 t = 0; t < a.tokens; t++) {
+            const F h = convolved(a, w, bias, t, c, n), s = sigmoid(h);
+            const F dh = load_n(a.y, t, c, n) * s * (set(1.0f) + h * (set(1.0f) - s));
+            db = db + dh;
+            each_lag(a.reach[t], [&](i64 k) {
+                dw[k] = fma(dh, load_n(a.x, t - k, c, n), dw[k]);
+                open[k] = fma(dh, w[k], open[k]);
+            });
+            if (t >= a.taps - 1) store_n(a.dx, t - a.taps + 1, c, open[a.taps - 1], n);
+            for (i64 k = a.taps - 1; k > 0; k--) open[k] = open[k - 1];
+            open[0] = zero();
+        }
+        for (i64 k = 1; k < a.taps; k++)
+            if (a.tokens - k >= 0) store_n(a.dx, a.tokens - k, c, open[k], n);
+        for (i64 k = 0; k < a.taps; k++) store_n(a.dweight + k * a.channels + c, dw[k], n);
+        if (a.dbias) store_n(a.dbias + c, db, n);
+    });
+}
+
+// ── the weights inside a chunk: w_tj = exp(a_t − a_j) s_tj, a in two numbers ──
+
+INLINE F decay(const Decayed& a, i64 head, i64 t, i64 j) {
+    const float *high = a.high + head * a.chunk, *low = a.low + head * a.chunk;
+    const F lag = set(high[t]) - load(high + j) + (set(low[t]) - load(low + j));
+    return exp(min(max(lag, set(-60.0f)), zero()));
+}
+
+// scores are zero for j > t; chunk is a multiple of 16
+void decayed(const void* args, Team& team) {
+    const Decayed& a = *(const Decayed*)args;
+    const i64 Q = a.chunk, heads = a.chunks * a.heads, shared = a.heads / a.groups;
+    for (i64 piece; (piece = team.take(heads)) >= 0;) {
+        const float* scores = a.scores + piece / shared * Q * Q;
+        for (i64 t = 0; t < Q; t++) {
+            for (i64 j = 0; j <= t; j += 16) store_n(a.w, piece * Q + t, j, decay(a, piece, t, j) * load(scores + t * Q + j), 16);
+            for (i64 j = (t / 16 + 1) * 16; j < Q; j += 16) store_n(a.w, piece * Q + t, j, zero(), 16);
+        }
+    }
+}
+
+// w holds its gradient; dscores (chunks · G, Q, Q), not masked; of x = dw ∘ w without its diagonal: rows (chunks · H, Q)
+// sums over j, columns (chunks · H, Q / 16, Q) sums over sixteen t
+void decayed_back(const void* args, Team& team) {
+    const Decayed& a = *(const Decayed*)args;
+    const i64 Q = a.chunk, blocks = Q / 16, shared = a.heads / a.groups;
+    for (i64 piece; (piece = team.take(a.chunks * a.groups * blocks)) >= 0;) {
+        const i64 group = piece / blocks, block = blocks - 1 - piece % blocks;
+        float* dscores = a.dscores + group * Q * Q;
+        const float* scores = a.scores + group * Q * Q;
+        for (i64 head = group * shared; head < (group + 1) * shared; head++) {
+            float* columns = a.columns + (head * blocks + block) * Q;
+            for (i64 j = 0; j < Q; j += 16) store(columns + j, zero());
+            for (i64 t = block * 16; t < block * 16 + 16; t++) {
+                F row = zero();
+                for (i64 j = 0; j < Q; j += 16) {
+                    float* ds = dscores + t * Q + j;
+                    const bool first = head == group * shared;
+                    if (j > t) {
+                        if (first) store(ds, zero());
+                        continue;
+                    }
+                    const F dw = load_n(a.w, head * Q + t, j, 16) * decay(a, head, t, j);
+                    store(ds, first ? dw : load(ds) + dw);
+                    F x = dw * load(scores + t * Q + j);
+                    if (t < j + 16) {
+                        float v[16];
+                        store(v, x);
+                        v[t - j] = 0;
+                        x = load(v);
+                    }
+                    row = row + x;
+                    store(columns + j, load(columns + j) + x);
+                }
+                a.rows[head * Q + t] = sum(row);
+            }
+        }
+    }
+}
+
+void training(Kernels& k) {
+    k.narrow = narrow;
+    k.widen = widen;
+    k.correlate = correlate;
+    k.silu_gate = silu_gate;
+    k.silu_gate_back = silu_gate_back;
+    k.packed_conv = packed_conv;
+    k.packed_conv_back = packed_conv_back;
+    k.decayed = decayed;
+    k.decayed_back = decayed_back;
+}
+
+}  // namespace ISA
