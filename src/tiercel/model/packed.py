@@ -148,14 +148,15 @@ class PackedRows:
                 return kernels.packed_ssd(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, self.document_BL)
         L = self.shape[1]
         Q = min(chunk, L)
-        given = [wide(t) for t in (C_TGN, x_THP, dt_TH, B_TGN)]
+        half = self.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        given = [t if half else wide(t) for t in (C_TGN, x_THP, wide(dt_TH), B_TGN)]
         spare = -L % Q
         if spare:  # zeros after the end add nothing to anything
             given = [
                 F.pad(t.unflatten(0, self.shape), (0, 0) * (t.dim() - 1) + (0, spare)).flatten(0, 1) for t in given
             ]
         C, x, dt, Bs = given
-        y_THP = packed_ssd(C, x, dt, wide(A_H), Bs, None if D_H is None else wide(D_H), self.chunks(Q, x.dtype))
+        y_THP = packed_ssd(C, x, dt, wide(A_H), Bs, None if D_H is None else wide(D_H), self.chunks(Q, dt.dtype))
         return y_THP.unflatten(0, (-1, L + spare))[:, :L].flatten(0, 1) if spare else y_THP
 
     def chunks(self, Q: int, dtype: torch.dtype) -> Chunks:

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tiercel.ops.cpu import training as native
+
 SMALLEST = -60.0  # exp of less is no contribution, and its products would be denormal numbers
 
 
@@ -65,7 +67,7 @@ class Chunks:
 def packed_ssd(
     C_TGN: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, D_H: Tensor | None, chunks: Chunks
 ) -> Tensor:
-    """y (T, H, P) + D x in the dtype of x, which is that of all other inputs: float32 or float64.
+    """y (T, H, P) + D x in the dtype of x; dt, A and D are float32 or float64, and so are x, B and C but for autocast.
 
     Under autocast the products are rounded like others, and what is kept for the way back with them; nothing else is.
     """
@@ -74,10 +76,6 @@ def packed_ssd(
     with torch.autocast(device, enabled=False):
         y: Tensor = PackedSSD.apply(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, chunks, half)
     return y
-
-
-def _product(a: Tensor, b: Tensor, half: torch.dtype | None) -> Tensor:
-    return torch.bmm(a, b) if half is None else torch.bmm(a.to(half), b.to(half)).to(a.dtype)
 
 
 class PackedSSD(torch.autograd.Function):
@@ -94,86 +92,90 @@ class PackedSSD(torch.autograd.Function):
         half: torch.dtype | None,
     ) -> Tensor:
         (K, Q), (H, P), (G, N) = chunks.into_KQ.shape, x_THP.shape[1:], B_TGN.shape[1:]
-        dtype = x_THP.dtype
-        x, dt = x_THP.unflatten(0, (K, Q)), dt_TH.unflatten(0, (K, Q))
-        Bs, Cs = _grouped(B_TGN, K), _grouped(C_TGN, K)
+        dtype = dt_TH.dtype
+        kept = half or dtype  # what products are given
+        x, dt = x_THP.unflatten(0, (K, Q)).to(dtype), dt_TH.unflatten(0, (K, Q))
+        Bs, Cs = _grouped(B_TGN, K).to(kept), _grouped(C_TGN, K).to(kept)
         # log decay from the chunk's or the document's start through each input; float64, as differences are taken
         log_KQH = dt.double() * A_H.double()
         a_KQH = log_KQH.cumsum(1)
         a_KQH = a_KQH - (a_KQH - log_KQH).gather(1, chunks.begin_KQ.unsqueeze(2).expand(-1, -1, H))
-        u_KHQP = _by_head(x * dt.unsqueeze(-1)).to(half or dtype)
-        decay_KHQQ = _decay(a_KQH, dtype)
-        scores_KGQQ = _product(Cs, Bs.transpose(1, 2), half).view(K, G, Q, Q) * chunks.same_KQQ.unsqueeze(1)
-        weights = (decay_KHQQ.unflatten(1, (G, -1)) * scores_KGQQ.unsqueeze(2)).view(K * H, Q, Q)
-        y = _product(weights, u_KHQP.flatten(0, 1), half).view(K, H, Q, P).transpose(1, 2)
+        a_KHQ = a_KQH.transpose(1, 2).contiguous()
+        high_KHQ = a_KHQ.to(dtype)
+        low_KHQ = (a_KHQ - high_KHQ).to(dtype)
+        u_KHQP = _by_head(x * dt.unsqueeze(-1)).to(kept)
+        scores_KGQQ = (Cs @ Bs.transpose(1, 2)).to(dtype).view(K, G, Q, Q) * chunks.same_KQQ.unsqueeze(1)
+        weights = _decayed(high_KHQ, low_KHQ, scores_KGQQ, kept)
+        y = torch.bmm(weights, u_KHQP.flatten(0, 1)).to(dtype).view(K, H, Q, P).transpose(1, 2)
         between: tuple[Tensor, ...] = ()
         if chunks.count > 1:
             left_KQH = _exp(a_KQH[:, -1:] - a_KQH, dtype) * chunks.left_KQ.unsqueeze(2)
             into_KQH = _exp(a_KQH, dtype) * chunks.into_KQ.unsqueeze(2)
             g_BHCC = _carry(a_KQH[:, -1], chunks, dtype)
-            V = _by_group(x * (left_KQH * dt).unsqueeze(-1), G)
-            S_BHCX = _per_row(_product(Bs.transpose(1, 2), V, half), chunks.count, G, H)
-            Z = _per_chunk(g_BHCC @ S_BHCX, G, N).to(half or dtype)
-            before = _by_token(_product(Cs, Z, half), K, H).mul_(into_KQH.unsqueeze(-1))
+            V = _by_group(x * (left_KQH * dt).unsqueeze(-1), G).to(kept)
+            S_BHCX = _per_row(Bs.transpose(1, 2) @ V, chunks.count, G, H)
+            Z = _per_chunk(g_BHCC @ S_BHCX.to(dtype), G, N).to(kept)
+            before = _by_token((Cs @ Z).to(dtype), K, H).mul_(into_KQH.unsqueeze(-1))
             y = before + y
-            between = left_KQH, into_KQH, g_BHCC, S_BHCX.to(half or dtype), Z, before.to(half or dtype)
+            between = left_KQH, into_KQH, g_BHCC, S_BHCX, Z, before.to(kept)
         if D_H is not None:
             y = y.addcmul_(x, D_H.unsqueeze(-1))
-        decay_KHQQ = decay_KHQQ.to(half or dtype)
-        ctx.save_for_backward(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, u_KHQP, decay_KHQQ, scores_KGQQ, *between)
-        ctx.chunks, ctx.half = chunks, half
-        return y.reshape(-1, H, P)
+        ctx.save_for_backward(
+            C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, u_KHQP, high_KHQ, low_KHQ, scores_KGQQ, *between
+        )
+        ctx.chunks, ctx.kept = chunks, kept
+        return y.reshape(-1, H, P).to(x_THP.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THP: Tensor) -> tuple[Tensor | None, ...]:
-        C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, u_KHQP, decay_KHQQ, scores_KGQQ, *between = ctx.saved_tensors
-        chunks, half = ctx.chunks, ctx.half
+        C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, u_KHQP, high_KHQ, low_KHQ, scores_KGQQ, *between = ctx.saved_tensors
+        chunks, kept, dtype = ctx.chunks, ctx.kept, dt_TH.dtype
         (K, Q), (H, P), (G, N) = chunks.into_KQ.shape, x_THP.shape[1:], B_TGN.shape[1:]
-        x, dt, dy = (t.unflatten(0, (K, Q)) for t in (x_THP, dt_TH, dy_THP))
-        Bs, Cs = _grouped(B_TGN, K), _grouped(C_TGN, K)
+        x, dt, dy = (t.unflatten(0, (K, Q)).to(dtype) for t in (x_THP, dt_TH, dy_THP))
+        Bs, Cs = _grouped(B_TGN, K).to(kept), _grouped(C_TGN, K).to(kept)
 
         # inside the chunks
-        decay_KHQQ, dy_KHQP = decay_KHQQ.to(x.dtype), _by_head(dy)
-        weights = (decay_KHQQ.unflatten(1, (G, -1)) * scores_KGQQ.unsqueeze(2)).view(K * H, Q, Q)
-        du = _product(weights.transpose(1, 2), dy_KHQP.flatten(0, 1), half).view(K, H, Q, P).transpose(1, 2)
-        dw = _product(dy_KHQP.flatten(0, 1), u_KHQP.flatten(0, 1).transpose(1, 2), half)
-        ds = dw.view(K, H, Q, Q).mul_(decay_KHQQ).unflatten(1, (G, -1))
-        x_KHQQ = (ds * scores_KGQQ.unsqueeze(2)).flatten(1, 2)
-        x_KHQQ.diagonal(dim1=2, dim2=3).zero_()
-        da_KQH = (x_KHQQ.sum(3) - x_KHQQ.sum(2)).transpose(1, 2).double()
-        ds = (ds.sum(2) * chunks.same_KQQ.unsqueeze(1)).view(K * G, Q, Q)
-        dC, dB = _product(ds, Bs, half), _product(ds.transpose(1, 2), Cs, half)
+        dy_HQP = _by_head(dy_THP.unflatten(0, (K, Q)).to(kept)).flatten(0, 1)
+        weights = _decayed(high_KHQ, low_KHQ, scores_KGQQ, kept)
+        du = torch.bmm(weights.transpose(1, 2), dy_HQP).to(dtype).view(K, H, Q, P).transpose(1, 2)
+        dw = torch.bmm(dy_HQP, u_KHQP.flatten(0, 1).transpose(1, 2))
+        ds_KGQQ, da_KHQ = _decayed_back(high_KHQ, low_KHQ, scores_KGQQ, dw)
+        da_KQH = da_KHQ.transpose(1, 2).double()
+        ds = (ds_KGQQ * chunks.same_KQQ.unsqueeze(1)).view(K * G, Q, Q).to(kept)
+        dC, dB = (ds @ Bs).to(dtype), (ds.transpose(1, 2) @ Cs).to(dtype)
 
         # between them
         if between:
             left_KQH, into_KQH, g_BHCC, S_BHCX, Z, before = between
-            E = _by_group(dy * into_KQH.unsqueeze(-1), G)
-            dC += _product(E, Z.transpose(1, 2), half)
-            dZ_BHCX = _per_row(_product(Cs.transpose(1, 2), E, half), chunks.count, G, H)
-            dS = _per_chunk(g_BHCC.transpose(2, 3) @ dZ_BHCX, G, N)
-            dg_BHCC = (dZ_BHCX @ S_BHCX.to(x.dtype).transpose(2, 3)).mul_(g_BHCC).double()
-            V = _by_group(x * (left_KQH * dt).unsqueeze(-1), G)
-            dB += _product(V, dS.transpose(1, 2), half)
-            dlu = _by_token(_product(Bs, dS, half), K, H).mul_(left_KQH.unsqueeze(-1))
+            E = _by_group(dy * into_KQH.unsqueeze(-1), G).to(kept)
+            dC += E @ Z.transpose(1, 2)
+            dZ_BHCX = _per_row(Cs.transpose(1, 2) @ E, chunks.count, G, H).to(dtype)
+            dS = _per_chunk(g_BHCC.transpose(2, 3) @ dZ_BHCX, G, N).to(kept)
+            dg_BHCC = (dZ_BHCX @ S_BHCX.to(dtype).transpose(2, 3)).mul_(g_BHCC).double()
+            V = _by_group(x * (left_KQH * dt).unsqueeze(-1), G).to(kept)
+            dB += V @ dS.transpose(1, 2)
+            dlu = _by_token((Bs @ dS).to(dtype), K, H).mul_(left_KQH.unsqueeze(-1))
             # g_ck decays by the chunks after k and before c
             later, earlier = dg_BHCC.sum(3), dg_BHCC.sum(2)
             after = later.flip(2).cumsum(2).flip(2) - later - earlier.flip(2).cumsum(2).flip(2)
             left = ((x * dlu).sum(3) * dt).double()
-            da_KQH += (dy * before).sum(3) - left
+            da_KQH = da_KQH + (dy * before).sum(3) - left
             da_KQH[:, -1] += left.sum(1) + after.transpose(1, 2).flatten(0, 1)
             du = dlu.add_(du)
 
         dlog_KQH = da_KQH.flip(1).cumsum(1).flip(1)
         dA_H = (dlog_KQH * dt).sum((0, 1)).to(A_H.dtype)
-        ddt_KQH = (dlog_KQH * A_H.double()).to(dt.dtype) + (du * x).sum(3)
+        ddt_KQH = (dlog_KQH * A_H.double()).to(dtype) + (du * x).sum(3)
 
         dx, dD_H = du * dt.unsqueeze(-1), None
         if D_H is not None:
-            dD_H = (dy * x).sum(3).sum((0, 1))
+            if ctx.needs_input_grad[5]:
+                dD_H = (dy * x).sum(3).sum((0, 1))
             dx = dx.addcmul_(dy, D_H.unsqueeze(-1))
-        dB, dC = (t.view(K, G, Q, N).transpose(1, 2).reshape(-1, G, N) for t in (dB, dC))
-        return dC, dx.reshape(-1, H, P), ddt_KQH.reshape(-1, H), dA_H, dB, dD_H, None, None
+        dB, dC = (t.view(K, G, Q, N).transpose(1, 2).reshape(-1, G, N).to(B_TGN.dtype) for t in (dB, dC))
+        dx = dx.reshape(-1, H, P).to(x_THP.dtype)
+        return dC, dx, ddt_KQH.reshape(-1, H), dA_H, dB, dD_H, None, None
 
 
 # ── layouts: by token (K, Q, H, P), by head (K, H, Q, P), by group (K · G, Q, R · P)
@@ -219,14 +221,34 @@ def _exp(log: Tensor, dtype: torch.dtype) -> Tensor:
     return log.to(dtype).clamp(SMALLEST, 0.0).exp_()
 
 
-def _decay(a_KQH: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(a_t − a_j), (K, H, Q, Q), 1 for j > t.  a is two numbers of the dtype, so that nothing of it is lost."""
-    a_KHQ = a_KQH.transpose(1, 2).contiguous()
-    high = a_KHQ.to(dtype)
-    lag = high.unsqueeze(3) - high.unsqueeze(2)
-    if dtype != torch.float64:
-        low = (a_KHQ - high).to(dtype)
-        lag.add_(low.unsqueeze(3)).sub_(low.unsqueeze(2))
+def _decayed(high_KHQ: Tensor, low_KHQ: Tensor, scores_KGQQ: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights inside chunks, exp(a_t − a_j) · scores, (K · H, Q, Q).  a comes in two numbers, so that nothing of it
+    is lost; scores are zero for j > t."""
+    if _natively(high_KHQ):
+        return native.decayed(high_KHQ, low_KHQ, scores_KGQQ, dtype)
+    G = scores_KGQQ.shape[1]
+    return (_decay(high_KHQ, low_KHQ).unflatten(1, (G, -1)) * scores_KGQQ.unsqueeze(2)).flatten(0, 2).to(dtype)
+
+
+def _decayed_back(high_KHQ: Tensor, low_KHQ: Tensor, scores_KGQQ: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of scores (K, G, Q, Q), not masked, and of a (K, H, Q)."""
+    if _natively(high_KHQ):
+        return native.decayed_back(high_KHQ, low_KHQ, scores_KGQQ, dw)
+    G = scores_KGQQ.shape[1]
+    ds = (dw.view(*high_KHQ.shape, -1) * _decay(high_KHQ, low_KHQ)).unflatten(1, (G, -1))
+    x_KHQQ = (ds * scores_KGQQ.unsqueeze(2)).flatten(1, 2)
+    x_KHQQ.diagonal(dim1=2, dim2=3).zero_()
+    return ds.sum(2), x_KHQQ.sum(3) - x_KHQQ.sum(2)
+
+
+def _natively(high_KHQ: Tensor) -> bool:
+    return high_KHQ.shape[2] % 16 == 0 and native.takes(high_KHQ)
+
+
+def _decay(high_KHQ: Tensor, low_KHQ: Tensor) -> Tensor:
+    """exp(a_t − a_j), (K, H, Q, Q), 1 for j > t."""
+    lag = high_KHQ.unsqueeze(3) - high_KHQ.unsqueeze(2)
+    lag.add_(low_KHQ.unsqueeze(3)).sub_(low_KHQ.unsqueeze(2))
     return lag.clamp_(SMALLEST, 0.0).exp_()
 
 
