@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tiercel.ops.cpu import training as native
+from tiercel.ops.cpu.training import Layout
 
 SMALLEST = -60.0  # exp of less is no contribution, and its products would be denormal numbers
 
@@ -94,7 +95,7 @@ class PackedSSD(torch.autograd.Function):
         (K, Q), (H, P), (G, N) = chunks.into_KQ.shape, x_THP.shape[1:], B_TGN.shape[1:]
         dtype = dt_TH.dtype
         kept = half or dtype  # what products are given
-        x, dt = x_THP.unflatten(0, (K, Q)).to(dtype), dt_TH.unflatten(0, (K, Q))
+        layout, x_TI, dt = Layout(K, Q, H, G, P), x_THP.flatten(1), dt_TH.unflatten(0, (K, Q)).contiguous()
         Bs, Cs = _grouped(B_TGN, K).to(kept), _grouped(C_TGN, K).to(kept)
         # log decay from the chunk's or the document's start through each input; float64, as differences are taken
         log_KQH = dt.double() * A_H.double()
@@ -103,79 +104,130 @@ class PackedSSD(torch.autograd.Function):
         a_KHQ = a_KQH.transpose(1, 2).contiguous()
         high_KHQ = a_KHQ.to(dtype)
         low_KHQ = (a_KHQ - high_KHQ).to(dtype)
-        u_KHQP = _by_head(x * dt.unsqueeze(-1)).to(kept)
         scores_KGQQ = (Cs @ Bs.transpose(1, 2)).to(dtype).view(K, G, Q, Q) * chunks.same_KQQ.unsqueeze(1)
         weights = _decayed(high_KHQ, low_KHQ, scores_KGQQ, kept)
-        y = torch.bmm(weights, u_KHQP.flatten(0, 1)).to(dtype).view(K, H, Q, P).transpose(1, 2)
         between: tuple[Tensor, ...] = ()
+        left_KQH = into_KQH = before = None
         if chunks.count > 1:
             left_KQH = _exp(a_KQH[:, -1:] - a_KQH, dtype) * chunks.left_KQ.unsqueeze(2)
             into_KQH = _exp(a_KQH, dtype) * chunks.into_KQ.unsqueeze(2)
+        u, V, _ = _spread(x_TI, dt, None if left_KQH is None else left_KQH * dt, layout, kept)
+        if V is not None:
+            assert left_KQH is not None and into_KQH is not None
             g_BHCC = _carry(a_KQH[:, -1], chunks, dtype)
-            V = _by_group(x * (left_KQH * dt).unsqueeze(-1), G).to(kept)
             S_BHCX = _per_row(Bs.transpose(1, 2) @ V, chunks.count, G, H)
             Z = _per_chunk(g_BHCC @ S_BHCX.to(dtype), G, N).to(kept)
-            before = _by_token((Cs @ Z).to(dtype), K, H).mul_(into_KQH.unsqueeze(-1))
-            y = before + y
-            between = left_KQH, into_KQH, g_BHCC, S_BHCX, Z, before.to(kept)
-        if D_H is not None:
-            y = y.addcmul_(x, D_H.unsqueeze(-1))
-        ctx.save_for_backward(
-            C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, u_KHQP, high_KHQ, low_KHQ, scores_KGQQ, *between
-        )
-        ctx.chunks, ctx.kept = chunks, kept
-        return y.reshape(-1, H, P).to(x_THP.dtype)
+            before = Cs @ Z
+            between = left_KQH, into_KQH, g_BHCC, S_BHCX, Z, before
+        y_TI = _gather(torch.bmm(weights, u), before, into_KQH, x_TI, D_H, layout)
+        ctx.save_for_backward(C_TGN, x_THP, dt, A_H, B_TGN, D_H, high_KHQ, low_KHQ, scores_KGQQ, *between)
+        ctx.chunks, ctx.layout, ctx.kept = chunks, layout, kept
+        return y_TI.view(x_THP.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THP: Tensor) -> tuple[Tensor | None, ...]:
-        C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, u_KHQP, high_KHQ, low_KHQ, scores_KGQQ, *between = ctx.saved_tensors
-        chunks, kept, dtype = ctx.chunks, ctx.kept, dt_TH.dtype
-        (K, Q), (H, P), (G, N) = chunks.into_KQ.shape, x_THP.shape[1:], B_TGN.shape[1:]
-        x, dt, dy = (t.unflatten(0, (K, Q)).to(dtype) for t in (x_THP, dt_TH, dy_THP))
+        C_TGN, x_THP, dt, A_H, B_TGN, D_H, high_KHQ, low_KHQ, scores_KGQQ, *between = ctx.saved_tensors
+        chunks, layout, kept, dtype = ctx.chunks, ctx.layout, ctx.kept, dt.dtype
+        K, Q, H, G, P = layout
+        N, x_TI, dy_TI = B_TGN.shape[2], x_THP.flatten(1), native.rows(dy_THP.flatten(1))
         Bs, Cs = _grouped(B_TGN, K).to(kept), _grouped(C_TGN, K).to(kept)
+        left_KQH, into_KQH, g_BHCC, S_BHCX, Z, before = between or [None] * 6
 
         # inside the chunks
-        dy_HQP = _by_head(dy_THP.unflatten(0, (K, Q)).to(kept)).flatten(0, 1)
-        weights = _decayed(high_KHQ, low_KHQ, scores_KGQQ, kept)
-        du = torch.bmm(weights.transpose(1, 2), dy_HQP).to(dtype).view(K, H, Q, P).transpose(1, 2)
-        dw = torch.bmm(dy_HQP, u_KHQP.flatten(0, 1).transpose(1, 2))
+        u, V, _ = _spread(x_TI, dt, None if left_KQH is None else left_KQH * dt, layout, kept)
+        dy, E, from_before = _spread(dy_TI, None, into_KQH, layout, kept, before)
+        dw = torch.bmm(dy, u.transpose(1, 2))
         ds_KGQQ, da_KHQ = _decayed_back(high_KHQ, low_KHQ, scores_KGQQ, dw)
+        du = torch.bmm(_decayed(high_KHQ, low_KHQ, scores_KGQQ, kept).transpose(1, 2), dy)
         da_KQH = da_KHQ.transpose(1, 2).double()
         ds = (ds_KGQQ * chunks.same_KQQ.unsqueeze(1)).view(K * G, Q, Q).to(kept)
-        dC, dB = (ds @ Bs).to(dtype), (ds.transpose(1, 2) @ Cs).to(dtype)
+        dC, dB, dlu = (ds @ Bs).to(dtype), (ds.transpose(1, 2) @ Cs).to(dtype), None
 
         # between them
         if between:
-            left_KQH, into_KQH, g_BHCC, S_BHCX, Z, before = between
-            E = _by_group(dy * into_KQH.unsqueeze(-1), G).to(kept)
             dC += E @ Z.transpose(1, 2)
             dZ_BHCX = _per_row(Cs.transpose(1, 2) @ E, chunks.count, G, H).to(dtype)
             dS = _per_chunk(g_BHCC.transpose(2, 3) @ dZ_BHCX, G, N).to(kept)
             dg_BHCC = (dZ_BHCX @ S_BHCX.to(dtype).transpose(2, 3)).mul_(g_BHCC).double()
-            V = _by_group(x * (left_KQH * dt).unsqueeze(-1), G).to(kept)
             dB += V @ dS.transpose(1, 2)
-            dlu = _by_token((Bs @ dS).to(dtype), K, H).mul_(left_KQH.unsqueeze(-1))
+            dlu = Bs @ dS
+        dx_TI, dots_KQH, left_dots_KQH = _gather_back(du, dlu, left_KQH, x_TI, dy_TI, dt, D_H, layout)
+        if between:
             # g_ck decays by the chunks after k and before c
             later, earlier = dg_BHCC.sum(3), dg_BHCC.sum(2)
             after = later.flip(2).cumsum(2).flip(2) - later - earlier.flip(2).cumsum(2).flip(2)
-            left = ((x * dlu).sum(3) * dt).double()
-            da_KQH = da_KQH + (dy * before).sum(3) - left
+            left = (left_dots_KQH * dt).double()
+            da_KQH = da_KQH + from_before - left
             da_KQH[:, -1] += left.sum(1) + after.transpose(1, 2).flatten(0, 1)
-            du = dlu.add_(du)
 
         dlog_KQH = da_KQH.flip(1).cumsum(1).flip(1)
         dA_H = (dlog_KQH * dt).sum((0, 1)).to(A_H.dtype)
-        ddt_KQH = (dlog_KQH * A_H.double()).to(dtype) + (du * x).sum(3)
-
-        dx, dD_H = du * dt.unsqueeze(-1), None
-        if D_H is not None:
-            if ctx.needs_input_grad[5]:
-                dD_H = (dy * x).sum(3).sum((0, 1))
-            dx = dx.addcmul_(dy, D_H.unsqueeze(-1))
+        ddt_KQH = (dlog_KQH * A_H.double()).to(dtype) + dots_KQH
+        dD_H = None
+        if ctx.needs_input_grad[5]:
+            dD_H = (dy_THP.to(dtype) * x_THP.to(dtype)).sum(2).sum(0)
         dB, dC = (t.view(K, G, Q, N).transpose(1, 2).reshape(-1, G, N).to(B_TGN.dtype) for t in (dB, dC))
-        dx = dx.reshape(-1, H, P).to(x_THP.dtype)
-        return dC, dx, ddt_KQH.reshape(-1, H), dA_H, dB, dD_H, None, None
+        return dC, dx_TI.view(x_THP.shape), ddt_KQH.reshape(-1, H), dA_H, dB, dD_H, None, None
+
+
+# ── from token to token: what is multiplied with scales (K, Q, H) on the way to another layout, or added up on the way back
+
+
+def _spread(
+    x_TI: Tensor, scale: Tensor | None, other: Tensor | None, layout: Layout, dtype: torch.dtype,
+    meets: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """scale · x by head (K · H, Q, P), other · x by group (K · G, Q, R · P), and of this Σ_p with `meets`, (K, Q, H)."""
+    K, Q, H, G, P = layout
+    if native.takes(x_TI) and dtype != torch.float64:
+        by_head, by_group, dots = native.spread(x_TI, scale, other, layout, dtype, meets)
+        return by_head, by_group, None if dots is None else dots.view(K, Q, H)
+    x = _wide(x_TI).view(K, Q, H, P)
+    by_head = _by_head(x if scale is None else x * scale.unsqueeze(3)).flatten(0, 1).to(dtype)
+    if other is None:
+        return by_head, None, None
+    x = x * other.unsqueeze(3)
+    dots = None if meets is None else (x * _by_token(_wide(meets), K, H)).sum(3)
+    return by_head, _by_group(x, G).to(dtype), dots
+
+
+def _gather(
+    by_head: Tensor, by_group: Tensor | None, scale: Tensor | None, x_TI: Tensor, D_H: Tensor | None, layout: Layout
+) -> Tensor:
+    """by_head + scale · by_group + D x, (T, I) in the dtype of x."""
+    if native.takes(x_TI, by_head):
+        return native.gather(by_head, by_group, scale, x_TI, D_H, layout)
+    K, Q, H, _, P = layout
+    y = _wide(by_head).view(K, H, Q, P).transpose(1, 2)
+    if by_group is not None and scale is not None:
+        y = _by_token(_wide(by_group), K, H) * scale.unsqueeze(3) + y
+    if D_H is not None:
+        y = torch.addcmul(y, _wide(x_TI).view(K, Q, H, P), D_H.unsqueeze(1))
+    return y.reshape(x_TI.shape).to(x_TI.dtype)
+
+
+def _gather_back(
+    by_head: Tensor, by_group: Tensor | None, scale: Tensor | None, x_TI: Tensor, dy_TI: Tensor, dt: Tensor,
+    D_H: Tensor | None, layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """For du = by_head + scale · by_group: dt · du + D dy, Σ_p x du (K, Q, H), and of this the second part."""
+    K, Q, H, _, P = layout
+    if native.takes(x_TI, by_head, dy_TI):
+        dx_TI, dots, left = native.gather_back(by_head, by_group, scale, x_TI, dy_TI, dt.flatten(0, 1), D_H, layout)
+        return dx_TI, dots.view(K, Q, H), None if left is None else left.view(K, Q, H)
+    x, du, left = _wide(x_TI).view(K, Q, H, P), _wide(by_head).view(K, H, Q, P).transpose(1, 2), None
+    if by_group is not None and scale is not None:
+        dlu = _by_token(_wide(by_group), K, H).mul_(scale.unsqueeze(3))
+        du, left = dlu + du, (x * dlu).sum(3)
+    dx = du * dt.unsqueeze(3)
+    if D_H is not None:
+        dx = dx.addcmul_(_wide(dy_TI).view(K, Q, H, P), D_H.unsqueeze(1))
+    return dx.reshape(x_TI.shape).to(x_TI.dtype), (x * du).sum(3), left
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
 
 
 # ── layouts: by token (K, Q, H, P), by head (K, H, Q, P), by group (K · G, Q, R · P)

@@ -159,6 +159,18 @@ struct Decayed {  // high, low: (chunks · H, Q);  scores, dscores: (chunks · G
     float *dscores, *rows, *columns;
     i64 chunks, heads, groups, chunk;
 };
+// A scan's tensors lie by token (T, H, P), by head (K, H, Q, P) or by group (K, G, Q, H / G · P); scales are (T, H).
+struct Layout { i64 chunks, chunk, heads, groups, head_dim; };
+// by_head = scale · x, by_group = other_scale · x, dots (T, H) = Σ by_group · with; scale nullptr: 1
+struct Spread { Values x, by_head, by_group, with; const float *scale, *other_scale; float* dots; Layout layout; };
+// y = by_head + scale · by_group + D x
+struct Gather { Values by_head, by_group, x, y; const float *scale, *D; Layout layout; };
+// du = by_head + scale · by_group;  dx = dt du + D dy, dots (T, H) = Σ x du, left (T, H) = Σ x scale by_group
+struct GatherBack { Values by_head, by_group, x, dy, dx; const float *scale, *dt, *D; float *dots, *left; Layout layout; };
+// in place over the keys i − window < j ≤ i of row i mod keys; window 0: none;  back: y holds its gradient
+struct Softmax { Values x, y; i64 rows, keys, window; };
+// y = w x r, r (T) = 1 / √(mean x² + eps);  back: y is dy, dx like x
+struct Normed { Values x, y, dx; const float* weight; float* r; i64 tokens, width; float eps; };
 
 struct Kernels {
     const char* name;
@@ -167,6 +179,7 @@ struct Kernels {
     Kernel quantize;
     Kernel rotary, remember, attend, conv, ssd, select, scan, gated_norm;
     Kernel narrow, widen, correlate, silu_gate, silu_gate_back, packed_conv, packed_conv_back, decayed, decayed_back;
+    Kernel spread, gather, gather_back, softmax, softmax_back, normed, normed_back;
 };
 
 const Kernels& kernels();  // those of the instruction set in use

@@ -6,6 +6,8 @@
 #include "kernels.h"
 #include "vec.h"
 
+#include <math.h>
+
 namespace ISA {
 using namespace tiercel;
 
@@ -325,7 +327,187 @@ void decayed_back(const void* args, Team& team) {
     }
 }
 
+// ── a scan's layouts ──
+
+INLINE float scale_at(const float* scale, i64 at) { return scale ? scale[at] : 1.0f; }
+
+// by head a row is P values; by group, where a token's heads of one group lie side by side, a part of one
+INLINE i64 head_row(const Layout& l, i64 t, i64 h) { return (t / l.chunk * l.heads + h) * l.chunk + t % l.chunk; }
+INLINE i64 group_row(const Layout& l, i64 t, i64 h) {
+    return (t / l.chunk * l.groups + h / (l.heads / l.groups)) * l.chunk + t % l.chunk;
+}
+INLINE i64 group_column(const Layout& l, i64 h) { return h % (l.heads / l.groups) * l.head_dim; }
+
+template <class Body> INLINE void each_head(const Layout& l, Team& team, Body body) {
+    constexpr i64 TOKENS = 8;
+    const i64 tokens = l.chunks * l.chunk;
+    for (i64 piece; (piece = team.take(parts(tokens, TOKENS))) >= 0;)
+        for (i64 t = piece * TOKENS; t < least(tokens, (piece + 1) * TOKENS); t++)
+            for (i64 h = 0; h < l.heads; h++) body(t, h, t * l.heads + h);
+}
+
+void spread(const void* args, Team& team) {
+    const Spread& a = *(const Spread*)args;
+    const Layout& l = a.layout;
+    each_head(l, team, [&](i64 t, i64 h, i64 th) {
+        const F scale = set(scale_at(a.scale, th)), other = set(scale_at(a.other_scale, th));
+        const i64 row = group_row(l, t, h), column = group_column(l, h);
+        F dot = zero();
+        for (i64 p = 0; p < l.head_dim; p += 16) {
+            const int n = (int)least(16, l.head_dim - p);
+            const F x = load_n(a.x, t, h * l.head_dim + p, n);
+            store_n(a.by_head, head_row(l, t, h), p, x * scale, n);
+            if (!a.by_group.at) continue;
+            store_n(a.by_group, row, column + p, x * other, n);
+            if (a.with.at) dot = fma(x * other, load_n(a.with, row, column + p, n), dot);
+        }
+        if (a.with.at) a.dots[th] = sum(dot);
+    });
+}
+
+void gather(const void* args, Team& team) {
+    const Gather& a = *(const Gather*)args;
+    const Layout& l = a.layout;
+    each_head(l, team, [&](i64 t, i64 h, i64 th) {
+        const F D = set(a.D ? a.D[h] : 0.0f), scale = set(scale_at(a.scale, th));
+        for (i64 p = 0; p < l.head_dim; p += 16) {
+            const int n = (int)least(16, l.head_dim - p);
+            F y = load_n(a.by_head, head_row(l, t, h), p, n);
+            if (a.by_group.at) y = fma(load_n(a.by_group, group_row(l, t, h), group_column(l, h) + p, n), scale, y);
+            if (a.D) y = fma(load_n(a.x, t, h * l.head_dim + p, n), D, y);
+            store_n(a.y, t, h * l.head_dim + p, y, n);
+        }
+    });
+}
+
+void gather_back(const void* args, Team& team) {
+    const GatherBack& a = *(const GatherBack*)args;
+    const Layout& l = a.layout;
+    each_head(l, team, [&](i64 t, i64 h, i64 th) {
+        const F D = set(a.D ? a.D[h] : 0.0f), scale = set(scale_at(a.scale, th)), dt = set(a.dt[th]);
+        F dots = zero(), left = zero();
+        for (i64 p = 0; p < l.head_dim; p += 16) {
+            const int n = (int)least(16, l.head_dim - p);
+            const F x = load_n(a.x, t, h * l.head_dim + p, n);
+            F du = load_n(a.by_head, head_row(l, t, h), p, n);
+            if (a.by_group.at) {
+                const F from = load_n(a.by_group, group_row(l, t, h), group_column(l, h) + p, n) * scale;
+                left = fma(x, from, left);
+                du = du + from;
+            }
+            dots = fma(x, du, dots);
+            store_n(a.dx, t, h * l.head_dim + p, fma(load_n(a.dy, t, h * l.head_dim + p, n), D, du * dt), n);
+        }
+        a.dots[th] = sum(dots);
+        if (a.by_group.at) a.left[th] = sum(left);
+    });
+}
+
+// ── attention's weights ──
+
+void softmax(const void* args, Team& team) {
+    const Softmax& a = *(const Softmax*)args;
+    constexpr i64 ROWS = 16;
+    float* row = (float*)team.scratch((a.keys + 16) * sizeof(float));
+    for (i64 piece; (piece = team.take(parts(a.rows, ROWS))) >= 0;)
+        for (i64 i = piece * ROWS; i < least(a.rows, (piece + 1) * ROWS); i++) {
+            const i64 stop = i % a.keys + 1, start = a.window > 0 && stop > a.window ? stop - a.window : 0;
+            F most = set(-INFINITY), total = zero();
+            for (i64 j = start; j < stop; j += 16) {
+                const int n = (int)least(16, stop - j);
+                F x = load_n(a.x, i, j, n);
+                if (n < 16) {  // what the tail reads is zero
+                    float v[16];
+                    store(v, x);
+                    for (int k = n; k < 16; k++) v[k] = -INFINITY;
+                    x = load(v);
+                }
+                store(row + j - start, x);
+                most = max(most, x);
+            }
+            const F top = set(maximum(most));
+            for (i64 j = 0; j < stop - start; j += 16) {
+                const F e = exp(load(row + j) - top);
+                store(row + j, e);
+                total = total + e;
+            }
+            const F share = set(1.0f / sum(total));
+            for (i64 j = 0; j < start; j += 16) store_n(a.x, i, j, zero(), (int)least(16, start - j));
+            for (i64 j = start; j < stop; j += 16) store_n(a.x, i, j, load(row + j - start) * share, (int)least(16, stop - j));
+            for (i64 j = stop; j < a.keys; j += 16) store_n(a.x, i, j, zero(), (int)least(16, a.keys - j));
+        }
+}
+
+void softmax_back(const void* args, Team& team) {
+    const Softmax& a = *(const Softmax*)args;
+    constexpr i64 ROWS = 16;
+    for (i64 piece; (piece = team.take(parts(a.rows, ROWS))) >= 0;)
+        for (i64 i = piece * ROWS; i < least(a.rows, (piece + 1) * ROWS); i++) {
+            const i64 stop = i % a.keys + 1, start = a.window > 0 && stop > a.window ? stop - a.window : 0;
+            F dot = zero();
+            for (i64 j = start; j < stop; j += 16) {
+                const int n = (int)least(16, stop - j);
+                dot = fma(load_n(a.x, i, j, n), load_n(a.y, i, j, n), dot);
+            }
+            const F whole = set(sum(dot));
+            for (i64 j = start; j < stop; j += 16) {
+                const int n = (int)least(16, stop - j);
+                store_n(a.y, i, j, load_n(a.x, i, j, n) * (load_n(a.y, i, j, n) - whole), n);
+            }
+            for (i64 j = 0; j < start; j += 16) store_n(a.y, i, j, zero(), (int)least(16, start - j));
+            for (i64 j = stop; j < a.keys; j += 16) store_n(a.y, i, j, zero(), (int)least(16, a.keys - j));
+        }
+}
+
+// ── norm ──
+
+void normed(const void* args, Team& team) {
+    const Normed& a = *(const Normed*)args;
+    constexpr i64 TOKENS = 4;
+    for (i64 piece; (piece = team.take(parts(a.tokens, TOKENS))) >= 0;)
+        for (i64 t = piece * TOKENS; t < least(a.tokens, (piece + 1) * TOKENS); t++) {
+            F squares = zero();
+            for (i64 i = 0; i < a.width; i += 16) {
+                const F x = load_n(a.x, t, i, (int)least(16, a.width - i));
+                squares = fma(x, x, squares);
+            }
+            a.r[t] = 1.0f / sqrtf(sum(squares) / (float)a.width + a.eps);
+            const F r = set(a.r[t]);
+            for (i64 i = 0; i < a.width; i += 16) {
+                const int n = (int)least(16, a.width - i);
+                store_n(a.y, t, i, load_n(a.x, t, i, n) * r * load_n(a.weight + i, n), n);
+            }
+        }
+}
+
+void normed_back(const void* args, Team& team) {
+    const Normed& a = *(const Normed*)args;
+    constexpr i64 TOKENS = 4;
+    for (i64 piece; (piece = team.take(parts(a.tokens, TOKENS))) >= 0;)
+        for (i64 t = piece * TOKENS; t < least(a.tokens, (piece + 1) * TOKENS); t++) {
+            const F r = set(a.r[t]);
+            F dot = zero();
+            for (i64 i = 0; i < a.width; i += 16) {
+                const int n = (int)least(16, a.width - i);
+                dot = fma(load_n(a.y, t, i, n) * load_n(a.weight + i, n), load_n(a.x, t, i, n) * r, dot);
+            }
+            const F mean = set(sum(dot) / (float)a.width);
+            for (i64 i = 0; i < a.width; i += 16) {
+                const int n = (int)least(16, a.width - i);
+                const F h = load_n(a.x, t, i, n) * r;
+                store_n(a.dx, t, i, (load_n(a.y, t, i, n) * load_n(a.weight + i, n) - h * mean) * r, n);
+            }
+        }
+}
+
 void training(Kernels& k) {
+    k.spread = spread;
+    k.gather = gather;
+    k.gather_back = gather_back;
+    k.softmax = softmax;
+    k.softmax_back = softmax_back;
+    k.normed = normed;
+    k.normed_back = normed_back;
     k.narrow = narrow;
     k.widen = widen;
     k.correlate = correlate;

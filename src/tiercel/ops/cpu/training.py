@@ -152,3 +152,100 @@ def decayed_back(
         rows.data_ptr(), columns.data_ptr(), K, H, G, Q,
     )  # fmt: skip
     return ds, rows - columns.sum(2)
+
+
+class Layout(NamedTuple):
+    """By token (T, H · P), by head (K · H, Q, P), by group (K · G, Q, H / G · P)."""
+
+    chunks: int
+    chunk: int
+    heads: int
+    groups: int
+    head_dim: int
+
+    def by_head(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.chunks * self.heads, self.chunk, self.head_dim, dtype=dtype)
+
+    def by_group(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(
+            self.chunks * self.groups, self.chunk, self.heads // self.groups * self.head_dim, dtype=dtype
+        )
+
+
+def _matrix(t: Tensor | None) -> tuple[int, int, bool]:
+    """A contiguous (…, D)."""
+    return _rows(None if t is None else t.flatten(0, -2))
+
+
+def _at(t: Tensor | None) -> int:
+    assert t is None or (t.is_contiguous() and t.dtype == torch.float32)
+    return 0 if t is None else t.data_ptr()
+
+
+def spread(
+    x_TI: Tensor, scale_TH: Tensor | None, other_TH: Tensor | None, layout: Layout, dtype: torch.dtype,
+    meets: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """scale · x by head, other · x by group where there is another scale, and of this Σ_p with `meets`, (T, H)."""
+    by_head, by_group = layout.by_head(dtype), None if other_TH is None else layout.by_group(dtype)
+    dots = None if meets is None else torch.empty(len(x_TI), layout.heads)
+    cpu._native.spread(
+        _rows(x_TI), _at(scale_TH), _at(other_TH), _matrix(by_head), _matrix(by_group), _matrix(meets), _at(dots), layout
+    )  # fmt: skip
+    return by_head, by_group, dots
+
+
+def gather(
+    by_head: Tensor, by_group: Tensor | None, scale_TH: Tensor | None, x_TI: Tensor, D_H: Tensor | None, layout: Layout
+) -> Tensor:
+    """by_head + scale · by_group + D x, (T, H · P) in the dtype of x."""
+    y_TI = torch.empty(x_TI.shape, dtype=x_TI.dtype)
+    cpu._native.gather(
+        _matrix(by_head), _matrix(by_group), _at(scale_TH), _rows(x_TI), _at(D_H), _rows(y_TI), layout
+    )  # fmt: skip
+    return y_TI
+
+
+def gather_back(
+    by_head: Tensor, by_group: Tensor | None, scale_TH: Tensor | None, x_TI: Tensor, dy_TI: Tensor, dt_TH: Tensor,
+    D_H: Tensor | None, layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """For du = by_head + scale · by_group: dt · du + D dy in the dtype of x, Σ_p x du, and of this the second part."""
+    dx_TI, dots_TH = torch.empty(x_TI.shape, dtype=x_TI.dtype), torch.empty(dt_TH.shape)
+    left_TH = None if by_group is None else torch.empty(dt_TH.shape)
+    cpu._native.gather_back(
+        _matrix(by_head), _matrix(by_group), _at(scale_TH), _rows(x_TI), _rows(dy_TI), _at(dt_TH), _at(D_H),
+        _rows(dx_TI), _at(dots_TH), _at(left_TH), layout,
+    )  # fmt: skip
+    return dx_TI, dots_TH, left_TH
+
+
+# ── attention
+
+
+def softmax_(scores: Tensor, window: int | None) -> None:
+    """In place, over the keys each query sees; (…, L queries, L keys) contiguous."""
+    cpu._native.softmax(_matrix(scores), scores.numel() // scores.shape[-1], scores.shape[-1], window or 0)
+
+
+def softmax_back_(weights: Tensor, dweights: Tensor, window: int | None) -> None:
+    """The gradient of scores in place of that of weights."""
+    L = weights.shape[-1]
+    cpu._native.softmax_back(_matrix(weights), _matrix(dweights), weights.numel() // L, L, window or 0)
+
+
+# ── norm
+
+
+def normed(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """w · x r, and r = 1 / √(mean(x²) + eps), (T, 1)."""
+    y_TD, r_T1 = torch.empty(x_TD.shape, dtype=dtype), torch.empty(len(x_TD), 1)
+    cpu._native.normed(_rows(x_TD), _at(weight_D), _rows(y_TD), _at(r_T1), *x_TD.shape, eps)
+    return y_TD, r_T1
+
+
+def normed_back(x_TD: Tensor, weight_D: Tensor, r_T1: Tensor, dy_TD: Tensor) -> Tensor:
+    """The gradient of x, in its dtype."""
+    dx_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+    cpu._native.normed_back(_rows(x_TD), _at(weight_D), _at(r_T1), _rows(dy_TD), _rows(dx_TD), *x_TD.shape)
+    return dx_TD

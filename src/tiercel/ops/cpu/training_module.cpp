@@ -12,6 +12,12 @@ namespace {
 using ValuesTuple = std::tuple<at, i64, int>;    // address, values from row to row, whether bf16
 using DropoutTuple = std::tuple<uint64_t, int>;  // seed, what is dropped of 65536
 
+using LayoutTuple = std::tuple<i64, i64, i64, i64, i64>;  // chunks, tokens of one, heads, groups, head dim
+
+Layout layout(const LayoutTuple& l) {
+    return {std::get<0>(l), std::get<1>(l), std::get<2>(l), std::get<3>(l), std::get<4>(l)};
+}
+i64 size(const LayoutTuple& l) { return std::get<0>(l) * std::get<1>(l) * std::get<2>(l) * std::get<4>(l); }
 Values values(const ValuesTuple& v) { return {ptr<void>(std::get<0>(v)), std::get<1>(v), std::get<2>(v)}; }
 Dropout dropout(const DropoutTuple& d) { return {std::get<0>(d), std::get<1>(d)}; }
 
@@ -63,6 +69,35 @@ void bind_training(nb::module_& m) {
                  Decayed{ptr<float>(high), ptr<float>(low), ptr<float>(scores), values(dw), ptr<float>(dscores),
                          ptr<float>(rows), ptr<float>(columns), K, H, G, Q},
                  K * H * Q * Q);
+    });
+    m.def("spread", [](const ValuesTuple& x, at scale, at other_scale, const ValuesTuple& by_head, const ValuesTuple& by_group,
+                       const ValuesTuple& with, at dots, const LayoutTuple& l) {
+        go_among(kernels().spread, Spread{values(x), values(by_head), values(by_group), values(with), ptr<float>(scale),
+                                          ptr<float>(other_scale), ptr<float>(dots), layout(l)}, size(l));
+    });
+    m.def("gather", [](const ValuesTuple& by_head, const ValuesTuple& by_group, at scale, const ValuesTuple& x, at D,
+                       const ValuesTuple& y, const LayoutTuple& l) {
+        go_among(kernels().gather, Gather{values(by_head), values(by_group), values(x), values(y), ptr<float>(scale),
+                                          ptr<float>(D), layout(l)}, size(l));
+    });
+    m.def("gather_back", [](const ValuesTuple& by_head, const ValuesTuple& by_group, at scale, const ValuesTuple& x,
+                            const ValuesTuple& dy, at dt, at D, const ValuesTuple& dx, at dots, at left, const LayoutTuple& l) {
+        go_among(kernels().gather_back,
+                 GatherBack{values(by_head), values(by_group), values(x), values(dy), values(dx), ptr<float>(scale),
+                            ptr<float>(dt), ptr<float>(D), ptr<float>(dots), ptr<float>(left), layout(l)}, size(l));
+    });
+    m.def("softmax", [](const ValuesTuple& x, i64 rows, i64 keys, i64 window) {
+        go_among(kernels().softmax, Softmax{values(x), {}, rows, keys, window}, rows * keys);
+    });
+    m.def("softmax_back", [](const ValuesTuple& y, const ValuesTuple& dy, i64 rows, i64 keys, i64 window) {
+        go_among(kernels().softmax_back, Softmax{values(y), values(dy), rows, keys, window}, rows * keys);
+    });
+    m.def("normed", [](const ValuesTuple& x, at weight, const ValuesTuple& y, at r, i64 T, i64 D, float eps) {
+        go_among(kernels().normed, Normed{values(x), values(y), {}, ptr<float>(weight), ptr<float>(r), T, D, eps}, T * D);
+    });
+    m.def("normed_back", [](const ValuesTuple& x, at weight, at r, const ValuesTuple& dy, const ValuesTuple& dx, i64 T, i64 D) {
+        go_among(kernels().normed_back, Normed{values(x), values(dy), values(dx), ptr<float>(weight), ptr<float>(r), T, D, 0.0f},
+                 T * D);
     });
 }
 
