@@ -115,10 +115,10 @@ class PackedSSD(torch.autograd.Function):
         if V is not None:
             assert left_KQH is not None and into_KQH is not None
             g_BHCC = _carry(a_KQH[:, -1], chunks, dtype)
-            S_BHCX = _per_row(Bs.transpose(1, 2) @ V, chunks.count, G, H)
-            Z = _per_chunk(g_BHCC @ S_BHCX.to(dtype), G, N).to(kept)
+            S = Bs.transpose(1, 2) @ V
+            Z = _carried(S, g_BHCC, layout)
             before = Cs @ Z
-            between = left_KQH, into_KQH, g_BHCC, S_BHCX, Z, before
+            between = left_KQH, into_KQH, g_BHCC, S, Z, before
         y_TI = _gather(torch.bmm(weights, u), before, into_KQH, x_TI, D_H, layout)
         ctx.save_for_backward(C_TGN, x_THP, dt, A_H, B_TGN, D_H, high_KHQ, low_KHQ, scores_KGQQ, *between)
         ctx.chunks, ctx.layout, ctx.kept = chunks, layout, kept
@@ -132,7 +132,7 @@ class PackedSSD(torch.autograd.Function):
         K, Q, H, G, P = layout
         N, x_TI, dy_TI = B_TGN.shape[2], x_THP.flatten(1), native.rows(dy_THP.flatten(1))
         Bs, Cs = _grouped(B_TGN, K).to(kept), _grouped(C_TGN, K).to(kept)
-        left_KQH, into_KQH, g_BHCC, S_BHCX, Z, before = between or [None] * 6
+        left_KQH, into_KQH, g_BHCC, S, Z, before = between or [None] * 6
 
         # inside the chunks
         u, V, _ = _spread(x_TI, dt, None if left_KQH is None else left_KQH * dt, layout, kept)
@@ -147,9 +147,9 @@ class PackedSSD(torch.autograd.Function):
         # between them
         if between:
             dC += E @ Z.transpose(1, 2)
-            dZ_BHCX = _per_row(Cs.transpose(1, 2) @ E, chunks.count, G, H).to(dtype)
-            dS = _per_chunk(g_BHCC.transpose(2, 3) @ dZ_BHCX, G, N).to(kept)
-            dg_BHCC = (dZ_BHCX @ S_BHCX.to(dtype).transpose(2, 3)).mul_(g_BHCC).double()
+            dZ = Cs.transpose(1, 2) @ E
+            dS = _carried(dZ, g_BHCC, layout, back=True)
+            dg_BHCC = _carried_dots(S, dZ, g_BHCC, layout).mul_(g_BHCC).double()
             dB += V @ dS.transpose(1, 2)
             dlu = Bs @ dS
         dx_TI, dots_KQH, left_dots_KQH = _gather_back(du, dlu, left_KQH, x_TI, dy_TI, dt, D_H, layout)
@@ -226,6 +226,37 @@ def _gather_back(
     return dx.reshape(x_TI.shape).to(x_TI.dtype), (x * du).sum(3), left
 
 
+# ── from chunk to chunk: states S (K · G, N, R · P)
+
+
+def _carried(S: Tensor, g_BHCC: Tensor, layout: Layout, *, back: bool = False) -> Tensor:
+    """g S, or gᵀ S."""
+    if native.takes(S):
+        return native.carry(S, g_BHCC, layout, back=back)
+    g = g_BHCC.transpose(2, 3) if back else g_BHCC
+    return _per_chunk(g @ _per_row(S, g.shape[3], layout).to(g.dtype), layout).to(S.dtype)
+
+
+def _carried_dots(S: Tensor, dZ: Tensor, g_BHCC: Tensor, layout: Layout) -> Tensor:
+    """The gradient of g, where g is not zero."""
+    C = g_BHCC.shape[3]
+    if native.takes(S, dZ):
+        return native.carry_dots(S, dZ, C, layout)
+    return (_per_row(dZ, C, layout) @ _per_row(S, C, layout).transpose(2, 3)).to(g_BHCC.dtype)
+
+
+def _per_row(S: Tensor, C: int, layout: Layout) -> Tensor:
+    """States (K · G, N, R · P) → (B, H, C, N · P)."""
+    N, (_, _, H, G, P) = S.shape[1], layout
+    return S.view(-1, C, G, N, H // G, P).permute(0, 2, 4, 1, 3, 5).reshape(-1, H, C, N * P)
+
+
+def _per_chunk(S_BHCX: Tensor, layout: Layout) -> Tensor:
+    """The way back."""
+    (B, H, C, X), G, P = S_BHCX.shape, layout.groups, layout.head_dim
+    return S_BHCX.view(B, G, H // G, C, X // P, P).permute(0, 3, 1, 4, 2, 5).reshape(B * C * G, X // P, H // G * P)
+
+
 def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
@@ -252,18 +283,6 @@ def _grouped(t_TGN: Tensor, K: int) -> Tensor:
     """(T, G, N) → (K · G, Q, N), without a copy where there is one group."""
     t = t_TGN.unflatten(0, (K, -1))
     return t.squeeze(2) if t.shape[2] == 1 else t.transpose(1, 2).flatten(0, 1)
-
-
-def _per_row(S: Tensor, C: int, G: int, H: int) -> Tensor:
-    """States (K · G, N, R · P) → (B, H, C, N · P)."""
-    N, P = S.shape[1], S.shape[2] * G // H
-    return S.view(-1, C, G, N, H // G, P).permute(0, 2, 4, 1, 3, 5).reshape(-1, H, C, N * P)
-
-
-def _per_chunk(S_BHCX: Tensor, G: int, N: int) -> Tensor:
-    """The way back."""
-    B, H, C, X = S_BHCX.shape
-    return S_BHCX.view(B, G, H // G, C, N, X // N).permute(0, 3, 1, 4, 2, 5).reshape(B * C * G, N, H // G * (X // N))
 
 
 # ── decays

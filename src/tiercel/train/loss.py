@@ -77,12 +77,10 @@ class FrozenHead(torch.autograd.Function):
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
                 logits = head(x)
-            # −log softmax(logits)[target], and its gradient in one place
-            p_TV, targets_T1 = logits.detach().float(), targets.unsqueeze(1)
-            total_T1 = p_TV.logsumexp(1, keepdim=True)
-            total += (total_T1 - p_TV.gather(1, targets_T1)).sum()
-            p_TV = p_TV.sub(total_T1).exp_()
-            p_TV.scatter_add_(1, targets_T1, torch.full_like(total_T1, -1.0))
+            logp_TV, targets_T1 = logits.detach().float().log_softmax(1), targets.unsqueeze(1)
+            total -= logp_TV.gather(1, targets_T1).sum()
+            p_TV = logp_TV.exp_()
+            p_TV.scatter_add_(1, targets_T1, torch.full_like(targets_T1, -1.0, dtype=p_TV.dtype))
             dx.copy_(torch.autograd.grad(logits, x, p_TV.to(logits.dtype))[0])
         ctx.save_for_backward(dx_TD)
         return total

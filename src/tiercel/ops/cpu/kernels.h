@@ -167,6 +167,8 @@ struct Spread { Values x, by_head, by_group, with; const float *scale, *other_sc
 struct Gather { Values by_head, by_group, x, y; const float *scale, *D; Layout layout; };
 // du = by_head + scale · by_group;  dx = dt du + D dy, dots (T, H) = Σ x du, left (T, H) = Σ x scale by_group
 struct GatherBack { Values by_head, by_group, x, dy, dx; const float *scale, *dt, *D; float *dots, *left; Layout layout; };
+// x, y: states (K, G, N, H / G · P);  g, dg: (rows, H, C, C), C = count chunks of a row
+struct Carry { Values x, y; const float* g; float* dg; i64 count, state; int back; Layout layout; };
 // in place over the keys i − window < j ≤ i of row i mod keys; window 0: none;  back: y holds its gradient
 struct Softmax { Values x, y; i64 rows, keys, window; };
 // y = w x r, r (T) = 1 / √(mean x² + eps);  back: y is dy, dx like x
@@ -179,7 +181,7 @@ struct Kernels {
     Kernel quantize;
     Kernel rotary, remember, attend, conv, ssd, select, scan, gated_norm;
     Kernel narrow, widen, correlate, silu_gate, silu_gate_back, packed_conv, packed_conv_back, decayed, decayed_back;
-    Kernel spread, gather, gather_back, softmax, softmax_back, normed, normed_back;
+    Kernel spread, gather, gather_back, carry, carry_dots, softmax, softmax_back, normed, normed_back;
 };
 
 const Kernels& kernels();  // those of the instruction set in use

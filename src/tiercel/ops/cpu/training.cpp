@@ -3,16 +3,12 @@
 //
 // Values are float32 or bf16 as torch gives them, sums float32.  Dropout is a function of a seed and the place, so that
 // the way back need not be told what was dropped.
-#include "kernels.h"
-#include "vec.h"
+#include "texts.h"
 
 #include <math.h>
 
 namespace ISA {
 using namespace tiercel;
-
-INLINE i64 parts(i64 n, i64 size) { return (n + size - 1) / size; }
-INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
 // ── values of either type ──
 
@@ -101,41 +97,48 @@ void narrow(const void* args, Team& team) {
     }
 }
 
+// thirty-two outputs, or `some` and `others`, of eight tokens
+template <class Lanes> INLINE void widen_thirty_two(const Widen& a, const float* const* x, i64 first, i64 count, i64 n, Lanes some, Lanes others) {
+    constexpr i64 TOKENS = 8;
+    F left[TOKENS], right[TOKENS];
+    for (i64 t = 0; t < TOKENS; t++) left[t] = right[t] = zero();
+    for (i64 r = 0; r < a.rank; r++) {
+        const float* w = a.w + r * a.outputs + n;
+        const F l = load_n(w, some), h = others > 0 ? load_n(w + 16, others) : zero();
+        for (i64 t = 0; t < TOKENS; t++) {
+            const F v = set(x[t][r]);
+            left[t] = fma(v, l, left[t]);
+            right[t] = fma(v, h, right[t]);
+        }
+    }
+    for (i64 t = 0; t < count; t++) {
+        if (a.dropout.below > 0) {
+            I stay, also;
+            stays(a.dropout, first + t, n, a.outputs, &stay, &also);
+            left[t] = only(left[t], stay);
+            right[t] = only(right[t], also);
+        }
+        if (a.base.at) {
+            left[t] = load_n(a.base, first + t, n, some) + left[t];
+            if (others > 0) right[t] = load_n(a.base, first + t, n + 16, others) + right[t];
+        }
+        store_n(a.y, first + t, n, left[t], some);
+        if (others > 0) store_n(a.y, first + t, n + 16, right[t], others);
+    }
+}
+
 // y (T, N) = base + dropout(x (T, R) · w (R, N))
 void widen(const void* args, Team& team) {
     const Widen& a = *(const Widen*)args;
-    constexpr i64 TOKENS = 4;
+    constexpr i64 TOKENS = 8;
     for (i64 piece; (piece = team.take(parts(a.tokens, TOKENS))) >= 0;) {
         const i64 first = piece * TOKENS, count = least(TOKENS, a.tokens - first);
         const float* x[TOKENS];
         for (i64 t = 0; t < TOKENS; t++) x[t] = a.x + (first + (t < count ? t : 0)) * a.rank;
-        for (i64 n = 0; n < a.outputs; n += PAIR) {
-            const int some = least(16, a.outputs - n), others = least(16, a.outputs - n - 16);
-            F left[TOKENS], right[TOKENS];
-            for (i64 t = 0; t < TOKENS; t++) left[t] = right[t] = zero();
-            for (i64 r = 0; r < a.rank; r++) {
-                const float* w = a.w + r * a.outputs + n;
-                const F l = load_n(w, some), h = others > 0 ? load_n(w + 16, others) : zero();
-                for (i64 t = 0; t < TOKENS; t++) {
-                    left[t] = fma(set(x[t][r]), l, left[t]);
-                    right[t] = fma(set(x[t][r]), h, right[t]);
-                }
-            }
-            for (i64 t = 0; t < count; t++) {
-                if (a.dropout.below > 0) {
-                    I stay, also;
-                    stays(a.dropout, first + t, n, a.outputs, &stay, &also);
-                    left[t] = only(left[t], stay);
-                    right[t] = only(right[t], also);
-                }
-                if (a.base.at) {
-                    left[t] = load_n(a.base, first + t, n, some) + left[t];
-                    if (others > 0) right[t] = load_n(a.base, first + t, n + 16, others) + right[t];
-                }
-                store_n(a.y, first + t, n, left[t], some);
-                if (others > 0) store_n(a.y, first + t, n + 16, right[t], others);
-            }
-        }
+        i64 n = 0;
+        for (; n + PAIR <= a.outputs; n += PAIR) widen_thirty_two(a, x, first, count, n, Constant<16>(), Constant<16>());
+        if (n < a.outputs)
+            widen_thirty_two(a, x, first, count, n, (int)least(16, a.outputs - n), (int)least(16, a.outputs - n - 16));
     }
 }
 
@@ -403,6 +406,50 @@ void gather_back(const void* args, Team& team) {
     });
 }
 
+// what chunks hand on: y_c = Σ_{k<c} g_ck x_k, back y_c = Σ_{k>c} g_kc x_k
+void carry(const void* args, Team& team) {
+    const Carry& a = *(const Carry*)args;
+    const Layout& l = a.layout;
+    const i64 C = a.count, rows = l.chunks / C, shared = l.heads / l.groups;
+    for (i64 piece; (piece = team.take(rows * l.groups * a.state)) >= 0;) {
+        const i64 n = piece % a.state, group = piece / a.state % l.groups, row = piece / a.state / l.groups;
+        const auto at = [&](i64 c) { return ((row * C + c) * l.groups + group) * a.state + n; };
+        for (i64 h = 0; h < shared; h++) {
+            const float* g = a.g + (row * l.heads + group * shared + h) * C * C;
+            for (i64 p = h * l.head_dim; p < (h + 1) * l.head_dim; p += 16) {
+                const int some = (int)least(16, (h + 1) * l.head_dim - p);
+                for (i64 c = 0; c < C; c++) {
+                    F sum = zero();
+                    for (i64 k = a.back ? c + 1 : 0; k < (a.back ? C : c); k++)
+                        sum = fma(set(a.back ? g[k * C + c] : g[c * C + k]), load_n(a.x, at(k), p, some), sum);
+                    store_n(a.y, at(c), p, sum, some);
+                }
+            }
+        }
+    }
+}
+
+// dg_ck = Σ y_c x_k for k < c, else 0
+void carry_dots(const void* args, Team& team) {
+    const Carry& a = *(const Carry*)args;
+    const Layout& l = a.layout;
+    const i64 C = a.count, rows = l.chunks / C, shared = l.heads / l.groups;
+    for (i64 piece; (piece = team.take(rows * l.heads * C)) >= 0;) {
+        const i64 c = piece % C, head = piece / C % l.heads, row = piece / C / l.heads, column = head % shared * l.head_dim;
+        float* dg = a.dg + piece * C;
+        const auto at = [&](i64 chunk) { return ((row * C + chunk) * l.groups + head / shared) * a.state; };
+        for (i64 k = 0; k < C; k++) {
+            F dot = zero();
+            for (i64 n = 0; k < c && n < a.state; n++)
+                for (i64 p = 0; p < l.head_dim; p += 16) {
+                    const int some = (int)least(16, l.head_dim - p);
+                    dot = fma(load_n(a.y, at(c) + n, column + p, some), load_n(a.x, at(k) + n, column + p, some), dot);
+                }
+            dg[k] = sum(dot);
+        }
+    }
+}
+
 // ── attention's weights ──
 
 void softmax(const void* args, Team& team) {
@@ -502,6 +549,8 @@ void normed_back(const void* args, Team& team) {
 
 void training(Kernels& k) {
     k.spread = spread;
+    k.carry = carry;
+    k.carry_dots = carry_dots;
     k.gather = gather;
     k.gather_back = gather_back;
     k.softmax = softmax;

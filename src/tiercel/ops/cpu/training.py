@@ -220,6 +220,20 @@ def gather_back(
     return dx_TI, dots_TH, left_TH
 
 
+def carry(x: Tensor, g_BHCC: Tensor, layout: Layout, *, back: bool = False) -> Tensor:
+    """y_c = Σ_{k<c} g_ck x_k of the states (K · G, N, H / G · P) of each row's chunks; back: y_k = Σ_{c>k} g_ck x_c."""
+    y, C = torch.empty_like(x), g_BHCC.shape[3]
+    cpu._native.carry(_matrix(x), _at(g_BHCC), _matrix(y), C, x.shape[1], back, layout)
+    return y
+
+
+def carry_dots(x: Tensor, dy: Tensor, count: int, layout: Layout) -> Tensor:
+    """The gradient of g, (B, H, C, C)."""
+    dg_BHCC = torch.empty(layout.chunks // count, layout.heads, count, count)
+    cpu._native.carry_dots(_matrix(x), _matrix(dy), _at(dg_BHCC), count, x.shape[1], layout)
+    return dg_BHCC
+
+
 # ── attention
 
 

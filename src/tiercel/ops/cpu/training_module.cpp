@@ -86,6 +86,14 @@ void bind_training(nb::module_& m) {
                  GatherBack{values(by_head), values(by_group), values(x), values(dy), values(dx), ptr<float>(scale),
                             ptr<float>(dt), ptr<float>(D), ptr<float>(dots), ptr<float>(left), layout(l)}, size(l));
     });
+    m.def("carry", [](const ValuesTuple& x, at g, const ValuesTuple& y, i64 count, i64 state, int back, const LayoutTuple& l) {
+        go_among(kernels().carry, Carry{values(x), values(y), ptr<float>(g), nullptr, count, state, back, layout(l)},
+                 size(l) * state);
+    });
+    m.def("carry_dots", [](const ValuesTuple& x, const ValuesTuple& y, at dg, i64 count, i64 state, const LayoutTuple& l) {
+        go_among(kernels().carry_dots, Carry{values(x), values(y), nullptr, ptr<float>(dg), count, state, 0, layout(l)},
+                 size(l) * state);
+    });
     m.def("softmax", [](const ValuesTuple& x, i64 rows, i64 keys, i64 window) {
         go_among(kernels().softmax, Softmax{values(x), {}, rows, keys, window}, rows * keys);
     });
