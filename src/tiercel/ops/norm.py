@@ -86,7 +86,9 @@ class Normed(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dweight_D = (dy.float() * (x.float() * r)).flatten(0, -2).sum(0).to(weight_D.dtype)
         if ctx.needs_input_grad[0] and ctx.native:
-            dx = native.normed_back(native.rows(x), weight_D.float().contiguous(), r.view(-1, 1), native.rows(dy)).view(x.shape)
+            dx = native.normed_back(native.rows(x), weight_D.float().contiguous(), r.view(-1, 1), native.rows(dy)).view(
+                x.shape
+            )
         elif ctx.needs_input_grad[0]:
             dh, h = dy.float() * weight_D, x.float() * r
             dx = dh.sub_(h * (dh * h).mean(-1, keepdim=True)).mul_(r).to(x.dtype)

@@ -92,7 +92,7 @@ class PackedSSD(torch.autograd.Function):
         chunks: Chunks,
         half: torch.dtype | None,
     ) -> Tensor:
-        (K, Q), (H, P), (G, N) = chunks.into_KQ.shape, x_THP.shape[1:], B_TGN.shape[1:]
+        (K, Q), (H, P), G = chunks.into_KQ.shape, x_THP.shape[1:], B_TGN.shape[1]
         dtype = dt_TH.dtype
         kept = half or dtype  # what products are given
         layout, x_TI, dt = Layout(K, Q, H, G, P), x_THP.flatten(1), dt_TH.unflatten(0, (K, Q)).contiguous()
@@ -129,7 +129,7 @@ class PackedSSD(torch.autograd.Function):
     def backward(ctx: Any, dy_THP: Tensor) -> tuple[Tensor | None, ...]:
         C_TGN, x_THP, dt, A_H, B_TGN, D_H, high_KHQ, low_KHQ, scores_KGQQ, *between = ctx.saved_tensors
         chunks, layout, kept, dtype = ctx.chunks, ctx.layout, ctx.kept, dt.dtype
-        K, Q, H, G, P = layout
+        K, Q, H, G, _ = layout
         N, x_TI, dy_TI = B_TGN.shape[2], x_THP.flatten(1), native.rows(dy_THP.flatten(1))
         Bs, Cs = _grouped(B_TGN, K).to(kept), _grouped(C_TGN, K).to(kept)
         left_KQH, into_KQH, g_BHCC, S, Z, before = between or [None] * 6
@@ -146,6 +146,7 @@ class PackedSSD(torch.autograd.Function):
 
         # between them
         if between:
+            assert V is not None and E is not None
             dC += E @ Z.transpose(1, 2)
             dZ = Cs.transpose(1, 2) @ E
             dS = _carried(dZ, g_BHCC, layout, back=True)
@@ -154,6 +155,7 @@ class PackedSSD(torch.autograd.Function):
             dlu = Bs @ dS
         dx_TI, dots_KQH, left_dots_KQH = _gather_back(du, dlu, left_KQH, x_TI, dy_TI, dt, D_H, layout)
         if between:
+            assert left_dots_KQH is not None and from_before is not None
             # g_ck decays by the chunks after k and before c
             later, earlier = dg_BHCC.sum(3), dg_BHCC.sum(2)
             after = later.flip(2).cumsum(2).flip(2) - later - earlier.flip(2).cumsum(2).flip(2)
@@ -171,14 +173,14 @@ class PackedSSD(torch.autograd.Function):
         return dC, dx_TI.view(x_THP.shape), ddt_KQH.reshape(-1, H), dA_H, dB, dD_H, None, None
 
 
-# ── from token to token: what is multiplied with scales (K, Q, H) on the way to another layout, or added up on the way back
+# ── between layouts: scales are (K, Q, H)
 
 
 def _spread(
     x_TI: Tensor, scale: Tensor | None, other: Tensor | None, layout: Layout, dtype: torch.dtype,
     meets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """scale · x by head (K · H, Q, P), other · x by group (K · G, Q, R · P), and of this Σ_p with `meets`, (K, Q, H)."""
+    """scale · x by head (K · H, Q, P), other · x by group (K · G, Q, R · P), Σ_p of this with `meets`, (K, Q, H)."""
     K, Q, H, G, P = layout
     if native.takes(x_TI) and dtype != torch.float64:
         by_head, by_group, dots = native.spread(x_TI, scale, other, layout, dtype, meets)

@@ -141,9 +141,7 @@ def decayed(high_KHQ: Tensor, low_KHQ: Tensor, scores_KGQQ: Tensor, dtype: torch
     return w
 
 
-def decayed_back(
-    high_KHQ: Tensor, low_KHQ: Tensor, scores_KGQQ: Tensor, dw: Tensor
-) -> tuple[Tensor, Tensor]:
+def decayed_back(high_KHQ: Tensor, low_KHQ: Tensor, scores_KGQQ: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of scores (K, G, Q, Q), for j > t too much zero, and of a (K, H, Q)."""
     (K, H, Q), G = high_KHQ.shape, scores_KGQQ.shape[1]
     ds, rows, columns = torch.empty_like(scores_KGQQ), torch.empty(K, H, Q), torch.empty(K, H, Q // 16, Q)
@@ -190,7 +188,8 @@ def spread(
     by_head, by_group = layout.by_head(dtype), None if other_TH is None else layout.by_group(dtype)
     dots = None if meets is None else torch.empty(len(x_TI), layout.heads)
     cpu._native.spread(
-        _rows(x_TI), _at(scale_TH), _at(other_TH), _matrix(by_head), _matrix(by_group), _matrix(meets), _at(dots), layout
+        _rows(x_TI), _at(scale_TH), _at(other_TH), _matrix(by_head), _matrix(by_group), _matrix(meets), _at(dots),
+        layout,
     )  # fmt: skip
     return by_head, by_group, dots
 
