@@ -27,7 +27,7 @@ from tiercel.model.batch import frequencies_of
 from tiercel.model.config import RopeConfig
 from tiercel.ops import triton
 from tiercel.ops.packed_attention import Documents, packed_attention
-from tiercel.ops.packed_conv1d import Pasts, packed_conv1d_silu
+from tiercel.ops.packed_conv1d import Pasts, packed_conv1d_silu, takes
 from tiercel.ops.packed_ssd import Chunks, packed_ssd
 
 CHUNK = 64  # a chunk's matrices cost Q for each token, its state N · P: for heads and states of 64 they meet here
@@ -114,8 +114,9 @@ class PackedRows:
         taps = weight_CK.shape[1]
         if taps not in self._pasts:
             self._pasts[taps] = Pasts(self.position_BL, taps)
-        x_BLC, bias_C = wide(x_TC).unflatten(0, self.shape), None if bias_C is None else wide(bias_C)
-        return packed_conv1d_silu(x_BLC, wide(weight_CK), bias_C, self._pasts[taps]).flatten(0, 1)
+        weight_CK, bias_C = wide(weight_CK), None if bias_C is None else wide(bias_C)
+        x_TC = x_TC if takes(x_TC, weight_CK) else wide(x_TC)
+        return packed_conv1d_silu(x_TC.unflatten(0, self.shape), weight_CK, bias_C, self._pasts[taps]).flatten(0, 1)
 
     # ── scans
 
@@ -147,14 +148,15 @@ class PackedRows:
                 return kernels.packed_ssd(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, self.document_BL)
         L = self.shape[1]
         Q = min(chunk, L)
-        given = [wide(t) for t in (C_TGN, x_THP, dt_TH, B_TGN)]
+        half = self.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        given = [t if half else wide(t) for t in (C_TGN, x_THP, wide(dt_TH), B_TGN)]
         spare = -L % Q
         if spare:  # zeros after the end add nothing to anything
             given = [
                 F.pad(t.unflatten(0, self.shape), (0, 0) * (t.dim() - 1) + (0, spare)).flatten(0, 1) for t in given
             ]
         C, x, dt, Bs = given
-        y_THP = packed_ssd(C, x, dt, wide(A_H), Bs, None if D_H is None else wide(D_H), self.chunks(Q, x.dtype))
+        y_THP = packed_ssd(C, x, dt, wide(A_H), Bs, None if D_H is None else wide(D_H), self.chunks(Q, dt.dtype))
         return y_THP.unflatten(0, (-1, L + spare))[:, :L].flatten(0, 1) if spare else y_THP
 
     def chunks(self, Q: int, dtype: torch.dtype) -> Chunks:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tiercel.ops import cpu, triton
+from tiercel.ops.cpu import training as native
 from tiercel.ops.pointwise import add
 
 
@@ -65,22 +66,31 @@ class Normed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        h = x.float()
-        r = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        ctx.native = native.takes(x, weight_D)
+        if ctx.native:
+            y_TD, r_T1 = native.normed(native.rows(x), weight_D.float().contiguous(), eps, dtype)
+            y, r = y_TD.view(x.shape), r_T1.view(*x.shape[:-1], 1)
+        else:
+            h = x.float()
+            r = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+            y = (h * r).mul_(weight_D).to(dtype)
         ctx.save_for_backward(x, weight_D, r)
-        half = torch.is_autocast_enabled("cpu")
-        return (h * r).mul_(weight_D).to(torch.get_autocast_dtype("cpu") if half else x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight_D, r = ctx.saved_tensors
-        dy, h = dy.float(), x.float() * r
         dx = dweight_D = None
         if ctx.needs_input_grad[1]:
-            dweight_D = (dy * h).flatten(0, -2).sum(0).to(weight_D.dtype)
-        if ctx.needs_input_grad[0]:
-            dh = dy * weight_D
+            dweight_D = (dy.float() * (x.float() * r)).flatten(0, -2).sum(0).to(weight_D.dtype)
+        if ctx.needs_input_grad[0] and ctx.native:
+            dx = native.normed_back(native.rows(x), weight_D.float().contiguous(), r.view(-1, 1), native.rows(dy)).view(
+                x.shape
+            )
+        elif ctx.needs_input_grad[0]:
+            dh, h = dy.float() * weight_D, x.float() * r
             dx = dh.sub_(h * (dh * h).mean(-1, keepdim=True)).mul_(r).to(x.dtype)
         return dx, dweight_D, None
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tiercel.ops.cpu import training as native
+
 STEP = 32  # widths are its multiples
 FEW = 512  # tokens up to which two products of bfloat16 and all weights between them beat the fused kernel, threefold
 
@@ -100,11 +102,38 @@ def packed_attention(
 def _by_products(q_MHLP: Tensor, k_MKLP: Tensor, v_MKLP: Tensor, scale: float, window: int | None) -> Tensor:
     """The formula, in the dtype of autocast, a key head's queries side by side → (M, H, L, P)."""
     M, H, L, P = q_MHLP.shape
-    K = k_MKLP.shape[1]
+    half = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
-        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q_MHLP * scale, k_MKLP, v_MKLP))
-        hidden = torch.ones(L, L, dtype=torch.bool)
-        hidden = hidden.triu(1) if window is None else hidden.triu(1) | hidden.tril(-window)
-        scores = (q.reshape(M, K, -1, P) @ k.transpose(2, 3)).view(M, H, L, L)
-        weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
-        return (weights.view(M, K, -1, L) @ v).view(M, H, L, P)
+        q, k, v = (x.to(half) for x in (q_MHLP * scale, k_MKLP, v_MKLP))
+        y: Tensor = Products.apply(q.reshape(M, k.shape[1], -1, P), k, v, window)
+        return y.view(M, H, L, P)
+
+
+class Products(torch.autograd.Function):
+    """softmax(q kᵀ) v over the keys that are seen: q (M, K, H / K · L, P), k and v (M, K, L, P).  Only the weights are
+    kept, and the way back makes the scores' gradient in their gradient's place."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        weights, ctx.window = q @ k.transpose(2, 3), window
+        if native.takes(weights):
+            native.softmax_(weights, window)
+        else:
+            L = k.shape[2]
+            hidden = torch.ones(L, L, dtype=torch.bool)
+            hidden = hidden.triu(1) if window is None else hidden.triu(1) | hidden.tril(-window)
+            weights.unflatten(2, (-1, L)).masked_fill_(hidden, float("-inf"))
+            weights = weights.softmax(-1)
+        ctx.save_for_backward(q, k, v, weights)
+        return weights @ v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, weights = ctx.saved_tensors
+        ds = dy @ v.transpose(2, 3)
+        if native.takes(weights):
+            native.softmax_back_(weights, ds, ctx.window)
+        else:
+            ds = weights * (ds - (weights * ds).sum(-1, keepdim=True))
+        return ds @ k, ds.transpose(2, 3) @ q, weights.transpose(2, 3) @ dy, None

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tiercel.ops.cpu import training as native
+
 
 class Pasts:
     """How far back each token's document reaches."""
@@ -26,6 +28,11 @@ class Pasts:
     def __init__(self, position_BL: Tensor, taps: int) -> None:
         self.position_BL, self.taps = position_BL, taps
         self.few = position_BL.device.type == "cpu"
+
+    @cached_property
+    def reach_T(self) -> Tensor:
+        """Lags that stay in the document."""
+        return self.position_BL.flatten().clamp(max=self.taps - 1)
 
     @cached_property
     def has(self) -> list[Tensor]:
@@ -51,9 +58,38 @@ class Pasts:
 
 
 def packed_conv1d_silu(x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: Pasts) -> Tensor:
-    """(B, L, C) → the same, contiguous; all of one dtype, float32 or float64."""
+    """(B, L, C) → the same, contiguous; all of one dtype, float32 or float64.
+
+    x may be bfloat16 where there are kernels (`takes`), which answer in the dtype of autocast.
+    """
+    if takes(x_BLC, weight_CK):
+        made: Tensor = NativeConv1dSilu.apply(x_BLC, weight_CK, bias_C, pasts)
+        return made
     y: Tensor = PackedConv1dSilu.apply(x_BLC, weight_CK, bias_C, pasts)
     return y
+
+
+def takes(x: Tensor, weight_CK: Tensor) -> bool:
+    return weight_CK.shape[1] <= native.TAPS and native.takes(x, weight_CK)
+
+
+class NativeConv1dSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: Pasts) -> Tensor:
+        weight_KC = weight_CK.t().flip(0).contiguous()
+        ctx.save_for_backward(x_BLC, weight_KC, bias_C)
+        ctx.reach_T = pasts.reach_T
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BLC.dtype
+        return native.conv1d_silu(native.rows(x_BLC), weight_KC, bias_C, ctx.reach_T, dtype).view(x_BLC.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BLC: Tensor) -> tuple[Tensor | None, ...]:
+        x_BLC, weight_KC, bias_C = ctx.saved_tensors
+        dx_TC, dweight_KC, dbias_C = native.conv1d_silu_back(
+            native.rows(x_BLC), weight_KC, bias_C, ctx.reach_T, native.rows(dy_BLC)
+        )
+        return dx_TC.view(x_BLC.shape), dweight_KC.flip(0).t(), dbias_C, None
 
 
 class PackedConv1dSilu(torch.autograd.Function):

@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tiercel.ops.cpu import training as native
+from tiercel.ops.cpu.training import Layout
+
 SMALLEST = -60.0  # exp of less is no contribution, and its products would be denormal numbers
 
 
@@ -65,7 +68,7 @@ class Chunks:
 def packed_ssd(
     C_TGN: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, D_H: Tensor | None, chunks: Chunks
 ) -> Tensor:
-    """y (T, H, P) + D x in the dtype of x, which is that of all other inputs: float32 or float64.
+    """y (T, H, P) + D x in the dtype of x; dt, A and D are float32 or float64, and so are x, B and C but for autocast.
 
     Under autocast the products are rounded like others, and what is kept for the way back with them; nothing else is.
     """
@@ -74,10 +77,6 @@ def packed_ssd(
     with torch.autocast(device, enabled=False):
         y: Tensor = PackedSSD.apply(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, chunks, half)
     return y
-
-
-def _product(a: Tensor, b: Tensor, half: torch.dtype | None) -> Tensor:
-    return torch.bmm(a, b) if half is None else torch.bmm(a.to(half), b.to(half)).to(a.dtype)
 
 
 class PackedSSD(torch.autograd.Function):
@@ -93,87 +92,175 @@ class PackedSSD(torch.autograd.Function):
         chunks: Chunks,
         half: torch.dtype | None,
     ) -> Tensor:
-        (K, Q), (H, P), (G, N) = chunks.into_KQ.shape, x_THP.shape[1:], B_TGN.shape[1:]
-        dtype = x_THP.dtype
-        x, dt = x_THP.unflatten(0, (K, Q)), dt_TH.unflatten(0, (K, Q))
-        Bs, Cs = _grouped(B_TGN, K), _grouped(C_TGN, K)
+        (K, Q), (H, P), G = chunks.into_KQ.shape, x_THP.shape[1:], B_TGN.shape[1]
+        dtype = dt_TH.dtype
+        kept = half or dtype  # what products are given
+        layout, x_TI, dt = Layout(K, Q, H, G, P), x_THP.flatten(1), dt_TH.unflatten(0, (K, Q)).contiguous()
+        Bs, Cs = _grouped(B_TGN, K).to(kept), _grouped(C_TGN, K).to(kept)
         # log decay from the chunk's or the document's start through each input; float64, as differences are taken
         log_KQH = dt.double() * A_H.double()
         a_KQH = log_KQH.cumsum(1)
         a_KQH = a_KQH - (a_KQH - log_KQH).gather(1, chunks.begin_KQ.unsqueeze(2).expand(-1, -1, H))
-        u_KHQP = _by_head(x * dt.unsqueeze(-1)).to(half or dtype)
-        decay_KHQQ = _decay(a_KQH, dtype)
-        scores_KGQQ = _product(Cs, Bs.transpose(1, 2), half).view(K, G, Q, Q) * chunks.same_KQQ.unsqueeze(1)
-        weights = (decay_KHQQ.unflatten(1, (G, -1)) * scores_KGQQ.unsqueeze(2)).view(K * H, Q, Q)
-        y = _product(weights, u_KHQP.flatten(0, 1), half).view(K, H, Q, P).transpose(1, 2)
+        a_KHQ = a_KQH.transpose(1, 2).contiguous()
+        high_KHQ = a_KHQ.to(dtype)
+        low_KHQ = (a_KHQ - high_KHQ).to(dtype)
+        scores_KGQQ = (Cs @ Bs.transpose(1, 2)).to(dtype).view(K, G, Q, Q) * chunks.same_KQQ.unsqueeze(1)
+        weights = _decayed(high_KHQ, low_KHQ, scores_KGQQ, kept)
         between: tuple[Tensor, ...] = ()
+        left_KQH = into_KQH = before = None
         if chunks.count > 1:
             left_KQH = _exp(a_KQH[:, -1:] - a_KQH, dtype) * chunks.left_KQ.unsqueeze(2)
             into_KQH = _exp(a_KQH, dtype) * chunks.into_KQ.unsqueeze(2)
+        u, V, _ = _spread(x_TI, dt, None if left_KQH is None else left_KQH * dt, layout, kept)
+        if V is not None:
+            assert left_KQH is not None and into_KQH is not None
             g_BHCC = _carry(a_KQH[:, -1], chunks, dtype)
-            V = _by_group(x * (left_KQH * dt).unsqueeze(-1), G)
-            S_BHCX = _per_row(_product(Bs.transpose(1, 2), V, half), chunks.count, G, H)
-            Z = _per_chunk(g_BHCC @ S_BHCX, G, N).to(half or dtype)
-            before = _by_token(_product(Cs, Z, half), K, H).mul_(into_KQH.unsqueeze(-1))
-            y = before + y
-            between = left_KQH, into_KQH, g_BHCC, S_BHCX.to(half or dtype), Z, before.to(half or dtype)
-        if D_H is not None:
-            y = y.addcmul_(x, D_H.unsqueeze(-1))
-        decay_KHQQ = decay_KHQQ.to(half or dtype)
-        ctx.save_for_backward(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, u_KHQP, decay_KHQQ, scores_KGQQ, *between)
-        ctx.chunks, ctx.half = chunks, half
-        return y.reshape(-1, H, P)
+            S = Bs.transpose(1, 2) @ V
+            Z = _carried(S, g_BHCC, layout)
+            before = Cs @ Z
+            between = left_KQH, into_KQH, g_BHCC, S, Z, before
+        y_TI = _gather(torch.bmm(weights, u), before, into_KQH, x_TI, D_H, layout)
+        ctx.save_for_backward(C_TGN, x_THP, dt, A_H, B_TGN, D_H, high_KHQ, low_KHQ, scores_KGQQ, *between)
+        ctx.chunks, ctx.layout, ctx.kept = chunks, layout, kept
+        return y_TI.view(x_THP.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THP: Tensor) -> tuple[Tensor | None, ...]:
-        C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, u_KHQP, decay_KHQQ, scores_KGQQ, *between = ctx.saved_tensors
-        chunks, half = ctx.chunks, ctx.half
-        (K, Q), (H, P), (G, N) = chunks.into_KQ.shape, x_THP.shape[1:], B_TGN.shape[1:]
-        x, dt, dy = (t.unflatten(0, (K, Q)) for t in (x_THP, dt_TH, dy_THP))
-        Bs, Cs = _grouped(B_TGN, K), _grouped(C_TGN, K)
+        C_TGN, x_THP, dt, A_H, B_TGN, D_H, high_KHQ, low_KHQ, scores_KGQQ, *between = ctx.saved_tensors
+        chunks, layout, kept, dtype = ctx.chunks, ctx.layout, ctx.kept, dt.dtype
+        K, Q, H, G, _ = layout
+        N, x_TI, dy_TI = B_TGN.shape[2], x_THP.flatten(1), native.rows(dy_THP.flatten(1))
+        Bs, Cs = _grouped(B_TGN, K).to(kept), _grouped(C_TGN, K).to(kept)
+        left_KQH, into_KQH, g_BHCC, S, Z, before = between or [None] * 6
 
         # inside the chunks
-        decay_KHQQ, dy_KHQP = decay_KHQQ.to(x.dtype), _by_head(dy)
-        weights = (decay_KHQQ.unflatten(1, (G, -1)) * scores_KGQQ.unsqueeze(2)).view(K * H, Q, Q)
-        du = _product(weights.transpose(1, 2), dy_KHQP.flatten(0, 1), half).view(K, H, Q, P).transpose(1, 2)
-        dw = _product(dy_KHQP.flatten(0, 1), u_KHQP.flatten(0, 1).transpose(1, 2), half)
-        ds = dw.view(K, H, Q, Q).mul_(decay_KHQQ).unflatten(1, (G, -1))
-        x_KHQQ = (ds * scores_KGQQ.unsqueeze(2)).flatten(1, 2)
-        x_KHQQ.diagonal(dim1=2, dim2=3).zero_()
-        da_KQH = (x_KHQQ.sum(3) - x_KHQQ.sum(2)).transpose(1, 2).double()
-        ds = (ds.sum(2) * chunks.same_KQQ.unsqueeze(1)).view(K * G, Q, Q)
-        dC, dB = _product(ds, Bs, half), _product(ds.transpose(1, 2), Cs, half)
+        u, V, _ = _spread(x_TI, dt, None if left_KQH is None else left_KQH * dt, layout, kept)
+        dy, E, from_before = _spread(dy_TI, None, into_KQH, layout, kept, before)
+        dw = torch.bmm(dy, u.transpose(1, 2))
+        ds_KGQQ, da_KHQ = _decayed_back(high_KHQ, low_KHQ, scores_KGQQ, dw)
+        du = torch.bmm(_decayed(high_KHQ, low_KHQ, scores_KGQQ, kept).transpose(1, 2), dy)
+        da_KQH = da_KHQ.transpose(1, 2).double()
+        ds = (ds_KGQQ * chunks.same_KQQ.unsqueeze(1)).view(K * G, Q, Q).to(kept)
+        dC, dB, dlu = (ds @ Bs).to(dtype), (ds.transpose(1, 2) @ Cs).to(dtype), None
 
         # between them
         if between:
-            left_KQH, into_KQH, g_BHCC, S_BHCX, Z, before = between
-            E = _by_group(dy * into_KQH.unsqueeze(-1), G)
-            dC += _product(E, Z.transpose(1, 2), half)
-            dZ_BHCX = _per_row(_product(Cs.transpose(1, 2), E, half), chunks.count, G, H)
-            dS = _per_chunk(g_BHCC.transpose(2, 3) @ dZ_BHCX, G, N)
-            dg_BHCC = (dZ_BHCX @ S_BHCX.to(x.dtype).transpose(2, 3)).mul_(g_BHCC).double()
-            V = _by_group(x * (left_KQH * dt).unsqueeze(-1), G)
-            dB += _product(V, dS.transpose(1, 2), half)
-            dlu = _by_token(_product(Bs, dS, half), K, H).mul_(left_KQH.unsqueeze(-1))
+            assert V is not None and E is not None
+            dC += E @ Z.transpose(1, 2)
+            dZ = Cs.transpose(1, 2) @ E
+            dS = _carried(dZ, g_BHCC, layout, back=True)
+            dg_BHCC = _carried_dots(S, dZ, g_BHCC, layout).mul_(g_BHCC).double()
+            dB += V @ dS.transpose(1, 2)
+            dlu = Bs @ dS
+        dx_TI, dots_KQH, left_dots_KQH = _gather_back(du, dlu, left_KQH, x_TI, dy_TI, dt, D_H, layout)
+        if between:
+            assert left_dots_KQH is not None and from_before is not None
             # g_ck decays by the chunks after k and before c
             later, earlier = dg_BHCC.sum(3), dg_BHCC.sum(2)
             after = later.flip(2).cumsum(2).flip(2) - later - earlier.flip(2).cumsum(2).flip(2)
-            left = ((x * dlu).sum(3) * dt).double()
-            da_KQH += (dy * before).sum(3) - left
+            left = (left_dots_KQH * dt).double()
+            da_KQH = da_KQH + from_before - left
             da_KQH[:, -1] += left.sum(1) + after.transpose(1, 2).flatten(0, 1)
-            du = dlu.add_(du)
 
         dlog_KQH = da_KQH.flip(1).cumsum(1).flip(1)
         dA_H = (dlog_KQH * dt).sum((0, 1)).to(A_H.dtype)
-        ddt_KQH = (dlog_KQH * A_H.double()).to(dt.dtype) + (du * x).sum(3)
+        ddt_KQH = (dlog_KQH * A_H.double()).to(dtype) + dots_KQH
+        dD_H = None
+        if ctx.needs_input_grad[5]:
+            dD_H = (dy_THP.to(dtype) * x_THP.to(dtype)).sum(2).sum(0)
+        dB, dC = (t.view(K, G, Q, N).transpose(1, 2).reshape(-1, G, N).to(B_TGN.dtype) for t in (dB, dC))
+        return dC, dx_TI.view(x_THP.shape), ddt_KQH.reshape(-1, H), dA_H, dB, dD_H, None, None
 
-        dx, dD_H = du * dt.unsqueeze(-1), None
-        if D_H is not None:
-            dD_H = (dy * x).sum(3).sum((0, 1))
-            dx = dx.addcmul_(dy, D_H.unsqueeze(-1))
-        dB, dC = (t.view(K, G, Q, N).transpose(1, 2).reshape(-1, G, N) for t in (dB, dC))
-        return dC, dx.reshape(-1, H, P), ddt_KQH.reshape(-1, H), dA_H, dB, dD_H, None, None
+
+# ── between layouts: scales are (K, Q, H)
+
+
+def _spread(
+    x_TI: Tensor, scale: Tensor | None, other: Tensor | None, layout: Layout, dtype: torch.dtype,
+    meets: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """scale · x by head (K · H, Q, P), other · x by group (K · G, Q, R · P), Σ_p of this with `meets`, (K, Q, H)."""
+    K, Q, H, G, P = layout
+    if native.takes(x_TI) and dtype != torch.float64:
+        by_head, by_group, dots = native.spread(x_TI, scale, other, layout, dtype, meets)
+        return by_head, by_group, None if dots is None else dots.view(K, Q, H)
+    x = _wide(x_TI).view(K, Q, H, P)
+    by_head = _by_head(x if scale is None else x * scale.unsqueeze(3)).flatten(0, 1).to(dtype)
+    if other is None:
+        return by_head, None, None
+    x = x * other.unsqueeze(3)
+    dots = None if meets is None else (x * _by_token(_wide(meets), K, H)).sum(3)
+    return by_head, _by_group(x, G).to(dtype), dots
+
+
+def _gather(
+    by_head: Tensor, by_group: Tensor | None, scale: Tensor | None, x_TI: Tensor, D_H: Tensor | None, layout: Layout
+) -> Tensor:
+    """by_head + scale · by_group + D x, (T, I) in the dtype of x."""
+    if native.takes(x_TI, by_head):
+        return native.gather(by_head, by_group, scale, x_TI, D_H, layout)
+    K, Q, H, _, P = layout
+    y = _wide(by_head).view(K, H, Q, P).transpose(1, 2)
+    if by_group is not None and scale is not None:
+        y = _by_token(_wide(by_group), K, H) * scale.unsqueeze(3) + y
+    if D_H is not None:
+        y = torch.addcmul(y, _wide(x_TI).view(K, Q, H, P), D_H.unsqueeze(1))
+    return y.reshape(x_TI.shape).to(x_TI.dtype)
+
+
+def _gather_back(
+    by_head: Tensor, by_group: Tensor | None, scale: Tensor | None, x_TI: Tensor, dy_TI: Tensor, dt: Tensor,
+    D_H: Tensor | None, layout: Layout,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """For du = by_head + scale · by_group: dt · du + D dy, Σ_p x du (K, Q, H), and of this the second part."""
+    K, Q, H, _, P = layout
+    if native.takes(x_TI, by_head, dy_TI):
+        dx_TI, dots, left = native.gather_back(by_head, by_group, scale, x_TI, dy_TI, dt.flatten(0, 1), D_H, layout)
+        return dx_TI, dots.view(K, Q, H), None if left is None else left.view(K, Q, H)
+    x, du, left = _wide(x_TI).view(K, Q, H, P), _wide(by_head).view(K, H, Q, P).transpose(1, 2), None
+    if by_group is not None and scale is not None:
+        dlu = _by_token(_wide(by_group), K, H).mul_(scale.unsqueeze(3))
+        du, left = dlu + du, (x * dlu).sum(3)
+    dx = du * dt.unsqueeze(3)
+    if D_H is not None:
+        dx = dx.addcmul_(_wide(dy_TI).view(K, Q, H, P), D_H.unsqueeze(1))
+    return dx.reshape(x_TI.shape).to(x_TI.dtype), (x * du).sum(3), left
+
+
+# ── from chunk to chunk: states S (K · G, N, R · P)
+
+
+def _carried(S: Tensor, g_BHCC: Tensor, layout: Layout, *, back: bool = False) -> Tensor:
+    """g S, or gᵀ S."""
+    if native.takes(S):
+        return native.carry(S, g_BHCC, layout, back=back)
+    g = g_BHCC.transpose(2, 3) if back else g_BHCC
+    return _per_chunk(g @ _per_row(S, g.shape[3], layout).to(g.dtype), layout).to(S.dtype)
+
+
+def _carried_dots(S: Tensor, dZ: Tensor, g_BHCC: Tensor, layout: Layout) -> Tensor:
+    """The gradient of g, where g is not zero."""
+    C = g_BHCC.shape[3]
+    if native.takes(S, dZ):
+        return native.carry_dots(S, dZ, C, layout)
+    return (_per_row(dZ, C, layout) @ _per_row(S, C, layout).transpose(2, 3)).to(g_BHCC.dtype)
+
+
+def _per_row(S: Tensor, C: int, layout: Layout) -> Tensor:
+    """States (K · G, N, R · P) → (B, H, C, N · P)."""
+    N, (_, _, H, G, P) = S.shape[1], layout
+    return S.view(-1, C, G, N, H // G, P).permute(0, 2, 4, 1, 3, 5).reshape(-1, H, C, N * P)
+
+
+def _per_chunk(S_BHCX: Tensor, layout: Layout) -> Tensor:
+    """The way back."""
+    (B, H, C, X), G, P = S_BHCX.shape, layout.groups, layout.head_dim
+    return S_BHCX.view(B, G, H // G, C, X // P, P).permute(0, 3, 1, 4, 2, 5).reshape(B * C * G, X // P, H // G * P)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
 
 
 # ── layouts: by token (K, Q, H, P), by head (K, H, Q, P), by group (K · G, Q, R · P)
@@ -200,18 +287,6 @@ def _grouped(t_TGN: Tensor, K: int) -> Tensor:
     return t.squeeze(2) if t.shape[2] == 1 else t.transpose(1, 2).flatten(0, 1)
 
 
-def _per_row(S: Tensor, C: int, G: int, H: int) -> Tensor:
-    """States (K · G, N, R · P) → (B, H, C, N · P)."""
-    N, P = S.shape[1], S.shape[2] * G // H
-    return S.view(-1, C, G, N, H // G, P).permute(0, 2, 4, 1, 3, 5).reshape(-1, H, C, N * P)
-
-
-def _per_chunk(S_BHCX: Tensor, G: int, N: int) -> Tensor:
-    """The way back."""
-    B, H, C, X = S_BHCX.shape
-    return S_BHCX.view(B, G, H // G, C, N, X // N).permute(0, 3, 1, 4, 2, 5).reshape(B * C * G, N, H // G * (X // N))
-
-
 # ── decays
 
 
@@ -219,14 +294,34 @@ def _exp(log: Tensor, dtype: torch.dtype) -> Tensor:
     return log.to(dtype).clamp(SMALLEST, 0.0).exp_()
 
 
-def _decay(a_KQH: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(a_t − a_j), (K, H, Q, Q), 1 for j > t.  a is two numbers of the dtype, so that nothing of it is lost."""
-    a_KHQ = a_KQH.transpose(1, 2).contiguous()
-    high = a_KHQ.to(dtype)
-    lag = high.unsqueeze(3) - high.unsqueeze(2)
-    if dtype != torch.float64:
-        low = (a_KHQ - high).to(dtype)
-        lag.add_(low.unsqueeze(3)).sub_(low.unsqueeze(2))
+def _decayed(high_KHQ: Tensor, low_KHQ: Tensor, scores_KGQQ: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights inside chunks, exp(a_t − a_j) · scores, (K · H, Q, Q).  a comes in two numbers, so that nothing of it
+    is lost; scores are zero for j > t."""
+    if _natively(high_KHQ):
+        return native.decayed(high_KHQ, low_KHQ, scores_KGQQ, dtype)
+    G = scores_KGQQ.shape[1]
+    return (_decay(high_KHQ, low_KHQ).unflatten(1, (G, -1)) * scores_KGQQ.unsqueeze(2)).flatten(0, 2).to(dtype)
+
+
+def _decayed_back(high_KHQ: Tensor, low_KHQ: Tensor, scores_KGQQ: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of scores (K, G, Q, Q), not masked, and of a (K, H, Q)."""
+    if _natively(high_KHQ):
+        return native.decayed_back(high_KHQ, low_KHQ, scores_KGQQ, dw)
+    G = scores_KGQQ.shape[1]
+    ds = (dw.view(*high_KHQ.shape, -1) * _decay(high_KHQ, low_KHQ)).unflatten(1, (G, -1))
+    x_KHQQ = (ds * scores_KGQQ.unsqueeze(2)).flatten(1, 2)
+    x_KHQQ.diagonal(dim1=2, dim2=3).zero_()
+    return ds.sum(2), x_KHQQ.sum(3) - x_KHQQ.sum(2)
+
+
+def _natively(high_KHQ: Tensor) -> bool:
+    return high_KHQ.shape[2] % 16 == 0 and native.takes(high_KHQ)
+
+
+def _decay(high_KHQ: Tensor, low_KHQ: Tensor) -> Tensor:
+    """exp(a_t − a_j), (K, H, Q, Q), 1 for j > t."""
+    lag = high_KHQ.unsqueeze(3) - high_KHQ.unsqueeze(2)
+    lag.add_(low_KHQ.unsqueeze(3)).sub_(low_KHQ.unsqueeze(2))
     return lag.clamp_(SMALLEST, 0.0).exp_()
 
 

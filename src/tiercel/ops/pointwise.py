@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tiercel.ops import cpu, triton
+from tiercel.ops.cpu import training as native
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -49,18 +50,25 @@ def gate_reference(g: Tensor, u: Tensor, activation: str) -> Tensor:
 
 
 class Gate(torch.autograd.Function):
-    """`gate` with its way back, which makes act(g) again."""
+    """`gate` with its way back, which makes act(g) again; the gate of silu in kernels, in the dtype of autocast."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, u: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(g, u)
-        ctx.activation = activation
-        return gate_reference(g, u, activation)
+        ctx.activation, ctx.native = activation, activation == "silu" and native.takes(g, u)
+        if not ctx.native:
+            return gate_reference(g, u, activation)
+        half = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if half else torch.promote_types(g.dtype, u.dtype)
+        return native.silu_gate(native.rows(g), native.rows(u), dtype).view(g.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         g, u = ctx.saved_tensors
+        if ctx.native:
+            dg, du = native.silu_gate_back(native.rows(g), native.rows(u), native.rows(dy))
+            return dg.view(g.shape), du.view(u.shape), None
         with torch.enable_grad():
             g = g.detach().requires_grad_()
             a = ACTIVATIONS[ctx.activation](g)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from tiercel.errors import RequestError
 from tiercel.families.family import Runs
+from tiercel.ops.cpu import training as native
 from tiercel.ops.linear import QTensor
 
 
@@ -58,17 +59,24 @@ class LoraLinear(lora.Linear):
 
 
 class LowRank(torch.autograd.Function):
-    """y + multiplier · scale · B A dropout(x) in float32; A, B and x have gradients, and x is kept as it came."""
+    """y + multiplier · scale · B A dropout(x) in the dtype of y, the two products in float32; A, B and x have
+    gradients, and x is kept as it came."""
 
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, x: Tensor, A_RK: Tensor, B_NR: Tensor, scale: float, multiplier: Tensor | None, p: float
     ) -> Tensor:
-        out = 1.0 if multiplier is None else multiplier.view(-1, 1)
-        ctx.kept, ctx.factor, ctx.types = None if p == 0 else kept(x, p), out * scale / (1 - p), (y.dtype, x.dtype)
+        factor = scale / (1 - p) * (1.0 if multiplier is None else multiplier.view(-1, 1))
+        ctx.factor, ctx.native = factor, native.takes(y, x) and A_RK.dtype == torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            a_TR = _dropped(x, ctx.kept, A_RK.dtype) @ A_RK.t()
-            added = torch.addmm(y.flatten(0, -2).to(A_RK.dtype), a_TR, (B_NR * ctx.factor).t())
+            if ctx.native:
+                ctx.dropout = native.Dropout.of(p)
+                a_TR = native.narrow(native.rows(x), A_RK.t().contiguous(), ctx.dropout)
+                added = native.widen(a_TR, (B_NR * factor).t().contiguous(), native.rows(y), y.dtype)
+            else:
+                ctx.dropout = None if p == 0 else kept(x, p)
+                a_TR = _dropped(x, ctx.dropout, A_RK.dtype) @ A_RK.t()
+                added = torch.addmm(y.flatten(0, -2).to(A_RK.dtype), a_TR, (B_NR * factor).t()).to(y.dtype)
         ctx.save_for_backward(x, A_RK, B_NR, a_TR)
         return added.view(y.shape)
 
@@ -76,13 +84,21 @@ class LowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A_RK, B_NR, a_TR = ctx.saved_tensors
-        dy_TN = dy.flatten(0, -2)
-        da_TR = dy_TN @ (B_NR * ctx.factor)
-        dB_NR, dA_RK, dx = (dy_TN.t() @ a_TR) * ctx.factor, da_TR.t() @ _dropped(x, ctx.kept, da_TR.dtype), None
-        if ctx.needs_input_grad[1]:
-            dx_TK = da_TR @ A_RK
-            dx = (dx_TK if ctx.kept is None else dx_TK.mul_(ctx.kept)).view(x.shape).to(ctx.types[1])
-        return dy.to(ctx.types[0]), dx, dA_RK, dB_NR, None, None, None
+        scaled_NR, dx = B_NR * ctx.factor, None
+        if ctx.native:
+            dy_TN, x_TK = native.rows(dy), native.rows(x)
+            da_TR = native.narrow(dy_TN, scaled_NR)
+            dB_NR, dA_RK = native.correlate_rows(dy_TN, a_TR), native.correlate(da_TR, x_TK, ctx.dropout)
+            if ctx.needs_input_grad[1]:
+                dx = native.widen(da_TR, A_RK, None, x.dtype, ctx.dropout).view(x.shape)
+        else:
+            dy_TN = dy.flatten(0, -2).to(scaled_NR.dtype)
+            da_TR = dy_TN @ scaled_NR
+            dB_NR, dA_RK = dy_TN.t() @ a_TR, da_TR.t() @ _dropped(x, ctx.dropout, da_TR.dtype)
+            if ctx.needs_input_grad[1]:
+                dx_TK = da_TR @ A_RK
+                dx = (dx_TK if ctx.dropout is None else dx_TK.mul_(ctx.dropout)).view(x.shape).to(x.dtype)
+        return dy, dx, dA_RK, dB_NR * ctx.factor, None, None, None
 
 
 def _dropped(x: Tensor, kept_TK: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -91,8 +107,5 @@ def _dropped(x: Tensor, kept_TK: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def kept(x: Tensor, p: float) -> Tensor:
-    """What dropout leaves of x, (T, K) bool.  Four chances from one random number: drawing each costs the CPU as much
-    as a product with a matrix."""
-    count = x.numel()
-    random = torch.empty(-(-count // 4), dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
-    return (random.view(torch.int16)[:count] >= round(p * 65536) - 32768).view(-1, x.shape[-1])
+    """What dropout leaves of x, (T, K) bool."""
+    return torch.rand(x.numel() // x.shape[-1], x.shape[-1], device=x.device) >= p

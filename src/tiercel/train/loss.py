@@ -76,9 +76,12 @@ class FrozenHead(torch.autograd.Function):
         for x, targets, dx in zip(x_TD.split(chunk), targets_T.split(chunk), dx_TD.split(chunk), strict=True):
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                summed = F.cross_entropy(head(x).float(), targets, reduction="sum")
-            dx.copy_(torch.autograd.grad(summed, x)[0])
-            total += summed.detach()
+                logits = head(x)
+            logp_TV, targets_T1 = logits.detach().float().log_softmax(1), targets.unsqueeze(1)
+            total -= logp_TV.gather(1, targets_T1).sum()
+            p_TV = logp_TV.exp_()
+            p_TV.scatter_add_(1, targets_T1, torch.full_like(targets_T1, -1.0, dtype=p_TV.dtype))
+            dx.copy_(torch.autograd.grad(logits, x, p_TV.to(logits.dtype))[0])
         ctx.save_for_backward(dx_TD)
         return total
 
@@ -90,7 +93,9 @@ class FrozenHead(torch.autograd.Function):
 
 
 def _chunk(x_TD: Tensor, vocab_size: int) -> int:
-    return max(64, LOGITS.get(x_TD.device.type, LOGITS["cpu"]) // vocab_size)
+    """Slices of one length, so that none is a few tokens that cost a whole matrix."""
+    most, T = max(64, LOGITS.get(x_TD.device.type, LOGITS["cpu"]) // vocab_size), len(x_TD)
+    return max(1, -(-T // max(1, round(T / most))))
 
 
 def _slices(

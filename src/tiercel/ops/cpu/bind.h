@@ -26,5 +26,6 @@ constexpr size_t f32 = sizeof(float);
 constexpr i64 SMALL = 16384;
 
 void bind_mixers(nanobind::module_&);
+void bind_training(nanobind::module_&);
 
 }  // namespace tiercel

@@ -12,6 +12,7 @@ void attention(tiercel::Kernels&);
 void conv(tiercel::Kernels&);
 void ssd(tiercel::Kernels&);
 void scan(tiercel::Kernels&);
+void training(tiercel::Kernels&);
 
 #define TEXT_(x) #x
 #define TEXT(x) TEXT_(x)
@@ -28,6 +29,7 @@ const tiercel::Kernels& table() {
         conv(k);
         ssd(k);
         scan(k);
+        training(k);
         return k;
     }();
     return k;

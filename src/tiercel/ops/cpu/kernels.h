@@ -139,12 +139,51 @@ struct GatedNorm {  // z rows are `stride` apart; weight nullptr: y · silu(z)
     int gate_first;
 };
 
+// ── training (training.cpp) ──
+
+struct Values { void* at; i64 stride; int bf16; };      // rows of bf16 or float32; at nullptr: none
+struct Dropout { uint64_t seed; int32_t below; };       // what is dropped, of 65536; 0: nothing
+struct Narrow { Values x; const float* w; float* y; i64 tokens, inputs, rank; Dropout dropout; };
+struct Widen { const float *x, *w; Values base, y; i64 tokens, rank, outputs; Dropout dropout; };
+struct Correlate { const float* a; Values x; float* y; i64 tokens, rank, inputs; int by_input; Dropout dropout; };
+struct SiluGate { Values g, u, y, dg, du; i64 tokens, width; };
+constexpr i64 TAPS = 8;  // of a packed convolution at most
+struct PackedConv {  // weight (taps, channels), of the lags 0 …; reach (T): lags inside the document
+    Values x, y, dx;
+    const float *weight, *bias;
+    const i64* reach;
+    float *dweight, *dbias;
+    i64 tokens, channels, taps;
+};
+struct Decayed {  // high, low: (chunks · H, Q);  scores, dscores: (chunks · G, Q, Q);  w: (chunks · H · Q, Q)
+    const float *high, *low, *scores;
+    Values w;
+    float *dscores, *rows, *columns;
+    i64 chunks, heads, groups, chunk;
+};
+// A scan's tensors lie by token (T, H, P), by head (K, H, Q, P) or by group (K, G, Q, H / G · P); scales are (T, H).
+struct Layout { i64 chunks, chunk, heads, groups, head_dim; };
+// by_head = scale · x, by_group = other_scale · x, dots (T, H) = Σ by_group · with; scale nullptr: 1
+struct Spread { Values x, by_head, by_group, with; const float *scale, *other_scale; float* dots; Layout layout; };
+// y = by_head + scale · by_group + D x
+struct Gather { Values by_head, by_group, x, y; const float *scale, *D; Layout layout; };
+// du = by_head + scale · by_group;  dx = dt du + D dy, dots (T, H) = Σ x du, left (T, H) = Σ x scale by_group
+struct GatherBack { Values by_head, by_group, x, dy, dx; const float *scale, *dt, *D; float *dots, *left; Layout layout; };
+// x, y: states (K, G, N, H / G · P);  g, dg: (rows, H, C, C), C = count chunks of a row
+struct Carry { Values x, y; const float* g; float* dg; i64 count, state; int back; Layout layout; };
+// in place over the keys i − window < j ≤ i of row i mod keys; window 0: none;  back: y holds its gradient
+struct Softmax { Values x, y; i64 rows, keys, window; };
+// y = w x r, r (T) = 1 / √(mean x² + eps);  back: y is dy, dx like x
+struct Normed { Values x, y, dx; const float* weight; float* r; i64 tokens, width; float eps; };
+
 struct Kernels {
     const char* name;
     Kernel rms_norm, add, gate;
     Kernel linear, linear_f32, linear_bf16, round_inputs, round_bf16, rows, to_panels, from_panels, to_twelve;
     Kernel quantize;
     Kernel rotary, remember, attend, conv, ssd, select, scan, gated_norm;
+    Kernel narrow, widen, correlate, silu_gate, silu_gate_back, packed_conv, packed_conv_back, decayed, decayed_back;
+    Kernel spread, gather, gather_back, carry, carry_dots, softmax, softmax_back, normed, normed_back;
 };
 
 const Kernels& kernels();  // those of the instruction set in use

@@ -94,6 +94,7 @@ NB_MODULE(_native, m) {
     m.def("stop", [] { record(nullptr); });
 
     bind_mixers(m);
+    bind_training(m);
 
     m.def("rms_norm", [](at x, at weight, at y, i64 T, i64 D, float eps) {
         go(kernels().rms_norm, RmsNorm{ptr<float>(x), ptr<float>(weight), ptr<float>(y), T, D, eps}, T * D < SMALL,

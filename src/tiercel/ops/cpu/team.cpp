@@ -14,6 +14,10 @@
 #include <pthread.h>
 #endif
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 static inline void breathe() { _mm_pause(); }
@@ -229,6 +233,19 @@ void submit(Kernel kernel, const void* args, size_t bytes, bool alone, const std
     now.clear();
     now.add(kernel, args, bytes, alone, reads, writes);
     now.run(alone ? 1 : threads_);
+}
+
+void submit_among(Kernel kernel, const void* args, size_t bytes, bool alone) {
+#if defined(_OPENMP)
+    Progress progress;
+#pragma omp parallel if (!alone)
+    {
+        Team team{omp_get_thread_num(), omp_get_num_threads(), &progress, false};
+        kernel(args, team);
+    }
+#else
+    submit(kernel, args, bytes, alone, {}, {});
+#endif
 }
 
 void record(Ops* into) { recording_ = into; }

@@ -75,6 +75,10 @@ private:
 void submit(Kernel kernel, const void* args, size_t bytes, bool alone, const std::vector<Range>& reads,
             const std::vector<Range>& writes);
 
+// Runs the op on torch's threads, for one that stands among torch's own ops: those threads spin for a while after each of
+// them, and a team beside them would have to share their cores.
+void submit_among(Kernel kernel, const void* args, size_t bytes, bool alone);
+
 void record(Ops* into);  // nullptr: stop
 void set_threads(int n);
 int threads();

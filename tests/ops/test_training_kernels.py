@@ -1,0 +1,123 @@
+"""The kernels of training on every instruction set, against torch's formulas in float64.
+
+What they are for is tested where it is used: scans, convolutions and attention in tests/train/test_packed_rows.py.
+"""
+
+import pytest
+import torch
+
+from tiercel.ops import cpu
+from tiercel.ops.cpu import training as native
+from tiercel.ops.norm import Normed
+from tiercel.ops.packed_attention import Products
+from tiercel.ops.packed_conv1d import Pasts, packed_conv1d_silu
+from tiercel.ops.packed_ssd import Chunks, packed_ssd
+from tiercel.ops.pointwise import Gate
+
+pytestmark = pytest.mark.skipif(not cpu.there, reason="no kernels here")
+HALF, TOLERANCE = torch.bfloat16, {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture(params=[] if cpu._native is None else cpu._native.available(), autouse=True)
+def isa(request):
+    torch.manual_seed(0)
+    cpu._native.choose(request.param)
+    yield request.param
+    cpu._native.choose(cpu.isa)
+
+
+def near(found, expected, tolerance):
+    expected = expected.double()
+    assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T, K, R", [(19, 70, 16), (300, 256, 5), (1, 33, 40)])
+def test_low_rank_products_with_dropout(dtype, T, K, R):
+    x, dropout = torch.randn(T, 2 * K).to(dtype)[:, :K], native.Dropout.of(0.25)  # rows that lie apart
+    w, a, b = torch.randn(K, R), torch.randn(T, R), torch.randn(R, K)
+    kept = native.widen(torch.ones(T, 1), torch.ones(1, K), None, torch.float32, dropout).double()
+    assert set(kept.unique().tolist()) <= {0.0, 1.0}
+    dropped = x.double() * kept
+    near(native.narrow(x, w, dropout), dropped @ w.double(), 2e-6)
+    near(native.correlate(a, x, dropout), a.double().t() @ dropped, 2e-6)
+    near(native.correlate_rows(x, a), x.double().t() @ a.double(), 2e-6)
+    near(native.widen(a, b, None, torch.float32, dropout), (a.double() @ b.double()) * kept, 2e-6)
+    near(native.widen(a, b, x, dtype), x.double() + a.double() @ b.double(), TOLERANCE[dtype])
+
+
+def test_dropout_drops_its_share_and_not_always_the_same():
+    masks = [
+        native.widen(torch.ones(512, 1), torch.ones(1, 512), None, torch.float32, native.Dropout.of(0.05)) == 0
+        for _ in range(2)
+    ]
+    for mask in masks:
+        assert abs(mask.float().mean() - 0.05) < 0.002  # 4.7 deviations
+        assert (mask.float().mean(0) - 0.05).abs().max() < 0.06
+        assert (mask.float().mean(1) - 0.05).abs().max() < 0.06
+        for shift in (1, 16, 32):  # two values of one random number are 16 columns apart
+            assert abs((mask & mask.roll(shift, 1)).float().mean() - 0.0025) < 0.0005
+    assert abs((masks[0] & masks[1]).float().mean() - 0.0025) < 0.0005
+
+
+def both(function, given, dtypes):
+    """Answers and gradients in these dtypes, and in float64, where torch does it."""
+    out = []
+    for cast in (lambda t, dtype: t.to(dtype), lambda t, dtype: t.to(dtype).double()):
+        leaves = [cast(t, dtype).detach().requires_grad_() for t, dtype in zip(given, dtypes, strict=True)]
+        y = function(*leaves)
+        weigh = cast(torch.linspace(-1, 2, y.numel()).view(y.shape), dtypes[0]).to(y.dtype)
+        out.append([y, *torch.autograd.grad(y, leaves, weigh)])
+    return zip(*out, strict=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T, D", [(5, 40), (70, 300)])
+def test_gate_and_norm(dtype, T, D):
+    for found, expected in both(lambda g, u: Gate.apply(g, u, "silu"), torch.randn(2, T, D), (dtype, dtype)):
+        near(found, expected, TOLERANCE[dtype])
+    given = torch.randn(T, D), torch.randn(D)
+    for found, expected in both(lambda x, w: Normed.apply(x, w, 1e-5), given, (dtype, torch.float32)):
+        near(found, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("C, taps", [(40, 4), (7, 2), (16, 8)])
+def test_convolution(dtype, C, taps):
+    starts = torch.zeros(2, 30, dtype=torch.bool)
+    starts[:, 0] = starts[0, 1] = starts[1, 11] = True
+    index = torch.arange(30)
+    pasts = Pasts(index - torch.where(starts, index, 0).cummax(1).values, taps)
+    given = torch.randn(2, 30, C), torch.randn(C, taps), torch.randn(C)
+    dtypes = dtype, torch.float32, torch.float32
+    for found, expected in both(lambda x, w, b: packed_conv1d_silu(x, w, b, pasts), given, dtypes):
+        near(found, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("window", [None, 7])
+def test_attention_by_products(dtype, window):
+    q, k, v = torch.randn(2, 3, 2 * 50, 8), torch.randn(2, 3, 50, 8), torch.randn(2, 3, 50, 8)
+    for found, expected in both(lambda *qkv: Products.apply(*qkv, window), (q, k, v), [dtype] * 3):
+        near(found, expected, 3 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("G", [1, 2])
+@pytest.mark.parametrize("half", [False, True])
+def test_scan(G, half):
+    B, L, H, P, N = 2, 96, 4, 24, 16
+    T = B * L
+    document_BL = torch.zeros(B, L, dtype=torch.int64)
+    document_BL[0, 40:], document_BL[1, 5:] = 1, 1
+    C, x, Bs = torch.randn(T, G, N), torch.randn(T, H, P), torch.randn(T, G, N)
+    given = C, x, torch.rand(T, H), -torch.rand(H), Bs, torch.randn(H)
+    like = torch.bfloat16 if half else torch.float32
+    dtypes = like, like, torch.float32, torch.float32, like, torch.float32
+
+    def scan(*given):
+        low = given[1].dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            return packed_ssd(*given, Chunks.of(document_BL, 32, given[2].dtype))
+
+    for found, expected in both(scan, given, dtypes):
+        near(found, expected, 3e-2 if half else 1e-5)
