@@ -12,7 +12,7 @@ from tiercel.ops.norm import Normed
 from tiercel.ops.packed_attention import Products
 from tiercel.ops.packed_conv1d import Pasts, packed_conv1d_silu
 from tiercel.ops.packed_ssd import Chunks, packed_ssd
-from tiercel.ops.pointwise import Gate
+from tiercel.ops.pointwise import Gate, add
 
 pytestmark = pytest.mark.skipif(not cpu.there, reason="no kernels here")
 HALF, TOLERANCE = torch.bfloat16, {torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -58,6 +58,33 @@ def test_dropout_drops_its_share_and_not_always_the_same():
         for shift in (1, 16, 32):  # two values of one random number are 16 columns apart
             assert abs((mask & mask.roll(shift, 1)).float().mean() - 0.0025) < 0.0005
     assert abs((masks[0] & masks[1]).float().mean() - 0.0025) < 0.0005
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T, V", [(1, 7), (5, 300), (9, 32784), (3, 16)])
+def test_the_loss_of_logits_and_its_gradient_in_their_place(dtype, T, V):
+    logits, targets = (4 * torch.randn(T, V)).to(dtype), torch.randint(0, V, (T,))
+    logits[0, V // 2] = 80.0  # where one word has all the chance
+    leaf = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(leaf, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), leaf)
+    losses = native.cross_entropy_(logits, targets)
+    assert (losses - expected).abs().max() <= 2e-6 * expected.max()
+    near(logits, gradient, TOLERANCE[dtype])
+    broken = torch.randn(T, V).to(dtype)
+    broken[-1, V - 1] = float("nan")
+    losses = native.cross_entropy_(broken, targets)
+    assert losses[-1].isnan() and broken[-1].isnan().all() and losses[:-1].isfinite().all()
+
+
+@pytest.mark.parametrize("types", [(torch.float32, HALF), (HALF, torch.float32)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 50), (2, 3, 33)])
+def test_a_sum_of_two_dtypes_is_in_the_wider_one(types, shape):
+    a, b = (torch.randn(shape).to(dtype).requires_grad_() for dtype in types)
+    y = add(a, b)
+    assert y.dtype == torch.float32 and torch.equal(y, a + b)
+    for leaf, gradient in zip((a, b), torch.autograd.grad(y, (a, b), torch.full(shape, 1.5)), strict=True):
+        assert gradient.dtype == leaf.dtype and torch.equal(gradient, torch.full(shape, 1.5, dtype=leaf.dtype))
 
 
 def both(function, given, dtypes):

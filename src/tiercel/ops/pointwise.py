@@ -28,7 +28,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def add(a: Tensor, b: Tensor) -> Tensor:
     """Tensors of one shape."""
-    return cpu.add(a, b) if cpu.takes(a, b) and a.shape == b.shape else a + b
+    if cpu.takes(a, b) and a.shape == b.shape:
+        return cpu.add(a, b)
+    if torch.is_grad_enabled() and a.dtype != b.dtype and a.shape == b.shape and a.dim() > 1 and native.takes(a, b):
+        y: Tensor = Add.apply(a, b)
+        return y
+    return a + b
 
 
 def gate(g: Tensor, u: Tensor, activation: str) -> Tensor:
@@ -49,6 +54,20 @@ def gate_reference(g: Tensor, u: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](g) * u
 
 
+class Add(torch.autograd.Function):
+    """a + b of two dtypes, in the wider one: torch converts a value at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.types = a.dtype, b.dtype
+        return native.added(native.rows(a), native.rows(b), torch.promote_types(a.dtype, b.dtype)).view(a.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return dy.to(ctx.types[0]), dy.to(ctx.types[1])
+
+
 class Gate(torch.autograd.Function):
     """`gate` with its way back, which makes act(g) again; the gate of silu in kernels, in the dtype of autocast."""
 
@@ -57,7 +76,7 @@ class Gate(torch.autograd.Function):
         ctx.save_for_backward(g, u)
         ctx.activation, ctx.native = activation, activation == "silu" and native.takes(g, u)
         if not ctx.native:
-            return gate_reference(g, u, activation)
+            return gate_reference(g.to(torch.promote_types(g.dtype, u.dtype)), u, activation)
         half = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if half else torch.promote_types(g.dtype, u.dtype)
         return native.silu_gate(native.rows(g), native.rows(u), dtype).view(g.shape)

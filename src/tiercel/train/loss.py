@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tiercel.model.decoder import Decoder
+from tiercel.ops.cpu import training as native
 from tiercel.train.data import Rows
 
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers of a slice
@@ -77,11 +78,9 @@ class FrozenHead(torch.autograd.Function):
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
                 logits = head(x)
-            logp_TV, targets_T1 = logits.detach().float().log_softmax(1), targets.unsqueeze(1)
-            total -= logp_TV.gather(1, targets_T1).sum()
-            p_TV = logp_TV.exp_()
-            p_TV.scatter_add_(1, targets_T1, torch.full_like(targets_T1, -1.0, dtype=p_TV.dtype))
-            dx.copy_(torch.autograd.grad(logits, x, p_TV.to(logits.dtype))[0])
+            losses_T, dlogits_TV = _losses(logits.detach(), targets)
+            total += losses_T.sum()
+            dx.copy_(torch.autograd.grad(logits, x, dlogits_TV)[0])
         ctx.save_for_backward(dx_TD)
         return total
 
@@ -90,6 +89,17 @@ class FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         (dx_TD,) = ctx.saved_tensors
         return (dx_TD * dtotal).to(dx_TD.dtype), None, None, None, None
+
+
+def _losses(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    """−log softmax(logits)[target], and its gradient in their dtype and, where kernels make it, in their place."""
+    if native.takes(logits_TV):
+        return native.cross_entropy_(logits_TV, targets_T), logits_TV
+    logp_TV, targets_T1 = logits_TV.float().log_softmax(1), targets_T.unsqueeze(1)
+    losses_T = -logp_TV.gather(1, targets_T1).squeeze(1)
+    p_TV = logp_TV.exp_()
+    p_TV.scatter_add_(1, targets_T1, torch.full_like(targets_T1, -1.0, dtype=p_TV.dtype))
+    return losses_T, p_TV.to(logits_TV.dtype)
 
 
 def _chunk(x_TD: Tensor, vocab_size: int) -> int:

@@ -146,6 +146,9 @@ struct Dropout { uint64_t seed; int32_t below; };       // what is dropped, of 6
 struct Narrow { Values x; const float* w; float* y; i64 tokens, inputs, rank; Dropout dropout; };
 struct Widen { const float *x, *w; Values base, y; i64 tokens, rank, outputs; Dropout dropout; };
 struct Correlate { const float* a; Values x; float* y; i64 tokens, rank, inputs; int by_input; Dropout dropout; };
+struct Added { Values a, b, y; i64 tokens, width; };  // y = a + b
+// losses (T) = −log softmax(x)[target], and x becomes their gradient, softmax(x) less one at the target
+struct CrossEntropy { Values x; const i64* targets; float* losses; i64 tokens, words; };
 struct SiluGate { Values g, u, y, dg, du; i64 tokens, width; };
 constexpr i64 TAPS = 8;  // of a packed convolution at most
 struct PackedConv {  // weight (taps, channels), of the lags 0 …; reach (T): lags inside the document
@@ -183,7 +186,7 @@ struct Kernels {
     Kernel quantize;
     Kernel rotary, remember, attend, conv, ssd, select, scan, gated_norm;
     Kernel narrow, widen, correlate, silu_gate, silu_gate_back, packed_conv, packed_conv_back, decayed, decayed_back;
-    Kernel spread, gather, gather_back, carry, carry_dots, softmax, softmax_back, normed, normed_back;
+    Kernel spread, gather, gather_back, carry, carry_dots, softmax, softmax_back, normed, normed_back, added, cross_entropy;
 };
 
 const Kernels& kernels();  // those of the instruction set in use

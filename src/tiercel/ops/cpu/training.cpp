@@ -193,6 +193,11 @@ template <class Body> INLINE void each_value(i64 tokens, i64 width, Team& team, 
             for (i64 i = 0; i < width; i += 16) body(t, i, (int)least(16, width - i));
 }
 
+void added(const void* args, Team& team) {
+    const Added& a = *(const Added*)args;
+    each_value(a.tokens, a.width, team, [&](i64 t, i64 i, int n) { store_n(a.y, t, i, load_n(a.a, t, i, n) + load_n(a.b, t, i, n), n); });
+}
+
 void silu_gate(const void* args, Team& team) {
     const SiluGate& a = *(const SiluGate*)args;
     each_value(a.tokens, a.width, team, [&](i64 t, i64 i, int n) {
@@ -452,6 +457,12 @@ void carry_dots(const void* args, Team& team) {
 
 // ── attention's weights ──
 
+INLINE F exp_or_nan(F x) {  // exp takes NaN for a number
+    F e = exp(x);
+    EACH e.p[i] = x.p[i] == x.p[i] ? e.p[i] : x.p[i];
+    return e;
+}
+
 void softmax(const void* args, Team& team) {
     const Softmax& a = *(const Softmax*)args;
     constexpr i64 ROWS = 16;
@@ -474,7 +485,7 @@ void softmax(const void* args, Team& team) {
             }
             const F top = set(maximum(most));
             for (i64 j = 0; j < stop - start; j += 16) {
-                const F e = exp(load(row + j) - top);
+                const F e = exp_or_nan(load(row + j) - top);
                 store(row + j, e);
                 total = total + e;
             }
@@ -504,6 +515,49 @@ void softmax_back(const void* args, Team& team) {
             for (i64 j = 0; j < start; j += 16) store_n(a.y, i, j, zero(), (int)least(16, start - j));
             for (i64 j = stop; j < a.keys; j += 16) store_n(a.y, i, j, zero(), (int)least(16, a.keys - j));
         }
+}
+
+// ── the loss of logits ──
+
+void cross_entropy(const void* args, Team& team) {
+    const CrossEntropy& a = *(const CrossEntropy*)args;
+    for (i64 t; (t = team.take(a.tokens)) >= 0;) {
+        F most = set(-INFINITY), total = zero();
+        const i64 whole = a.words / 16 * 16;
+        const int rest = (int)(a.words - whole);
+        float tail[16];
+        for (int i = 0; i < 16; i++) tail[i] = -INFINITY;  // what is no word
+        for (i64 v = 0; v < whole; v += 16) most = max(most, load_n(a.x, t, v, 16));
+        if (rest) {
+            float x[16];
+            store(x, load_n(a.x, t, whole, rest));
+            for (int i = 0; i < rest; i++) tail[i] = x[i];
+            most = max(most, load(tail));
+        }
+        const F top = set(maximum(most));
+        for (i64 from = 0; from < whole; from += 512) {  // parts first: a sum of thousands rounds thousands of times
+            F part = zero();
+            for (i64 v = from; v < least(whole, from + 512); v += 16) part = part + exp_or_nan(load_n(a.x, t, v, 16) - top);
+            total = total + part;
+        }
+        if (rest) total = total + exp_or_nan(load(tail) - top);
+        const float all = sum(total);
+        float right[16];
+        const i64 target = a.targets[t], at = target / 16 * 16;
+        store(right, load_n(a.x, t, at, (int)least(16, a.words - at)));
+        a.losses[t] = logf(all) + maximum(most) - right[target - at];
+        const F share = set(1.0f / all);
+        for (i64 v = 0; v < a.words; v += 16) {
+            const int n = (int)least(16, a.words - v);
+            F p = exp(load_n(a.x, t, v, n) - top) * share;
+            if (v == at) {
+                store(right, p);
+                right[target - at] -= 1.0f;
+                p = load(right);
+            }
+            store_n(a.x, t, v, p, n);
+        }
+    }
 }
 
 // ── norm ──
@@ -555,6 +609,8 @@ void training(Kernels& k) {
     k.gather_back = gather_back;
     k.softmax = softmax;
     k.softmax_back = softmax_back;
+    k.added = added;
+    k.cross_entropy = cross_entropy;
     k.normed = normed;
     k.normed_back = normed_back;
     k.narrow = narrow;

@@ -85,7 +85,14 @@ def correlate_rows(x_TK: Tensor, a_TR: Tensor) -> Tensor:
     return y_KR
 
 
-# ── gate
+# ── sums, gate
+
+
+def added(a_TD: Tensor, b_TD: Tensor, dtype: torch.dtype) -> Tensor:
+    """a + b, whatever the dtypes of the two."""
+    y_TD = torch.empty(a_TD.shape, dtype=dtype)
+    cpu._native.added(_rows(a_TD), _rows(b_TD), _rows(y_TD), *a_TD.shape)
+    return y_TD
 
 
 def silu_gate(g_TD: Tensor, u_TD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -245,6 +252,18 @@ def softmax_back_(weights: Tensor, dweights: Tensor, window: int | None) -> None
     """The gradient of scores in place of that of weights."""
     L = weights.shape[-1]
     cpu._native.softmax_back(_matrix(weights), _matrix(dweights), weights.numel() // L, L, window or 0)
+
+
+# ── loss
+
+
+def cross_entropy_(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """−log softmax(logits)[target], (T,); the logits become its gradient, in their dtype."""
+    losses_T = torch.empty(len(logits_TV))
+    cpu._native.cross_entropy(
+        _rows(logits_TV), targets_T.contiguous().data_ptr(), _at(losses_T), *logits_TV.shape
+    )  # fmt: skip
+    return losses_T
 
 
 # ── norm

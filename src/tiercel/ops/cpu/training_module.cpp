@@ -39,6 +39,12 @@ void bind_training(nb::module_& m) {
     m.def("correlate", [](at a, const ValuesTuple& x, at y, i64 T, i64 R, i64 K, int by_input, const DropoutTuple& d) {
         go_among(kernels().correlate, Correlate{ptr<float>(a), values(x), ptr<float>(y), T, R, K, by_input, dropout(d)}, T * K);
     });
+    m.def("added", [](const ValuesTuple& a, const ValuesTuple& b, const ValuesTuple& y, i64 T, i64 D) {
+        go_among(kernels().added, Added{values(a), values(b), values(y), T, D}, T * D);
+    });
+    m.def("cross_entropy", [](const ValuesTuple& x, at targets, at losses, i64 T, i64 V) {
+        go_among(kernels().cross_entropy, CrossEntropy{values(x), ptr<i64>(targets), ptr<float>(losses), T, V}, T * V);
+    });
     m.def("silu_gate", [](const ValuesTuple& g, const ValuesTuple& u, const ValuesTuple& y, i64 T, i64 D) {
         go_among(kernels().silu_gate, SiluGate{values(g), values(u), values(y), {}, {}, T, D}, T * D);
     });
