@@ -316,6 +316,7 @@ class Engine:
         rows = self.scheduler.plan(self._stop)
         if rows:
             self._draft(rows)
+            rows.sort(key=lambda row: len(row.drafts))  # a kind of step is recorded once: let there be few
             self._keep(rows)
             yield from self._forward(rows)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,7 +33,8 @@ from tiercel.sampling import Sampler, draw, uniform
 
 LENGTHS = (1, 3, 7)  # guesses in one step: a few kinds of step, because each is recorded once (model/steps.py)
 MOST = LENGTHS[-1]
-GAIN = 1.05  # what a draft must promise to be worth its trouble
+GAIN, SHARED_GAIN = 1.05, 1.2  # what a draft must promise to be worth its trouble; beside others each number of rows is
+# a kind of step of its own, the first two of which are slow
 FIRST_REST, LONGEST_REST = 8, 256  # tokens until a drafter that did not pay is asked again
 FIRST_STEPS = 2  # of a kind are slower: the second is recorded
 MEMORY = 0.9  # weight of the past in what is measured
@@ -166,6 +167,25 @@ class ModelDrafter:
         del self._read[self.state.length :]
 
 
+@dataclass
+class _Record:
+    """Of guesses of one strength.  right, wrong: decaying counts; the very first guess is expected to be right."""
+
+    right: float = 1.5
+    wrong: float = 0.5
+    rest: int = 0  # tokens to go until it is asked again
+    next_rest: int = FIRST_REST
+
+    @property
+    def chance(self) -> float:
+        return self.right / (self.right + self.wrong)
+
+    def note(self, proposed: int, accepted: int) -> None:
+        decay = MEMORY**2
+        self.right = decay * self.right + accepted
+        self.wrong = decay * self.wrong + (accepted < proposed)
+
+
 class StepCosts:
     """Seconds of a step by how many rows it computes: measured, interpolated, guessed where nothing is known yet."""
 
@@ -174,6 +194,7 @@ class StepCosts:
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
         self._seen: Counter[int] = Counter()
+        self.lately: defaultdict[int, _Record] = defaultdict(_Record)  # of all texts: what a new one may expect
 
     def note(self, rows: int, seconds: float) -> None:
         """A step of `rows` tokens, none of them a prompt's, took so long."""
@@ -203,20 +224,6 @@ class StepCosts:
         return self._seconds[near] * (1 + self.SLOPE * (rows - 1)) / (1 + self.SLOPE * (near - 1))
 
 
-@dataclass
-class _Record:
-    """Of guesses of one strength.  right, wrong: decaying counts; a first guess is expected to be right."""
-
-    right: float = 1.5
-    wrong: float = 0.5
-    rest: int = 0  # tokens to go until it is asked again
-    next_rest: int = FIRST_REST
-
-    @property
-    def chance(self) -> float:
-        return self.right / (self.right + self.wrong)
-
-
 class Speculation:
     """Whether to guess, how many tokens, and what came of it: for one answer.
 
@@ -244,7 +251,9 @@ class Speculation:
         strength = self.drafter.strength(tokens)
         if strength < 0 or room < 1:
             return []
-        record = self._records.setdefault(strength, _Record())
+        if (record := self._records.get(strength)) is None:
+            p = self.costs.lately[strength].chance
+            record = self._records[strength] = _Record(2 * p, 2 - 2 * p)
         k = min(self._best(record, rows), room)
         k = max((length for length in LENGTHS if length <= k), default=0)
         if k == 0:
@@ -257,22 +266,26 @@ class Speculation:
         return guesses
 
     def _best(self, record: _Record, rows: int) -> int:
-        """The length that makes most tokens in a second of everybody's; 1 for a try after a rest; else 0."""
+        """The length that makes most tokens in a second of everybody's; 1 for a try after a rest, where guesses could pay
+        if all were right; else 0."""
         if record.rest:
             return 0
         base, p = self.costs.of(rows), record.chance
-        best, speed, more = 0, GAIN * rows / base, 0.0
+        best, more, could_pay = 0, 0.0, False
+        speed = needed = (GAIN if rows == 1 else SHARED_GAIN) * rows / base
         for k in range(1, self.most + 1):
             more += p**k
             if k not in LENGTHS:
                 continue
             # more rows never cost less: where they seem to, somebody else had the cores while few were measured
-            here = (rows + more) / (max(self.costs.of(rows + k), base) + k * self._drafting)
-            if here > speed:
-                best, speed = k, here
-        if best:
+            seconds = max(self.costs.of(rows + k), base) + k * self._drafting
+            could_pay |= (rows + k) / seconds > needed
+            if (rows + more) / seconds > speed:
+                best, speed = k, (rows + more) / seconds
+        if best or not could_pay:
             return best
-        record.rest, record.next_rest = record.next_rest, min(2 * record.next_rest, LONGEST_REST)
+        # a try is paid by all who share the step
+        record.rest, record.next_rest = record.next_rest * rows, min(2 * record.next_rest, LONGEST_REST)
         return 1
 
     def note(self, proposed: int, accepted: int) -> None:
@@ -284,9 +297,10 @@ class Speculation:
         record = self._record
         if record is None:
             return
-        decay = MEMORY**2
-        record.right = decay * record.right + accepted
-        record.wrong = decay * record.wrong + (accepted < proposed)
+        record.note(proposed, accepted)
+        for strength, own in self._records.items():
+            if own is record:
+                self.costs.lately[strength].note(proposed, accepted)
         if accepted == proposed:
             record.rest, record.next_rest = 0, FIRST_REST
 

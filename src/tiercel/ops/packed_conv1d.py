@@ -70,7 +70,7 @@ def packed_conv1d_silu(x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, 
 
 
 def takes(x: Tensor, weight_CK: Tensor) -> bool:
-    return weight_CK.shape[1] <= native.TAPS and native.takes(x, weight_CK)
+    return weight_CK.shape[1] <= native.TAPS and weight_CK.dtype == torch.float32 and native.takes(x)
 
 
 class NativeConv1dSilu(torch.autograd.Function):
