@@ -210,6 +210,36 @@ def test_guesses_that_are_never_right_cost_little_and_right_ones_pay():
     assert play(lambda at: 0.95 if at > 200 else 0.0, cpu) > 1.2  # asked again from time to time
 
 
+def measured(cost):
+    costs = StepCosts()
+    for rows in range(1, 20):
+        for _ in range(3):
+            costs.note(rows, cost(rows))
+    return costs
+
+
+def test_beside_others_nobody_guesses_where_even_right_guesses_would_cost_more_than_they_bring():
+    text = [5, 6, 7, 8] * 10
+    dear, cheap = measured(lambda rows: 0.01 * rows), measured(lambda rows: 0.01 + 0.0001 * rows)
+    assert not any(Speculation(NgramDrafter(), dear).draft(text[:end], rows=8) for end in range(20, 40))
+    assert Speculation(NgramDrafter(), cheap).draft(text, rows=8) == text[:7]
+
+
+def test_a_text_expects_of_its_guesses_what_other_texts_saw_lately():
+    costs, text = measured(lambda rows: 0.01 + 0.002 * rows), [5, 6, 7, 8] * 10
+    assert len(Speculation(NgramDrafter(), costs).draft(text)) > 1
+    for _ in range(20):
+        other = Speculation(NgramDrafter(), costs)
+        other.note(len(other.draft(text)), 0)
+    newcomer = Speculation(NgramDrafter(), costs)
+    assert len(newcomer.draft(text)) == 1  # a try
+    for _ in range(20):
+        other = Speculation(NgramDrafter(), costs)
+        guesses = len(other.draft(text))
+        other.note(guesses, guesses)
+    assert len(Speculation(NgramDrafter(), costs).draft(text)) > 1
+
+
 def test_costs_are_measured_and_guessed_between():
     costs = StepCosts()
     assert costs.of(5) / costs.of(1) == pytest.approx(1.8)

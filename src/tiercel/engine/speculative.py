@@ -251,9 +251,10 @@ class Speculation:
         strength = self.drafter.strength(tokens)
         if strength < 0 or room < 1:
             return []
-        if (record := self._records.get(strength)) is None:
+        if strength not in self._records:
             p = self.costs.lately[strength].chance
-            record = self._records[strength] = _Record(2 * p, 2 - 2 * p)
+            self._records[strength] = _Record(2 * p, 2 - 2 * p)
+        record = self._records[strength]
         k = min(self._best(record, rows), room)
         k = max((length for length in LENGTHS if length <= k), default=0)
         if k == 0:
@@ -266,8 +267,8 @@ class Speculation:
         return guesses
 
     def _best(self, record: _Record, rows: int) -> int:
-        """The length that makes most tokens in a second of everybody's; 1 for a try after a rest, where guesses could pay
-        if all were right; else 0."""
+        """The length that makes most tokens in a second of everybody's; 1 for a try after a rest, where guesses
+        that are all right would pay; else 0."""
         if record.rest:
             return 0
         base, p = self.costs.of(rows), record.chance
