@@ -39,7 +39,7 @@ from tiercel.engine.constraint import Grammar, Grammars
 from tiercel.engine.prefix_cache import PrefixCache
 from tiercel.engine.request import Choice, Request, Update, Watch
 from tiercel.engine.scheduler import PATIENCE, Row, Scheduler
-from tiercel.engine.speculative import MOST, Drafter, Speculation, StepCosts
+from tiercel.engine.speculative import FIRST_STEPS, LENGTHS, MOST, Drafter, Speculation, StepCosts
 from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.on_device import OnDevice
@@ -224,7 +224,21 @@ class Engine:
         for _ in self.run(request):
             pass
         self.forget("warm-up")
+        if self.drafter is not None:
+            self._rehearse()
         self._stats = Stats()
+
+    def _rehearse(self) -> None:
+        """Steps with guesses: the first of a kind are slow (model/steps.py), and then it is known what they cost."""
+        state = self.network.new_state()
+        with self._lock, cpu.alone(self.network.native):
+            for rows in (1, *(1 + length for length in LENGTHS)):
+                tokens = torch.zeros(rows, dtype=torch.long, device=self.network.embed.weight.device)
+                for _ in range(FIRST_STEPS + 1):
+                    began = time.perf_counter()
+                    self.network([tokens], [state], keep=rows)
+                    self.costs.note(rows, time.perf_counter() - began)
+                    state.trim(0)
 
     def forget(self, key: str) -> None:
         """Drop what is remembered for a key."""
