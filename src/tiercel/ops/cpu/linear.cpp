@@ -387,13 +387,23 @@ template <int M> INLINE void end_sums(F (*sum)[M], F* acc) {
 template <int M> INLINE void bf16_tile(const uint8_t* w, const uint32_t* x, i64 stride, i64 pairs, bool fresh, F* acc) {
     F sum[TURNS][M];
     start_sums<M>(sum);
-    for (i64 k = 0; k < pairs; k += TURNS)
-#pragma GCC unroll 2
+    if constexpr (M > 4) {  // one turn after the other: both together are slower, in most of the registers
         for (int i = 0; i < TURNS; i++) {
-            if (k + i >= pairs) break;
-            if (fresh) __builtin_prefetch(w + 64 * (k + i) + DISTANCE, 0, 3);
-            add_pair<M>(loadi(w + 64 * (k + i)), x + k + i, stride, sum[i]);
+            F one[M];
+            for (int m = 0; m < M; m++) one[m] = zero();
+            for (i64 k = i; k < pairs; k += TURNS) {
+                if (fresh) __builtin_prefetch(w + 64 * k + DISTANCE, 0, 3);
+                add_pair<M>(loadi(w + 64 * k), x + k, stride, one);
+            }
+            for (int m = 0; m < M; m++) sum[i][m] = one[m];
         }
+    } else {
+        for (i64 k = 0; k < pairs; k++) {
+            if (fresh) __builtin_prefetch(w + 64 * k + DISTANCE, 0, 3);
+            if (k % TURNS) add_pair<M>(loadi(w + 64 * k), x + k, stride, sum[TURNS - 1]);
+            else add_pair<M>(loadi(w + 64 * k), x + k, stride, sum[0]);
+        }
+    }
     end_sums<M>(sum, acc);
 }
 
