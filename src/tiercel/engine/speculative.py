@@ -234,7 +234,7 @@ class Speculation:
         self.drafter, self.costs, self.most = drafter, costs, most
         self.proposed = self.accepted = 0
         self._records: dict[int, _Record] = {}
-        self._record: _Record | None = None
+        self._strength = -1  # of the last guesses; −1: there were none
         self._drafting = 0.0  # seconds per guess
         self._length = 0
 
@@ -246,7 +246,7 @@ class Speculation:
         new, self._length = max(len(tokens) - self._length, 0), len(tokens)
         for record in self._records.values():
             record.rest = max(record.rest - new, 0)
-        self._record = None
+        self._strength = -1
         began = time.perf_counter()
         strength = self.drafter.strength(tokens)
         if strength < 0 or room < 1:
@@ -263,7 +263,7 @@ class Speculation:
         if guesses:
             spent = (time.perf_counter() - began) / len(guesses)
             self._drafting = MEMORY * self._drafting + (1 - MEMORY) * spent if self._drafting else spent
-            self._record = record
+            self._strength = strength
         return guesses
 
     def _best(self, record: _Record, rows: int) -> int:
@@ -295,13 +295,11 @@ class Speculation:
             return
         self.proposed, self.accepted = self.proposed + proposed, self.accepted + accepted
         self.drafter.note(accepted)
-        record = self._record
-        if record is None:
+        if self._strength < 0:
             return
+        record = self._records[self._strength]
         record.note(proposed, accepted)
-        for strength, own in self._records.items():
-            if own is record:
-                self.costs.lately[strength].note(proposed, accepted)
+        self.costs.lately[self._strength].note(proposed, accepted)
         if accepted == proposed:
             record.rest, record.next_rest = 0, FIRST_REST
 

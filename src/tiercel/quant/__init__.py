@@ -79,7 +79,8 @@ def held_bytes(type: str, outputs: int, inputs: int) -> int:
     if type != "BF16":
         return whole
     panels, blocks = -(-outputs // 16), -(-inputs // 8)
-    return min(whole, panels * (136 + round(blocks * (192 + 0.01 * 64))))
+    head = 8 + 64 + 64 * -(-blocks // 512)  # where it begins, its exponents, a bit for each block
+    return min(whole, panels * (head + round(blocks * (192 + 0.01 * 64))))
 
 
 def dequantize(type: str, raw: Tensor) -> Tensor:

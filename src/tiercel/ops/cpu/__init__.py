@@ -131,12 +131,13 @@ def to_twelve(panels: Tensor, shape: Sequence[int]) -> Tensor:
     """Panels of "BF16" as those of "BF16_12", the same numbers: see twelve.h."""
     N, K = shape
     sizes = torch.empty(-(-N // 16), dtype=torch.int64)
-    _native.to_twelve(panels.data_ptr(), 0, sizes.data_ptr(), K, N)
+    highest = torch.empty(len(sizes), dtype=torch.uint8)
+    _native.to_twelve(panels.data_ptr(), 0, sizes.data_ptr(), highest.data_ptr(), K, N)
     head = -(-sizes.nbytes // 64) * 64
     ends = sizes.cumsum(0) + head
     out = torch.empty(int(ends[-1]), dtype=torch.uint8)
     out[: sizes.nbytes] = (ends - sizes).view(torch.uint8)
-    _native.to_twelve(panels.data_ptr(), out.data_ptr(), sizes.data_ptr(), K, N)
+    _native.to_twelve(panels.data_ptr(), out.data_ptr(), sizes.data_ptr(), highest.data_ptr(), K, N)
     return out
 
 

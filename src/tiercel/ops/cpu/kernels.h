@@ -52,8 +52,9 @@ struct RoundInputs { const float* x; uint8_t* out; i64 tokens, inputs; int sub, 
 struct Rows { const uint8_t* weight; const i64* which; float* y; i64 inputs, count; float scale; int format; };
 // rows first … first + count − 1 (first a multiple of 16) between a file's blocks and panels
 struct Panels { uint8_t *blocks, *panels; i64 inputs, outputs, first, count; int format; };
-// panels of bf16 → twelve bits (twelve.h); without `out` only what each panel will take, with it those are its beginnings
-struct ToTwelve { const uint8_t* panels; uint8_t* out; i64* sizes; i64 inputs, outputs; };
+// panels of bf16 → twelve bits (twelve.h); without `out` only each panel's highest exponent and what it will take, with
+// it those exponents, and where the panels begin stands at its start
+struct ToTwelve { const uint8_t* panels; uint8_t* out; i64* sizes; uint8_t* highest; i64 inputs, outputs; };
 // (rows, width) → super-blocks, width a multiple of 256; importance (width) or nullptr
 struct Quantize { const float *x, *importance; uint8_t* out; i64 rows, width; int type; };
 // ── what depends on a row's own past ──

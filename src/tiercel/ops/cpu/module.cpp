@@ -147,8 +147,9 @@ NB_MODULE(_native, m) {
         go(kernels().from_panels, Panels{ptr<uint8_t>(blocks), ptr<uint8_t>(panels), inputs, outputs, first, count, format},
            false, {}, {});
     });
-    m.def("to_twelve", [](at panels, at out, at sizes, i64 inputs, i64 outputs) {
-        go(kernels().to_twelve, ToTwelve{ptr<uint8_t>(panels), ptr<uint8_t>(out), ptr<i64>(sizes), inputs, outputs}, false, {}, {});
+    m.def("to_twelve", [](at panels, at out, at sizes, at highest, i64 inputs, i64 outputs) {
+        go(kernels().to_twelve,
+           ToTwelve{ptr<uint8_t>(panels), ptr<uint8_t>(out), ptr<i64>(sizes), ptr<uint8_t>(highest), inputs, outputs}, false, {}, {});
     });
     m.def("quantize", [](int type, at x, at importance, at out, i64 rows, i64 width, i64 row_bytes) {
         const auto noted = importance ? std::vector<Range>{{ptr<void>(x), rows * width * f32}, {ptr<void>(importance), width * f32}}

@@ -287,7 +287,8 @@ void to_twelve(const void* args, Team& team) {
     const i64 vectors = (a.inputs + 1) / 2;
     for (i64 p; (p = team.take((a.outputs + 15) / 16)) >= 0;) {
         const uint8_t* panel = a.panels + p * vectors * 64;
-        const int highest = highest_exponent(panel, vectors * 32);
+        if (a.out == nullptr) a.highest[p] = (uint8_t)highest_exponent(panel, vectors * 32);
+        const int highest = a.highest[p];
         if (a.out == nullptr) {
             i64 bytes = twelve_head(vectors);
             for (i64 v = 0; v < vectors; v += 4) bytes += fits(read_block(panel, v, vectors, highest)) ? SHORT : WHOLE;
