@@ -51,7 +51,8 @@ def over_http(connection: http.client.HTTPConnection, path: str, body: dict[str,
     for line in response:
         if not first and line.startswith(b"data: {"):
             choice = json.loads(line[6:])["choices"][0]
-            if choice.get("text") or choice.get("delta", {}).get("content"):
+            said = choice.get("delta", choice)
+            if said.get("text") or said.get("content") or said.get("reasoning_content"):
                 first = time.perf_counter() - began
     assert first, response.status
     return first
@@ -75,6 +76,8 @@ def main() -> None:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.connect()
     connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.request("GET", "/api/ps")
+    name = json.load(connection.getresponse())["models"][0]["name"]  # of a file the server makes its own
     times: dict[str, list[float]] = {"completions": [], "its network": [], "chat": [], "chat's network": []}
     try:
         for number in range(options.rounds + 5):
@@ -85,17 +88,17 @@ def main() -> None:
             ]
             found = {
                 "its network": bare(model.network, model.text.encode(text)),
-                "completions": over_http(connection, "/v1/completions", {"model": options.model, "prompt": text}),
+                "completions": over_http(connection, "/v1/completions", {"model": name, "prompt": text}),
                 "chat's network": bare(model.network, model.text.chat(messages)),
-                "chat": over_http(connection, "/v1/chat/completions", {"model": options.model, "messages": messages}),
+                "chat": over_http(connection, "/v1/chat/completions", {"model": name, "messages": messages}),
             }
-            for name, seconds in found.items():
+            for what, seconds in found.items():
                 if number >= 5:
-                    times[name].append(seconds)
+                    times[what].append(seconds)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
-    middle = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    middle = {what: statistics.median(values) * 1e3 for what, values in times.items()}
     print(f"{options.model}, {options.rounds} rounds, {os.cpu_count()} cores, milliseconds (median)")
     for over, network in (("completions", "its network"), ("chat", "chat's network")):
         extra = [(a - b) * 1e3 for a, b in zip(times[over], times[network], strict=True)]

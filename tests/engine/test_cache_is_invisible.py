@@ -16,7 +16,7 @@ import tiercel
 import tiny
 from tiercel.engine.engine import Engine
 from tiercel.generate import Generation
-from tiercel.model import pages
+from tiercel.model import pool
 from tiercel.model.state import nbytes_together
 from tiercel.reply import Reply
 from tiercel.sampling import SamplingParams
@@ -57,7 +57,7 @@ def watched(monkeypatch):
         return take(self, logits_V)
 
     monkeypatch.setattr(Reply, "take", note)
-    monkeypatch.setattr(pages, "spoil", True)
+    monkeypatch.setattr(pool, "spoil", True)
 
 
 class Guesser:

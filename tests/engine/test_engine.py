@@ -9,6 +9,7 @@ import tiny
 from tiercel.engine.scheduler import BESIDE, Scheduler
 from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
+from tiercel.model.pool import Pool
 from tiercel.ops import cpu
 from tiercel.sampling import SamplingParams
 from tiny import ids, run
@@ -351,3 +352,53 @@ def test_updates_add_up_to_the_answer(net):
         assert [update.finish_reason for update in mine] == [None] * (len(mine) - 1) + ["length"]
     times = request.times
     assert 0 <= times.queue <= times.first_token <= times.total and times.prompt > 0 and times.generation > 0
+
+
+# ── memory ──
+
+
+@pytest.fixture
+def slabs_for_small_things(monkeypatch):
+    monkeypatch.setattr(Pool, "SMALL", 1)
+    monkeypatch.setattr(Pool, "SLAB", 1 << 20)
+    monkeypatch.setattr(Pool, "STEP", 1 << 14)
+
+
+def touched(pool):
+    return sum(slab.touched for slab in pool.slabs)
+
+
+@pytest.mark.usefixtures("slabs_for_small_things")
+def test_memory_for_all_slots_and_what_they_leave_is_there_before_they_come():
+    """The system gives it slowly: an answer's first token came 50 ms late for that (docs/log.md, 2026-11-28)."""
+    network = tiny.network()
+    e = engine(network, slots=3)
+    e.add(ids(4, seed=9), greedy(2)), run(e)  # a first one makes what lasts
+    while e.look_ahead():
+        pass
+    before = touched(network.pool)
+    assert network.pool.nbytes >= sum(e._at_hand)
+    for seed in range(3):
+        e.add(ids(100, seed=seed), greedy(30))
+    run(e)
+    assert touched(network.pool) == before, "nothing was touched first, and nothing was given back"
+    assert e.look_ahead(), "what the answers left in the cache is made up for"
+
+
+@pytest.mark.usefixtures("slabs_for_small_things")
+def test_no_more_memory_is_at_hand_than_slots_and_cache_may_take():
+    network = tiny.network()
+    e = engine(network, slots=3, cache_bytes=200_000)
+    running, left = e._at_hand
+    assert left > 200_000
+    for seed in range(12):  # more than the cache holds
+        e.add(ids(100, seed=seed), greedy(30))
+        run(e)
+        while e.look_ahead():
+            pass
+        slack = Pool.STEP * torch.get_num_threads()
+        assert network.pool.nbytes + e.cache.nbytes <= running + 200_000 + slack + Pool.SLAB
+    off = engine(tiny.network(), slots=3, cache_bytes=0)
+    while off.look_ahead():
+        pass
+    assert running <= off.network.pool.nbytes <= running + slack

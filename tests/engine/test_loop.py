@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
+import tiny
+from tiercel.engine import loop
 from tiercel.engine.engine import Engine
 from tiercel.engine.loop import AsyncEngine
 from tiercel.errors import Busy, RequestError
 from tiercel.generate import generate_reference
+from tiercel.model.pool import Pool
 from tiercel.sampling import SamplingParams
 from tiny import GREEDY, ids
 
@@ -169,3 +172,27 @@ def test_a_reader_that_is_far_behind_is_cut_off_and_the_log_says_so(net, monkeyp
 
     asyncio.run(main())
     assert any("updates behind" in record.message for record in caplog.records)
+
+
+def test_an_engine_that_rests_sees_to_memory_and_still_answers_at_once(monkeypatch):
+    monkeypatch.setattr(Pool, "SMALL", 1)
+    monkeypatch.setattr(Pool, "STEP", 1 << 14)
+    monkeypatch.setattr(loop, "REST", 0.01)
+    net = tiny.network()
+
+    async def main():
+        many = engine(net)
+        many.start()
+        while net.pool.nbytes < 1 << 18:
+            await asyncio.sleep(0.001)
+        assert not many.engine.stats.running
+        answer = await asyncio.wait_for(tokens(many.submit(ids(9), GREEDY)), 20)
+        for _ in range(2000):
+            await asyncio.sleep(0.005)
+            if net.pool.nbytes >= sum(many.engine._at_hand):
+                break
+        assert net.pool.nbytes >= sum(many.engine._at_hand)
+        await many.close()
+        return answer
+
+    assert asyncio.run(main()) == generate_reference(net, ids(9), 12)

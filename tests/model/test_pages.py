@@ -6,9 +6,7 @@ are those of the list.  Free and fresh memory is NaN, so that nothing stale can 
 
 from __future__ import annotations
 
-import copy
 import gc
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import tiny
-from tiercel.model import pages
+from tiercel.model import pool as pools
 from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig
-from tiercel.model.pages import PAGE, Pool
-from tiercel.model.state import State, layer_state, nbytes_together
+from tiercel.model.pages import PAGE
+from tiercel.model.pool import Pool
+from tiercel.model.state import State, nbytes_together
 from tiercel.ops import cpu
 
 LAYERS = [AttentionConfig(heads=2, kv_heads=2, head_dim=4), AttentionConfig(heads=6, kv_heads=3, head_dim=20)]
@@ -34,12 +33,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(pages, "spoil", True)
+    monkeypatch.setattr(pools, "spoil", True)
     yield
 
 
 def new_state(pool: Pool | None = None, dtype: torch.dtype = torch.float32) -> State:
-    return State([[layer_state(config, dtype, CPU)] for config in LAYERS], "", pool)
+    return State([[config] for config in LAYERS], dtype, CPU, "", Pool() if pool is None else pool)
 
 
 def kv(layer: int, tokens: list[int]) -> torch.Tensor:
@@ -190,43 +189,6 @@ def test_a_trim_frees_pages_at_once_unless_somebody_else_needs_them() -> None:
     assert pool.nbytes == 7 * page
     del state
     assert pool.nbytes == 8 * page
-
-
-def test_large_pages_come_from_slabs_that_go_back_with_the_last_of_them() -> None:
-    pool, before = Pool(), psutil.Process().memory_info().rss
-    size = (1 << 20) // 4
-    pages = [pool.take(size, torch.float32, CPU) for _ in range(100)]
-    for page in pages:
-        page.memory.fill_(1.0)
-    addresses = sorted(page.address for page in pages)
-    assert all(b - a >= size * 4 for a, b in itertools.pairwise(addresses))
-    assert sum(b - a == size * 4 for a, b in itertools.pairwise(addresses)) >= 90
-    assert psutil.Process().memory_info().rss - before > 90 << 20
-    del page
-    pages.clear()
-    assert pool.nbytes <= Pool.KEPT
-    pool.free.clear()
-    pool.untouched.clear()
-    assert psutil.Process().memory_info().rss - before < 20 << 20
-
-
-def test_free_pages_are_used_again_and_not_hoarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = Pool()
-    state = new_state(pool)
-    extend(state, list(range(8 * PAGE)))
-    page, addresses = state.pages[0].nbytes, {page.address for page in state.pages}
-    del state
-    other = new_state(pool)
-    extend(other, list(range(5 * PAGE)))
-    assert {page.address for page in other.pages} <= addresses
-    del other
-    monkeypatch.setattr(Pool, "KEPT", 3 * page)
-    pool = Pool()
-    state = new_state(pool)
-    extend(state, list(range(8 * PAGE)))
-    del state
-    assert pool.nbytes == 3 * page
-    assert copy.deepcopy(pool).nbytes == 0
 
 
 def test_memory_is_flat_over_ten_thousand_forks() -> None:

@@ -164,6 +164,25 @@ def test_a_cut_before_the_kept_inputs_is_refused_and_changes_nothing(name: str, 
     assert torch.equal(net([more], [state])[0], net([more], [twin])[0])
 
 
+@pytest.mark.parametrize("name", RECURRENT)
+@torch.no_grad()
+def test_a_snapshot_before_the_first_boundary_keeps_no_state_and_one_after_it_does(name: str, network: Callable) -> None:
+    net, text = network(name), nasty.tokens(200)
+    state = net.new_state()
+    net([text[:20]], [state])
+    early = state.snapshot()
+    net([text[20:]], [state])
+    late = state.snapshot()
+    assert early.oldest == 0 and not any("S" in tensors for tensors, _ in early.layers)
+    assert late.oldest > 0 and all("S" in tensors for tensors, _ in late.layers)
+    more = nasty.tokens(9, seed=1)
+    for snapshot in (early, late, early):  # by a state that remembers something else, and the other way round
+        fresh = net.new_state()
+        fresh.restore(snapshot)
+        state.restore(snapshot)
+        assert torch.equal(net([more], [state])[0], net([more], [fresh])[0])
+
+
 @torch.no_grad()
 def test_attention_alone_can_be_cut_anywhere(network: Callable) -> None:
     net, text = network("mistral-window"), nasty.tokens(300)

@@ -51,6 +51,15 @@ def test_one_recording_serves_all_texts():
     assert len(recordings(network)) == 1
 
 
+def test_a_recording_made_in_inference_mode_serves_outside_of_it():
+    network = tiny.network(DENSE)
+    state, alone = network.new_state(), network.new_state()
+    for i, token in enumerate(torch.arange(12).split(1)):
+        with torch.inference_mode(i < 6):
+            assert torch.equal(network(token.clone(), state), live(network, token, alone))
+    assert len(recordings(network)) == 1
+
+
 def test_rows_of_a_batch_are_recorded_together_and_may_change_places():
     network = tiny.network(DENSE)
     states = [network.new_state() for _ in range(3)]

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiercel.model import pages
+from tiercel.model import pages, pool
 from tiercel.model import state as state_module
 from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig, Mamba1Config, Mamba2Config, RopeConfig
-from tiercel.model.state import State, layer_state
+from tiercel.model.pool import Pool
+from tiercel.model.state import State
 from tiercel.ops import cpu
 from tiercel.ops.attention import attention_reference
 from tiercel.ops.conv1d import conv1d_reference
@@ -44,7 +45,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     before, threads = cpu._native.isa(), cpu._native.threads()
     cpu._native.choose(request.param)
     monkeypatch.setattr(cpu, "empty", lambda *shape: torch.full(shape, math.nan))
-    monkeypatch.setattr(pages, "spoil", True)
+    monkeypatch.setattr(pool, "spoil", True)
     yield request.param
     cpu._native.choose(before)
     cpu._native.set_threads(threads)
@@ -54,7 +55,7 @@ def spoil_scratch() -> None:
     """Leave NaN in every thread's scratch: an attention over nothing else."""
     config = AttentionConfig(heads=16, kv_heads=2, head_dim=256)
     q, k = torch.full((64, 4096), math.nan), torch.full((64, 512), math.nan)
-    Attention(config).step([State([[layer_state(config, F32, CPU)]], "")], [64], q, k, k)
+    Attention(config).step([State([[config]], F32, CPU, "", Pool())], [64], q, k, k)
 
 
 class Attention:
@@ -181,7 +182,7 @@ def _grown(states: Sequence[State], lengths: Sequence[int], y: Tensor) -> Tensor
 
 
 def fresh(op: Any, dtype: torch.dtype) -> State:
-    return State([[layer_state(op.config, dtype, CPU)]], "")
+    return State([[op.config]], dtype, CPU, "", Pool())
 
 
 def play(op: Any, dtype: torch.dtype, inputs: Sequence[Tensor], cuts: Sequence[int], threads: int = 1) -> Tensor:

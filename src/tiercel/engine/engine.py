@@ -43,6 +43,7 @@ from tiercel.engine.speculative import FIRST_STEPS, LENGTHS, MOST, Drafter, Spec
 from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.on_device import OnDevice
+from tiercel.model.pages import PAGE
 from tiercel.model.state import State, nbytes_together
 from tiercel.ops import cpu
 from tiercel.sampling import SamplingParams
@@ -56,6 +57,9 @@ log = logging.getLogger("tiercel.engine")
 CACHE_SHARE, LARGEST_CACHE = 1 / 8, 4 << 30  # of the free memory when the engine starts
 PROMPT_SHARE = 4  # one prompt's snapshots on the way take at most this part of the cache
 CLOSEST = 128  # tokens between them, at least
+PAGES = 8  # of a text, for which memory is at hand
+LEFT = 3  # snapshots of it: on the way, of the prompt's end and of its own
+READY = 3.0  # seconds that a start waits for that; the rest comes while nobody asks
 
 
 class Model(Protocol):
@@ -226,7 +230,29 @@ class Engine:
         self.forget("warm-up")
         if self.drafter is not None:
             self._rehearse()
+        ready = time.perf_counter() + READY
+        while self.look_ahead() and time.perf_counter() < ready:
+            pass
         self._stats = Stats()
+
+    def look_ahead(self) -> bool:
+        """Have some more memory at hand for the answers to come, if there is not enough; whether that was done.
+        For who has nothing else to do: it takes milliseconds."""
+        with self._lock, contextlib.suppress(OSError):  # the system has none
+            (running, left), pool = self._at_hand, self.network.pool
+            wanted = running + max(0, min(left, self.cache.budget - self.cache.nbytes))
+            pool.keep = wanted + pool.SLAB  # a whole one goes back, or none
+            return pool.ahead(wanted)
+        return False
+
+    @cached_property
+    def _at_hand(self) -> tuple[int, int]:
+        """Bytes of all slots' states with some pages each, and of the snapshots that they leave."""
+        if isinstance(self.network, OnDevice):
+            return self.network.pool.KEEP, 0
+        state = self.network.new_state()
+        state.reserve(PAGES * PAGE)
+        return self.scheduler.slots * state.nbytes, LEFT * self.scheduler.slots * state.own_nbytes
 
     def _rehearse(self) -> None:
         """Steps with guesses: the first of a kind are slow (model/steps.py), and then it is known what they cost."""

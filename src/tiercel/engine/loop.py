@@ -28,6 +28,7 @@ from tiercel.sampling import SamplingParams
 
 BEHIND = 1024  # updates that a reader may leave unread: about 256 KiB of a stream
 FIRST = 0.003  # seconds that the engine waits at most for an answer's first text to be on its way
+REST = 0.2  # seconds without work after which the engine sees to memory
 TURNS = 8  # of the event loop until it is: it passes a queue, a task of its own and who waits for that
 
 log = logging.getLogger("tiercel.engine")
@@ -161,8 +162,16 @@ class AsyncEngine:
             elif self._stopped:
                 break
             else:
-                self._awake.wait()
+                self._rest()
         self._tell(self._ended.set)
+
+    def _rest(self) -> None:
+        """Until there is something to do.  After a while, see to memory for that: not at once, for who just got an
+        answer may ask again, or need the cores."""
+        if not self._awake.wait(REST):
+            while self.engine.look_ahead() and not self._awake.is_set():
+                pass
+            self._awake.wait()
 
     def _end_abandoned(self) -> None:
         while self._abandoned:

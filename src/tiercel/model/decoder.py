@@ -23,9 +23,9 @@ from tiercel.model.block import Block
 from tiercel.model.config import ModelConfig
 from tiercel.model.layers import Embedding, Linear, RMSNorm, hold, pack
 from tiercel.model.packed import PackedRows
-from tiercel.model.pages import Pool
+from tiercel.model.pool import Pool
 from tiercel.model.slots import SlotBatch, Slots
-from tiercel.model.state import State, layer_state
+from tiercel.model.state import State
 from tiercel.model.steps import Steps
 from tiercel.ops import cpu
 from tiercel.ops.linear import QTensor, torch_multiplies_bf16
@@ -41,7 +41,7 @@ class Decoder(nn.Module):
         self.head = Linear(config.width, config.vocab_size, bias=False)
         self._tie()
         self._steps = Steps()
-        self._pool = Pool()
+        self.pool = Pool()
         self.adapters = Adapters(self)
 
     @overload
@@ -245,11 +245,9 @@ class Decoder(nn.Module):
 
     def new_state(self, adapter: str | None = None) -> State:
         """An empty memory for one text, whose rows wear that adapter; RequestError when there is none of that name."""
-        device = self.embed.weight.device
-        layers = [[layer_state(m, self.dtype, device) for m in layer.mixers] for layer in self.config.layers]
-        if adapter is None:
-            return State(layers, self.fingerprint, self._pool)
-        state = State(layers, f"{self.fingerprint}+{self.adapters[adapter].id}", self._pool)
+        model = self.fingerprint if adapter is None else f"{self.fingerprint}+{self.adapters[adapter].id}"
+        mixers = [layer.mixers for layer in self.config.layers]
+        state = State(mixers, self.dtype, self.embed.weight.device, model, self.pool)
         state.adapter = adapter
         return state
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from tiercel.errors import RequestError
 from tiercel.model.decoder import Decoder
 from tiercel.model.graphs import LADDER, StepGraphs
-from tiercel.model.pages import Page, Pool
+from tiercel.model.pages import Page
+from tiercel.model.pool import Pool
 from tiercel.model.placed import place
 from tiercel.model.slots import PAGE, AttentionSlots, Mamba2Slots, Slots
-from tiercel.model.state import Snapshot, State, layer_state
+from tiercel.model.state import Snapshot, State
 
 SPARE = 2  # slots for what lives a moment: a text that starts again, a session that is saved
 SHARE = 0.85  # of the free memory that slots may take
@@ -154,10 +155,8 @@ class SlotState:
             return []
         numbers = torch.tensor([self.slots.pages[self.slot][i] for i in which], device=self.slots.device)
         flat = torch.cat([torch.stack((m.k[numbers], m.v[numbers]), 1).flatten(1) for m in caches], 1).cpu()
-        pages = [self.owner.pool.take(flat.shape[1], flat.dtype, flat.device) for _ in which]
-        for page, row in zip(pages, flat, strict=True):
-            page.memory.copy_(row)
-        return pages
+        pool = self.owner.pool
+        return [Page(pool.one(len(row), dtype=row.dtype, device=row.device).copy_(row)) for row in flat]
 
     def restore(self, snapshot: Snapshot) -> None:
         """Be as when the snapshot was taken.  RequestError for a CPU's with more open inputs than a slot has."""
@@ -201,9 +200,9 @@ class SlotState:
         return tokens, earlier
 
     def _on_host(self) -> State:
-        cpu, config = torch.device("cpu"), self.owner.config
-        layers = [[layer_state(m, self.slots.dtype, cpu) for m in layer.mixers] for layer in config.layers]
-        return State(layers, self.owner.fingerprint, self.owner.pool)
+        owner = self.owner
+        mixers = [layer.mixers for layer in owner.config.layers]
+        return State(mixers, self.slots.dtype, torch.device("cpu"), owner.fingerprint, owner.pool)
 
 
 def _parts(slots: Slots) -> list[AttentionSlots | Mamba2Slots]:

@@ -4,17 +4,13 @@ A page is memory for PAGE tokens of one text: for every attention layer, one lay
 all its kv heads, (2, K, PAGE, P).  All layers share a page because they grow, are cut and are shared together; so a
 long text is some hundred objects, not some ten thousand.
 
-A page is alive as long as any text or snapshot holds it: Python counts.  With its last holder gone, that moment, its
-memory goes to the pool for the next text.  Who shares its pages writes to none of them any more: full ones need no
+A page is alive as long as any text or snapshot holds it.  With its last holder gone, that moment, its memory goes to
+the pool for the next text (pool.py).  Who shares its pages writes to none of them any more: full ones need no
 writing, the last one is copied before the next token (`Pages.reserve`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
-from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,93 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tiercel.model.pool import Pool
+
 # tokens of a page (PAGE in ops/cpu/kernels.h): whole tiles of keys, and what a snapshot's last page may waste
 PAGE = 64
-
-spoil = os.environ.get("TIERCEL_SPOIL") == "1"  # fill memory with NaN when it is new and when it is free: for tests
-
-
-def memory(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that can be written to in and out of inference mode."""
-    with torch.inference_mode(False):
-        new = torch.empty(shape, dtype=dtype, device=device)
-    return new.fill_(torch.nan) if spoil else new
-
-
-LARGE = 2 << 20  # bytes of the system's large pages
-
-
-def slab(count: int, size: int, dtype: torch.dtype) -> Sequence[Tensor]:
-    """Memory of so many pages in one mapping, in the system's large pages where it has some: a step that reads the
-    keys of 16,000 tokens is some percent faster than from small ones.  It goes back with the last of its pages."""
-    nbytes = count * size * dtype.itemsize
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # private: what Python maps by default is shared, and gets no large pages
-        mapped = mmap.mmap(-1, nbytes + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without them
-            mapped.madvise(mmap.MADV_HUGEPAGE)
-    else:
-        mapped = mmap.mmap(-1, nbytes + LARGE)
-    with torch.inference_mode(False):
-        all_ = torch.frombuffer(mapped, dtype=torch.uint8)
-        begin = -all_.data_ptr() % LARGE
-        new = all_[begin : begin + nbytes].view(dtype).view(count, size)
-        return (new.fill_(torch.nan) if spoil else new).unbind()
-
-
-class Pool:
-    """Free pages, so that texts that come and go do not ask the system for memory every time.
-
-    A network has one.  It keeps at most KEPT bytes of each kind, so a copy of a network begins with an empty one.
-    """
-
-    KEPT = 128 << 20
-    SLAB, SMALL = 32 << 20, 256 << 10  # bytes asked for at once; pages below so many are asked for one by one
-
-    def __init__(self) -> None:
-        self.free: defaultdict[Any, deque[Tensor]] = defaultdict(deque)  # by size, dtype, device
-        self.untouched: defaultdict[Any, deque[Tensor]] = defaultdict(deque)  # the rest of a slab
-
-    def __deepcopy__(self, memo: Any) -> Pool:
-        return Pool()
-
-    def __reduce__(self) -> Any:
-        return Pool, ()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(free[0].nbytes * len(free) for free in self.free.values() if free)
-
-    def take(self, size: int, dtype: torch.dtype, device: torch.device) -> Page:
-        """A page of so many numbers; what they are is undefined."""
-        kind, nbytes = (size, dtype, device), size * dtype.itemsize
-        if free := self.free[kind]:
-            return Page(self, free.pop())
-        if device.type != "cpu" or nbytes < self.SMALL:
-            return Page(self, memory(size, dtype=dtype, device=device))
-        untouched = self.untouched[kind]
-        if not untouched:
-            untouched.extend(slab(max(1, self.SLAB // nbytes), size, dtype))
-        return Page(self, untouched.popleft())
-
-    def give(self, freed: Tensor) -> None:
-        if spoil:
-            freed.fill_(torch.nan)
-        free = self.free[freed.numel(), freed.dtype, freed.device]
-        if (len(free) + 1) * freed.nbytes <= self.KEPT:
-            free.append(freed)
-
 
 class Page:
     """Compared by identity: a page held twice is one page.  `memory` is flat; a layer knows where its part begins."""
 
-    __slots__ = ("address", "memory", "pool")
+    __slots__ = ("address", "memory")
 
-    def __init__(self, pool: Pool, memory: Tensor) -> None:
-        self.pool, self.memory, self.address = pool, memory, memory.data_ptr()
-
-    def __del__(self) -> None:
-        self.pool.give(self.memory)
+    def __init__(self, memory: Tensor) -> None:
+        self.memory, self.address = memory, memory.data_ptr()
 
     @property
     def nbytes(self) -> int:
@@ -160,7 +81,7 @@ class Pages(Sequence[Page]):
             self.held.append(page)
 
     def _new(self) -> Page:
-        return self.pool.take(self.size, self.dtype, self.device)
+        return Page(self.pool.one(self.size, dtype=self.dtype, device=self.device))
 
     def cut(self, length: int) -> None:
         """Let go of what lies wholly behind the first `length` tokens."""

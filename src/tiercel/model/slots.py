@@ -90,7 +90,7 @@ class Mamba2Slots:
             "x": self.x[slot][:, at % self.ring].transpose(0, 1),
             "dt": self.dt[slot][:, at % self.ring].t(),
             "B": self.B[slot][:, at % self.ring].transpose(0, 1),
-            "S": self.S[slot],
+            **({"S": self.S[slot]} if base else {}),
         }
         return {name: t.contiguous().cpu().clone() for name, t in here.items()}
 
@@ -105,7 +105,7 @@ class Mamba2Slots:
         at = at.to(self.S.device)
         self.x[slot][:, at], self.B[slot][:, at] = new["x"].transpose(0, 1), new["B"].transpose(0, 1)
         self.dt[slot][:, at] = new["dt"].t()
-        self.S[slot] = new["S"]
+        self.S[slot] = new.get("S", 0)
 
 
 class Slots:

@@ -45,7 +45,8 @@ from torch import Tensor
 import tiercel
 from tiercel.errors import FormatError, RequestError
 from tiercel.model.config import LARGEST, AttentionConfig, Mamba1Config, Mamba2Config, Mixer
-from tiercel.model.pages import PAGE, Page, Pages, Pool, memory
+from tiercel.model.pages import PAGE, Page, Pages
+from tiercel.model.pool import Pool, memory
 from tiercel.ops.scan import selective_scan
 
 TILE = 32  # keys that kernels read together: pages are whole tiles
@@ -210,6 +211,7 @@ class RecurrentState(LayerState):
         config: Mamba1Config | Mamba2Config,
         dtype: torch.dtype,
         device: torch.device,
+        pool: Pool,
         *,
         channels: int,
         x: tuple[int, ...],
@@ -219,13 +221,20 @@ class RecurrentState(LayerState):
     ) -> None:
         super().__init__(config, dtype, device)
         self.history, self.chunk = config.conv - 1, min(config.chunk, LONGEST_CHUNK)
-        rows = 2 * self.chunk
-        self.columns = memory(self.history + rows, channels, dtype=dtype, device=device)
-        # of one head's or group's tokens, one after another; named (L, H, P) and (L, G, N) like the ops' arguments
-        self.x = memory(*x[:-1], rows, x[-1], dtype=dtype, device=device).movedim(-2, 0)
-        self.B = memory(*B[:-1], rows, B[-1], dtype=dtype, device=device).movedim(-2, 0)
-        self.dt = memory(rows, *dt, dtype=torch.float32, device=device)
-        self.S = memory(*S, dtype=torch.float32, device=device).zero_()
+        self.pool, rows = pool, 2 * self.chunk
+        inputs = pool.several(
+            {
+                "columns": ((self.history + rows, channels), dtype),
+                # of one head's or group's tokens, one after another; named (L, H, P) and (L, G, N) like the ops' arguments
+                "x": ((*x[:-1], rows, x[-1]), dtype),
+                "B": ((*B[:-1], rows, B[-1]), dtype),
+                "dt": ((rows, *dt), torch.float32),
+            },
+            device,
+        )
+        self.columns, self.dt = inputs["columns"], inputs["dt"]
+        self.x, self.B = inputs["x"].movedim(-2, 0), inputs["B"].movedim(-2, 0)
+        self.S = pool.one(*S, dtype=torch.float32, device=device).zero_()
         self.columns[: self.history] = 0
         self._with_new: dict[str, Tensor] = {}
 
@@ -301,30 +310,42 @@ class RecurrentState(LayerState):
         self.base = base
 
     def tensors(self) -> dict[str, Tensor]:
+        """Without S before the first token: it is zero."""
         inputs = {name: tensor[: self.open] for name, tensor in self._inputs.items()}
-        return {"columns": self.columns[: self.history + self.open], **inputs, "S": self.S}
+        return {"columns": self.columns[: self.history + self.open], **inputs} | ({"S": self.S} if self.base else {})
+
+    def kept(self, ending: bool) -> dict[str, Tensor]:
+        """Copies of them; but S itself where this state is not used any more."""
+        inputs = self.tensors()
+        kept = {"S": S} if (S := inputs.pop("S", None)) is not None else {}
+        if kept and not ending:
+            kept = {"S": self.pool.one(*self.S.shape, dtype=self.S.dtype, device=self.device).copy_(self.S)}
+        copies = self.pool.several({name: (t.shape, t.dtype) for name, t in inputs.items()}, self.device)
+        return {name: copy.copy_(inputs[name]) for name, copy in copies.items()} | kept
 
     def adopt(self, tensors: dict[str, Tensor], length: int, base: int) -> None:
         self.base = LARGEST
         for name, tensor in tensors.items():
             self.buffers[name][: len(tensor)] = tensor
+        if "S" not in tensors:
+            self.S.zero_()
         self.base = base
 
     def shapes(self, length: int, base: int) -> dict[str, tuple[int, ...]]:
         if base % self.chunk or not 0 <= length - base <= 2 * self.chunk:
             raise ValueError("a boundary is where none can be")
         rows = dict.fromkeys(self._inputs, length - base) | {"columns": self.history + length - base}
-        rows["S"] = self.S.shape[0]
-        return {name: (rows[name], *tensor.shape[1:]) for name, tensor in self.tensors().items()}
+        rows |= {"S": self.S.shape[0]} if base else {}
+        return {name: (count, *self.buffers[name].shape[1:]) for name, count in rows.items()}
 
 
 class Mamba2State(RecurrentState):
     """The committed state (H, N, P) float32 and the open chunk; trims by length down to `base`."""
 
-    def __init__(self, config: Mamba2Config, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Mamba2Config, dtype: torch.dtype, device: torch.device, pool: Pool) -> None:
         H, P, N, G = config.heads, config.head_dim, config.state, config.groups
         super().__init__(
-            config, dtype, device, channels=config.channels, x=(H, P), dt=(H,), B=(G, N), S=(H, N, P)
+            config, dtype, device, pool, channels=config.channels, x=(H, P), dt=(H,), B=(G, N), S=(H, N, P)
         )  # fmt: skip
 
     def extend(self, x_LHP: Tensor, dt_LH: Tensor, B_LGN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
@@ -343,10 +364,10 @@ class Mamba1State(RecurrentState):
 
     RUNNING_LENGTH = -1
 
-    def __init__(self, config: Mamba1Config, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Mamba1Config, dtype: torch.dtype, device: torch.device, pool: Pool) -> None:
         I, N = config.inner, config.state
-        super().__init__(config, dtype, device, channels=I, x=(I,), dt=(I,), B=(N,), S=(N, I))
-        self.running = memory(N, I, dtype=torch.float32, device=device).zero_()
+        super().__init__(config, dtype, device, pool, channels=I, x=(I,), dt=(I,), B=(N,), S=(N, I))
+        self.running = pool.one(N, I, dtype=torch.float32, device=device).zero_()
 
     @property
     def size(self) -> int:
@@ -392,13 +413,13 @@ class Mamba1State(RecurrentState):
         self.words[self.RUNNING_LENGTH] = base
 
 
-def layer_state(config: Mixer, dtype: torch.dtype, device: torch.device) -> LayerState:
+def layer_state(config: Mixer, dtype: torch.dtype, device: torch.device, pool: Pool) -> LayerState:
     """An empty memory for one mixer; keys, values and inputs in `dtype`, S and dt in float32."""
     if isinstance(config, AttentionConfig):
         return AttentionState(config, dtype, device)
     if isinstance(config, Mamba2Config):
-        return Mamba2State(config, dtype, device)
-    return Mamba1State(config, dtype, device)
+        return Mamba2State(config, dtype, device, pool)
+    return Mamba1State(config, dtype, device, pool)
 
 
 @dataclass(frozen=True)
@@ -441,22 +462,24 @@ def nbytes_together(held: Iterable[State | Snapshot]) -> int:
 class State:
     """What a network remembers of one text: one `LayerState` per mixer of every layer.
 
-    pool: where its pages come from and go back to; that of the network, so that texts leave each other theirs.
-    adapter: what its rows wear (model/adapters.py).
+    mixers: of every layer.  model: its fingerprint, for files.  adapter: what its rows wear (model/adapters.py).
+    pool: where its memory comes from and goes back to; that of the network, so that texts leave each other theirs.
     """
 
     adapter: str | None = None
 
-    FORMAT = "tiercel-state-2"
+    FORMAT = "tiercel-state-3"
     LENGTH, PARTIALS, SEGMENTS, TABLE, HEADER = 0, 1, 2, 3, 4
 
-    def __init__(self, layers: Sequence[Sequence[LayerState]], model: str, pool: Pool | None = None) -> None:
-        self.layers, self.model = layers, model
+    def __init__(
+        self, mixers: Sequence[Sequence[Mixer]], dtype: torch.dtype, device: torch.device, model: str, pool: Pool
+    ) -> None:
+        self.mixers, self.dtype, self.device, self.model, self.pool = mixers, dtype, device, model, pool
+        self.layers = [[layer_state(config, dtype, device, pool) for config in layer] for layer in mixers]
         self._caches = [part for part in self._parts if isinstance(part, AttentionState)]
         self._recurrent = [part for part in self._parts if isinstance(part, RecurrentState)]
         self._chunks = list({part.chunk: part for part in self._recurrent}.values())  # one of each: they move together
-        size, first = sum(part.page_size for part in self._caches), self._parts[0]
-        self._pages = Pages(Pool() if pool is None else pool, size, first.dtype, first.device)
+        self._pages = Pages(pool, sum(part.page_size for part in self._caches), dtype, device)
         start = 0
         for cache in self._caches:
             cache.pages, cache.start = self._pages, start
@@ -486,11 +509,6 @@ class State:
     def address(self) -> int:
         """Where the words are; the same as long as the state lives."""
         return self.words.ctypes.data
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of keys, values and inputs."""
-        return self._parts[0].dtype
 
     @property
     def oldest(self) -> int:
@@ -564,11 +582,7 @@ class State:
     def snapshot(self, *, ending: bool = False) -> Snapshot:
         """A way back to here: pages shared, the rest copied; but S, which is most of it, is given away by a state that
         is not used after this (`ending`)."""
-        given = {"S"} if ending else set()
-        layers = tuple(
-            ({name: t if name in given else t.clone() for name, t in part.tensors().items()}, part.base)
-            for part in self._recurrent
-        )
+        layers = tuple((part.kept(ending), part.base) for part in self._recurrent)
         return Snapshot(self.length, self._pages.share(self.length), layers)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -584,8 +598,7 @@ class State:
 
     def fork(self) -> State:
         """A second state that continues from here on its own."""
-        layers = [[layer_state(p.config, p.dtype, p.device) for p in layer] for layer in self.layers]
-        twin = State(layers, self.model, self._pages.pool)
+        twin = State(self.mixers, self.dtype, self.device, self.model, self.pool)
         twin.adapter = self.adapter
         recurrent = tuple((part.tensors(), part.base) for part in self._recurrent)
         twin.restore(Snapshot(self.length, self._pages.share(self.length), recurrent))

@@ -33,7 +33,9 @@ class Step:
     def __init__(
         self, network: Decoder, tokens_T: Tensor, batch: Batch, states: Sequence[State], keep: int | None
     ) -> None:
-        self.batch, self.tape, self.tokens_T = batch, Tape(), tokens_T.clone()
+        self.batch, self.tape = batch, Tape()
+        with torch.inference_mode(False):  # it is written again outside of that mode, too
+            self.tokens_T = tokens_T.clone()
         self.parts = [
             (part._modules, name, child, child._forward_hooks)
             for part in network.modules()

@@ -1,0 +1,211 @@
+"""Memory that texts leave each other.
+
+What a text remembers is megabytes, written once and given up a second later: pages of keys and values, a recurrent
+state and its open inputs, snapshots of both.  From the system such memory is slow every time.  It comes in small pages,
+each cleaned when it is touched first (3 GB/s on our machine, and 0.4 GB/s where a virtual machine's host has to find it,
+too: 60 ms for a snapshot of a 0.5B), and goes back as soon as it is free.
+
+So a network has a pool: slabs in the system's large pages, and in them runs of bytes, each a tensor's memory.  A run is
+free again the moment the last view of it is gone: Python counts.  Free neighbours become one, a new run is the first
+that fits, where memory was used before if possible, and whole slabs go back when more is free than is kept.  `ahead`
+touches memory for those who will come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+spoil = os.environ.get("TIERCEL_SPOIL") == "1"  # fill memory with NaN when it is new and when it is free: for tests
+
+LARGE = 2 << 20  # bytes of the system's large pages
+ALIGN = 64  # bytes of a cache line
+
+Shape = tuple[Sequence[int], torch.dtype]
+
+
+def memory(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory of nobody's pool, that can be written to in and out of inference mode."""
+    with torch.inference_mode(False):
+        new = torch.empty(shape, dtype=dtype, device=device)
+    return new.fill_(torch.nan) if spoil else new
+
+
+class Run(np.ndarray):
+    """Some bytes of a slab.  numpy's own views of it have no `slab`: only the one that a tensor holds gives it back."""
+
+    slab: Slab | None = None
+    place: tuple[int, int]
+
+    def __del__(self) -> None:
+        if self.slab is not None:
+            self.slab.pool.give(self)
+
+
+class Slab:
+    """bytes: all of it · free: (start, stop) of what is, in order, no two of them neighbours · touched: everything
+    before this has been, nothing behind it"""
+
+    def __init__(self, pool: Pool, nbytes: int) -> None:
+        self.pool, self.nbytes = pool, nbytes
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # private: what Python maps by default is shared, and gets no large pages
+            mapped = mmap.mmap(-1, nbytes + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):  # a kernel without them
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            mapped = mmap.mmap(-1, nbytes + LARGE)
+        all_ = np.frombuffer(mapped, dtype=np.uint8)
+        begin = -all_.ctypes.data % LARGE
+        self.bytes = all_[begin : begin + nbytes]
+        self.free = [(0, nbytes)]
+        self.touched = 0
+
+    def take(self, nbytes: int, stop: int) -> Run | None:
+        """The first run of so many free bytes that ends before `stop`."""
+        for i, (start, end) in enumerate(self.free):
+            if start + nbytes > stop:
+                return None
+            if end - start >= nbytes:
+                self.free[i : i + 1] = [(start + nbytes, end)] if end - start > nbytes else []
+                self.touched = max(self.touched, start + nbytes)
+                run: Run = self.bytes[start : start + nbytes].view(Run)
+                run.slab, run.place = self, (start, start + nbytes)
+                return run
+        return None
+
+    def give(self, start: int, stop: int) -> None:
+        i = bisect_left(self.free, (start, stop))
+        if i < len(self.free) and self.free[i][0] == stop:
+            stop = self.free.pop(i)[1]
+        if i and self.free[i - 1][1] == start:
+            i -= 1
+            start = self.free.pop(i)[0]
+        self.free.insert(i, (start, stop))
+
+    @property
+    def unused(self) -> bool:
+        return self.free == [(0, self.nbytes)]
+
+
+class Pool:
+    """A network has one; a copy of a network begins with an empty one.  From any thread.
+
+    keep: bytes of free memory up to which slabs that nobody uses are kept
+    """
+
+    KEEP = 128 << 20
+    SLAB, SMALL = 64 << 20, 256 << 10  # bytes asked for at once; what is below so many is left to malloc
+    STEP = LARGE  # bytes that each of torch's threads touches at once
+
+    def __init__(self) -> None:
+        self.slabs: list[Slab] = []
+        self.keep = self.KEEP
+        self._held = 0  # bytes of runs that are out
+        self._given: deque[tuple[Slab, int, int]] = deque()  # runs that came back, not yet in their slabs
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: Any) -> Pool:
+        return Pool()
+
+    def __reduce__(self) -> Any:
+        return Pool, ()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is free and was touched: it costs, and is there at once."""
+        self._settle()
+        return sum(slab.touched for slab in self.slabs) - self._held
+
+    def take(self, nbytes: int, device: torch.device) -> Tensor:
+        """So many bytes (uint8), aligned for everybody; what they are is undefined.  They can be written to in and out
+        of inference mode."""
+        with torch.inference_mode(False):
+            if device.type != "cpu" or nbytes < (1 if spoil else self.SMALL):
+                new = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            else:
+                new = torch.from_numpy(self._run(-(-nbytes // ALIGN) * ALIGN))[:nbytes]
+            return new.fill_(255) if spoil else new  # 255s are NaN in every dtype of ours
+
+    def several(self, shapes: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
+        """Tensors that come and go together, in one run."""
+        starts, end = {}, 0
+        for name, (shape, dtype) in shapes.items():
+            starts[name] = end
+            end += -(-int(np.prod(shape)) * dtype.itemsize // ALIGN) * ALIGN
+        run, out = self.take(end, device), {}
+        with torch.inference_mode(False):
+            for name, (shape, dtype) in shapes.items():
+                nbytes = int(np.prod(shape)) * dtype.itemsize
+                out[name] = run[starts[name] : starts[name] + nbytes].view(dtype).view(tuple(shape))
+        return out
+
+    def one(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.several({"it": (shape, dtype)}, device)["it"]
+
+    def ahead(self, nbytes: int) -> bool:
+        """Touch a little more memory if less than so many bytes are free and were; whether that was done."""
+        if nbytes < self.STEP or self.nbytes >= nbytes:
+            return False
+        with self._lock:
+            slab = next((slab for slab in self.slabs if slab.touched < slab.nbytes), None) or self._new(0)
+            stop = min(slab.touched + self.STEP * torch.get_num_threads(), slab.nbytes)
+            torch.from_numpy(slab.bytes[slab.touched : stop]).zero_()
+            slab.touched = stop
+        return True
+
+    def give(self, run: Run) -> None:
+        """Called by a run that nobody holds any more, perhaps in the middle of `take`: garbage is collected anywhere."""
+        if spoil:
+            run.fill(255)
+        assert run.slab is not None
+        self._given.append((run.slab, *run.place))
+        self._settle()
+
+    def _run(self, nbytes: int) -> Run:
+        with self._lock:
+            self._put_back()
+            for touched in (True, False):
+                for slab in self.slabs:
+                    if (run := slab.take(nbytes, slab.touched if touched else slab.nbytes)) is not None:
+                        break
+                else:
+                    continue
+                break
+            else:
+                run = self._new(nbytes).take(nbytes, nbytes)
+            assert run is not None
+            self._held += nbytes
+            return run
+
+    def _new(self, nbytes: int) -> Slab:
+        self.slabs.append(Slab(self, max(nbytes, self.SLAB)))
+        return self.slabs[-1]
+
+    def _settle(self) -> None:
+        if self._given and self._lock.acquire(blocking=False):
+            try:
+                self._put_back()
+            finally:
+                self._lock.release()
+
+    def _put_back(self) -> None:
+        """What was given, into its slabs; the lock is held."""
+        while self._given:
+            slab, start, stop = self._given.popleft()
+            slab.give(start, stop)
+            self._held -= stop - start
+        free = sum(slab.touched for slab in self.slabs) - self._held
+        while free > self.keep and (unused := next((slab for slab in self.slabs if slab.unused), None)) is not None:
+            self.slabs.remove(unused)
+            free -= unused.touched

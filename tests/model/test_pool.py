@@ -1,0 +1,173 @@
+"""What texts remember lies in memory that they leave each other: no two of them in the same bytes, none lost, and no
+more kept than is said.
+
+The twin is a list of the runs that are out, each with a number that fills it.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import threading
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tiny
+from tiercel.model import pool as pools
+from tiercel.model.pool import ALIGN, Pool
+
+CPU = torch.device("cpu")
+MB = 1 << 20
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slabs of 64 KB, so that there are many, for runs of any size."""
+    monkeypatch.setattr(Pool, "SLAB", 64 << 10)
+    monkeypatch.setattr(Pool, "SMALL", 1)
+    monkeypatch.setattr(Pool, "STEP", 4096)
+    monkeypatch.setattr(Pool, "KEEP", 128 << 10)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    operations=st.lists(
+        st.tuples(st.sampled_from("take take take free free ahead view".split()), st.integers(0, 90_000), st.integers(0)),
+        min_size=5,
+        max_size=80,
+    )
+)
+@pytest.mark.usefixtures("small")
+def test_runs_never_meet_and_nothing_is_lost(operations: list[Any]) -> None:
+    pool = Pool()
+    out: list[tuple[torch.Tensor, int]] = []
+    for number, (what, size, which) in enumerate(operations):
+        if what == "take":
+            out.append((pool.take(size, CPU).fill_(number % 251), number % 251))
+            assert out[-1][0].shape == (size,) and (not size or out[-1][0].data_ptr() % ALIGN == 0)
+        elif what == "free" and out:
+            del out[which % len(out)]
+        elif what == "view" and out:  # a part of it keeps all of it
+            out[which % len(out)] = out[which % len(out)][0][1::2], out[which % len(out)][1]
+        elif what == "ahead":
+            before = pool.nbytes
+            assert pool.ahead(size) == (before < size and size >= Pool.STEP)
+            assert pool.nbytes >= min(before + 1, size) or size < Pool.STEP
+        assert all((run == value).all() for run, value in out)
+        held = sum(-(-run.untyped_storage().nbytes() // ALIGN) * ALIGN for run, _ in out)
+        free = sum(stop - start for slab in pool.slabs for start, stop in slab.free)
+        assert held + free == sum(slab.nbytes for slab in pool.slabs)
+        assert held + pool.nbytes == sum(slab.touched for slab in pool.slabs)
+        assert all(a[1] < b[0] for slab in pool.slabs for a, b in itertools.pairwise(slab.free))
+    out.clear()
+    assert pool.nbytes <= Pool.KEEP + Pool.SLAB
+
+
+@pytest.mark.usefixtures("small")
+def test_memory_that_was_used_is_used_again_before_any_other() -> None:
+    pool = Pool()
+    first = [pool.take(10_000, CPU) for _ in range(9)]  # two slabs
+    addresses = {run.data_ptr() for run in first}
+    first[3:] = []  # in the first slab some memory is left that nobody has touched
+    again = [pool.take(10_000, CPU) for _ in range(6)]
+    assert {run.data_ptr() for run in again} <= addresses
+
+
+def test_slabs_go_back_to_the_system_with_the_last_who_used_them() -> None:
+    process, pool = psutil.Process(), Pool()
+    before = process.memory_info().rss
+    runs = [pool.take(3 * MB, CPU).fill_(1) for _ in range(100)]
+    assert process.memory_info().rss - before > 280 * MB
+    runs[1:] = []
+    assert 128 * MB - Pool.SLAB <= pool.nbytes <= 128 * MB  # some is kept for the next
+    assert process.memory_info().rss - before < 140 * MB
+    pool.keep = 0
+    runs.clear()
+    assert pool.nbytes == 0 and pool.slabs == []
+    assert process.memory_info().rss - before < 10 * MB
+    runs.append(pool.take(3 * MB, CPU))
+    assert copy.deepcopy(pool).slabs == []
+
+
+def test_memory_asked_for_ahead_is_there() -> None:
+    process, pool = psutil.Process(), Pool()
+    before, turns = process.memory_info().rss, 0
+    while pool.ahead(100 * MB):
+        turns += 1
+    assert turns == 50 and 100 * MB <= pool.nbytes < 104 * MB
+    assert process.memory_info().rss - before > 95 * MB
+    runs = [pool.take(10 * MB, CPU).fill_(1) for _ in range(9)]  # what does not fit before a slab's end comes after it
+    assert process.memory_info().rss - before < 115 * MB
+    assert not pool.ahead(1 * MB), "not worth a slab"
+    del runs
+
+
+@pytest.mark.usefixtures("small")
+def test_threads_take_and_give_at_once() -> None:
+    pool, wrong = Pool(), []
+
+    def work(seed: int) -> None:
+        generator, mine = torch.Generator().manual_seed(seed), []
+        for _ in range(400):
+            size = int(torch.randint(1, 30_000, (1,), generator=generator))
+            mine.append(pool.take(size, CPU).fill_(seed))
+            if len(mine) > 7:
+                run = mine.pop(size % 7)
+                wrong.extend([seed] if not (run == seed).all() else [])
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    gc.collect()
+    assert 0 <= pool.nbytes <= sum(slab.nbytes for slab in pool.slabs)
+    assert pool._held == 0
+
+
+@pytest.mark.usefixtures("small")
+@torch.no_grad()
+def test_a_text_that_ends_leaves_all_its_memory_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "spoil", True)
+    network = tiny.network("attention+mamba2 mamba1 attention mamba2", max_length=512)
+    text = torch.randint(0, 300, (200,), generator=torch.Generator().manual_seed(1))
+
+    def read() -> tuple[torch.Tensor, Any]:
+        state = network.new_state()
+        network(text[:150], state)
+        middle = state.snapshot()
+        logits = network(text[150:], state)
+        return logits, (middle, state.snapshot(ending=True))
+
+    expected, snapshots = read()
+    touched = network.pool.nbytes + network.pool._held
+    del snapshots
+    for _ in range(5):
+        assert torch.equal(read()[0], expected)
+    assert network.pool._held == 0
+    assert network.pool.nbytes <= touched
+
+
+def test_small_things_are_left_to_malloc() -> None:
+    pool = Pool()
+    kept = [pool.take(1000, CPU) for _ in range(100)]
+    assert pool.slabs == [] and len(kept) == 100
+
+
+def test_a_dtype_and_a_mode_of_torch_make_no_difference() -> None:
+    pool = Pool()
+    shapes = {"a": ((3, 5), torch.bfloat16), "b": ((0, 7), torch.float32), "c": ((200_000,), torch.float32)}
+    with torch.inference_mode():
+        several = pool.several(shapes, CPU)
+    assert not any(tensor.is_inference() for tensor in several.values())
+    for name, (shape, dtype) in shapes.items():
+        assert several[name].shape == shape and several[name].dtype == dtype and several[name].is_contiguous()
+        several[name].fill_(1)
+    assert several["a"].sum() == 15 and several["c"].sum() == 200_000
