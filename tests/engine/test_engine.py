@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tiny
+from tiercel.engine import engine as engines
 from tiercel.engine.scheduler import BESIDE, Scheduler
 from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
@@ -159,10 +160,10 @@ def test_a_conversation_is_read_once_with_its_branches(words):
     assert ask(list(third)) <= 1 + 64  # asked again
 
 
-def test_where_two_prompts_part_the_third_goes_on(net):
+def test_where_two_prompts_part_the_third_goes_on(net, monkeypatch):
     """The second visit leaves a snapshot at the place, also where none of those on the way is near."""
     e = engine(net)
-    e.cache.largest = 1 << 24  # so costly that a prompt gets few on the way
+    monkeypatch.setattr(engines, "DEAREST", 1)  # so costly that a prompt gets none on the way
     system = ids(700)
     for i in range(3):
         request = e.add(system + ids(300, seed=i + 1), greedy(1))
@@ -170,9 +171,21 @@ def test_where_two_prompts_part_the_third_goes_on(net):
     assert request.cached_tokens == 700
 
 
-def test_a_hint_where_the_last_turn_began(net):
+def test_snapshots_on_the_way_are_no_closer_than_they_are_worth(net, monkeypatch):
+    """As many bytes for each token as a Transformer would keep, at most: large states leave few."""
+    own = net.new_state().own_nbytes
+    for tokens, places in ((64, [128, 256, 384, 512]), (256, [256, 512]), (300, [304])):
+        monkeypatch.setattr(engines, "DEAREST", own / tokens)
+        e = engine(net)
+        e.add(ids(600), greedy(1))
+        run(e)
+        found = sorted(node.entry.length for node in e.cache.nodes)
+        assert [length for length in found if length < 576] == places
+
+
+def test_a_hint_where_the_last_turn_began(net, monkeypatch):
     e = engine(net)
-    e.cache.largest = 1 << 24
+    monkeypatch.setattr(engines, "DEAREST", 1)
     history, question = ids(700), ids(300, seed=1)
     e.add(history + question, greedy(1), turn=700)
     run(e)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import secrets
 import threading
 import time
@@ -57,8 +58,9 @@ log = logging.getLogger("tiercel.engine")
 CACHE_SHARE, LARGEST_CACHE = 1 / 8, 4 << 30  # of the free memory when the engine starts
 PROMPT_SHARE = 4  # one prompt's snapshots on the way take at most this part of the cache
 CLOSEST = 128  # tokens between them, at least
+DEAREST = 128 << 10  # and bytes of one for each token since the one before, at most: about a Transformer's cache
 PAGES = 8  # of a text, for which memory is at hand
-LEFT = 3  # snapshots of it: on the way, of the prompt's end and of its own
+LEFT = 2  # snapshots of it: of the prompt's end and of its own
 READY = 3.0  # seconds that a start waits for that; the rest comes while nobody asks
 
 
@@ -466,9 +468,9 @@ class Engine:
             wanted.add(shared)  # two texts part here, for the second time
         choice.marks = sorted(mark for mark in wanted if choice.length < mark <= prompt)
         if state.grid:
-            cost = (self.cache.largest or state.own_nbytes) * prompt / state.grid
-            fewest = -(-CLOSEST // state.grid)
-            choice.spacing = state.grid * max(fewest, -int(-cost // max(self.cache.budget / PROMPT_SHARE, 1)))
+            one, room = state.own_nbytes, max(self.cache.budget / PROMPT_SHARE, 1)
+            spacing = max(CLOSEST, one / DEAREST, one * prompt / room)
+            choice.spacing = math.ceil(spacing / state.grid) * state.grid
 
     def _stop(self, choice: Choice) -> int:
         """The length a forward must not pass, so that a snapshot can be taken for what is marked."""

@@ -89,7 +89,6 @@ class PrefixCache:
         self.nodes: set[Node] = set()  # those with an entry
         self.nbytes = self.disk_bytes = 0
         self.clock = self.evictions = 0
-        self.largest = 0  # bytes of the largest snapshot so far, pages aside: what one more may cost
         self._pages: Counter[Page] = Counter()  # how many snapshots hold a page; it is counted once
         self._files: set[Path] = set()
         if spill is not None:
@@ -113,7 +112,6 @@ class PrefixCache:
     def put(self, key: str, tokens: Sequence[int], snapshot: Snapshot, *, place: bool) -> None:
         """Keep a snapshot of these tokens, if it fits.  place: where people come back to, not somewhere on the way."""
         assert snapshot.length == len(tokens), "a snapshot holds its own tokens and no others"
-        self.largest = max(self.largest, snapshot.own_nbytes)
         if not tokens or snapshot.nbytes > self.budget:
             return
         node = self._node(key, list(tokens))
