@@ -46,10 +46,10 @@ def prefill(network: Decoder, tokens: Tensor, state: State, progress: Progress |
 
 def generate_reference(network: Decoder, prompt: Sequence[int], count: int) -> list[int]:
     """Greedy tokens without any memory: everything is read again for every token.  What the cache must equal."""
-    tokens = list(prompt)
+    tokens, device = list(prompt), network.embed.weight.device
     with torch.no_grad():
         for _ in range(count):
-            tokens.append(int(network(torch.tensor(tokens), keep=1)[-1].argmax()))
+            tokens.append(int(network(torch.tensor(tokens, device=device), keep=1)[-1].argmax()))
     return tokens[len(prompt) :]
 
 

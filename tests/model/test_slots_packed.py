@@ -29,7 +29,7 @@ SIZES = dict(width=256, ffn_width=256, repeat=1, mamba_head_dim=128, head_dim=64
 def networks(request):
     """One whose matrices are packed, and a plain one of the same numbers."""
     plain = tiny.network("attention+mamba2", native=False, **SIZES).requires_grad_(False)
-    packed = copy.deepcopy(plain)
+    packed = copy.deepcopy(plain).to(DEVICE)
     for a, b in zip(plain.modules(), packed.modules(), strict=True):
         if request.param != "plain" and isinstance(a, (Linear, Embedding)) and quant.fits("Q6_K", a.weight.shape[1]):
             q = QTensor(request.param, tuple(a.weight.shape))

@@ -166,7 +166,7 @@ def test_a_cut_before_the_kept_inputs_is_refused_and_changes_nothing(name: str, 
 
 @pytest.mark.parametrize("name", RECURRENT)
 @torch.no_grad()
-def test_a_snapshot_before_the_first_boundary_keeps_no_state_and_one_after_it_does(name: str, network: Callable) -> None:
+def test_a_snapshot_before_the_first_boundary_keeps_no_state_and_later_ones_do(name: str, network: Callable) -> None:
     net, text = network(name), nasty.tokens(200)
     state = net.new_state()
     net([text[:20]], [state])

@@ -17,8 +17,8 @@ from tiercel.errors import RequestError
 from tiercel.model.decoder import Decoder
 from tiercel.model.graphs import LADDER, StepGraphs
 from tiercel.model.pages import Page
-from tiercel.model.pool import Pool
 from tiercel.model.placed import place
+from tiercel.model.pool import Pool
 from tiercel.model.slots import PAGE, AttentionSlots, Mamba2Slots, Slots
 from tiercel.model.state import Snapshot, State
 

@@ -23,6 +23,7 @@ from tiercel.model.pool import Pool
 # tokens of a page (PAGE in ops/cpu/kernels.h): whole tiles of keys, and what a snapshot's last page may waste
 PAGE = 64
 
+
 class Page:
     """Compared by identity: a page held twice is one page.  `memory` is flat; a layer knows where its part begins."""
 

@@ -2,8 +2,8 @@
 
 What a text remembers is megabytes, written once and given up a second later: pages of keys and values, a recurrent
 state and its open inputs, snapshots of both.  From the system such memory is slow every time.  It comes in small pages,
-each cleaned when it is touched first (3 GB/s on our machine, and 0.4 GB/s where a virtual machine's host has to find it,
-too: 60 ms for a snapshot of a 0.5B), and goes back as soon as it is free.
+each cleaned when it is touched first (3 GB/s on our machine, and 0.4 where a virtual machine's host has to find it, too:
+60 ms for a snapshot of a 0.5B), and goes back as soon as it is free.
 
 So a network has a pool: slabs in the system's large pages, and in them runs of bytes, each a tensor's memory.  A run is
 free again the moment the last view of it is gone: Python counts.  Free neighbours become one, a new run is the first
@@ -165,7 +165,7 @@ class Pool:
         return True
 
     def give(self, run: Run) -> None:
-        """Called by a run that nobody holds any more, perhaps in the middle of `take`: garbage is collected anywhere."""
+        """Called by a run that nobody holds any more; perhaps in the middle of `take`, as garbage is collected."""
         if spoil:
             run.fill(255)
         assert run.slab is not None

@@ -225,7 +225,7 @@ class RecurrentState(LayerState):
         inputs = pool.several(
             {
                 "columns": ((self.history + rows, channels), dtype),
-                # of one head's or group's tokens, one after another; named (L, H, P) and (L, G, N) like the ops' arguments
+                # of a head's or group's tokens, one after another; named (L, H, P) and (L, G, N) like ops' arguments
                 "x": ((*x[:-1], rows, x[-1]), dtype),
                 "B": ((*B[:-1], rows, B[-1]), dtype),
                 "dt": ((rows, *dt), torch.float32),

@@ -24,6 +24,7 @@ from tiercel.ops.triton.ssd import SMALLEST
 
 CHUNK = 64
 WIDEST = 128  # head_dim, of which a program holds all
+NARROWEST = 32  # Triton 3.6 reads beyond its shared memory where eight warps share a product 16 wide
 WARPS, STAGES = 8, 1  # a chunk's matrices fill the registers of eight warps; loads under way would cost shared memory
 _HALVES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -266,7 +267,7 @@ class PackedSSD(torch.autograd.Function):
         dt_TH, document_BL = dt_TH.contiguous(), document_BL.contiguous()
         Q = max(16, min(CHUNK, triton.next_power_of_2(L)))
         chunks = triton.cdiv(L, Q)
-        BN, BP = (max(16, min(64, triton.next_power_of_2(n))) for n in (N, P))
+        BN, BP = (max(NARROWEST, min(64, triton.next_power_of_2(n))) for n in (N, P))
         shape = dict(
             Q=Q, BN=BN, BP=BP, HALF=None if half is None else _HALVES[half], num_warps=WARPS, num_stages=STAGES
         )
@@ -304,7 +305,7 @@ class PackedSSD(torch.autograd.Function):
                 BACK=True, **shape,
             )  # fmt: skip
             _pass_on[(rows, H, triton.cdiv(N * P, 1024))](dS, through_KH, chunks, H, N * P, BACK=True, BLOCK=1024)
-        whole = shape | dict(BP=max(16, triton.next_power_of_2(P)))
+        whole = shape | dict(BP=max(NARROWEST, triton.next_power_of_2(P)))
         dC, dx, dB = (torch.empty(t.shape, dtype=t.dtype, device=device) for t in (C_TGN, x_THP, B_TGN))
         ddt = torch.empty_like(dt_TH)
         dA_KH = torch.empty(K, H, dtype=torch.float64, device=device)

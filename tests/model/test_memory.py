@@ -38,7 +38,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     operations=st.lists(
-        st.tuples(st.sampled_from("take take take free free ahead view".split()), st.integers(0, 90_000), st.integers(0)),
+        st.tuples(
+            st.sampled_from("take take take free free ahead view".split()), st.integers(0, 90_000), st.integers(0)
+        ),
         min_size=5,
         max_size=80,
     )
