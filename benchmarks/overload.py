@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -70,22 +71,21 @@ def serving(folder: Path, **limits: Any) -> Iterator[Server]:
         env=os.environ | {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", "TIERCEL_HOME": str(folder / "home")},
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    server, lines = Server(process, port), process.stderr
+    assert lines is not None
+    # its further lines are read, so that the pipe does not fill
+    follower = threading.Thread(target=lambda: server.log.extend(lines), daemon=True)
     try:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "listening" in line:
-                break
-        else:
+        if not any("listening" in line for line in lines):
             raise SystemExit("the server did not start")
-        # its further lines are read, so that the pipe does not fill
-        import threading
-
-        server = Server(process, port)
-        threading.Thread(target=lambda: server.log.extend(process.stderr or ()), daemon=True).start()
+        follower.start()
         yield server
     finally:
         process.kill()
         process.wait()
+        if follower.ident is not None:
+            follower.join()
+        lines.close()
 
 
 @dataclass

@@ -66,6 +66,7 @@ def test_runs_never_meet_and_nothing_is_lost(operations: list[Any]) -> None:
         free = sum(stop - start for slab in pool.slabs for start, stop in slab.free)
         assert held + free == sum(slab.nbytes for slab in pool.slabs)
         assert held + pool.nbytes == sum(slab.touched for slab in pool.slabs)
+        assert all(slab.largest >= max((b - a for a, b in slab.free), default=0) for slab in pool.slabs)
         assert all(a[1] < b[0] for slab in pool.slabs for a, b in itertools.pairwise(slab.free))
     out.clear()
     assert pool.nbytes <= Pool.KEEP + Pool.SLAB

@@ -2,8 +2,8 @@
 
 What a text remembers is megabytes, written once and given up a second later: pages of keys and values, a recurrent
 state and its open inputs, snapshots of both.  From the system such memory is slow every time.  It comes in small pages,
-each cleaned when it is touched first (3 GB/s on our machine, and 0.4 where a virtual machine's host has to find it, too:
-60 ms for a snapshot of a 0.5B), and goes back as soon as it is free.
+each cleaned when it is touched first, and goes back as soon as it is free.  That is 3 GB/s on our machine, and 0.4 in a
+virtual one whose host has to find the memory, too: 100 ms for a snapshot of a 0.5B.
 
 So a network has a pool: slabs in the system's large pages, and in them runs of bytes, each a tensor's memory.  A run is
 free again the moment the last view of it is gone: Python counts.  Free neighbours become one, a new run is the first
@@ -19,7 +19,7 @@ import os
 import threading
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,8 +53,8 @@ class Run(np.ndarray):
 
 
 class Slab:
-    """bytes: all of it · free: (start, stop) of what is, in order, no two of them neighbours · touched: everything
-    before this has been, nothing behind it"""
+    """bytes: all of it · free: (start, stop) of what is, in order, no two of them neighbours · largest: of these, or
+    more · touched: everything before this has been, nothing behind it"""
 
     def __init__(self, pool: Pool, nbytes: int) -> None:
         self.pool, self.nbytes = pool, nbytes
@@ -68,11 +68,13 @@ class Slab:
         all_ = np.frombuffer(mapped, dtype=np.uint8)
         begin = -all_.ctypes.data % LARGE
         self.bytes = all_[begin : begin + nbytes]
-        self.free = [(0, nbytes)]
+        self.free, self.largest = [(0, nbytes)], nbytes
         self.touched = 0
 
     def take(self, nbytes: int, stop: int) -> Run | None:
         """The first run of so many free bytes that ends before `stop`."""
+        if nbytes > self.largest:
+            return None
         for i, (start, end) in enumerate(self.free):
             if start + nbytes > stop:
                 return None
@@ -82,6 +84,7 @@ class Slab:
                 run: Run = self.bytes[start : start + nbytes].view(Run)
                 run.slab, run.place = self, (start, start + nbytes)
                 return run
+        self.largest = max((end - start for start, end in self.free), default=0)
         return None
 
     def give(self, start: int, stop: int) -> None:
@@ -92,6 +95,7 @@ class Slab:
             i -= 1
             start = self.free.pop(i)[0]
         self.free.insert(i, (start, stop))
+        self.largest = max(self.largest, stop - start)
 
     @property
     def unused(self) -> bool:
@@ -111,7 +115,8 @@ class Pool:
     def __init__(self) -> None:
         self.slabs: list[Slab] = []
         self.keep = self.KEEP
-        self._held = 0  # bytes of runs that are out
+        self._held = self._touched = 0  # bytes of runs that are out, and of slabs that were touched
+        self._lucky: Slab | None = None
         self._given: deque[tuple[Slab, int, int]] = deque()  # runs that came back, not yet in their slabs
         self._lock = threading.Lock()
 
@@ -125,7 +130,7 @@ class Pool:
     def nbytes(self) -> int:
         """Memory that is free and was touched: it costs, and is there at once."""
         self._settle()
-        return sum(slab.touched for slab in self.slabs) - self._held
+        return self._touched - self._held
 
     def take(self, nbytes: int, device: torch.device) -> Tensor:
         """So many bytes (uint8), aligned for everybody; what they are is undefined.  They can be written to in and out
@@ -161,6 +166,7 @@ class Pool:
             slab = next((slab for slab in self.slabs if slab.touched < slab.nbytes), None) or self._new(0)
             stop = min(slab.touched + self.STEP * torch.get_num_threads(), slab.nbytes)
             torch.from_numpy(slab.bytes[slab.touched : stop]).zero_()
+            self._touched += stop - slab.touched
             slab.touched = stop
         return True
 
@@ -175,18 +181,30 @@ class Pool:
     def _run(self, nbytes: int) -> Run:
         with self._lock:
             self._put_back()
-            for touched in (True, False):
-                for slab in self.slabs:
-                    if (run := slab.take(nbytes, slab.touched if touched else slab.nbytes)) is not None:
-                        break
-                else:
-                    continue
-                break
-            else:
-                run = self._new(nbytes).take(nbytes, nbytes)
-            assert run is not None
             self._held += nbytes
+            for slab in self._by_luck():
+                if (run := slab.take(nbytes, slab.touched)) is not None:
+                    self._lucky = slab
+                    return run
+            for slab in self.slabs:
+                if (run := self._fresh(slab, nbytes)) is not None:
+                    return run
+            run = self._fresh(self._new(nbytes), nbytes)
+            assert run is not None
             return run
+
+    def _by_luck(self) -> Iterator[Slab]:
+        """All slabs, the one first that had room last: a state's many runs are taken one after another."""
+        if self._lucky is not None:
+            yield self._lucky
+        yield from self.slabs
+
+    def _fresh(self, slab: Slab, nbytes: int) -> Run | None:
+        """A run of which some was never touched."""
+        before = slab.touched
+        run = slab.take(nbytes, slab.nbytes)
+        self._touched += slab.touched - before
+        return run
 
     def _new(self, nbytes: int) -> Slab:
         self.slabs.append(Slab(self, max(nbytes, self.SLAB)))
@@ -205,7 +223,10 @@ class Pool:
             slab, start, stop = self._given.popleft()
             slab.give(start, stop)
             self._held -= stop - start
-        free = sum(slab.touched for slab in self.slabs) - self._held
-        while free > self.keep and (unused := next((slab for slab in self.slabs if slab.unused), None)) is not None:
+        while self._touched - self._held > self.keep:
+            unused = next((slab for slab in self.slabs if slab.unused), None)
+            if unused is None:
+                break
             self.slabs.remove(unused)
-            free -= unused.touched
+            self._lucky = None if self._lucky is unused else self._lucky
+            self._touched -= unused.touched
