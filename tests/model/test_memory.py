@@ -158,10 +158,10 @@ def test_a_text_that_ends_leaves_all_its_memory_to_the_next(monkeypatch: pytest.
     assert network.pool.nbytes <= touched
 
 
-def test_small_things_are_left_to_malloc() -> None:
+def test_small_things_come_in_small_slabs() -> None:
     pool = Pool()
-    kept = [pool.take(1000, CPU) for _ in range(100)]
-    assert pool.slabs == [] and len(kept) == 100
+    kept = [pool.take(1000, CPU) for _ in range(2000)]
+    assert len(kept) == 2000 and len(pool.slabs) == 2 and sum(slab.nbytes for slab in pool.slabs) == 2 * MB
 
 
 def test_a_dtype_and_a_mode_of_torch_make_no_difference() -> None:

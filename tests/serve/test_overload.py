@@ -23,14 +23,14 @@ def overload():
 
 
 def test_two_hundred_clients_of_whom_a_third_hang_up_leave_nothing_behind(overload, checkpoints):
-    found = asyncio.run(overload.hang_ups(checkpoints["tiny"], rounds=4))
+    found = asyncio.run(overload.hang_ups(checkpoints["tiny"], rounds=8))
     assert found["wrong"] == [], "who stays gets the answer that it gets alone"
     assert found["hung up"] > 200
     for name in ("running", "waiting", "kv bytes", "in flight", "tasks", "descriptors"):
         assert found[name] == 0, (name, found)
     assert found["threads"] <= 2 and found["cache bytes"] <= 8 << 20
-    _, first, *_, last = found["memory MiB"]
-    assert last <= first * 1.01, found["memory MiB"]
+    memory = found["memory MiB"]  # by the fourth round the cache is full, and as much was in use at once as ever is
+    assert memory[-1] <= memory[4] * 1.01, memory
 
 
 def test_under_ten_times_its_capacity_it_refuses_quickly_and_keeps_its_word(overload, checkpoints):

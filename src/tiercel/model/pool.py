@@ -61,7 +61,7 @@ class Slab:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             # private: what Python maps by default is shared, and gets no large pages
             mapped = mmap.mmap(-1, nbytes + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError):  # a kernel without them
+            with contextlib.suppress(OSError):  # a kernel without large ones
                 mapped.madvise(mmap.MADV_HUGEPAGE)
         else:
             mapped = mmap.mmap(-1, nbytes + LARGE)
@@ -109,7 +109,8 @@ class Pool:
     """
 
     KEEP = 128 << 20
-    SLAB, SMALL = 64 << 20, 256 << 10  # bytes asked for at once; what is below so many is left to malloc
+    SLAB = 64 << 20  # bytes asked for at once; but for a run below SMALL
+    SMALL, FEW = 256 << 10, 1 << 20  # only FEW: small networks stay small
     STEP = LARGE  # bytes that each of torch's threads touches at once
 
     def __init__(self) -> None:
@@ -136,7 +137,7 @@ class Pool:
         """So many bytes (uint8), aligned for everybody; what they are is undefined.  They can be written to in and out
         of inference mode."""
         with torch.inference_mode(False):
-            if device.type != "cpu" or nbytes < (1 if spoil else self.SMALL):
+            if device.type != "cpu" or nbytes == 0:
                 new = torch.empty(nbytes, dtype=torch.uint8, device=device)
             else:
                 new = torch.from_numpy(self._run(-(-nbytes // ALIGN) * ALIGN))[:nbytes]
@@ -163,7 +164,7 @@ class Pool:
         if nbytes < self.STEP or self.nbytes >= nbytes:
             return False
         with self._lock:
-            slab = next((slab for slab in self.slabs if slab.touched < slab.nbytes), None) or self._new(0)
+            slab = next((slab for slab in self.slabs if slab.touched < slab.nbytes), None) or self._new(self.SLAB)
             stop = min(slab.touched + self.STEP * torch.get_num_threads(), slab.nbytes)
             torch.from_numpy(slab.bytes[slab.touched : stop]).zero_()
             self._touched += stop - slab.touched
@@ -207,7 +208,7 @@ class Pool:
         return run
 
     def _new(self, nbytes: int) -> Slab:
-        self.slabs.append(Slab(self, max(nbytes, self.SLAB)))
+        self.slabs.append(Slab(self, max(nbytes, self.FEW if nbytes < self.SMALL else self.SLAB)))
         return self.slabs[-1]
 
     def _settle(self) -> None:
