@@ -1,6 +1,7 @@
 """How much later the first token comes over HTTP than from the bare network.
 
-    python benchmarks/first_token.py [MODEL] [--rounds 40]
+    python benchmarks/first_token.py [MODEL] [--rounds 40] [--servers 1]
+    python benchmarks/first_token.py --shape falcon-h1:0.5b     random weights in Q4_K_M with SmolLM2's words
 
 In turn: the network alone reads a prompt and its best token is taken; `tiercel serve`, a process of its own, is asked
 the same prompt over a connection that stands, streaming, until the first text is there.  Every prompt begins with its
@@ -18,12 +19,19 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import tiercel
+from tiercel.bench.models import SHAPES, random_source
+from tiercel.weights import hub
+from tiercel.weights.gguf import GGUFFile, write_gguf
+from tiercel.weights.load import export
+from tiercel.weights.stored import OutTensor
 
 QUESTION = "{number} is my lucky number. Everybody knows that the capital of France is"
 
@@ -65,14 +73,24 @@ def bare(network: Any, ids: list[int]) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model", nargs="?", default="smollm2")
-    parser.add_argument("--rounds", type=int, default=40)
-    options = parser.parse_args()
-    model = tiercel.load(options.model)
+def with_words(shape: str, folder: Path) -> Path:
+    """A GGUF file of that shape, whose vocabulary and chat template are SmolLM2's."""
+    with GGUFFile(hub.resolve("smollm2")) as words:
+        vocabulary = {key: value for key, value in words.metadata.items() if key.startswith("tokenizer.")}
+    config = folder / "config.json"
+    config.write_text(json.dumps(SHAPES[shape] | {"vocab_size": len(vocabulary["tokenizer.ggml.tokens"])}))
+    export(random_source(str(config), "q4_k_m"), folder / "plain.gguf", name=shape)
+    with GGUFFile(folder / "plain.gguf") as file:
+        tensors = [OutTensor(t.name, t.shape, t.type, t.raw if t.type.startswith(("Q", "I")) else t.rows)
+                   for t in file.tensors.values()]  # fmt: skip
+        write_gguf(folder / "shape.gguf", file.metadata | vocabulary, tensors)
+    return folder / "shape.gguf"
+
+
+def measure(path: str, rounds: int) -> None:
+    model = tiercel.load(path)
     assert model.text is not None, "a model with a tokenizer is needed"
-    process, port = served(options.model)
+    process, port = served(path)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.connect()
     connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -80,7 +98,7 @@ def main() -> None:
     name = json.load(connection.getresponse())["models"][0]["name"]  # of a file the server makes its own
     times: dict[str, list[float]] = {"completions": [], "its network": [], "chat": [], "chat's network": []}
     try:
-        for number in range(options.rounds + 5):
+        for number in range(rounds + 5):
             text = QUESTION.format(number=1000 + 7 * number)
             messages = [
                 {"role": "system", "content": f"{number * 3} times: be short."},
@@ -99,13 +117,27 @@ def main() -> None:
         process.send_signal(signal.SIGTERM)
         process.wait()
     middle = {what: statistics.median(values) * 1e3 for what, values in times.items()}
-    print(f"{options.model}, {options.rounds} rounds, {os.cpu_count()} cores, milliseconds (median)")
+    print(f"{path}, {rounds} rounds, {os.cpu_count()} cores, milliseconds (median)")
     for over, network in (("completions", "its network"), ("chat", "chat's network")):
         extra = [(a - b) * 1e3 for a, b in zip(times[over], times[network], strict=True)]
         print(
             f"  {over:12s} bare {middle[network]:6.2f}   over HTTP {middle[over]:6.2f}   "
-            f"overhead {middle[over] - middle[network]:5.2f}   (median of the pairs {statistics.median(extra):5.2f})"
+            f"overhead {middle[over] - middle[network]:5.2f}   (median of the pairs {statistics.median(extra):5.2f})",
+            flush=True,
         )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", nargs="?", default="smollm2")
+    parser.add_argument("--shape", choices=sorted(SHAPES))
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--servers", type=int, default=1, help="so many, one after another")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.model if options.shape is None else str(with_words(options.shape, Path(folder)))
+        for _ in range(options.servers):
+            measure(path, options.rounds)
 
 
 if __name__ == "__main__":
