@@ -160,7 +160,7 @@ class Pool:
         return self.several({"it": (shape, dtype)}, device)["it"]
 
     def ahead(self, nbytes: int) -> bool:
-        """Touch a little more memory if less than so many bytes are free and were; whether that was done."""
+        """Touch a little more memory where less than so many bytes are free and touched; whether that was done."""
         if nbytes < self.STEP or self.nbytes >= nbytes:
             return False
         with self._lock:
