@@ -1,5 +1,9 @@
 """Steps run from a recording are the steps themselves: same bits, other states, grown states, changed networks."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -142,3 +146,18 @@ def test_packed_products_that_read_the_same_input_round_it_once_and_give_the_sam
     matrices = 4 + 2 + 3 + 1  # q k v o · in_proj out_proj · gate up down · head
     inputs = 1 + 2 + 2 + 1  # q, k, v and in_proj share one · o, out_proj · gate and up share one, down · head
     assert names.count("linear") == matrices and names.count("round_inputs") == inputs
+
+
+def test_steps_do_not_wait_for_a_compiler():
+    """torch imports its own where a class of ours watches what it computes: a second, and 120 MB, at a first step."""
+    script = """
+import sys, tiny, torch
+network = tiny.network("attention+mamba2 mamba2 attention mamba1")
+state = network.new_state()
+for token in torch.arange(9).split(1):
+    network(token, state)
+assert network._steps.seen and not {"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)
+"""
+    subprocess.run(
+        [sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )

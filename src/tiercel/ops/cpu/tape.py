@@ -30,6 +30,11 @@ class _Guard(TorchDispatchMode):
 
     found: str | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch imports its compiler at our first call: 120 MB, and a second."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
