@@ -13,8 +13,6 @@ touches memory for those who will come.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
 import threading
 from bisect import bisect_left
@@ -26,10 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tiercel.memory import ALIGN, mapped
+
 spoil = os.environ.get("TIERCEL_SPOIL") == "1"  # fill memory with NaN when it is new and when it is free: for tests
 
 LARGE = 2 << 20  # bytes of the system's large pages
-ALIGN = 64  # bytes of a cache line
 
 Shape = tuple[Sequence[int], torch.dtype]
 
@@ -58,14 +57,7 @@ class Slab:
 
     def __init__(self, pool: Pool, nbytes: int) -> None:
         self.pool, self.nbytes = pool, nbytes
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # private: what Python maps by default is shared, and gets no large pages
-            mapped = mmap.mmap(-1, nbytes + LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError):  # a kernel without large ones
-                mapped.madvise(mmap.MADV_HUGEPAGE)
-        else:
-            mapped = mmap.mmap(-1, nbytes + LARGE)
-        all_ = np.frombuffer(mapped, dtype=np.uint8)
+        all_ = mapped(nbytes + LARGE, huge=True)
         begin = -all_.ctypes.data % LARGE
         self.bytes = all_[begin : begin + nbytes]
         self.free, self.largest = [(0, nbytes)], nbytes

@@ -10,6 +10,7 @@ addresses, and outputs come from memory that stays: the step can then be run aga
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
+from tiercel.memory import LARGE, lasting, passing
 from tiercel.quant import panel_bytes as panel_bytes
 
 if TYPE_CHECKING:
@@ -67,7 +69,10 @@ recorder: Tape | None = None  # the tape that records
 
 def empty(*shape: int) -> Tensor:
     """Memory for an output, float32."""
-    return torch.empty(shape) if recorder is None else recorder.empty(*shape)
+    if recorder is not None:
+        return recorder.empty(*shape)
+    nbytes = 4 * math.prod(shape)
+    return torch.empty(shape) if nbytes < LARGE else passing(nbytes).view(torch.float32).view(shape)
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -135,7 +140,7 @@ def to_twelve(panels: Tensor, shape: Sequence[int]) -> Tensor:
     _native.to_twelve(panels.data_ptr(), 0, sizes.data_ptr(), highest.data_ptr(), K, N)
     head = -(-sizes.nbytes // 64) * 64
     ends = sizes.cumsum(0) + head
-    out = torch.empty(int(ends[-1]), dtype=torch.uint8)
+    out = lasting(int(ends[-1]))
     out[: sizes.nbytes] = (ends - sizes).view(torch.uint8)
     _native.to_twelve(panels.data_ptr(), out.data_ptr(), sizes.data_ptr(), highest.data_ptr(), K, N)
     return out

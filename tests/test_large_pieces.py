@@ -1,0 +1,50 @@
+"""Large pieces of memory: what goes leaves no holes beside what stays, and every piece is aligned and one's own."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tiercel.memory import ALIGN, LARGE, lasting, passing
+
+READING = """
+import torch
+from tiercel.memory import lasting, passing
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+matrices, before, block = [], resident(), 8 << 20
+for size in 8 * (2_700_000, 11_600_000, 5_300_000, 21_200_000, 21_200_000, 31_000_000):  # of a 7B's layers
+    for start in range(0, size, block):
+        rows = passing(min(block, size - start)).fill_(1)
+        if not start:
+            matrices.append(lasting(size))
+        matrices[-1][start : start + block] = rows
+print(resident() - before - sum(len(matrix) for matrix in matrices))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux tells it")
+def test_a_model_that_was_read_in_pieces_takes_its_own_bytes_and_a_few_pieces():
+    beside = int(subprocess.run([sys.executable, "-c", READING], check=True, capture_output=True, text=True).stdout)
+    assert beside < 60e6  # as torch does it: 170 MB after these eight layers, more with each
+
+
+@pytest.mark.parametrize("make", [lasting, passing])
+@pytest.mark.parametrize("nbytes", [0, 1, LARGE - 1, LARGE, LARGE + 1, 3 * LARGE + 7])
+def test_pieces_are_aligned_and_can_be_written_to(make, nbytes):
+    pieces = [make(nbytes) for _ in range(3)]
+    for value, piece in enumerate(pieces):
+        piece.fill_(value)
+    for value, piece in enumerate(pieces):
+        assert piece.dtype == torch.uint8 and piece.shape == (nbytes,) and (piece == value).all()
+        assert nbytes == 0 or piece.data_ptr() % ALIGN == 0
+
+
+def test_a_view_keeps_its_piece():
+    part = passing(2 * LARGE).fill_(7)[LARGE:]
+    others = [passing(2 * LARGE).fill_(1) for _ in range(4)]
+    assert (part == 7).all() and len(others) == 4
