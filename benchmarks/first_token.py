@@ -29,8 +29,8 @@ import torch
 import tiercel
 from tiercel.bench.models import SHAPES, random_source
 from tiercel.weights import hub
+from tiercel.weights.export import export
 from tiercel.weights.gguf import GGUFFile, write_gguf
-from tiercel.weights.load import export
 from tiercel.weights.stored import OutTensor
 
 QUESTION = "{number} is my lucky number. Everybody knows that the capital of France is"

@@ -31,7 +31,7 @@ from tiercel.engine.request import Choice
 from tiercel.engine.speculative import Drafter, prompt_lookup
 from tiercel.errors import ModelNotFound
 from tiercel.sampling import SamplingParams
-from tiercel.weights.load import export
+from tiercel.weights.export import export
 
 TEXT = """The river begins in three springs below the pass, where 14 shepherds keep 230 goats. In June the snow water \
 fills the upper ponds; by September two of them are dry. Anna Kovalenko measured the flow every Monday from 1962 to \

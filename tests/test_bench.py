@@ -247,7 +247,7 @@ def test_what_a_peer_cannot_run_is_said_before_anything_starts(tiny: str, own: s
 
 def test_the_written_file_holds_the_random_weights_as_they_are(tiny: str, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
-    from tiercel.weights.load import open_checkpoint
+    from tiercel.weights.checkpoint import open_checkpoint
 
     out = tmp_path / "tiny.gguf"
     models.write(Case(tiny, random="q4_k_m"), out, lambda *_: None)

@@ -49,7 +49,7 @@ def test_the_7b_in_numbers_everybody_can_check():
 
 @pytest.mark.parametrize("name", ["falcon-h1:7b", "mamba:2.8b", "mamba2:2.7b", "bamba:9b", "smollm2:135m"])
 def test_every_parameter_has_the_shape_the_network_gives_it(name):
-    from tiercel.weights.load import parameter_shapes
+    from tiercel.weights.checkpoint import parameter_shapes
 
     layout = from_hf(SHAPES[name])
     assert {part: shape for part, shape, _ in shapes(layout.config)} == parameter_shapes(layout)

@@ -13,7 +13,7 @@ from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
 from tiercel.sampling import SamplingParams
-from tiercel.weights.load import NetworkSource, export
+from tiercel.weights.export import NetworkSource, export
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 EVERY_KIND = "attention+mamba2 mamba1 mamba2/moe attention/-"

@@ -200,9 +200,9 @@ def export(
     with waiting(f"exporting {model}") as report:
         path = hub.resolve(model, pull=True, progress=report)
         report(f"exporting {model}", 0, 0)
-        from tiercel.weights import load
+        from tiercel.weights import export as weights
 
-        written = load.export(path, out, dtype=dtype)
+        written = weights.export(path, out, dtype=dtype)
     if json:
         print_json({"model": model, "out": str(written), "dtype": dtype})
     else:

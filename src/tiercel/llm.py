@@ -38,6 +38,8 @@ from tiercel.text.stream import Piece
 from tiercel.voting import Vote, VoteSettings, vote
 from tiercel.weights import hub
 from tiercel.weights import load as weights
+from tiercel.weights.checkpoint import generation_defaults
+from tiercel.weights.export import NetworkSource, export
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or messages
 
@@ -220,9 +222,7 @@ class Model:
 
     def export(self, out: str | Path, *, dtype: str | None = None) -> Path:
         """Write the network as it is now: a .gguf file or a Hugging Face folder."""
-        return weights.export(
-            weights.NetworkSource(self.network, self.layout, self.text), out, dtype=dtype, name=self.name
-        )
+        return export(NetworkSource(self.network, self.layout, self.text), out, dtype=dtype, name=self.name)
 
 
 def _is_ids(prompt: Prompt) -> bool:
@@ -255,7 +255,7 @@ def load(
     network, text, layout = weights.load(path, dtype=dtype, quantize=quantize, exact=exact, progress=progress)
     if device != "cpu":
         move(network, device)
-    defaults = weights.generation_defaults(path)
+    defaults = generation_defaults(path)
     model = Model(network, text, layout, name=str(name), max_length=max_length, defaults=defaults)
     for adapter, folder in (adapters or {}).items():
         model.load_adapter(adapter, folder)

@@ -11,8 +11,9 @@ from tiercel.plan import human_bytes
 from tiercel.text import Text
 from tiercel.weights import hub
 from tiercel.weights import importance as importances
+from tiercel.weights.checkpoint import Checkpoint, open_checkpoint
 from tiercel.weights.fidelity import Report, measure, table
-from tiercel.weights.load import Checkpoint, load, open_checkpoint
+from tiercel.weights.load import load
 from tiercel.weights.quantize import quantize, quantized, recipe_named
 
 LONGEST_TEXT = 64 << 20

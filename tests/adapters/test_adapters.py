@@ -15,12 +15,15 @@ import tiny
 from families import nasty
 from tiercel.engine.engine import Engine
 from tiercel.errors import FormatError, ModelNotFound, RequestError, UnsupportedError
+from tiercel.model.layers import named_weights
 from tiercel.ops.linear import QTensor, multiply_reference
 from tiercel.train.causal_lm import CausalLM, coverage
 from tiercel.train.lora import TARGETS, adapt, matched, save
 from tiercel.train.lora_layer import LowRank, kept
 from tiercel.weights import adapters, hub
 from tiercel.weights import load as weights
+from tiercel.weights.checkpoint import open_checkpoint, parameter_shapes
+from tiercel.weights.export import export
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 THEIRS = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "gate_proj", "up_proj", "down_proj"]  # PEFT: no out_proj
@@ -72,7 +75,7 @@ def randomize(adapted):
 @pytest.mark.parametrize("name", ["h1-gate_first", "h1-no_norm", "llama-biases", "mamba2-groups2", "jamba-experts"])
 def test_an_adapter_made_here_loads_in_peft_over_transformers_with_the_same_logits(models, tmp_path, name):
     path, x = models(name), nasty.tokens(23)
-    there = [name for name in THEIRS if name in matched(weights.open_checkpoint(path).layout, TARGETS)]
+    there = [name for name in THEIRS if name in matched(open_checkpoint(path).layout, TARGETS)]
     network, _, layout = weights.load(path)
     adapted = adapt(network, layout, rank=3, targets=there)
     randomize(adapted)
@@ -109,7 +112,7 @@ def test_peft_works_from_the_outside_and_counts_packed_weights(models, capsys):
     config = LoraConfig(r=2, target_modules=["q_proj", "out_proj", "gate_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(CausalLM(network, layout), config)
     model.print_trainable_parameters()
-    total = sum(torch.Size(s).numel() for s in weights.parameter_shapes(layout).values())
+    total = sum(torch.Size(s).numel() for s in parameter_shapes(layout).values())
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"trainable params: {learned:,} || all params: {total + learned:,}" in capsys.readouterr().out
     assert coverage(model) == f"3/3 blocks, {100 * learned / (total + learned):.2f} % of parameters"
@@ -118,7 +121,7 @@ def test_peft_works_from_the_outside_and_counts_packed_weights(models, capsys):
 
 
 def test_a_target_that_matches_nothing_is_refused(models):
-    layout = weights.open_checkpoint(models("h1-no_norm")).layout
+    layout = open_checkpoint(models("h1-no_norm")).layout
     with pytest.raises(RequestError, match=r"'x_proj' matches nothing.*down_proj.*in_proj"):
         matched(layout, ["q_proj", "x_proj"])
     assert matched(layout, TARGETS) == sorted([*THEIRS, "out_proj"])
@@ -131,7 +134,7 @@ def test_a_target_that_matches_nothing_is_refused(models):
 def test_every_adapter_weight_of_every_target_has_a_gradient_after_one_step(base, quantize):
     network, _, layout = weights.load(base / "model", quantize=quantize)
     adapted = adapt(network, layout, rank=3).train()
-    held = {name: w for name, w in weights.named_weights(network) if isinstance(w, QTensor)}
+    held = {name: w for name, w in named_weights(network) if isinstance(w, QTensor)}
     assert held or quantize is None, "packed matrices stay packed"
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], 1e-2)
     x, losses = torch.tensor([IDS]), []
@@ -256,7 +259,7 @@ def test_an_adapter_over_a_packed_model_is_merged_into_its_unpacked_values(tmp_p
 def test_a_gguf_file_that_forgot_its_multipliers_takes_only_its_own_adapters(models, tmp_path):
     path = models("h1-no_norm")
     random_adapter(path, tmp_path / "a")
-    weights.export(path, tmp_path / "m.gguf")
+    export(path, tmp_path / "m.gguf")
     with pytest.raises(UnsupportedError, match="multipliers"):
         tiercel.load(tmp_path / "m.gguf", adapters={"a": tmp_path / "a"})
     random_adapter(tmp_path / "m.gguf", tmp_path / "b")
@@ -375,7 +378,7 @@ def test_a_modelfile_puts_an_adapter_on(models, tmp_path, monkeypatch):
     from tiercel.weights import store
 
     monkeypatch.setenv("TIERCEL_HOME", str(tmp_path / "home"))
-    weights.export(models("llama-tied"), tmp_path / "m.gguf")
+    export(models("llama-tied"), tmp_path / "m.gguf")
     random_adapter(tmp_path / "m.gguf", tmp_path / "poet")
     wanted = store.parse_modelfile("FROM ./m.gguf\nADAPTER ./poet")
     store.create("bard", wanted, tmp_path)

@@ -199,7 +199,7 @@ def test_two_thousand_mutated_configs_meet_format_error_or_are_sound():
     "text", ["", "{", "[]", "null", "3", '{"model_type": "llama"}', "[" * 100_000, '{"a": NaN}', "\x00"]
 )
 def test_a_config_file_that_is_no_config(tmp_path, text):
-    from tiercel.weights.load import open_checkpoint
+    from tiercel.weights.checkpoint import open_checkpoint
 
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(FormatError):

@@ -21,7 +21,7 @@ import torch
 
 import tiercel
 from golden import nano
-from tiercel.weights.load import export
+from tiercel.weights.export import export
 
 GOLDEN = Path(nano.__file__).parent
 BOUND = 1e-4

@@ -18,7 +18,7 @@ import tiercel
 from families import nasty
 from golden import nano
 from tiercel.errors import UnsupportedError
-from tiercel.weights.load import export
+from tiercel.weights.export import export
 
 SAME = 1e-5
 H1 = [name for name in nasty.NASTY if name.startswith("h1-")]

@@ -13,7 +13,7 @@ that rounding alone moves the gap (root mean square and 99th percentile over all
 
 The peer is llama-cpp-python 0.3.36 (llama.cpp 0c1e570) in its own Python.  The GGUF files are written by us:
 
-    from tiercel.weights.load import export; import nano
+    from tiercel.weights.export import export; import nano
     export(nano.build("falcon-h1", folder), "falcon-h1.gguf", dtype="float32")
 """
 

@@ -55,7 +55,7 @@ def write(name: str, folder: Path) -> tuple[Path, dict[str, str]]:
     import torch
 
     from tiercel.families import from_hf
-    from tiercel.weights.load import NetworkSource, export
+    from tiercel.weights.export import NetworkSource, export
 
     layout = from_hf(CONFIGS[name])
     path = folder / f"{name}.gguf"

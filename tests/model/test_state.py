@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import tiercel
 from families import nasty
 from tiercel.errors import FormatError, RequestError
-from tiercel.model.state import AttentionState
+from tiercel.model.layer_state import AttentionState
 
 CLOSE = 3e-5
 MODELS = ["h1-gate_first", "h1-norm_first", "mamba-biases", "mamba2-groups2", "bamba-biases", "jamba-experts",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiercel.model import pages, pool
+from tiercel.model import layer_state, pages, pool
 from tiercel.model import state as state_module
 from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig, Mamba1Config, Mamba2Config, RopeConfig
@@ -329,7 +329,7 @@ def test_long_texts_in_segments_have_the_same_bits(window: int | None) -> None:
 
 def test_kernels_and_states_agree_on_sizes() -> None:
     native = cpu._native
-    sizes = state_module.TILE, pages.PAGE, state_module.SEGMENT, state_module.SPLIT
+    sizes = layer_state.TILE, pages.PAGE, state_module.SEGMENT, state_module.SPLIT
     assert sizes == (native.KEYS, native.PAGE, native.SEGMENT, native.SPLIT)
 
 

@@ -23,7 +23,7 @@ from tiercel.model.layers import initialize
 from tiercel.problems import conversations
 from tiercel.text import Text
 from tiercel.weights import hub, store
-from tiercel.weights.load import NetworkSource, export
+from tiercel.weights.export import NetworkSource, export
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(tiercel.__file__).parent / "reasoner"

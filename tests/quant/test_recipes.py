@@ -9,7 +9,7 @@ import pytest
 from tiercel.families import from_hf
 from tiercel.quant import PACKED_TYPES, fits
 from tiercel.quant.recipes import RECIPES, file_type, find, kinds
-from tiercel.weights.load import parameter_shapes
+from tiercel.weights.checkpoint import parameter_shapes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))

@@ -13,7 +13,9 @@ import tiercel
 import tiny
 from tiercel.errors import DoesNotFit, FormatError, ModelNotFound, RequestError, UnsupportedError
 from tiercel.model.layers import named_weights
-from tiercel.weights.load import export, load, open_checkpoint
+from tiercel.weights.checkpoint import open_checkpoint
+from tiercel.weights.export import export
+from tiercel.weights.load import load
 
 
 @pytest.fixture
@@ -126,7 +128,8 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path):
     )
     script = """
 import resource, sys, torch
-from tiercel.weights.load import load, export, NetworkSource
+from tiercel.weights.export import export, NetworkSource
+from tiercel.weights.load import load
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 torch.set_num_threads(1)
 tiny, _, _ = load(sys.argv[2]); tiny(torch.arange(3)); before = peak()

@@ -14,7 +14,9 @@ from tiercel.errors import FormatError, RequestError, UnsupportedError
 from tiercel.families import from_hf
 from tiercel.quant import PACKED_TYPES, dequantize
 from tiercel.weights import fidelity, importance
-from tiercel.weights.load import NetworkSource, export, load, open_checkpoint, parameter_shapes
+from tiercel.weights.checkpoint import open_checkpoint, parameter_shapes
+from tiercel.weights.export import NetworkSource, export
+from tiercel.weights.load import load
 from tiercel.weights.quantize import quantize, quantized
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))

@@ -77,7 +77,7 @@ def _check(case: Case) -> None:
 
 def write(case: Case, out: Path, report: Report) -> None:
     """The case's model as a .gguf file, or as a folder in bfloat16."""
-    from tiercel.weights.load import export
+    from tiercel.weights.export import export
 
     report(f"writing {out.name}", 0, 0)
     source: Any = hub.resolve(case.model) if case.random is None else random_source(case.model, case.random)

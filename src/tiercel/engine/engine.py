@@ -8,10 +8,8 @@
 No threads and no waiting here: one `step` is one forward of the network for everybody who has something to read, the
 next token of everybody who has read everything, and the news for whoever asked.  `loop.py` runs it behind asyncio.
 
-A text is read once.  Snapshots of its state go into the prefix cache (`prefix_cache.py`) where somebody may come back
-to: the end of the prompt, the start of the last user turn, where two texts parted, every so often in a long prompt,
-and the end of the answer.  A state can be cut back by a chunk, so each is taken as late as it still serves: just
-before a forward would move the committed state past the place.
+A text is read once: snapshots of its state go into the prefix cache (`prefix_cache.py`) where somebody may come back
+to (`marks.py`).
 
 What a row gets does not depend on who shares the step, on how its prompt was cut, or on whether it was read before.
 """
@@ -21,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import math
 import secrets
 import threading
 import time
@@ -35,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from tiercel.engine import marks
 from tiercel.engine.ahead import Begun, Chosen
 from tiercel.engine.constraint import Grammar, Grammars
 from tiercel.engine.prefix_cache import PrefixCache
@@ -56,9 +54,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("tiercel.engine")
 
 CACHE_SHARE, LARGEST_CACHE = 1 / 8, 4 << 30  # of the free memory when the engine starts
-PROMPT_SHARE = 4  # one prompt's snapshots on the way take at most this part of the cache
-CLOSEST = 128  # tokens between them, at least
-DEAREST = 128 << 10  # and bytes of one for each token since the one before, at most: about a Transformer's cache
 PAGES = 8  # of a text, for which memory is at hand
 LEFT = 2  # snapshots of it: of the prompt's end and of its own
 READY = 3.0  # seconds that a start waits for that; the rest comes while nobody asks
@@ -355,11 +350,11 @@ class Engine:
 
     def _planned(self) -> Iterator[tuple[Row, Tensor]]:
         """A forward for everybody who has something to read."""
-        rows = self.scheduler.plan(self._stop)
+        rows = self.scheduler.plan(marks.stop)
         if rows:
             self._draft(rows)
             rows.sort(key=lambda row: len(row.drafts))  # a kind of step is recorded once: let there be few
-            self._keep(rows)
+            marks.keep(rows, self.cache)
             yield from self._forward(rows)
 
     def _claimed(self) -> Iterator[tuple[Row, Tensor]] | None:
@@ -385,7 +380,7 @@ class Engine:
     def preempt(self, choice: Choice) -> None:
         """Back to the queue.  What it has read stays in the cache, if that has room, or is read again: the tokens,
         and what was drawn so far, are its own."""
-        self._remember(choice, place=True, ending=True)
+        marks.remember(choice, self.cache, place=True, ending=True)
         choice.state, choice.marks = None, []
         self.scheduler.back(choice)
         self.scheduler.crowded = True
@@ -405,7 +400,7 @@ class Engine:
         if not request.looked_up:
             request.looked_up = True
             self._tell(request, found.shared, choice.length)
-        self._mark(choice, found.shared)
+        marks.mark(choice, found.shared, self.cache)
 
     # ── further answers of a request that is watched ──
 
@@ -453,57 +448,6 @@ class Engine:
         request.why_not_cached = why
         self._stats.not_cached[reason] += 1
         log.info("request %s: none of %d prompt tokens reused: %s", request.id, len(request.prompt_ids), why)
-
-    # ── where snapshots are taken ──
-
-    def _mark(self, choice: Choice, shared: int) -> None:
-        """Note which lengths somebody may come back to.  The end of a prompt is two: to go on, and to ask again."""
-        request, state = choice.request, choice.state
-        assert state is not None
-        if self.cache.budget == 0:
-            return
-        prompt = len(request.prompt_ids)
-        wanted = {prompt - 1, prompt} | ({request.turn} if request.turn else set())
-        if shared > choice.length:
-            wanted.add(shared)  # two texts part here, for the second time
-        choice.marks = sorted(mark for mark in wanted if choice.length < mark <= prompt)
-        if state.grid:
-            one, room = state.own_nbytes, max(self.cache.budget / PROMPT_SHARE, 1)
-            spacing = max(CLOSEST, one / DEAREST, one * prompt / room)
-            choice.spacing = math.ceil(spacing / state.grid) * state.grid
-
-    def _stop(self, choice: Choice) -> int:
-        """The length a forward must not pass, so that a snapshot can be taken for what is marked."""
-        end, grid, at = len(choice.tokens), choice.state.grid if choice.state else 0, choice.length
-        if not grid or not choice.spacing:
-            return end
-        prompt = len(choice.request.prompt_ids)  # its end needs no stop: it is one
-        stops = [-(-mark // grid) * grid for mark in choice.marks if mark < prompt - 1]
-        stops.append((at // choice.spacing + 1) * choice.spacing)
-        return min(end, *(stop for stop in stops if stop > at))
-
-    def _keep(self, rows: list[Row]) -> None:
-        """Take the snapshots that could not be taken any more after this step."""
-        for row in rows:
-            choice, state = row.choice, row.choice.state
-            assert state is not None
-            at, oldest = state.length, state.oldest_after(row.count + len(row.drafts))
-            place = any(state.oldest <= mark <= at and oldest > mark for mark in choice.marks)
-            reading = choice.spacing and at and at % choice.spacing == 0 and at <= len(choice.request.prompt_ids)
-            if place or (reading and oldest >= at):
-                self._remember(choice, place=place)
-
-    def _remember(self, choice: Choice, *, place: bool, ending: bool = False) -> None:
-        """A snapshot of the state as it is, into the cache.  ending: the state is given up after this."""
-        state = choice.state
-        if state is None or self.cache.budget == 0 or state.length == choice.kept:
-            return
-        if state.length > len(choice.tokens):
-            return  # a device is ahead of what was handed out
-        choice.kept = state.length
-        snapshot = state.snapshot(ending=ending)
-        choice.kept_by(snapshot.oldest, snapshot.length)
-        self.cache.put(choice.request.key, choice.tokens[: state.length], snapshot, place=place)
 
     # ── the forward ──
 
@@ -558,7 +502,7 @@ class Engine:
     def _begin(self, rows: list[Row], tokens_B: Tensor) -> None:
         """The next forward, from tokens that the host has not seen."""
         ahead = [Row(row.choice, 1) for row in rows]
-        self._keep(ahead)
+        marks.keep(ahead, self.cache)
         states = [_its(row) for row in ahead]
         self._begun = Begun(ahead, list(states), self.network(tokens_B.clamp(min=0).split(1), states))
 
@@ -707,7 +651,7 @@ class Engine:
     def _leave(self, choice: Choice) -> None:
         """It has ended: its state stays in the cache as far as that has room.  Of a vote's many answers none does."""
         if choice.request.watch is None or choice.marks:
-            self._remember(choice, place=True, ending=True)
+            marks.remember(choice, self.cache, place=True, ending=True)
         choice.state, choice.asleep = None, False
         self.scheduler.leave(choice)
         if choice.request.finished:

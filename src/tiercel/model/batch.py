@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tiercel.model.config import RopeConfig
-from tiercel.model.state import LayerState, State
+from tiercel.model.layer_state import LayerState
+from tiercel.model.state import State
 from tiercel.ops import cpu
 from tiercel.ops.cpu import mixers
 from tiercel.ops.rotary import frequencies

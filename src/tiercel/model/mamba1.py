@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tiercel.model.batch import Batch
 from tiercel.model.config import Mamba1Config
 from tiercel.model.derived import Derived, float32
+from tiercel.model.layer_state import Mamba1State
 from tiercel.model.layers import Linear, RMSNorm
 from tiercel.model.packed import PackedRows, wide
-from tiercel.model.state import Mamba1State
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.cpu import mixers
 from tiercel.ops.scan import selective_scan

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from tiercel.errors import RequestError
 from tiercel.model.config import AttentionConfig, Mamba2Config, Mixer, RopeConfig
+from tiercel.model.layer_state import LONGEST_CHUNK
 from tiercel.model.pages import PAGE
-from tiercel.model.state import LONGEST_CHUNK
 from tiercel.ops.rotary import frequencies
 
 if TYPE_CHECKING:

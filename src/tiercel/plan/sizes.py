@@ -3,7 +3,7 @@
 parameters   per matrix rows × columns, summed (formula per part below)
 KV           2 · kv_heads · head_dim per attention layer and token
 state        H · P · N per Mamba-2 layer, I · N per Mamba-1 layer and sequence, whatever the length
-open inputs  of two chunks of each state-space layer: what `model/state.py` keeps so that a text can be cut
+open inputs  of two chunks of each state-space layer: what `model/layer_state.py` keeps so that a text can be cut
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def state_bytes(config: ModelConfig, bytes: int = 4) -> int:
 
 
 PAGE = 64  # tokens of a page of keys and values (model/pages.py)
-LONGEST_CHUNK = 64  # tokens after which S is rewritten at the latest (model/state.py)
+LONGEST_CHUNK = 64  # tokens after which S is rewritten at the latest (model/layer_state.py)
 
 
 def open_bytes(config: ModelConfig, bytes: int = 2, *, snapshot: bool = False) -> int:

@@ -100,9 +100,9 @@ def find(name: str) -> str | None:
 def kinds(shapes: Mapping[str, tuple[int, ...]], recipe: str, *, importance: bool = False) -> dict[str, str]:
     """Our parameter name → the type it is packed in; a name that is left out stays unpacked.
 
-    shapes: of all parameters of the network, layers in order (`weights.load.parameter_shapes`); without `head.weight`
-    the embedding is the output.  importance: whether an importance matrix is there (llama.cpp then protects the
-    first `down` matrices of Q4_0 and Q5_0).
+    shapes: of all parameters of the network, layers in order (`weights.checkpoint.parameter_shapes`); without
+    `head.weight` the embedding is the output.  importance: whether an importance matrix is there (llama.cpp then
+    protects the first `down` matrices of Q4_0 and Q5_0).
     """
     chosen = RECIPES[recipe]
     matrices = {name: shape for name, shape in shapes.items() if packs(name, shape)}

@@ -27,7 +27,8 @@ from tiercel.train.loop import Settings, fit
 from tiercel.weights import hub
 from tiercel.weights.adapters import CONFIG, FOLDED, folds, module_rows
 from tiercel.weights.atomic import atomic_write
-from tiercel.weights.load import load, read_json
+from tiercel.weights.checkpoint import read_json
+from tiercel.weights.load import load
 
 TARGETS = ("q", "k", "v", "o", "in_proj", "out_proj", "gate", "up", "down")  # our names of projections
 

@@ -24,7 +24,9 @@ from tiercel.train.checkpoint import complete
 from tiercel.train.data import Batches, Documents, Rows, read_documents
 from tiercel.train.loop import Result, Settings
 from tiercel.weights import hub
-from tiercel.weights.load import NetworkSource, export, load, open_checkpoint, read_json
+from tiercel.weights.checkpoint import open_checkpoint, read_json
+from tiercel.weights.export import NetworkSource, export
+from tiercel.weights.load import load
 
 Start = tuple[Decoder, Text | None, Layout]
 Evaluation = Callable[[], Iterator[Rows]]  # all of the held-out batches, anew at every call

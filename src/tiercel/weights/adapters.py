@@ -23,8 +23,8 @@ from tiercel.errors import FormatError, ModelNotFound, RequestError, Unsupported
 from tiercel.families.family import Layout, Row
 from tiercel.model.adapters import Adapter
 from tiercel.text import Text
+from tiercel.weights.checkpoint import Source, parameter_shapes, read_json
 from tiercel.weights.forms import scaled
-from tiercel.weights.load import Source, parameter_shapes, read_json
 from tiercel.weights.safetensors import open_safetensors
 from tiercel.weights.stored import Stored
 
@@ -191,7 +191,8 @@ def merge(model: str | Path, adapter: str | Path, out: str | Path, *, dtype: str
 
     dtype None: as stored; matrices that were packed and are changed become bfloat16, "float32" loses nothing.
     """
-    from tiercel.weights.load import export, open_checkpoint
+    from tiercel.weights.checkpoint import open_checkpoint
+    from tiercel.weights.export import export
 
     source = open_checkpoint(model)
     if Path(out).resolve() == Path(adapter).resolve():

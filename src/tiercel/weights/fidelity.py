@@ -23,7 +23,8 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.layers import named_weights
 from tiercel.quant import PACKED_TYPES
 from tiercel.text import Text
-from tiercel.weights.load import Source, build, fill, put, row_blocks
+from tiercel.weights.checkpoint import Source
+from tiercel.weights.load import build, fill, put, row_blocks
 from tiercel.weights.quantize import Quantized
 
 MARKS = (512, 8192)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from tiercel.families.family import Form, Runs
 
+WHOLE = ("interleave", "groups", "column", "neg_exp")  # forms that cannot be cut into row blocks
+
 
 def foreign_shape(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in the file of a tensor that has `shape` here."""

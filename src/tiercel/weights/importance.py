@@ -22,7 +22,7 @@ from tiercel.families.family import Layout
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import Linear
 from tiercel.model.moe import MoE
-from tiercel.weights.load import parameter_shapes
+from tiercel.weights.checkpoint import parameter_shapes
 from tiercel.weights.safetensors import open_safetensors, write_safetensors_file
 from tiercel.weights.stored import OutTensor
 

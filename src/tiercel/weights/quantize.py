@@ -22,7 +22,8 @@ from tiercel.families.family import Layout, Row
 from tiercel.quant import PACKED_TYPES, dequantize
 from tiercel.quant.recipes import RECIPES, find, kinds
 from tiercel.text import Text
-from tiercel.weights.load import Source, export, open_checkpoint, parameter_shapes
+from tiercel.weights.checkpoint import Source, open_checkpoint, parameter_shapes
+from tiercel.weights.export import export
 from tiercel.weights.stored import bytes_of, pack
 
 Importance = Mapping[str, Tensor]  # our name of a matrix → (n) mean square of its inputs

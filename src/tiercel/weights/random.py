@@ -27,7 +27,7 @@ from tiercel.model.layers import deviation, fresh
 from tiercel.quant import BLOCKS, PACKED_TYPES, dequantize, recipes, row_bytes
 from tiercel.quant.nf4 import LEVELS
 from tiercel.text import Text
-from tiercel.weights.load import parameter_shapes
+from tiercel.weights.checkpoint import parameter_shapes
 from tiercel.weights.stored import torch_dtype
 
 TILE_VALUES = 1 << 18
@@ -84,7 +84,7 @@ SCALES = {
 
 
 class RandomSource:
-    """A `weights.load.Source` without a file.
+    """A `weights.checkpoint.Source` without a file.
 
     kinds: our name → the type it is kept in, "Q4_K", "F16", …; other matrices are BF16, the rest F32.
     """

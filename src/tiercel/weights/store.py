@@ -88,7 +88,7 @@ def _put_adapter(adapter: Path | None, place: Path) -> None:
 def checked_adapter(adapter: Path, model: Path) -> Path:
     """The adapter, once it is known to fit the model.  Raises FormatError, UnsupportedError, ModelNotFound."""
     from tiercel.weights.adapters import read
-    from tiercel.weights.load import open_checkpoint
+    from tiercel.weights.checkpoint import open_checkpoint
 
     read(adapter, open_checkpoint(model).layout)
     return adapter

@@ -16,7 +16,7 @@ using i64 = int64_t;
 // ── rows: which text each token belongs to ──
 //
 // A state is a run of int64 words: word 0 is the number of tokens it holds, each layer part has its own words at a
-// fixed offset (model/state.py draws them).  A batch has one Row for every text.
+// fixed offset (model/state.py and layer_state.py draw them).  A batch has one Row for every text.
 struct Row {
     i64* state;   // the words of its state
     i64 first;    // its first token in the batch

@@ -1,0 +1,76 @@
+"""Where snapshots of a text are taken.
+
+A text is read once.  Snapshots of its state go into the prefix cache (prefix_cache.py) where somebody may come back
+to: the end of the prompt, the start of the last user turn, where two texts parted, every so often in a long prompt,
+and the end of the answer.  A state can be cut back by a chunk, so each is taken as late as it still serves: just
+before a forward would move the committed state past the place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from tiercel.engine.prefix_cache import PrefixCache
+from tiercel.engine.request import Choice
+from tiercel.engine.scheduler import Row
+
+PROMPT_SHARE = 4  # one prompt's snapshots on the way take at most this part of the cache
+CLOSEST = 128  # tokens between them, at least
+DEAREST = 128 << 10  # and bytes of one for each token since the one before, at most: about a Transformer's cache
+
+
+def mark(choice: Choice, shared: int, cache: PrefixCache) -> None:
+    """Note which lengths somebody may come back to.  The end of a prompt is two: to go on, and to ask again.
+
+    shared: so many tokens are those of an earlier text.
+    """
+    request, state = choice.request, choice.state
+    assert state is not None
+    if cache.budget == 0:
+        return
+    prompt = len(request.prompt_ids)
+    wanted = {prompt - 1, prompt} | ({request.turn} if request.turn else set())
+    if shared > choice.length:
+        wanted.add(shared)  # two texts part here, for the second time
+    choice.marks = sorted(mark for mark in wanted if choice.length < mark <= prompt)
+    if state.grid:
+        one, room = state.own_nbytes, max(cache.budget / PROMPT_SHARE, 1)
+        spacing = max(CLOSEST, one / DEAREST, one * prompt / room)
+        choice.spacing = math.ceil(spacing / state.grid) * state.grid
+
+
+def stop(choice: Choice) -> int:
+    """The length a forward must not pass, so that a snapshot can be taken for what is marked."""
+    end, grid, at = len(choice.tokens), choice.state.grid if choice.state else 0, choice.length
+    if not grid or not choice.spacing:
+        return end
+    prompt = len(choice.request.prompt_ids)  # its end needs no stop: it is one
+    stops = [-(-mark // grid) * grid for mark in choice.marks if mark < prompt - 1]
+    stops.append((at // choice.spacing + 1) * choice.spacing)
+    return min(end, *(stop for stop in stops if stop > at))
+
+
+def keep(rows: Sequence[Row], cache: PrefixCache) -> None:
+    """Take the snapshots that could not be taken any more after this step."""
+    for row in rows:
+        choice, state = row.choice, row.choice.state
+        assert state is not None
+        at, oldest = state.length, state.oldest_after(row.count + len(row.drafts))
+        place = any(state.oldest <= mark <= at and oldest > mark for mark in choice.marks)
+        reading = choice.spacing and at and at % choice.spacing == 0 and at <= len(choice.request.prompt_ids)
+        if place or (reading and oldest >= at):
+            remember(choice, cache, place=place)
+
+
+def remember(choice: Choice, cache: PrefixCache, *, place: bool, ending: bool = False) -> None:
+    """A snapshot of the state as it is, into the cache.  ending: the state is given up after this."""
+    state = choice.state
+    if state is None or cache.budget == 0 or state.length == choice.kept:
+        return
+    if state.length > len(choice.tokens):
+        return  # a device is ahead of what was handed out
+    choice.kept = state.length
+    snapshot = state.snapshot(ending=ending)
+    choice.kept_by(snapshot.oldest, snapshot.length)
+    cache.put(choice.request.key, choice.tokens[: state.length], snapshot, place=place)

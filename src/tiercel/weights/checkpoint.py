@@ -1,0 +1,244 @@
+"""What lies in a path: a folder with config.json and safetensors, or one .gguf file, understood.
+
+    file → its tensors and config → a family's layout → Checkpoint: every tensor of ours, where it lies and in what form
+
+Nothing is read but names and shapes, and those are compared with the config: what is missing or left over is said here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tiercel.errors import FormatError, ModelNotFound
+from tiercel.families import from_gguf, from_hf
+from tiercel.families.family import Form, Layout, Row, Runs
+from tiercel.model.decoder import Decoder
+from tiercel.plan import parameter_count
+from tiercel.quant import PACKED_TYPES, PACKINGS, dequantize
+from tiercel.text import Text
+from tiercel.weights import packed_folder
+from tiercel.weights.forms import WHOLE, foreign_shape, scaled, scaled_rows, to_ours
+from tiercel.weights.gguf import GGUFFile
+from tiercel.weights.safetensors import open_safetensors
+from tiercel.weights.stored import Stored
+
+MOST_PARAMETERS = 1 << 45
+# Buffers some checkpoints carry along; they follow from the config.
+DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".mup_vector")
+
+
+class Source(Protocol):
+    """Where the tensors of a layout come from, in our names and forms."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def read(self, row: Row, start: int, stop: int) -> Tensor:
+        """Rows start … stop as ours, at least as wide as stored."""
+
+    def stored(self, row: Row) -> str:
+        """The type it is stored in: "F32", "BF16", "Q4_K" …"""
+
+    def raw(self, row: Row, start: int, stop: int) -> Tensor:
+        """Rows start … stop as ours where `stored` is a packed type: uint8, the last axis in bytes."""
+
+    def text(self) -> Text | None: ...
+
+
+@dataclass
+class Checkpoint:
+    """An opened Hugging Face folder or GGUF file, its layout understood and every tensor accounted for."""
+
+    path: Path
+    layout: Layout
+    tensors: Mapping[str, Stored]
+    gguf: Mapping[str, Any] | None = None  # its metadata, for a GGUF file
+    folded: frozenset[str] = frozenset()  # tensors of a folder that hold our values: no multiplier is applied
+
+    def __post_init__(self) -> None:
+        if len(self.layout.config.layers) > len(self.tensors):
+            raise FormatError(
+                f"{self.path}: {len(self.tensors)} tensors cannot make {len(self.layout.config.layers)} layers"
+            )
+        self._check()
+
+    # ── which stored tensor is which ──
+
+    def _stored(self, row: Row) -> list[Stored]:
+        """The tensor of a row; for experts one each, or the one that holds them all."""
+        if self.gguf is not None:
+            names = [row.gguf or ""]
+        else:
+            names = list(row.hf) if isinstance(row.hf, tuple) else [row.hf]
+            if row.fused and names[0] not in self.tensors and row.fused[0] in self.tensors:
+                return [self.tensors[row.fused[0]]]
+            if names[0] not in self.tensors:
+                names = next(([alias] for alias in row.aliases if alias in self.tensors), names)
+        missing = [name for name in names if name not in self.tensors]
+        if missing:
+            raise FormatError(f"{self.path}: the tensor {missing[0]!r} is missing ({self.layout.family.name})")
+        return [self.tensors[name] for name in names]
+
+    def _forms(self, row: Row) -> tuple[Form, ...]:
+        if self.gguf is not None:
+            return row.gguf_forms
+        return (row.hf_form,) if row.hf_form else ()
+
+    def _check(self) -> None:
+        """Every tensor of ours is there in the right shape, and none is left over."""
+        shapes = parameter_shapes(self.layout)
+        used: set[str] = set()
+        for row in self.layout.rows:
+            stored = self._stored(row)
+            used.update(tensor.name for tensor in stored)
+            expected = shapes[row.ours]
+            for form in self._forms(row):
+                expected = foreign_shape(form, expected)
+            if self.gguf is None and row.fused and stored[0].name == row.fused[0]:
+                expected = (expected[0], expected[1] * row.fused[2], *expected[2:])
+            elif isinstance(row.hf, tuple) and self.gguf is None:
+                expected = expected[1:]
+            for tensor in stored:
+                if tensor.shape != expected:
+                    raise FormatError(
+                        f"{self.path}: {tensor.name} is {_by(tensor.shape)}, the config says {_by(expected)}"
+                    )
+        extra = [name for name in self.tensors if name not in used and not self._derived(name)]
+        if extra:
+            known = self.layout.family.name
+            raise FormatError(f"{self.path}: {known} has no tensor {extra[0]!r} ({len(extra)} unknown in all)")
+
+    def _derived(self, name: str) -> bool:
+        tied = self.layout.config.tied and name in ("lm_head.weight", "output.weight")
+        return tied or name == "rope_freqs.weight" or name.endswith(DERIVED)
+
+    # ── Source ──
+
+    def read(self, row: Row, start: int, stop: int) -> Tensor:
+        stored, forms = self._stored(row), self._forms(row)
+        if self.gguf is None and row.fused and stored[0].name == row.fused[0]:
+            _, part, parts = row.fused
+            return stored[0].rows(start, stop).chunk(parts, 1)[part]
+        if self.gguf is None and isinstance(row.hf, tuple):
+            return torch.stack([tensor.rows() for tensor in stored[start:stop]])
+        if any(form.name in WHOLE for form in forms):
+            x = stored[0].rows()
+            for form in reversed(forms):
+                x = to_ours(form, x)
+            return x[start:stop]
+        x = stored[0].rows(start, stop)
+        for form in forms:
+            x = to_ours(form, x)
+        scale = self._scale(row, stored[0])
+        if scale != 1.0 and stored[0].type in PACKED_TYPES:  # the values that `raw` stands for
+            return dequantize(stored[0].type, self.raw(row, start, stop))
+        return scaled(x, scale, start)
+
+    def _scale(self, row: Row, stored: Stored) -> float | Runs:
+        """The multiplier between the file's values and ours."""
+        return 1.0 if self.gguf is not None or stored.name in self.folded else row.scale
+
+    def stored(self, row: Row) -> str:
+        return self._stored(row)[0].type
+
+    @property
+    def file_type(self) -> int | None:
+        """The recipe a GGUF file says it was packed by."""
+        found = None if self.gguf is None else self.gguf.get("general.file_type")
+        packed = any(tensor.type in PACKINGS for tensor in self.tensors.values())
+        return found if packed and type(found) is int and 0 <= found < 1 << 16 else None
+
+    def raw(self, row: Row, start: int, stop: int) -> Tensor:
+        stored = self._stored(row)
+        assert self.stored(row) in PACKED_TYPES, f"{row.ours} is {self.stored(row)}"
+        if self.gguf is None and row.fused and stored[0].name == row.fused[0]:
+            _, part, parts = row.fused
+            return stored[0].raw(start, stop).chunk(parts, 1)[part].contiguous()
+        if self.gguf is None and isinstance(row.hf, tuple):
+            return torch.stack([tensor.raw() for tensor in stored[start:stop]])
+        if any(form.name in WHOLE for form in self._forms(row)):
+            x = stored[0].raw()
+            for form in reversed(self._forms(row)):
+                x = to_ours(form, x)  # rows change places; what is in them stays
+            return x[start:stop].contiguous()
+        return scaled_rows(stored[0].type, stored[0].raw(start, stop), self._scale(row, stored[0]), start)
+
+    def text(self) -> Text | None:
+        if self.gguf is not None:
+            return Text.from_gguf(dict(self.gguf))
+        return Text.from_folder(self.path if self.path.is_dir() else self.path.parent)
+
+
+GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def generation_defaults(path: Path) -> dict[str, Any]:
+    """The sampling settings a folder's generation_config.json recommends; {} without one."""
+    file = path / "generation_config.json"
+    found = read_json(file) if path.is_dir() and file.is_file() else {}
+    return {k: found[k] for k in GENERATION if found.get(k) is not None} if isinstance(found, dict) else {}
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A folder with config.json, or a .gguf file.  FormatError names what is wrong with it."""
+    path = Path(path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        ggufs = sorted(path.glob("*.gguf"))
+        if not ggufs:
+            raise FormatError(f"{path} holds neither config.json nor a .gguf file")
+        if len(ggufs) > 1 and "-00001-of-" not in ggufs[0].name:
+            raise FormatError(f"{path} holds {len(ggufs)} .gguf files: name the one you mean, such as {ggufs[0]}")
+        path = ggufs[0]
+    if path.is_dir():
+        return _folder(path, path / "config.json")
+    if not path.exists():
+        raise ModelNotFound(f"there is no {path}")
+    if path.suffix == ".safetensors":
+        return _folder(path, path.parent / "config.json")
+    file = GGUFFile(path)
+    return Checkpoint(path, from_gguf(file.metadata, file.tensors), file.tensors, file.metadata)
+
+
+def _folder(path: Path, config: Path) -> Checkpoint:
+    folder = open_safetensors(path)
+    rest, packed = packed_folder.understood(read_json(config), folder)
+    return Checkpoint(path, from_hf(rest), packed.tensors, folded=packed.folded)
+
+
+def read_json(path: Path) -> Any:
+    """A config file of at most 16 MiB."""
+    try:
+        if path.stat().st_size > 16 << 20:
+            raise FormatError(f"{path} is too large for a config file")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not JSON: {error}") from error
+
+
+def outline(layout: Layout) -> Decoder:
+    """The network without memory: shapes only.  FormatError for sizes no memory could hold."""
+    if (count := parameter_count(layout.config)) > MOST_PARAMETERS:
+        raise FormatError(f"the config describes {count:.1e} parameters: no such model exists")
+    with torch.device("meta"):
+        network = Decoder(layout.config)
+    differ = {row.ours for row in layout.rows} ^ {name for name, _ in network.named_parameters()}
+    assert not differ, f"{layout.family.name}: table and network differ in {sorted(differ)[:3]}"
+    return network
+
+
+def parameter_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """The shapes of all our tensors."""
+    return {name: tuple(p.shape) for name, p in outline(layout).named_parameters()}
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape)) or "a scalar"
