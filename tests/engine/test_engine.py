@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from tiercel.engine import engine as engines
+from tiercel.engine import marks
 from tiercel.engine.scheduler import BESIDE, Scheduler
 from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
@@ -163,7 +163,7 @@ def test_a_conversation_is_read_once_with_its_branches(words):
 def test_where_two_prompts_part_the_third_goes_on(net, monkeypatch):
     """The second visit leaves a snapshot at the place, also where none of those on the way is near."""
     e = engine(net)
-    monkeypatch.setattr(engines, "DEAREST", 1)  # so costly that a prompt gets none on the way
+    monkeypatch.setattr(marks, "DEAREST", 1)  # so costly that a prompt gets none on the way
     system = ids(700)
     for i in range(3):
         request = e.add(system + ids(300, seed=i + 1), greedy(1))
@@ -175,7 +175,7 @@ def test_snapshots_on_the_way_are_no_closer_than_they_are_worth(net, monkeypatch
     """As many bytes for each token as a Transformer would keep, at most: large states leave few."""
     own = net.new_state().own_nbytes
     for tokens, places in ((64, [128, 256, 384, 512]), (256, [256, 512]), (300, [304])):
-        monkeypatch.setattr(engines, "DEAREST", own / tokens)
+        monkeypatch.setattr(marks, "DEAREST", own / tokens)
         e = engine(net)
         e.add(ids(600), greedy(1))
         run(e)
@@ -185,7 +185,7 @@ def test_snapshots_on_the_way_are_no_closer_than_they_are_worth(net, monkeypatch
 
 def test_a_hint_where_the_last_turn_began(net, monkeypatch):
     e = engine(net)
-    monkeypatch.setattr(engines, "DEAREST", 1)
+    monkeypatch.setattr(marks, "DEAREST", 1)
     history, question = ids(700), ids(300, seed=1)
     e.add(history + question, greedy(1), turn=700)
     run(e)
