@@ -11,7 +11,7 @@ import tiercel
 
 SRC = Path(tiercel.__file__).parent
 LEVELS = {  # a part imports from its own level or below; the command line may import anything
-    "errors": 0, "child": 0, "leave": 0, "memory": 0, "model.config": 0,
+    "errors": 0, "child": 0, "leave": 0, "memory": 0, "pool": 0, "model.config": 0,
     "sampling": 1, "plan": 1, "quant": 1, "ops": 2, "families": 2,
     "model": 3, "text": 3, "weights": 4, "problems": 4, "steering": 5, "reply": 5, "generate": 5, "engine": 5,
     "voting": 6, "llm": 6, "serve": 7, "train": 7, "evals": 7, "cli": 7,

@@ -1,47 +1,35 @@
-"""Large pieces of memory, so that those which go leave no holes between those which stay.
+"""Large tensors that go again soon, and what is left where they were.
 
 torch asks for aligned memory, and the C library, before version 2.39, does not find what it got back of that when it
-is asked again (glibc bugs 14581, 30723): reading a 7B left a new hole with every layer, 600 MB of them.  So what stays
-is mapped, and what goes is taken unaligned, with some bytes more.
+is asked again (glibc bugs 14581, 30723): reading a 7B left a new hole with every layer, 600 MB of them, and prompts
+left more.  So what passes comes from a pool of ours, and holes are given back to the system where there must be some.
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
+import ctypes
+import sys
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tiercel.pool import Pool
+
 LARGE = 1 << 20  # bytes: below this everything is as torch does it
-ALIGN = 64  # bytes of a cache line
+KEPT = 192 << 20  # what a layer of a 7B takes for a prompt's 512 tokens
 
-
-def mapped(nbytes: int, *, huge: bool = False) -> np.ndarray:
-    """So many bytes straight from the system, zeros until they are written; they go back to it whole.
-
-    huge: in its large pages, where it has some.
-    """
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
-    # private: what Python maps by default is shared, and gets no large pages
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype=np.uint8)
-
-
-def lasting(nbytes: int) -> Tensor:
-    """Uninitialised bytes (uint8) for what stays, such as weights."""
-    return torch.empty(nbytes, dtype=torch.uint8) if nbytes < LARGE else torch.from_numpy(mapped(nbytes))
+_passing = Pool(KEPT)
 
 
 def passing(nbytes: int) -> Tensor:
-    """Uninitialised bytes (uint8) for what goes again soon, such as rows on their way from a file."""
+    """Uninitialised bytes (uint8) for what goes again soon: rows on their way from a file, what a layer computes."""
     if nbytes < LARGE:
         return torch.empty(nbytes, dtype=torch.uint8)
-    bytes_ = np.empty(nbytes + ALIGN, dtype=np.uint8)
-    begin = -bytes_.ctypes.data % ALIGN
-    return torch.from_numpy(bytes_[begin : begin + nbytes])
+    return _passing.take(nbytes, torch.device("cpu"))
+
+
+def give_back() -> None:
+    """To the system, what nobody uses: when much was read, or let go of, that will not be again."""
+    _passing.give_back()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

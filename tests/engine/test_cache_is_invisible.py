@@ -14,9 +14,9 @@ import torch
 
 import tiercel
 import tiny
+from tiercel import pool
 from tiercel.engine.engine import Engine
 from tiercel.generate import Generation
-from tiercel.model import pool
 from tiercel.model.state import nbytes_together
 from tiercel.reply import Reply
 from tiercel.sampling import SamplingParams

@@ -10,8 +10,8 @@ from tiercel.engine import marks
 from tiercel.engine.scheduler import BESIDE, Scheduler
 from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
-from tiercel.model.pool import Pool
 from tiercel.ops import cpu
+from tiercel.pool import Pool
 from tiercel.sampling import SamplingParams
 from tiny import ids, run
 

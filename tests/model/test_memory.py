@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from tiercel.model import pool as pools
-from tiercel.model.pool import ALIGN, Pool
+from tiercel import pool as pools
+from tiercel.pool import ALIGN, Pool
 
 CPU = torch.device("cpu")
 MB = 1 << 20

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiercel.model import layer_state, pages, pool
+from tiercel import pool
+from tiercel.model import layer_state, pages
 from tiercel.model import state as state_module
 from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig, Mamba1Config, Mamba2Config, RopeConfig
-from tiercel.model.pool import Pool
 from tiercel.model.state import State
 from tiercel.ops import cpu
 from tiercel.ops.attention import attention_reference
@@ -28,6 +28,7 @@ from tiercel.ops.norm import gated_rms_norm
 from tiercel.ops.rotary import frequencies, rotate
 from tiercel.ops.scan import selective_scan_reference
 from tiercel.ops.ssd import ssd_reference
+from tiercel.pool import Pool
 
 pytestmark = pytest.mark.skipif(not cpu.there, reason="the native extension was not built, or is not wanted")
 

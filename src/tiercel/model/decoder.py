@@ -23,12 +23,12 @@ from tiercel.model.block import Block
 from tiercel.model.config import ModelConfig
 from tiercel.model.layers import Embedding, Linear, RMSNorm, hold, pack
 from tiercel.model.packed import PackedRows
-from tiercel.model.pool import Pool
 from tiercel.model.slots import SlotBatch, Slots
 from tiercel.model.state import State
 from tiercel.model.steps import Steps
 from tiercel.ops import cpu
 from tiercel.ops.linear import QTensor, torch_multiplies_bf16
+from tiercel.pool import Pool
 
 
 class Decoder(nn.Module):

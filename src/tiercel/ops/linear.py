@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tiercel import quant
-from tiercel.memory import lasting, passing
 from tiercel.ops import cpu, triton
 from tiercel.ops.pointwise import add, gate
 
@@ -80,8 +79,7 @@ class QTensor:
         raw = raw.contiguous()
         assert self.form == self.type, "rows of a matrix that is complete cannot be put"
         if not len(self.data):
-            # what `complete` makes shorter goes
-            self.data = (passing if self.in_panels and self.type == "BF16" else lasting)(self.room)
+            self.data = torch.empty(self.room, dtype=torch.uint8)
         if self.in_panels:
             cpu.to_panels(self.type, raw, self.data, self.shape, start)
         else:

@@ -208,7 +208,7 @@ class Models:
         await loaded.engine.close(0)
         log.info("unloaded %s", loaded.name)
         loaded.model = loaded.engine = None
-        await asyncio.to_thread(gc.collect)
+        await asyncio.to_thread(_let_go)
 
     async def unload(self, name: str) -> bool:
         """Now if it is idle, else when its last answer has ended; False when it was not loaded."""
@@ -246,6 +246,14 @@ class Models:
             self._sweeper.cancel()
         loaded, self.loaded = self.loaded, {}
         await asyncio.gather(*(each.engine.close(0) for each in loaded.values()))
+
+
+def _let_go() -> None:
+    """What a model leaves when it goes: Python's circles, and the holes in malloc's memory."""
+    from tiercel.memory import give_back
+
+    gc.collect()
+    give_back()
 
 
 def extras_of(local: hub.LocalModel) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tiercel.errors import RequestError
 from tiercel.families.family import Layout, Row
 from tiercel.families.pattern import PATTERN, read_file
 from tiercel.families.pattern import rows as pattern_rows
+from tiercel.memory import give_back
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import fast_bf16, hold, initialize, named_weights
@@ -36,6 +37,7 @@ from tiercel.weights.stored import PLAIN, torch_dtype
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 BLOCK_BYTES = 8 << 20  # rows on their way from a file
+HOLES = 256 << 20  # bytes read after which what they left behind is given back
 DTYPES = {
     "float32": torch.float32, "f32": torch.float32, "float": torch.float32,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
@@ -175,6 +177,7 @@ def fill(network: Decoder, source: Source, progress: Progress | None = None) -> 
     """Copy every tensor into place, a few rows at a time."""
     weights = dict(named_weights(network))
     total, done = sum(_held(weight) for weight in weights.values()), 0
+    passed = 0
     for row in source.layout.rows:
         target = weights[row.ours]
         held = _held(target)
@@ -186,6 +189,11 @@ def fill(network: Decoder, source: Source, progress: Progress | None = None) -> 
         for matrix in target if isinstance(target, list) else [target]:
             if isinstance(matrix, QTensor):
                 matrix.complete()
+        passed += held
+        if passed > HOLES:
+            give_back()
+            passed = 0
+    give_back()
 
 
 def put(target: nn.Parameter | QTensor | list[QTensor], source: Source, row: Row, start: int, stop: int) -> None:

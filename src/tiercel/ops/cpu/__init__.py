@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
-from tiercel.memory import LARGE, lasting, passing
+from tiercel.memory import LARGE, passing
 from tiercel.quant import panel_bytes as panel_bytes
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def to_twelve(panels: Tensor, shape: Sequence[int]) -> Tensor:
     _native.to_twelve(panels.data_ptr(), 0, sizes.data_ptr(), highest.data_ptr(), K, N)
     head = -(-sizes.nbytes // 64) * 64
     ends = sizes.cumsum(0) + head
-    out = lasting(int(ends[-1]))
+    out = torch.empty(int(ends[-1]), dtype=torch.uint8)
     out[: sizes.nbytes] = (ends - sizes).view(torch.uint8)
     _native.to_twelve(panels.data_ptr(), out.data_ptr(), sizes.data_ptr(), highest.data_ptr(), K, N)
     return out

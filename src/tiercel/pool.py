@@ -13,6 +13,8 @@ touches memory for those who will come.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import threading
 from bisect import bisect_left
@@ -24,13 +26,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiercel.memory import ALIGN, mapped
-
 spoil = os.environ.get("TIERCEL_SPOIL") == "1"  # fill memory with NaN when it is new and when it is free: for tests
 
-LARGE = 2 << 20  # bytes of the system's large pages
+HUGE = 2 << 20  # bytes of the system's large pages
+ALIGN = 64  # bytes of a cache line
 
 Shape = tuple[Sequence[int], torch.dtype]
+
+
+def mapped(nbytes: int, *, huge: bool = False) -> np.ndarray:
+    """So many bytes (uint8) straight from the system, zeros until they are written; they go back to it whole.
+
+    huge: in its large pages, where it has some.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
+    # private: what Python maps by default is shared, and gets no large pages
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.uint8)
 
 
 def memory(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -57,8 +73,8 @@ class Slab:
 
     def __init__(self, pool: Pool, nbytes: int) -> None:
         self.pool, self.nbytes = pool, nbytes
-        all_ = mapped(nbytes + LARGE, huge=True)
-        begin = -all_.ctypes.data % LARGE
+        all_ = mapped(nbytes + HUGE, huge=True)
+        begin = -all_.ctypes.data % HUGE
         self.bytes = all_[begin : begin + nbytes]
         self.free, self.largest = [(0, nbytes)], nbytes
         self.touched = 0
@@ -103,11 +119,11 @@ class Pool:
     KEEP = 128 << 20
     SLAB = 64 << 20  # bytes asked for at once; but for a run below SMALL
     SMALL, FEW = 256 << 10, 1 << 20  # only FEW: small networks stay small
-    STEP = LARGE  # bytes that each of torch's threads touches at once
+    STEP = HUGE  # bytes that each of torch's threads touches at once
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int | None = None) -> None:
         self.slabs: list[Slab] = []
-        self.keep = self.KEEP
+        self.keep = self.KEEP if keep is None else keep
         self._held = self._touched = 0  # bytes of runs that are out, and of slabs that were touched
         self._lucky: Slab | None = None
         self._given: deque[tuple[Slab, int, int]] = deque()  # runs that came back, not yet in their slabs
@@ -202,6 +218,13 @@ class Pool:
     def _new(self, nbytes: int) -> Slab:
         self.slabs.append(Slab(self, max(nbytes, self.FEW if nbytes < self.SMALL else self.SLAB)))
         return self.slabs[-1]
+
+    def give_back(self) -> None:
+        """Slabs that nobody uses, to the system."""
+        with self._lock:
+            kept, self.keep = self.keep, 0
+            self._put_back()
+            self.keep = kept
 
     def _settle(self) -> None:
         if self._given and self._lock.acquire(blocking=False):
