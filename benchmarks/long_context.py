@@ -55,7 +55,7 @@ def grown(net: Any, state: Any, length: int) -> None:
     first = state.pages[0].memory
     for page in state.pages[old // 64 :]:
         page.memory.copy_(first)
-    for part in state._recurrent:
+    for part in state.recurrent:
         part.base = part.base + length - old
     state.length = length
 

@@ -123,7 +123,7 @@ def _longer(network: Any, state: Any, length: int) -> Any:
     twin.reserve(length)
     for i, page in enumerate(twin.pages):
         page.memory.copy_(state.pages[i % len(state.pages)].memory)
-    for part, own in zip(twin._parts, state._parts, strict=True):
+    for part, own in zip(twin.parts, state.parts, strict=True):
         if hasattr(part, "S"):
             tensors = {name: tensor for name, tensor in own.tensors().items()}
             part.adopt(tensors, length, length - own.open)

@@ -118,7 +118,7 @@ class Pool:
 
     KEEP = 128 << 20
     SLAB = 64 << 20  # bytes asked for at once; but for a run below SMALL
-    SMALL, FEW = 256 << 10, 1 << 20  # only FEW: small networks stay small
+    SMALL, FEW = 256 << 10, HUGE  # only FEW: small networks stay small
     STEP = HUGE  # bytes that each of torch's threads touches at once
 
     def __init__(self, keep: int | None = None) -> None:

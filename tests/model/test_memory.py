@@ -98,6 +98,16 @@ def test_slabs_go_back_to_the_system_with_the_last_who_used_them() -> None:
     assert copy.deepcopy(pool).slabs == []
 
 
+@pytest.mark.parametrize("nbytes", [20_000, 200_000, 240 << 10, 3 * MB])
+def test_runs_take_little_more_than_their_bytes(nbytes: int) -> None:
+    """Whole large pages, whatever the slab."""
+    process, pool, count = psutil.Process(), Pool(), 100 * MB // nbytes
+    before = process.memory_info().rss
+    runs = [pool.take(nbytes, CPU).fill_(1) for _ in range(count)]
+    assert process.memory_info().rss - before < 1.1 * count * nbytes + 2 * MB
+    del runs
+
+
 def test_memory_asked_for_ahead_is_there() -> None:
     process, pool = psutil.Process(), Pool()
     before, turns = process.memory_info().rss, 0
@@ -161,7 +171,7 @@ def test_a_text_that_ends_leaves_all_its_memory_to_the_next(monkeypatch: pytest.
 def test_small_things_come_in_small_slabs() -> None:
     pool = Pool()
     kept = [pool.take(1000, CPU) for _ in range(2000)]
-    assert len(kept) == 2000 and len(pool.slabs) == 2 and sum(slab.nbytes for slab in pool.slabs) == 2 * MB
+    assert len(kept) == 2000 and sum(slab.nbytes for slab in pool.slabs) == pool.nbytes + 2000 * 1024 == 2 * MB
 
 
 def test_a_dtype_and_a_mode_of_torch_make_no_difference() -> None:

@@ -5,7 +5,7 @@ KV          whole pages of 64 tokens for every sequence
 states      committed state (float32) and open inputs of every sequence
 snapshots   places to go back to, of which a conversation leaves SNAPSHOTS
 working     what one forward of 512 tokens needs between layers
-process     Python, torch and what it loads at the first step, the tokenizer's tables
+process     Python, torch, the tokenizer's tables
 
 step of R rows = Σ matrices + R · (keys, values and states read) + layers · a layer's own time
 prompt of n tokens = Σ products + attention (n² / 2 pairs) + scan + what lies between products + the layers' own time
@@ -38,8 +38,8 @@ from tiercel.quant import PACKED_TYPES, fits, held_bytes, recipes, row_bytes
 FORWARD = 512  # tokens of one call while a prompt is read (generate.PREFILL)
 SNAPSHOTS = 4  # last user turn, end of the prompt and one before it, end of the answer (engine/engine.py)
 # Resident bytes of a process that answers, the network aside, read from /proc on Linux with torch 2.13: 240 MB after
-# the imports, 12 of libraries met while loading, 110 at the first step, when torch imports its dispatch machinery.
-PROCESS = 362_000_000
+# the imports, 25 of libraries met while loading, 20 that kernels and small outputs take at the first forward.
+PROCESS = 285_000_000
 GPU_PROCESS = 600_000_000  # a CUDA context and the kernels
 TOKENIZER = 1_200  # bytes for each word of the vocabulary: SmolLM2's 49,152 take 58 MB
 FLOATS = {"float32": "F32", "f32": "F32", "float": "F32", "bfloat16": "BF16", "bf16": "BF16",
