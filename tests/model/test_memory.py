@@ -171,7 +171,7 @@ def test_a_text_that_ends_leaves_all_its_memory_to_the_next(monkeypatch: pytest.
 def test_small_things_come_in_small_slabs() -> None:
     pool = Pool()
     kept = [pool.take(1000, CPU) for _ in range(2000)]
-    assert len(kept) == 2000 and sum(slab.nbytes for slab in pool.slabs) == pool.nbytes + 2000 * 1024 == 2 * MB
+    assert len(kept) == 2000 and [slab.nbytes for slab in pool.slabs] == [2 * MB]
 
 
 def test_a_dtype_and_a_mode_of_torch_make_no_difference() -> None:
