@@ -7,9 +7,11 @@ import torch
 
 import tiny
 from tiercel.engine import marks
+from tiercel.engine.engine import Engine
 from tiercel.engine.scheduler import BESIDE, Scheduler
 from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
+from tiercel.model.steps import Step
 from tiercel.ops import cpu
 from tiercel.pool import Pool
 from tiercel.sampling import SamplingParams
@@ -192,6 +194,21 @@ def test_a_hint_where_the_last_turn_began(net, monkeypatch):
     again = e.add(history + ids(50, seed=2), greedy(1))
     run(e)
     assert again.cached_tokens == 700
+
+
+@pytest.mark.skipif(not cpu.there, reason="steps are recorded where there are kernels")
+@pytest.mark.parametrize("slots", [1, 5])
+def test_an_engine_that_was_warmed_up_has_recorded_the_steps_of_any_number_of_answers(slots):
+    """The first two of a kind are slow: eight answers that end one after another would meet eight kinds."""
+    network = tiny.network("attention+mamba2 mamba2")
+    e = Engine(SimpleNamespace(network=network, text=None, max_length=512), slots=slots)
+    e.warm_up()
+    known = {key for key, step in network._steps.seen.items() if isinstance(step, Step)}
+    for i in range(slots):
+        e.add(ids(20, seed=i), greedy(4 + i))
+    run(e)
+    met = {key for key in network._steps.seen if set(key[0]) == {1}}
+    assert met and met <= known and e.stats.requests == slots
 
 
 def test_keys_do_not_see_each_other(net):

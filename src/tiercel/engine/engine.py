@@ -44,6 +44,7 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.on_device import OnDevice
 from tiercel.model.pages import PAGE
 from tiercel.model.state import State, nbytes_together
+from tiercel.model.steps import MOST_TOKENS
 from tiercel.ops import cpu
 from tiercel.sampling import SamplingParams
 from tiercel.text.stream import Piece
@@ -57,6 +58,7 @@ CACHE_SHARE, LARGEST_CACHE = 1 / 8, 4 << 30  # of the free memory when the engin
 PAGES = 8  # of a text, for which memory is at hand
 LEFT = 2  # snapshots of it: of the prompt's end and of its own
 READY = 3.0  # seconds that a start waits for that; the rest comes while nobody asks
+REHEARSAL = 2.0  # and for steps of every kind, which else an answer would wait for
 
 
 class Model(Protocol):
@@ -225,8 +227,7 @@ class Engine:
         for _ in self.run(request):
             pass
         self.forget("warm-up")
-        if self.drafter is not None:
-            self._rehearse()
+        self._rehearse()
         ready = time.perf_counter() + READY
         while self.look_ahead() and time.perf_counter() < ready:
             pass
@@ -252,16 +253,24 @@ class Engine:
         return self.scheduler.slots * state.nbytes, LEFT * self.scheduler.slots * state.own_nbytes
 
     def _rehearse(self) -> None:
-        """Steps with guesses: the first of a kind are slow (model/steps.py), and then it is known what they cost."""
-        state = self.network.new_state()
+        """One text with guesses, then one to all slots without: the first steps of a kind are slow (model/steps.py),
+        and then it is known what they cost."""
+        guesses = () if self.drafter is None else LENGTHS
+        kinds = [[1 + length] for length in (0, *guesses)]
+        if self.network.native:
+            kinds += [[1] * texts for texts in range(2, min(self.scheduler.slots, MOST_TOKENS) + 1)]
+        states, until = [], time.perf_counter() + REHEARSAL
         with self._lock, cpu.alone(self.network.native):
-            for rows in (1, *(1 + length for length in LENGTHS)):
-                tokens = torch.zeros(rows, dtype=torch.long, device=self.network.embed.weight.device)
+            for kind in itertools.takewhile(lambda _: time.perf_counter() < until, kinds):
+                states += [self.network.new_state() for _ in kind[len(states) :]]
+                tokens = [torch.zeros(rows, dtype=torch.long, device=self.network.embed.weight.device) for rows in kind]
                 for _ in range(FIRST_STEPS + 1):
                     began = time.perf_counter()
-                    self.network([tokens], [state], keep=rows)
-                    self.costs.note(rows, time.perf_counter() - began)
-                    state.trim(0)
+                    self.network(tokens, states[: len(kind)], keep=max(kind))
+                    if len(kind) == 1:
+                        self.costs.note(kind[0], time.perf_counter() - began)
+                    for state in states:
+                        state.trim(0)
 
     def forget(self, key: str) -> None:
         """Drop what is remembered for a key."""

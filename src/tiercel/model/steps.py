@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tiercel.model.decoder import Decoder
 
 MOST_TOKENS = 16  # larger forwards do so much that the calls do not count
-MOST_TAPES = 12
+MOST_TAPES = 24
 
 
 class Step:
