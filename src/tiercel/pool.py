@@ -14,6 +14,7 @@ touches memory for those who will come.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import threading
@@ -105,6 +106,17 @@ class Slab:
         self.free.insert(i, (start, stop))
         self.largest = max(self.largest, stop - start)
 
+    def touch(self, start: int, stop: int) -> int:
+        """Touch these bytes, which nobody did, and say how many.  Two threads take half the time where the system's
+        host has to find the memory: 0.9 GB/s for 0.4."""
+        self.touched = min(stop, self.nbytes)
+        address, half = self.bytes.ctypes.data, max(start, (start + self.touched) // 2 // HUGE * HUGE)
+        other = threading.Thread(target=ctypes.memset, args=(address + half, 0, self.touched - half))
+        other.start()
+        ctypes.memset(address + start, 0, half - start)
+        other.join()
+        return self.touched - start
+
     @property
     def unused(self) -> bool:
         return self.free == [(0, self.nbytes)]
@@ -119,7 +131,8 @@ class Pool:
     KEEP = 128 << 20
     SLAB = 64 << 20  # bytes asked for at once; but for a run below SMALL
     SMALL, FEW = 256 << 10, HUGE  # only FEW: small networks stay small
-    STEP = HUGE  # bytes that each of torch's threads touches at once
+    STEP = 2 * HUGE  # bytes touched at once while nobody waits
+    AT_ONCE = 4 * HUGE  # and where somebody does, in large slabs
 
     def __init__(self, keep: int | None = None) -> None:
         self.slabs: list[Slab] = []
@@ -173,10 +186,7 @@ class Pool:
             return False
         with self._lock:
             slab = next((slab for slab in self.slabs if slab.touched < slab.nbytes), None) or self._new(self.SLAB)
-            stop = min(slab.touched + self.STEP * torch.get_num_threads(), slab.nbytes)
-            torch.from_numpy(slab.bytes[slab.touched : stop]).zero_()
-            self._touched += stop - slab.touched
-            slab.touched = stop
+            self._touched += slab.touch(slab.touched, slab.touched + self.STEP)
         return True
 
     def give(self, run: Run) -> None:
@@ -212,7 +222,10 @@ class Pool:
         """A run of which some was never touched."""
         before = slab.touched
         run = slab.take(nbytes, slab.nbytes)
-        self._touched += slab.touched - before
+        if run is not None and slab.nbytes > self.AT_ONCE:
+            self._touched += slab.touch(before, max(slab.touched, before + self.AT_ONCE))
+        else:
+            self._touched += slab.touched - before
         return run
 
     def _new(self, nbytes: int) -> Slab:
