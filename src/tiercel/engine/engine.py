@@ -259,7 +259,8 @@ class Engine:
         kinds = [[1 + length] for length in (0, *guesses)]
         if self.network.native:
             kinds += [[1] * texts for texts in range(2, min(self.scheduler.slots, MOST_TOKENS) + 1)]
-        states, until = [], time.perf_counter() + REHEARSAL
+        states: list[State] = []
+        until = time.perf_counter() + REHEARSAL
         with self._lock, cpu.alone(self.network.native):
             for kind in itertools.takewhile(lambda _: time.perf_counter() < until, kinds):
                 states += [self.network.new_state() for _ in kind[len(states) :]]
