@@ -35,16 +35,13 @@ ALIGN = 64  # bytes of a cache line
 Shape = tuple[Sequence[int], torch.dtype]
 
 
-def mapped(nbytes: int, *, huge: bool = False) -> np.ndarray:
-    """So many bytes (uint8) straight from the system, zeros until they are written; they go back to it whole.
-
-    huge: in its large pages, where it has some.
-    """
+def mapped(nbytes: int) -> np.ndarray:
+    """So many bytes (uint8) straight from the system, in its large pages where it has some; they go back to it whole."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
     # private: what Python maps by default is shared, and gets no large pages
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+    if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype=np.uint8)
@@ -74,7 +71,7 @@ class Slab:
 
     def __init__(self, pool: Pool, nbytes: int) -> None:
         self.pool, self.nbytes = pool, nbytes
-        all_ = mapped(nbytes + HUGE, huge=True)
+        all_ = mapped(nbytes + HUGE)
         begin = -all_.ctypes.data % HUGE
         self.bytes = all_[begin : begin + nbytes]
         self.free, self.largest = [(0, nbytes)], nbytes
@@ -123,7 +120,8 @@ class Slab:
 
 
 class Pool:
-    """A network has one; a copy of a network begins with an empty one.  From any thread.
+    """A network has one, and so has what passes (memory.py); a copy of a network begins with an empty one.  From any
+    thread.
 
     keep: bytes of free memory up to which slabs that nobody uses are kept
     """

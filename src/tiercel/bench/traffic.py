@@ -53,9 +53,9 @@ def _holdings(network: Decoder) -> dict[str, int]:
 def _kv_reads(network: Decoder, context: int) -> int:
     """Keys and values of one row: 2 · kv heads · head dim · tokens in the window, per attention layer."""
     total = 0
-    for layer, state in zip(network.config.layers, network.new_state().layers, strict=True):
-        for mixer, memory in zip(layer.mixers, state, strict=True):
+    for layer in network.config.layers:
+        for mixer in layer.mixers:
             if isinstance(mixer, AttentionConfig):
                 tokens = min(context, mixer.window or context)
-                total += 2 * mixer.kv_heads * mixer.head_dim * tokens * memory.dtype.itemsize
+                total += 2 * mixer.kv_heads * mixer.head_dim * tokens * network.dtype.itemsize
     return total
