@@ -36,7 +36,7 @@ Shape = tuple[Sequence[int], torch.dtype]
 
 
 def mapped(nbytes: int) -> np.ndarray:
-    """So many bytes (uint8) straight from the system, in its large pages where it has some; they go back to it whole."""
+    """So many bytes (uint8) from the system itself, in its large pages where it has some; they go back to it whole."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
     # private: what Python maps by default is shared, and gets no large pages
