@@ -17,12 +17,12 @@ from tiercel.pool import Pool
 from tiercel.sampling import SamplingParams
 from tiny import GREEDY, ids
 
-LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True)  # seconds, also where a step takes 0.3 ms
 
 
 def engine(net, **changes):
     return AsyncEngine(
-        Engine(SimpleNamespace(network=net, text=None, max_length=512), **({"cache_bytes": 1 << 26} | changes))
+        Engine(SimpleNamespace(network=net, text=None, max_length=8192), **({"cache_bytes": 1 << 26} | changes))
     )
 
 
@@ -95,7 +95,7 @@ def test_answers_can_be_ended_and_the_engine_closed_while_all_other_threads_are_
         work = loop.run_in_executor(None, busy.wait, 30)
         many.start()
         stream, other = many.submit(ids(20), LONG), many.submit(ids(20), LONG)
-        await anext(stream)
+        await anext(stream), await anext(other)
         async with asyncio.timeout(5):
             await stream.cancel()
             assert stream.request.choices[0].state is None and other.request.choices[0].state is not None
