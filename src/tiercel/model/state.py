@@ -88,10 +88,11 @@ class State:
         self._caches = [part for part in self.parts if isinstance(part, AttentionState)]
         self.recurrent = [part for part in self.parts if isinstance(part, RecurrentState)]
         self._chunks = list({part.chunk: part for part in self.recurrent}.values())  # one of each: they move together
-        self._pages = Pages(pool, sum(part.page_size for part in self._caches), dtype, device)
+        # memory that others may share: each a thing of its own, with `nbytes`
+        self.pages = Pages(pool, sum(part.page_size for part in self._caches), dtype, device)
         start = 0
         for cache in self._caches:
-            cache.pages, cache.start = self._pages, start
+            cache.pages, cache.start = self.pages, start
             start += cache.page_size
         self.words = np.zeros(self.HEADER + sum(part.size for part in self.parts), dtype=np.int64)
         at = self.HEADER
@@ -135,11 +136,6 @@ class State:
         return min((part.chunk for part in self.recurrent), default=0)
 
     @property
-    def pages(self) -> Pages:
-        """Memory that others may share: each a thing of its own, with `nbytes`."""
-        return self._pages
-
-    @property
     def own_nbytes(self) -> int:
         """Bytes allocated, without the pages."""
         return sum(b.nbytes for part in self.parts for b in part.buffers.values()) + self._partials.nbytes
@@ -147,26 +143,26 @@ class State:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, with all its pages, whoever else holds them; `nbytes_together` counts them once."""
-        return self.own_nbytes + sum(page.nbytes for page in self._pages)
+        return self.own_nbytes + sum(page.nbytes for page in self.pages)
 
     def reserve(self, added: int) -> None:
         """Have room for so many more tokens; before every forward."""
         used = self.length
         for part in self._caches:
             part.cut(used)  # what a forward added that was interrupted
-        if self._caches and not self._pages.ready(used, used + added):
-            self._pages.reserve(used, used + added)
+        if self._caches and not self.pages.ready(used, used + added):
+            self.pages.reserve(used, used + added)
             self._publish()
 
     def _publish(self) -> None:
         """The pages are others: say where their table is, and have room for partial sums of so many keys."""
-        segments = -(-self._pages.room // SEGMENT)
+        segments = -(-self.pages.room // SEGMENT)
         if segments > max(1, self.words[self.SEGMENTS]):
             # a segment's result is, for each new token and head, a vector, its sum and its largest score
             row = max(part.heads * (part.head_dim + 2) for part in self._caches)
             self._partials = memory(segments * SPLIT * row, dtype=torch.float32, device=self._caches[0].device)
             self.words[self.PARTIALS : self.TABLE] = self._partials.data_ptr(), segments
-        self.words[self.TABLE] = self._pages.table.ctypes.data
+        self.words[self.TABLE] = self.pages.table.ctypes.data
 
     def trim(self, length: int) -> bool:
         """Forget all but the first `length` tokens; pages behind them are free at once.
@@ -180,7 +176,7 @@ class State:
         return True
 
     def _cut(self, length: int) -> None:
-        self._pages.cut(length)
+        self.pages.cut(length)
         for part in self._caches:
             part.cut(length)
 
@@ -193,13 +189,13 @@ class State:
         """A way back to here: pages shared, the rest copied; but S, which is most of it, is given away by a state that
         is not used after this (`ending`)."""
         layers = tuple((part.kept(ending), part.base) for part in self.recurrent)
-        return Snapshot(self.length, self._pages.share(self.length), layers)
+        return Snapshot(self.length, self.pages.share(self.length), layers)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Be as when the snapshot was taken."""
         self.length = 0
         self._cut(0)  # also what torch's attention has in a row: it may be another text's
-        self._pages.adopt(snapshot.pages)
+        self.pages.adopt(snapshot.pages)
         if self._caches:
             self._publish()
         for part, (tensors, base) in zip(self.recurrent, snapshot.layers, strict=True):
@@ -220,7 +216,7 @@ class State:
         twin = State(self.mixers, self.dtype, self.device, self.model, self.pool)
         twin.adapter = self.adapter
         recurrent = tuple((part.tensors(), part.base) for part in self.recurrent)
-        twin.restore(Snapshot(self.length, self._pages.share(self.length), recurrent))
+        twin.restore(Snapshot(self.length, self.pages.share(self.length), recurrent))
         return twin
 
     def save(self, path: str | Path, tokens: Sequence[int] = (), earlier: Sequence[Snapshot] = ()) -> None:
