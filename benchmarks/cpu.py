@@ -27,8 +27,8 @@ import tiercel
 from tiercel.bench import SHORT_PROMPT, Case, cores, run, spread
 from tiercel.bench.models import write
 from tiercel.bench.peers import LlamaBench, Worker, require
-from tiercel.console import waiting
-from tiercel.doctor import cpu_name
+from tiercel.commands.chat import waiting
+from tiercel.commands.doctor import cpu_name
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "cpu.json", HERE.parent / "README.md"

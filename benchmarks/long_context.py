@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="measure nothing: docs/long-context.md and .svg")
     args = parser.parse_args()
     from tiercel.bench import cores
-    from tiercel.doctor import cpu_name
+    from tiercel.commands.doctor import cpu_name
 
     about = {"model": args.model, "quantize": args.quantize, "machine": cpu_name(), "threads": args.threads or cores()}
     kept = json.loads(args.keep.read_text()) if args.keep.exists() else {}

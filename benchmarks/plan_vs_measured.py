@@ -55,7 +55,7 @@ CASES = (
 
 def predicted(case: Case, speed: bool) -> dict[str, Any]:
     """The plan of a case; random weights have no tokenizer."""
-    from tiercel import planning
+    from tiercel.commands import plan as planning
     from tiercel.plan.forecast import forecast, matrices, prefill_seconds
 
     what = planning.subject(case.model)
@@ -179,7 +179,7 @@ def main() -> None:
         print(json.dumps(child(Case(**json.loads(args.child)), 1 if args.memory else 2)))
         return
     from tiercel.bench import cores
-    from tiercel.doctor import cpu_name
+    from tiercel.commands.doctor import cpu_name
 
     args.threads = args.threads or cores()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)

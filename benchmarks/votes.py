@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import tiercel
-from tiercel.doctor import cpu_name
+from tiercel.commands.doctor import cpu_name
 from tiercel.problems import FAMILIES, Problem
 from tiercel.voting import Trace, VoteSettings
 from tiercel.voting.answers import normal

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tiercel.console import duration, timing_block, with_parameter
-from tiercel.doctor import report
+from tiercel.commands.chat import duration, timing_block, with_parameter
+from tiercel.commands.doctor import report
 from tiercel.errors import RequestError
 from tiercel.sampling import SamplingParams
 
@@ -584,7 +584,7 @@ def test_show_reads_a_gguf_header_without_torch(home: dict[str, str]) -> None:
     code = f"""
 import json, sys
 from pathlib import Path
-from tiercel.show import describe
+from tiercel.commands.show import describe
 print(json.dumps(describe(Path({gguf!r})) | {{"torch": "torch" in sys.modules}}))
 """
     done = subprocess.run([sys.executable, "-c", code], env=home, capture_output=True, text=True, timeout=60)

@@ -7,8 +7,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from tiercel import chart, planning
-from tiercel.cli import app
+from tiercel.commands import chart, plan as planning
+from tiercel.commands.cli import app
 from tiercel.errors import DoesNotFit, ModelNotFound, RequestError
 from tiercel.families import from_hf
 from tiercel.families.shapes import SHAPES

@@ -1,5 +1,5 @@
 """python -m tiercel."""
 
-from tiercel.cli import main
+from tiercel.commands.cli import main
 
 main()

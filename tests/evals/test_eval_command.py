@@ -10,7 +10,7 @@ from benchmark_data import data
 from typer.testing import CliRunner
 
 import tiny
-from tiercel.cli import app
+from tiercel.commands.cli import app
 
 
 @pytest.fixture(scope="module")

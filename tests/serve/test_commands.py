@@ -90,7 +90,7 @@ def test_serve_refuses_what_would_be_open_or_impossible(tmp_path, server):
 
 
 def test_help_needs_no_server_libraries():
-    code = ("import sys\nfrom typer.testing import CliRunner\nfrom tiercel.cli import app\n"
+    code = ("import sys\nfrom typer.testing import CliRunner\nfrom tiercel.commands.cli import app\n"
             "assert CliRunner().invoke(app, ['serve', '--help']).exit_code == 0\n"
             "heavy = {'torch', 'starlette', 'uvicorn', 'prometheus_client'} & set(sys.modules)\n"
             "assert not heavy, heavy")  # fmt: skip

@@ -209,7 +209,7 @@ def test_from_the_command_line_to_a_model_that_runs(tmp_path):
     from typer.testing import CliRunner
 
     import tiercel
-    from tiercel.cli import app
+    from tiercel.commands.cli import app
 
     model = tiny.checkpoint(tmp_path / "model", "mamba2", template=tiny.TEMPLATE)
     data = tmp_path / "chat.jsonl"

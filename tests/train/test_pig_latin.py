@@ -11,7 +11,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from tiercel.cli import app
+from tiercel.commands.cli import app
 from tiercel.problems import in_test
 
 ROOT = Path(__file__).parents[2]

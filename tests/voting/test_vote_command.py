@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny
-from tiercel import cli, run
-from tiercel.console import answer_by_vote
+from tiercel.commands import cli, run
+from tiercel.commands.chat import answer_by_vote
 from tiercel.sampling import SamplingParams
 from tiercel.voting import VoteSettings
 

@@ -130,7 +130,7 @@ def cores() -> int:
 
 
 def _result(case: Case, engines: dict[str, Engine], rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    from tiercel.doctor import cpu_name
+    from tiercel.commands.doctor import cpu_name
 
     ours, about = rounds["tiercel"], engines["tiercel"].about
     bandwidth = statistics.median(turn["bandwidth_gb_s"] for turn in rounds["memory"])

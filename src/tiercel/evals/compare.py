@@ -18,7 +18,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tiercel import chart
+from tiercel.commands import chart
 from tiercel.errors import RequestError, TiercelError
 from tiercel.evals.answers import Answerer, Ask, Question
 from tiercel.evals.run import Result, evaluate

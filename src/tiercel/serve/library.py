@@ -84,7 +84,7 @@ async def show(request: Request) -> Response:
 
 
 def _shown(models: Any, name: str, verbose: bool) -> dict[str, Any]:
-    from tiercel.show import describe
+    from tiercel.commands.show import describe
 
     named = models.find(name)
     found, about = describe(named.local.path), details(named)
@@ -280,7 +280,7 @@ def _adapter_from_blobs(files: dict[str, str], local: hub.LocalModel) -> Path:
 
 def _from_blob(files: dict[str, str]) -> hub.LocalModel:
     """One GGUF file that was sent in as a blob; it is opened, and must be a model we know."""
-    from tiercel.show import describe
+    from tiercel.commands.show import describe
 
     if len(files) != 1:
         raise Refusal(400, "files: one GGUF file makes a model")

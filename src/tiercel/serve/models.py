@@ -31,7 +31,7 @@ def open_model(path: Path, settings: Settings) -> tuple[Any, Any]:
     import tiercel
     from tiercel.engine import AsyncEngine, Engine
     from tiercel.engine.speculative import prompt_lookup
-    from tiercel.planning import fit
+    from tiercel.commands.plan import fit
 
     size: dict[str, Any]
     context: int | None

@@ -446,7 +446,7 @@ def tagged(name: str) -> str:
 
 
 def details(named: Named) -> dict[str, Any]:
-    from tiercel.show import describe, human_count
+    from tiercel.commands.show import describe, human_count
 
     found = describe(named.local.path)
     kinds = found.get("types") or {"none": 1}

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tiercel.commandline import Json, ModelName, print_json
+from tiercel.commands.options import Json, ModelName, print_json
 from tiercel.errors import RequestError
 
 if TYPE_CHECKING:
-    from tiercel.console import Prompt, Talker
+    from tiercel.commands.chat import Prompt, Talker
     from tiercel.sampling import SamplingParams
 
 DEFAULT_MODEL = "reasoner"  # it comes with the package: `hub.BUNDLED`
@@ -86,7 +86,7 @@ def run(
         return
     question: Prompt = text if raw else _messages(system, text)
     if votes is not None:
-        from tiercel.console import answer_by_vote
+        from tiercel.commands.chat import answer_by_vote
 
         told = answer_by_vote(talker, question, params, votes, raw=raw, think=think, verbose=verbose, quiet=json)
         if json:
@@ -135,8 +135,8 @@ def open_talker(
 ) -> Talker:
     """The model behind a name, with a memory of its conversation; packing: `load`'s quantize, exact and device."""
     import tiercel
-    from tiercel.console import ModelTalker
-    from tiercel.planning import fit
+    from tiercel.commands.chat import ModelTalker
+    from tiercel.commands.plan import fit
     from tiercel.weights import hub
 
     hub.resolve(name, pull=True, progress=report)
@@ -155,7 +155,7 @@ def open_talker(
 
 def _open(name: str, dtype: str, context: int | None, **packing: Any) -> Talker:
     """A running server's model where it has it and nothing else is asked for, else one loaded here."""
-    from tiercel.console import waiting
+    from tiercel.commands.chat import waiting
 
     if dtype == "auto" and context is None and not packing:
         from tiercel.serve.talker import ServerTalker
@@ -167,7 +167,7 @@ def _open(name: str, dtype: str, context: int | None, **packing: Any) -> Talker:
 
 
 def _converse(talker: Talker, name: str, params: SamplingParams, **settings: Any) -> None:
-    from tiercel.console import Conversation
+    from tiercel.commands.chat import Conversation
 
     Conversation(talker, name, params, **settings).run()
 
@@ -185,7 +185,7 @@ def _answer(
     verbose: bool,
     json: bool,
 ) -> None:
-    from tiercel.console import speak, timing_block
+    from tiercel.commands.chat import speak, timing_block
 
     pieces = talker.ask(question, params, raw=raw, think=think)
     if not json:

@@ -17,12 +17,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tiercel.commandline import Json, ModelName, print_json, print_table
+from tiercel.commands.options import Json, ModelName, print_json, print_table
 from tiercel.errors import RequestError, TiercelError
-from tiercel.evals.cli import compare, evaluate
-from tiercel.run import run
-from tiercel.serve.cli import ps, serve, stop
-from tiercel.train.cli import app as train_app
+from tiercel.commands.eval import compare, evaluate
+from tiercel.commands.run import run
+from tiercel.commands.serve import ps, serve, stop
+from tiercel.commands.train import app as train_app
 
 
 class Commands(TyperGroup):
@@ -65,7 +65,7 @@ def _wants_json() -> bool:
 
 
 def _complain(message: str) -> None:
-    from tiercel.console import complain
+    from tiercel.commands.chat import complain
 
     if _wants_json():
         print_json({"error": message})
@@ -114,7 +114,7 @@ def pull(
 
     By short name, or by org/repo or org/repo:quantization of the hub.
     """
-    from tiercel.console import waiting
+    from tiercel.commands.chat import waiting
     from tiercel.plan import human_bytes
     from tiercel.weights import hub
 
@@ -163,7 +163,7 @@ def _ago(then: float) -> str:
 @app.command()
 def show(model: ModelName, json: Json = False) -> None:
     """Say what a model is, from its config or header alone."""
-    from tiercel.show import describe, table
+    from tiercel.commands.show import describe, table
     from tiercel.weights import hub
 
     found = describe(hub.resolve(model))
@@ -194,7 +194,7 @@ def export(
     """Write a model as a GGUF file or as a Hugging Face folder."""
     _check_floats(dtype)
     _check_free(out, force)
-    from tiercel.console import waiting
+    from tiercel.commands.chat import waiting
     from tiercel.weights import hub
 
     with waiting(f"exporting {model}") as report:
@@ -222,8 +222,8 @@ def plan(
     json: Json = False,
 ) -> None:
     """Say whether a model will fit, and how fast it will be, before anything is loaded."""
-    from tiercel import planning
-    from tiercel.console import waiting
+    from tiercel.commands import plan as planning
+    from tiercel.commands.chat import waiting
 
     if plot is not None and plot.suffix != ".svg":
         raise RequestError(f"--plot writes an .svg file, not {plot}")
@@ -254,7 +254,7 @@ def merge(
     """
     _check_floats(dtype)
     _check_free(out, force)
-    from tiercel.console import waiting
+    from tiercel.commands.chat import waiting
     from tiercel.weights import hub
 
     with waiting(f"merging {model}") as report:
@@ -294,7 +294,7 @@ def bench(
     """
     from tiercel.bench import Case, run
     from tiercel.bench.report import show
-    from tiercel.console import waiting
+    from tiercel.commands.chat import waiting
 
     case = Case(
         model,
@@ -343,8 +343,8 @@ def quantize(
     _check_free(out, force)
     if report and text is None:
         raise RequestError("--report measures over a text; name a file with --text")
-    from tiercel.console import waiting
-    from tiercel.shrink import shrink, told
+    from tiercel.commands.chat import waiting
+    from tiercel.commands.quantize import shrink, told
 
     with waiting(f"quantizing {model}") as bar:
         found = shrink(model, out, to, importance=importance, save_importance=save_importance,
@@ -427,7 +427,7 @@ def create(
 @app.command()
 def doctor(json: Json = False) -> None:
     """Look at this machine, and say what would help."""
-    from tiercel.doctor import examine, report
+    from tiercel.commands.doctor import examine, report
 
     found = examine()
     if json:

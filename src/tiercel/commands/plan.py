@@ -27,7 +27,7 @@ from tiercel.plan import human_bytes
 from tiercel.plan.forecast import LENGTHS, Forecast, forecast, matrices, smaller, transformer_of
 from tiercel.plan.machines import PROBE, Machine, from_probe, machine
 from tiercel.quant import PACKED_TYPES
-from tiercel.show import stored_types
+from tiercel.commands.show import stored_types
 from tiercel.weights import hub
 from tiercel.weights.fetch import read_json
 from tiercel.weights.gguf import GGUFFile
@@ -116,7 +116,7 @@ def this_machine(kinds: Sequence[str] = (), *, measure: bool = False) -> Machine
     """
     import psutil
 
-    from tiercel.doctor import cpu_name
+    from tiercel.commands.doctor import cpu_name
 
     memory = psutil.virtual_memory()
     name = cpu_name()
@@ -366,7 +366,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _chart(found: dict[str, Any]) -> list[str]:
-    from tiercel import chart
+    from tiercel.commands import chart
 
     bars = []
     for row in found["lengths"]:
@@ -382,7 +382,7 @@ def _chart(found: dict[str, Any]) -> list[str]:
 
 def plot(found: dict[str, Any]) -> str:
     """Memory against context as one SVG."""
-    from tiercel import chart
+    from tiercel.commands import chart
 
     series = {
         who: [(float(row["context"]), float(row[key]["total_bytes"])) for row in found["lengths"]]

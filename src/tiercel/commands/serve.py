@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tiercel.commandline import Json, ModelName, print_json, print_table
+from tiercel.commands.options import Json, ModelName, print_json, print_table
 from tiercel.errors import RequestError
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tiercel.commandline import Json, print_json
+from tiercel.commands.options import Json, print_json
 from tiercel.errors import RequestError
 from tiercel.leave import leave
 
