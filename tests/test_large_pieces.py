@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from tiercel.memory import KEPT, LARGE, give_back, passing
-from tiercel.pool import ALIGN
+from tiercel.runtime.workspace import KEPT, LARGE, give_back, passing
+from tiercel.runtime.allocator import ALIGN
 
 READING = """
 import torch
-from tiercel.memory import give_back, passing
+from tiercel.runtime.workspace import give_back, passing
 
 def resident():
     with open("/proc/self/statm") as file:

@@ -14,7 +14,7 @@ import torch
 
 import tiercel
 import tiny
-from tiercel import pool
+from tiercel.runtime import allocator as pool
 from tiercel.engine.engine import Engine
 from tiercel.generate import Generation
 from tiercel.model.state import nbytes_together

@@ -13,7 +13,7 @@ from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
 from tiercel.model.steps import Step
 from tiercel.ops import cpu
-from tiercel.pool import Pool
+from tiercel.runtime.allocator import Pool
 from tiercel.sampling import SamplingParams
 from tiny import ids, run
 

@@ -13,7 +13,7 @@ from tiercel.engine.engine import Engine
 from tiercel.engine.loop import AsyncEngine
 from tiercel.errors import Busy, RequestError
 from tiercel.generate import generate_reference
-from tiercel.pool import Pool
+from tiercel.runtime.allocator import Pool
 from tiercel.sampling import SamplingParams
 from tiny import GREEDY, ids
 

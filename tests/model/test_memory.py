@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from tiercel import pool as pools
-from tiercel.pool import ALIGN, Pool
+from tiercel.runtime import allocator as pools
+from tiercel.runtime.allocator import ALIGN, Pool
 
 CPU = torch.device("cpu")
 MB = 1 << 20

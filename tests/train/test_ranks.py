@@ -84,7 +84,7 @@ def test_leaving_waits_for_no_thread_and_loses_nothing(tmp_path):
     script = """
 import atexit, threading
 from pathlib import Path
-from tiercel.leave import leave
+from tiercel.runtime.exit import leave
 threading.Thread(target=threading.Event().wait).start()
 atexit.register(Path("done").touch)
 print("said", end="")

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
-from tiercel.leave import leave
+from tiercel.runtime.exit import leave
 from tiercel.train import parallel
 from tiercel.train.data import Batches, Documents
 from tiercel.train.loop import Settings, fit

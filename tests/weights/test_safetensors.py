@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from tiercel.errors import FormatError, RequestError, TiercelError, UnsupportedError
-from tiercel.weights.atomic import atomic_write
+from tiercel.runtime.atomic import atomic_write
 from tiercel.weights.safetensors import open_safetensors, write_safetensors
 from tiercel.weights.stored import PLAIN, OutTensor, StoredTensor, torch_dtype
 

@@ -154,7 +154,7 @@ def _probe(kinds: Sequence[str]) -> dict[str, float]:
 
 
 def _keep(file: Path, known: dict[str, Any]) -> None:
-    from tiercel.weights.atomic import atomic_write
+    from tiercel.runtime.atomic import atomic_write
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import typer
 
 from tiercel.commands.options import Json, print_json
 from tiercel.errors import RequestError
-from tiercel.leave import leave
+from tiercel.runtime.exit import leave
 
 if TYPE_CHECKING:
     from tiercel.train.loop import Settings

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiercel import child
+from tiercel.runtime import subprocess as child
 from tiercel.errors import RequestError, TiercelError
 from tiercel.sampling import Structured
 

@@ -173,7 +173,7 @@ def _write(out: Path, found: dict[str, Any]) -> None:
 
 
 def _keep(file: Path, text: str) -> None:
-    from tiercel.weights.atomic import atomic_write
+    from tiercel.runtime.atomic import atomic_write
 
     with atomic_write(file) as to:
         to.write(f"{text}\n".encode())

@@ -111,7 +111,7 @@ def _fetch(file: File, target: Path) -> Path:
     import urllib.error
     import urllib.request
 
-    from tiercel.weights.atomic import atomic_write
+    from tiercel.runtime.atomic import atomic_write
 
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
         raise Offline(f"{file.path} is not here, and HF_HUB_OFFLINE forbids to fetch it; give a folder with --data")

@@ -16,7 +16,7 @@ import threading
 from functools import lru_cache
 from pathlib import Path
 
-from tiercel import child
+from tiercel.runtime import subprocess as child
 from tiercel.errors import RequestError
 
 SECONDS, START_SECONDS = 5.0, 60.0

@@ -14,7 +14,7 @@ from typing import Any
 from tiercel.evals import plots
 from tiercel.evals.run import Result
 from tiercel.evals.statistics import wilson
-from tiercel.weights.atomic import atomic_write
+from tiercel.runtime.atomic import atomic_write
 
 SHOWN = 200  # transcripts in the page; all of them are in items.jsonl
 LONGEST = 6000  # characters of one text in the page

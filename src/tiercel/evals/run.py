@@ -419,7 +419,7 @@ class Log:
             if head.exists():
                 self._check(head, about)
             else:
-                from tiercel.weights.atomic import atomic_write
+                from tiercel.runtime.atomic import atomic_write
 
                 lines.unlink(missing_ok=True)
                 with atomic_write(head) as file:

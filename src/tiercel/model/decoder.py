@@ -28,7 +28,7 @@ from tiercel.model.state import State
 from tiercel.model.steps import Steps
 from tiercel.ops import cpu
 from tiercel.ops.linear import QTensor, torch_multiplies_bf16
-from tiercel.pool import Pool
+from tiercel.runtime.allocator import Pool
 
 
 class Decoder(nn.Module):

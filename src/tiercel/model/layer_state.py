@@ -34,7 +34,7 @@ from torch import Tensor
 from tiercel.model.config import LARGEST, AttentionConfig, Mamba1Config, Mamba2Config, Mixer
 from tiercel.model.pages import PAGE, Pages
 from tiercel.ops.scan import selective_scan
-from tiercel.pool import Pool, memory
+from tiercel.runtime.allocator import Pool, memory
 
 TILE = 32  # keys that kernels read together: pages are whole tiles
 LONGEST_CHUNK = 64  # S is rewritten at least this often, whatever chunk the model was trained with: the form is exact

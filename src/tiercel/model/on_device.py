@@ -20,7 +20,7 @@ from tiercel.model.pages import Page
 from tiercel.model.placed import place
 from tiercel.model.slots import PAGE, AttentionSlots, Mamba2Slots, Slots
 from tiercel.model.state import Snapshot, State
-from tiercel.pool import Pool
+from tiercel.runtime.allocator import Pool
 
 SPARE = 2  # slots for what lives a moment: a text that starts again, a session that is saved
 SHARE = 0.85  # of the free memory that slots may take

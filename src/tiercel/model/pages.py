@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiercel.pool import Pool
+from tiercel.runtime.allocator import Pool
 
 # tokens of a page (PAGE in ops/cpu/kernels.h): whole tiles of keys, and what a snapshot's last page may waste
 PAGE = 64

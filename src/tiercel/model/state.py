@@ -26,7 +26,7 @@ from tiercel.errors import RequestError
 from tiercel.model.config import Mixer
 from tiercel.model.layer_state import AttentionState, LayerState, RecurrentState, layer_state
 from tiercel.model.pages import Page, Pages
-from tiercel.pool import Pool, memory
+from tiercel.runtime.allocator import Pool, memory
 
 SEGMENT = 1024  # keys of one partial sum, where few queries meet many keys (SEGMENT in ops/cpu/kernels.h)
 SPLIT = 8  # new tokens up to which that is done

@@ -27,7 +27,7 @@ def save(state: State, path: Path, tokens: Sequence[int], earlier: Sequence[Snap
     """`State.save`."""
     from safetensors.torch import save as to_bytes
 
-    from tiercel.weights.atomic import atomic_write
+    from tiercel.runtime.atomic import atomic_write
 
     tensors = {"tokens": torch.tensor(tokens, dtype=torch.int32)} if tokens else {}
     for i, part in enumerate(state.parts):

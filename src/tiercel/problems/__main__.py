@@ -14,7 +14,7 @@ import typer
 
 from tiercel.errors import RequestError, TiercelError
 from tiercel.problems import FAMILIES, TRAINED, conversations
-from tiercel.weights.atomic import atomic_write
+from tiercel.runtime.atomic import atomic_write
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Problems that check themselves.")
 

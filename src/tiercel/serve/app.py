@@ -27,7 +27,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tiercel.errors import RequestError, TiercelError
-from tiercel.leave import leave
+from tiercel.runtime.exit import leave
 from tiercel.serve import library, ollama, openai, openapi, page, responses
 from tiercel.serve.connection import connection
 from tiercel.serve.errors import BUSY, Refusal, log, plain, reply, reply_to

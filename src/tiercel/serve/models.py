@@ -250,7 +250,7 @@ class Models:
 
 def _let_go() -> None:
     """What a model leaves when it goes: Python's circles, and the holes in malloc's memory."""
-    from tiercel.memory import give_back
+    from tiercel.runtime.workspace import give_back
 
     gc.collect()
     give_back()

@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from tiercel import child
+from tiercel.runtime import subprocess as child
 from tiercel.errors import FormatError, RequestError, TiercelError
 
 SECONDS = 1.0  # of processor time, counted in the worker

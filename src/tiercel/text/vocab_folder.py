@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 from tiercel.errors import FormatError
 from tiercel.text.control import Added
 from tiercel.text.vocab import Recipe, added_json, around
-from tiercel.weights.atomic import atomic_write
+from tiercel.runtime.atomic import atomic_write
 
 TOKENIZER_BYTES = 256 << 20
 SMALL_BYTES = 16 << 20

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tiercel.errors import FormatError
 from tiercel.train import parallel
-from tiercel.weights.atomic import _sync_folder, atomic_write
+from tiercel.runtime.atomic import _sync_folder, atomic_write
 from tiercel.weights.safetensors import open_safetensors, write_safetensors_file
 from tiercel.weights.stored import OutTensor
 

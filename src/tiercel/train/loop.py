@@ -292,7 +292,7 @@ class Log:
             return
         self.lines = [line for line in read_log(self.path) if line["step"] <= step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        from tiercel.weights.atomic import atomic_write
+        from tiercel.runtime.atomic import atomic_write
 
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in self.lines).encode())

@@ -26,7 +26,7 @@ from tiercel.train.causal_lm import CausalLM, coverage
 from tiercel.train.loop import Settings, fit
 from tiercel.weights import hub
 from tiercel.weights.adapters import CONFIG, FOLDED, folds, module_rows
-from tiercel.weights.atomic import atomic_write
+from tiercel.runtime.atomic import atomic_write
 from tiercel.weights.checkpoint import read_json
 from tiercel.weights.load import load
 

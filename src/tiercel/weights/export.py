@@ -27,7 +27,7 @@ from tiercel.quant.recipes import file_type
 from tiercel.text import Text
 from tiercel.text.vocab_gguf import GGUF_TYPES
 from tiercel.weights import packed_folder
-from tiercel.weights.atomic import atomic_write
+from tiercel.runtime.atomic import atomic_write
 from tiercel.weights.checkpoint import Checkpoint, Source, open_checkpoint, parameter_shapes
 from tiercel.weights.forms import WHOLE, foreign_shape, scaled, scaled_rows, to_foreign
 from tiercel.weights.gguf import Typed, write_gguf

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from tiercel.errors import FormatError, RequestError, UnsupportedError
 from tiercel.quant import PACKINGS
-from tiercel.weights.atomic import atomic_write
+from tiercel.runtime.atomic import atomic_write
 from tiercel.weights.stored import PLAIN, File, OutTensor, StoredTensor, bytes_of
 
 HEADER_BYTES = 64 << 20

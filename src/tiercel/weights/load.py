@@ -21,7 +21,7 @@ from tiercel.errors import RequestError
 from tiercel.families.family import Layout, Row
 from tiercel.families.pattern import PATTERN, read_file
 from tiercel.families.pattern import rows as pattern_rows
-from tiercel.memory import give_back
+from tiercel.runtime.workspace import give_back
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import fast_bf16, hold, initialize, named_weights

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from tiercel.errors import FormatError, RequestError, UnsupportedError
-from tiercel.weights.atomic import atomic_write
+from tiercel.runtime.atomic import atomic_write
 from tiercel.weights.stored import PLAIN, File, OutTensor, StoredTensor, bytes_of
 
 HEADER_BYTES = 100_000_000

@@ -20,7 +20,7 @@ from typing import Any
 
 from tiercel.errors import FormatError, ModelNotFound, RequestError
 from tiercel.weights import hub
-from tiercel.weights.atomic import atomic_write
+from tiercel.runtime.atomic import atomic_write
 from tiercel.weights.fetch import file_digest, read_json
 
 DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")

@@ -162,7 +162,7 @@ class StoredTensor:
 
         Rows of a packed tensor with one axis are its values: start and stop must fall between blocks.
         """
-        from tiercel.memory import passing
+        from tiercel.runtime.workspace import passing
 
         shape = self._shape(start, stop)
         begin = bytes_of(self.type, (start, *self.shape[1:])) if self.shape else 0

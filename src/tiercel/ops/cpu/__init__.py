@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
-from tiercel.memory import LARGE, passing
+from tiercel.runtime.workspace import LARGE, passing
 from tiercel.quant import panel_bytes as panel_bytes
 
 if TYPE_CHECKING:

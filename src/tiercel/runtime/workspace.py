@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import Tensor
 
-from tiercel.pool import Pool
+from tiercel.runtime.allocator import Pool
 
 LARGE = 1 << 20  # bytes: below this everything is as torch does it
 KEPT = 192 << 20  # what a layer of a 7B takes for a prompt's 512 tokens
