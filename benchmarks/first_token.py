@@ -28,7 +28,7 @@ import torch
 
 import tiercel
 from tiercel.bench.models import SHAPES, random_source
-from tiercel.weights import hub
+from tiercel.hub import hub
 from tiercel.weights.export import export
 from tiercel.weights.gguf import GGUFFile, write_gguf
 from tiercel.weights.stored import OutTensor

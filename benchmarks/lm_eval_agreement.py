@@ -36,7 +36,7 @@ from tiercel.evals import open_task
 from tiercel.evals.gsm8k import GSM8K
 from tiercel.evals.lm_eval import TiercelLM
 from tiercel.evals.task import Item, Task, chosen
-from tiercel.weights import hub
+from tiercel.hub import hub
 
 LETTERS = ["A", "B", "C", "D"]
 

@@ -33,7 +33,7 @@ from typing import Any
 
 from tiercel.bench import cores
 from tiercel.bench.models import random_source
-from tiercel.weights import hub
+from tiercel.hub import hub
 from tiercel.weights.export import export
 from tiercel.weights.gguf import GGUFFile, Typed, write_gguf
 from tiercel.weights.stored import OutTensor

@@ -75,7 +75,7 @@ def smollm2() -> Path:
         if not Path(given).is_file():
             pytest.fail(f"TIERCEL_TEST_SMOLLM2 names no file: {given}")
         return Path(given)
-    from tiercel.weights import hub
+    from tiercel.hub import hub
 
     found = hub.find("smollm2")
     if found is None:

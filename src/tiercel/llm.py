@@ -36,7 +36,7 @@ from tiercel.sampling import Logprob, SamplingParams
 from tiercel.text import Text
 from tiercel.text.stream import Piece
 from tiercel.voting import Vote, VoteSettings, vote
-from tiercel.weights import hub
+from tiercel.hub import hub
 from tiercel.weights import load as weights
 from tiercel.weights.checkpoint import generation_defaults
 from tiercel.weights.export import NetworkSource, export

@@ -20,7 +20,8 @@ from tiercel.ops.linear import QTensor, multiply_reference
 from tiercel.train.causal_lm import CausalLM, coverage
 from tiercel.train.lora import TARGETS, adapt, matched, save
 from tiercel.train.lora_layer import LowRank, kept
-from tiercel.weights import adapters, hub
+from tiercel.weights import adapters
+from tiercel.hub import hub
 from tiercel.weights import load as weights
 from tiercel.weights.checkpoint import open_checkpoint, parameter_shapes
 from tiercel.weights.export import export
@@ -375,7 +376,7 @@ def test_what_is_no_adapter_for_this_model_is_refused_in_one_line(base, models, 
 
 
 def test_a_modelfile_puts_an_adapter_on(models, tmp_path, monkeypatch):
-    from tiercel.weights import store
+    from tiercel.hub import store
 
     monkeypatch.setenv("TIERCEL_HOME", str(tmp_path / "home"))
     export(models("llama-tied"), tmp_path / "m.gguf")

@@ -22,7 +22,7 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
 from tiercel.problems import conversations
 from tiercel.text import Text
-from tiercel.weights import hub, store
+from tiercel.hub import hub, store
 from tiercel.weights.export import NetworkSource, export
 
 ROOT = Path(__file__).parents[2]

@@ -73,7 +73,7 @@ def test_create_cp_and_rm_work_on_the_disk(smollm2, tmp_path):
 )
 def test_a_modelfile_that_cannot_be_followed_is_explained(tmp_path, text, words):
     from tiercel.errors import TiercelError
-    from tiercel.weights import store
+    from tiercel.hub import store
 
     with pytest.raises(TiercelError, match=words):
         store.create("mine", store.parse_modelfile(text), tmp_path)

@@ -226,8 +226,8 @@ def test_client_meets_errors_with_their_status(client):
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """An empty home."""
-    from tiercel.weights import hub
-    from tiercel.weights import store as names
+    from tiercel.hub import hub
+    from tiercel.hub import store as names
 
     monkeypatch.setenv("TIERCEL_HOME", str(tmp_path))
     return hub, names, tmp_path

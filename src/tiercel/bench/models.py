@@ -19,8 +19,8 @@ from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, read_file, rows
 from tiercel.families.shapes import SHAPES
 from tiercel.quant import recipes
-from tiercel.weights import hub
-from tiercel.weights.fetch import read_json
+from tiercel.hub import hub
+from tiercel.hub.fetch import read_json
 from tiercel.weights.gguf import GGUFFile
 
 if TYPE_CHECKING:

@@ -116,7 +116,7 @@ def pull(
     """
     from tiercel.commands.chat import waiting
     from tiercel.plan import human_bytes
-    from tiercel.weights import hub
+    from tiercel.hub import hub
 
     with waiting(f"pulling {name}") as report:
         model = hub.pull(name, verify=verify, progress=report)
@@ -132,7 +132,7 @@ def pull(
 def list_(json: Json = False) -> None:
     """List the models that are here (also: ls)."""
     from tiercel.plan import human_bytes
-    from tiercel.weights import hub
+    from tiercel.hub import hub
 
     models = hub.list_models()
     if json:
@@ -164,7 +164,7 @@ def _ago(then: float) -> str:
 def show(model: ModelName, json: Json = False) -> None:
     """Say what a model is, from its config or header alone."""
     from tiercel.commands.show import describe, table
-    from tiercel.weights import hub
+    from tiercel.hub import hub
 
     found = describe(hub.resolve(model))
     if json:
@@ -195,7 +195,7 @@ def export(
     _check_floats(dtype)
     _check_free(out, force)
     from tiercel.commands.chat import waiting
-    from tiercel.weights import hub
+    from tiercel.hub import hub
 
     with waiting(f"exporting {model}") as report:
         path = hub.resolve(model, pull=True, progress=report)
@@ -255,7 +255,7 @@ def merge(
     _check_floats(dtype)
     _check_free(out, force)
     from tiercel.commands.chat import waiting
-    from tiercel.weights import hub
+    from tiercel.hub import hub
 
     with waiting(f"merging {model}") as report:
         path = hub.resolve(model, pull=True, progress=report)
@@ -375,7 +375,7 @@ def rm(
 ) -> None:
     """Remove models from this machine."""
     from tiercel.serve.client import Client
-    from tiercel.weights import store
+    from tiercel.hub import store
 
     for model in models:
         client = Client.find()
@@ -395,7 +395,7 @@ def cp(
     json: Json = False,
 ) -> None:
     """Give a model another name; no bytes are copied."""
-    from tiercel.weights import store
+    from tiercel.hub import store
 
     store.copy(source, destination)
     if json:
@@ -411,7 +411,7 @@ def create(
     json: Json = False,
 ) -> None:
     """Make a model from a Modelfile: FROM a model, with ADAPTER, PARAMETER, SYSTEM, TEMPLATE, MESSAGE, LICENSE."""
-    from tiercel.weights import store
+    from tiercel.hub import store
 
     try:
         text = file.read_text(encoding="utf-8")

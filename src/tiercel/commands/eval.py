@@ -125,7 +125,7 @@ def _answerer(
     import tiercel
     from tiercel.commands.chat import waiting
     from tiercel.evals.local import LocalModel
-    from tiercel.weights import hub
+    from tiercel.hub import hub
 
     with waiting(f"loading {model}") as report:
         hub.resolve(model, pull=True, progress=report)

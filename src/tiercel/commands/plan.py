@@ -28,8 +28,8 @@ from tiercel.plan.forecast import LENGTHS, Forecast, forecast, matrices, smaller
 from tiercel.plan.machines import PROBE, Machine, from_probe, machine
 from tiercel.quant import PACKED_TYPES
 from tiercel.commands.show import stored_types
-from tiercel.weights import hub
-from tiercel.weights.fetch import read_json
+from tiercel.hub import hub
+from tiercel.hub.fetch import read_json
 from tiercel.weights.gguf import GGUFFile
 
 PROBE_S = 120.0

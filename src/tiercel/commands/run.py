@@ -97,7 +97,7 @@ def run(
 
 def _model_and_words(model: str, words: list[str]) -> tuple[str, list[str]]:
     """The first word is a model's name, unless it stands alone and reads as a prompt."""
-    from tiercel.weights import hub
+    from tiercel.hub import hub
 
     if not words and model != DEFAULT_MODEL and hub.reads_as_prompt(model):
         return DEFAULT_MODEL, [model]
@@ -137,7 +137,7 @@ def open_talker(
     import tiercel
     from tiercel.commands.chat import ModelTalker
     from tiercel.commands.plan import fit
-    from tiercel.weights import hub
+    from tiercel.hub import hub
 
     hub.resolve(name, pull=True, progress=report)
     fitted = fit(name, context=context, dtype=dtype, quantize=packing.get("quantize"))

@@ -130,7 +130,7 @@ def timed_here(each: Entrant, length: int) -> dict[str, Any]:
         return timed_there(each, length)
     from tiercel.bench import cores
     from tiercel.bench.peers import Worker
-    from tiercel.weights import hub
+    from tiercel.hub import hub
 
     path = str(hub.resolve(each.name, pull=True))
     with Worker({"engine": "tiercel", "threads": cores(), "dtype": "auto", "path": path}) as worker:

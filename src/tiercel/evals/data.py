@@ -97,7 +97,7 @@ def _place(file: File, folder: str | Path | None) -> Path:
         if not path.is_file():
             raise RequestError(f"{path} is not there; it can be had from {file.url}")
         return path
-    from tiercel.weights import hub
+    from tiercel.hub import hub
 
     beside = Path(tiercel.__file__).resolve().parents[3] / "shared" / "data" / file.path
     kept = hub.home() / "data" / file.path

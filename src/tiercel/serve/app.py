@@ -285,7 +285,7 @@ def served_name(service: Service, name: str) -> str:
     """The name under which a model of the command line is asked for."""
     import re
 
-    from tiercel.weights import hub
+    from tiercel.hub import hub
 
     path = Path(name).expanduser()
     if not (hub.is_path(name) or (path.exists() and hub.short_name(name) is None)):

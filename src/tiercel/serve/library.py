@@ -24,7 +24,7 @@ from tiercel.serve.errors import Refusal
 from tiercel.serve.ollama import details, stamp
 from tiercel.serve.requests import Body, read
 from tiercel.serve.stream import Lines, Whole
-from tiercel.weights import hub, store
+from tiercel.hub import hub, store
 
 
 class Named(Body):
@@ -125,7 +125,7 @@ def tensors_of(path: Any) -> list[dict[str, Any]]:
 
 def chat_template(path: Any) -> str:
     """The chat template of a file, without loading the model; "" where there is none."""
-    from tiercel.weights.fetch import read_json
+    from tiercel.hub.fetch import read_json
     from tiercel.weights.gguf import GGUFFile
 
     if path.is_dir():

@@ -21,8 +21,8 @@ from typing import Any
 from tiercel.errors import DoesNotFit, ModelNotFound
 from tiercel.serve.errors import BUSY, Refusal, log
 from tiercel.serve.settings import Settings
-from tiercel.weights import hub
-from tiercel.weights.fetch import read_json
+from tiercel.hub import hub
+from tiercel.hub.fetch import read_json
 
 Opener = Callable[[Path, Settings], tuple[Any, Any]]  # → (Model, AsyncEngine not yet started)
 

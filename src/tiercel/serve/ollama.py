@@ -474,8 +474,8 @@ def digest(named: Named) -> str:
     """The sha256 of a file from the store; elsewhere the hub's commit, or one of the name."""
     import hashlib
 
-    from tiercel.weights import hub
-    from tiercel.weights.fetch import read_json
+    from tiercel.hub import hub
+    from tiercel.hub.fetch import read_json
 
     folder = hub.store_folder(named.name)
     found = read_json(folder / "tiercel.json").get("sha256") if folder else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tiercel.errors import ModelNotFound, RequestError
 from tiercel.sampling import SamplingParams
 from tiercel.serve.client import Client
-from tiercel.weights import hub
+from tiercel.hub import hub
 
 if TYPE_CHECKING:
     from tiercel.voting.settings import VoteSettings

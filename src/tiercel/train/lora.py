@@ -24,7 +24,7 @@ from tiercel.model.decoder import Decoder
 from tiercel.train import start
 from tiercel.train.causal_lm import CausalLM, coverage
 from tiercel.train.loop import Settings, fit
-from tiercel.weights import hub
+from tiercel.hub import hub
 from tiercel.weights.adapters import CONFIG, FOLDED, folds, module_rows
 from tiercel.runtime.atomic import atomic_write
 from tiercel.weights.checkpoint import read_json

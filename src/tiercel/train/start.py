@@ -23,7 +23,7 @@ from tiercel.train import parallel
 from tiercel.train.checkpoint import complete
 from tiercel.train.data import Batches, Documents, Rows, read_documents
 from tiercel.train.loop import Result, Settings
-from tiercel.weights import hub
+from tiercel.hub import hub
 from tiercel.weights.checkpoint import open_checkpoint, read_json
 from tiercel.weights.export import NetworkSource, export
 from tiercel.weights.load import load

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.errors import FormatError, ModelNotFound, RequestError
-from tiercel.weights import hub
+from tiercel.hub import hub
 from tiercel.runtime.atomic import atomic_write
-from tiercel.weights.fetch import file_digest, read_json
+from tiercel.hub.fetch import file_digest, read_json
 
 DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 EXTRAS = ("parameters", "system", "template", "messages", "license", "from", "adapter")
