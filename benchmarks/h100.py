@@ -38,7 +38,7 @@ from tiercel.model.slots import PAGE, Mamba2Slots, Slots
 from tiercel.ops.triton.linear import DeviceQTensor, gated
 from tiercel.ops.triton.tiled import Tile, tile
 from tiercel.ops.triton.tiled import product as tiled_product
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 
 MODEL = "falcon-h1r:7b"
 # about as many parameters and the context of today: 32 layers, eight key/value heads

@@ -30,7 +30,7 @@ from tiercel.engine import Engine
 from tiercel.engine.request import Choice
 from tiercel.engine.speculative import Drafter, prompt_lookup
 from tiercel.errors import ModelNotFound
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiercel.weights.export import export
 
 TEXT = """The river begins in three springs below the pass, where 14 shepherds keep 230 goats. In June the snow water \

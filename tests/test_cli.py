@@ -19,7 +19,7 @@ import pytest
 from tiercel.commands.chat import duration, timing_block, with_parameter
 from tiercel.commands.doctor import report
 from tiercel.errors import RequestError
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 
 # A model that answers by rule, put in the place of a loaded one; everything else is the real program.
 FAKE = """
@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from tiercel import cli, run
 from tiercel.errors import ContextOverflow, DoesNotFit
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 
 @dataclass
 class Answer:

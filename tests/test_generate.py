@@ -6,7 +6,7 @@ import torch
 import tiny
 from tiercel.errors import ContextOverflow, RequestError
 from tiercel.generate import PREFILL, Generation, generate_reference
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiny import GREEDY, ids
 
 

@@ -79,7 +79,7 @@ def test_thoughts_are_kept_apart_in_a_chat(tmp_path):
     model = tiercel.load(tiny.checkpoint(tmp_path, template=tiny.TEMPLATE))
     said = iter([*model.text.encode("<think>why</think>Because"), *model.text.encode("<|end|>", special=True)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tiercel.sampling.Sampler.sample", lambda self, logits: next(said))
+        patch.setattr("tiercel.sampling.params.Sampler.sample", lambda self, logits: next(said))
         out = model.generate("Hi", SamplingParams(max_tokens=99))
     assert (out, out.thinking, out.finish_reason) == ("Because", "why", "stop")
 

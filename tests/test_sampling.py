@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tiercel.errors import RequestError, TiercelError
-from tiercel.sampling import Repetition, Sampler, SamplingParams, Structured, bad_word_ids, draw, top_logprobs, uniform
+from tiercel.sampling.params import Repetition, Sampler, SamplingParams, Structured, bad_word_ids, draw, top_logprobs, uniform
 
 V = 50
 
@@ -49,7 +49,7 @@ def test_defaults_are_vllms() -> None:
 
 
 def test_importing_the_parameters_does_not_import_torch() -> None:
-    code = "import sys; from tiercel.sampling import SamplingParams; SamplingParams(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from tiercel.sampling.params import SamplingParams; SamplingParams(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

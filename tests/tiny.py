@@ -12,7 +12,7 @@ from tiercel.families.pattern import PATTERN, pattern, rows
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiercel.weights.export import NetworkSource, export
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -23,7 +23,7 @@ _HOME = {
     "load": "llm",
     "Model": "llm",
     "LLM": "llm",
-    "SamplingParams": "sampling",
+    "SamplingParams": "sampling.params",
     "pattern": "families.pattern",
     "TiercelError": "errors",
     "FormatError": "errors",
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     )
     from tiercel.families.pattern import pattern
     from tiercel.llm import LLM, Model, load
-    from tiercel.sampling import SamplingParams
+    from tiercel.sampling.params import SamplingParams
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tiercel.model.decoder import Decoder
 from tiercel.model.state import State
 from tiercel.reply import Reply
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiercel.text.stream import Piece
 
 if TYPE_CHECKING:

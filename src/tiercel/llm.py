@@ -32,7 +32,7 @@ from tiercel.generate import Times
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.placed import move
-from tiercel.sampling import Logprob, SamplingParams
+from tiercel.sampling.params import Logprob, SamplingParams
 from tiercel.text import Text
 from tiercel.text.stream import Piece
 from tiercel.voting import Vote, VoteSettings, vote

@@ -19,7 +19,7 @@ from tiercel.engine.engine import Engine
 from tiercel.generate import Generation
 from tiercel.model.state import nbytes_together
 from tiercel.reply import Reply
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 
 LONGEST = 200
 NETWORKS = {

@@ -16,7 +16,7 @@ import torch
 from test_text_stream import make
 from tiercel.engine.constraint import Grammars
 from tiercel.errors import RequestError
-from tiercel.sampling import Sampler, SamplingParams, Structured
+from tiercel.sampling.params import Sampler, SamplingParams, Structured
 
 SCHEMA = {
     "type": "object",
@@ -154,7 +154,7 @@ def test_large_honest_schemas_are_accepted(grammars):
 
 
 def test_a_form_and_limits_that_contradict_it_are_refused_when_it_shows(grammars):
-    from tiercel.steering import Steering
+    from tiercel.sampling.constraints import Steering
 
     params = SamplingParams(structured=Structured(regex="a+"), allowed_token_ids=[5], max_tokens=9)
     steering = Steering.of(grammars.text, params, grammar=grammars.compile(params.structured))

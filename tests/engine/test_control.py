@@ -11,7 +11,7 @@ from tiercel import SamplingParams, load
 from tiercel.engine.engine import Engine
 from tiercel.engine.speculative import ModelDrafter, NgramDrafter
 from tiercel.errors import RequestError
-from tiercel.sampling import Structured
+from tiercel.sampling.params import Structured
 
 SCHEMA = {
     "type": "object",

@@ -14,7 +14,7 @@ from tiercel.generate import generate_reference
 from tiercel.model.steps import Step
 from tiercel.ops import cpu
 from tiercel.runtime.allocator import Pool
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiny import ids, run
 
 

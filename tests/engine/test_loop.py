@@ -14,7 +14,7 @@ from tiercel.engine.loop import AsyncEngine
 from tiercel.errors import Busy, RequestError
 from tiercel.generate import generate_reference
 from tiercel.runtime.allocator import Pool
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiny import GREEDY, ids
 
 LONG = SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True)  # seconds, also where a step takes 0.3 ms

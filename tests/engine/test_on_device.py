@@ -15,7 +15,7 @@ from ops.triton.conftest import DEVICE
 from tiercel.engine.engine import Engine
 from tiercel.generate import generate_reference
 from tiercel.model.on_device import OnDevice
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiny import ids
 
 

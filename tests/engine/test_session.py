@@ -14,7 +14,7 @@ from tiercel.engine.engine import Engine
 from tiercel.engine.session import Session
 from tiercel.errors import FormatError, RequestError
 from tiercel.generate import generate_reference
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiny import GREEDY, ids
 
 

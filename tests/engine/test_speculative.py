@@ -10,7 +10,7 @@ import torch
 
 import tiny
 from tiercel.engine.speculative import ModelDrafter, NgramDrafter, Speculation, StepCosts
-from tiercel.sampling import Sampler, SamplingParams
+from tiercel.sampling.params import Sampler, SamplingParams
 from tiny import ids
 
 KINDS = [tiny.EVERY_KIND, "mamba1/-", "mamba2", "attention", "attention+mamba2"]

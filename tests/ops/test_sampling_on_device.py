@@ -5,7 +5,7 @@ import torch
 
 from tiercel.model.draws import Draws
 from tiercel.ops.sampling import choose
-from tiercel.sampling import Sampler, SamplingParams
+from tiercel.sampling.params import Sampler, SamplingParams
 
 V = 3000
 PARAMS = [

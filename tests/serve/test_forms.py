@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiercel.serve import ollama, openai, talk
 from tiercel.text.stream import Piece
 

@@ -108,7 +108,7 @@ def test_the_page_describes_it(server):
 
 
 def test_the_command_line_asks_a_running_server(server):
-    from tiercel.sampling import SamplingParams
+    from tiercel.sampling.params import SamplingParams
     from tiercel.serve.client import Client
     from tiercel.serve.talker import ServerTalker
     from tiercel.voting import VoteSettings

@@ -14,7 +14,7 @@ import tiny
 from tiercel.errors import FormatError, RequestError, TiercelError
 from tiercel.model.layers import initialize
 from tiercel.problems import FAMILIES
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiercel.train import rewards
 from tiercel.train.grpo import Player, Rollouts, Rules, advantages, grpo, loss, surrogate
 from tiercel.train.loop import Settings, fit

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from tiercel.engine.speculative import prompt_lookup
 from tiercel.errors import RequestError
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiercel.voting import Voter, VoteSettings, vote
 from tiny import ids, run
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tiercel.errors import RequestError, TiercelError
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from tiercel.voting.settings import VoteSettings

@@ -15,7 +15,7 @@ from tiercel.errors import RequestError
 
 if TYPE_CHECKING:
     from tiercel.commands.chat import Prompt, Talker
-    from tiercel.sampling import SamplingParams
+    from tiercel.sampling.params import SamplingParams
 
 DEFAULT_MODEL = "reasoner"  # it comes with the package: `hub.BUNDLED`
 
@@ -106,7 +106,7 @@ def _model_and_words(model: str, words: list[str]) -> tuple[str, list[str]]:
 
 def _check_params(given: dict[str, Any]) -> None:
     """Refuse what cannot be served before a model is loaded for it."""
-    from tiercel.sampling import SamplingParams
+    from tiercel.sampling.params import SamplingParams
 
     SamplingParams(max_tokens=given.get("max_tokens"), **{k: v for k, v in given.items() if k != "max_tokens"})
 

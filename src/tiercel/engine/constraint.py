@@ -32,7 +32,7 @@ from torch import Tensor
 
 from tiercel.runtime import subprocess as child
 from tiercel.errors import RequestError, TiercelError
-from tiercel.sampling import Structured
+from tiercel.sampling.params import Structured
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

@@ -46,7 +46,7 @@ from tiercel.model.pages import PAGE
 from tiercel.model.state import State, nbytes_together
 from tiercel.model.steps import MOST_TOKENS
 from tiercel.ops import cpu
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiercel.text.stream import Piece
 
 if TYPE_CHECKING:

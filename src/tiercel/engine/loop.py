@@ -24,7 +24,7 @@ import torch
 from tiercel.engine.engine import Engine, Stats
 from tiercel.engine.request import Request, Update
 from tiercel.errors import Busy, TiercelError
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 
 BEHIND = 1024  # updates that a reader may leave unread: about 256 KiB of a stream
 FIRST = 0.003  # seconds that the engine waits at most for an answer's first text to be on its way

@@ -15,7 +15,7 @@ from tiercel.engine.speculative import Speculation
 from tiercel.errors import TiercelError
 from tiercel.generate import Times
 from tiercel.reply import Reply
-from tiercel.sampling import Logprob, SamplingParams
+from tiercel.sampling.params import Logprob, SamplingParams
 from tiercel.text.stream import Piece
 
 if TYPE_CHECKING:

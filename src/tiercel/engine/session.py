@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from tiercel.engine.request import Choice, Request
 from tiercel.errors import FormatError, RequestError
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiercel.text.stream import Piece
 
 if TYPE_CHECKING:

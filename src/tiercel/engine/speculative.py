@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tiercel.model.decoder import Decoder
 from tiercel.model.state import Snapshot
-from tiercel.sampling import Sampler, draw, uniform
+from tiercel.sampling.params import Sampler, draw, uniform
 
 LENGTHS = (1, 3, 7)  # guesses in one step: a few kinds of step, because each is recorded once (model/steps.py)
 MOST = LENGTHS[-1]

@@ -22,7 +22,7 @@ import tiercel
 from tiercel.errors import RequestError
 from tiercel.evals.answers import Ask, Question
 from tiercel.evals.local import LocalModel, Scorer
-from tiercel.sampling import LONGEST_STRING, MOST_STRINGS
+from tiercel.sampling.params import LONGEST_STRING, MOST_STRINGS
 
 NEW_TOKENS = 256  # lm-eval's own default
 

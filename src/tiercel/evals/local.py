@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiercel.errors import ContextOverflow, RequestError, TiercelError
 from tiercel.evals.answers import Answers, Ask, Likelihood, Question, Sample, Scored
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiercel.voting.voter import Voter
 
 if TYPE_CHECKING:

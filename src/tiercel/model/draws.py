@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tiercel.ops.sampling import choose
-from tiercel.sampling import SamplingParams, uniform
+from tiercel.sampling.params import SamplingParams, uniform
 
 AHEAD = 64  # numbers that a slot has; `refill` before they are used up
 

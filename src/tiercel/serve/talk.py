@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiercel import voting
 from tiercel.errors import ContextOverflow, RequestError
-from tiercel.sampling import SamplingParams, Structured
+from tiercel.sampling.params import SamplingParams, Structured
 from tiercel.serve.errors import BUSY, Refusal, plain
 from tiercel.serve.models import Lease
 from tiercel.voting import Voter, VoteSettings

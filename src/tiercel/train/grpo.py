@@ -30,7 +30,7 @@ from tiercel.engine.engine import Engine
 from tiercel.errors import RequestError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import hold
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiercel.text import Text
 from tiercel.train import start
 from tiercel.train.data import Documents, Rows, make_rows, pack

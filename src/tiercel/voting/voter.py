@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tiercel.errors import RequestError
-from tiercel.sampling import SamplingParams
+from tiercel.sampling.params import SamplingParams
 from tiercel.voting.answers import final_answer
 from tiercel.voting.confidence import Running, token_confidence_of
 from tiercel.voting.settings import VoteSettings

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
-from tiercel.sampling import Repetition, SamplingParams
+from tiercel.sampling.params import Repetition, SamplingParams
 from tiercel.text import Text
 from tiercel.text.control import THINK_TAGS
 from tiercel.text.stream import TextStream
