@@ -10,7 +10,7 @@ import torch
 
 from engine.test_speculative import accepted
 from test_text_stream import make, spell
-from tiercel.engine.constraint import Grammars
+from tiercel.engine.structured_output import Grammars
 from tiercel.errors import RequestError
 from tiercel.sampling.params import Repetition, Sampler, SamplingParams, Structured
 from tiercel.sampling.constraints import Circles, Steering

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tiercel.model.decoder import Decoder
 from tiercel.model.state import State
-from tiercel.reply import Reply
+from tiercel.engine.output_processor import Reply
 from tiercel.sampling.params import SamplingParams
 from tiercel.text.stream import Piece
 

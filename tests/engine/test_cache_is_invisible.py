@@ -18,7 +18,7 @@ from tiercel.runtime import allocator as pool
 from tiercel.engine.engine import Engine
 from tiercel.generate import Generation
 from tiercel.model.state import nbytes_together
-from tiercel.reply import Reply
+from tiercel.engine.output_processor import Reply
 from tiercel.sampling.params import SamplingParams
 
 LONGEST = 200

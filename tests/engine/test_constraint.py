@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from test_text_stream import make
-from tiercel.engine.constraint import Grammars
+from tiercel.engine.structured_output import Grammars
 from tiercel.errors import RequestError
 from tiercel.sampling.params import Sampler, SamplingParams, Structured
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from tiercel.engine import marks
+from tiercel.engine import snapshot_policy as marks
 from tiercel.engine.engine import Engine
 from tiercel.engine.scheduler import BESIDE, Scheduler
 from tiercel.errors import RequestError

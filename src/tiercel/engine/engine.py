@@ -32,9 +32,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from tiercel.engine import marks
-from tiercel.engine.ahead import Begun, Chosen
-from tiercel.engine.constraint import Grammar, Grammars
+from tiercel.engine import snapshot_policy as marks
+from tiercel.engine.async_scheduling import Begun, Chosen
+from tiercel.engine.structured_output import Grammar, Grammars
 from tiercel.engine.prefix_cache import PrefixCache
 from tiercel.engine.request import Choice, Request, Update, Watch
 from tiercel.engine.scheduler import PATIENCE, Row, Scheduler

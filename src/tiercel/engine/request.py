@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tiercel.engine.speculative import Speculation
 from tiercel.errors import TiercelError
 from tiercel.generate import Times
-from tiercel.reply import Reply
+from tiercel.engine.output_processor import Reply
 from tiercel.sampling.params import Logprob, SamplingParams
 from tiercel.text.stream import Piece
 

@@ -26,7 +26,7 @@ from tiercel.text.control import THINK_TAGS
 from tiercel.text.stream import TextStream
 
 if TYPE_CHECKING:
-    from tiercel.engine.constraint import Grammar
+    from tiercel.engine.structured_output import Grammar
 
 SPACE = b" \t\r\n"
 

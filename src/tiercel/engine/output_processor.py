@@ -18,7 +18,7 @@ from tiercel.sampling.constraints import Steering
 from tiercel.text.stream import Piece
 
 if TYPE_CHECKING:
-    from tiercel.engine.constraint import Grammar
+    from tiercel.engine.structured_output import Grammar
     from tiercel.text import Text
 
 
@@ -30,7 +30,7 @@ class Reply:
                    circles, and that was asked about), "abort", "error", None while it grows
     stop_reason:   the stop string or stop token id of the caller that ended it, else None
 
-    grammar: `params.structured`, compiled (engine/constraint.py).  shown: control tokens that appear as their text, the
+    grammar: `params.structured`, compiled (engine/structured_output.py).  shown: control tokens that appear as their text, the
     markers of tool calls.
     Raises ContextOverflow, RequestError: the prompt and the parameters are checked before anything is read.
     """
