@@ -13,7 +13,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tiercel.errors import FormatError, RequestError, TiercelError
-from tiercel.text.template import render
+from tiercel.tokenizer.template import render
 
 MESSAGES = [
     {"role": "system", "content": "Be <b>brief</b> & kind."},
@@ -237,7 +237,7 @@ def test_a_template_that_never_ends_or_grows_is_ended(bomb: str) -> None:
 
 
 def test_the_first_template_is_not_slow() -> None:
-    program = "from tiercel.text.template import render\nassert render('{{ x }}', {'x': 1}) == '1'"
+    program = "from tiercel.tokenizer.template import render\nassert render('{{ x }}', {'x': 1}) == '1'"
     program += "\nimport sys; assert 'torch' not in sys.modules and 'jinja2' not in sys.modules"
     begin = time.monotonic()
     done = subprocess.run([sys.executable, "-"], input=program, text=True, capture_output=True, timeout=60)

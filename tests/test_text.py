@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from hard_strings import HARD
 from small_tokenizers import CONTROL, TAGS, byte_level, sentencepiece
 from tiercel.errors import FormatError, RequestError, UnsupportedError
-from tiercel.text import Text
-from tiercel.text.vocab import PRE_TOKENIZERS
+from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.vocab import PRE_TOKENIZERS
 
 GOLDEN = Path(__file__).parent / "golden"
 BYTE_LEVEL = ["llama-bpe", "smollm", "gpt-2", "qwen2", "falcon", "default"]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from small_tokenizers import CONTROL, TAGS, byte_level, sentencepiece
 from tiercel.errors import RequestError
-from tiercel.text import Text
+from tiercel.tokenizer.tokenizer import Text
 
 CHATML = (
     "{% for message in messages %}"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hard_strings import HARD
 from small_tokenizers import TAGS, byte_level, sentencepiece
 from tiercel.errors import RequestError
-from tiercel.text import Text
+from tiercel.tokenizer.tokenizer import Text
 
 OPEN, CLOSE = "<think>", "</think>"
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_text_stream import make, run, spell
-from tiercel.text.tools import HERMES, LLAMA, MISTRAL, ToolDelta, ToolForm, ToolParser
+from tiercel.tokenizer.tools import HERMES, LLAMA, MISTRAL, ToolDelta, ToolForm, ToolParser
 
 TEMPLATES = {
     "hermes": "{% if tools %}<tools>{% endif %}... <tool_call>\n{{ call | tojson }}\n</tool_call>",

@@ -24,10 +24,10 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.state import State
 from tiercel.engine.output_processor import Reply
 from tiercel.sampling.params import SamplingParams
-from tiercel.text.stream import Piece
+from tiercel.tokenizer.stream import Piece
 
 if TYPE_CHECKING:
-    from tiercel.text import Text
+    from tiercel.tokenizer.tokenizer import Text
 
 PREFILL = 512  # prompt tokens per call: bounds the memory of a long prompt, and lets its progress be seen
 

@@ -33,8 +33,8 @@ from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.placed import move
 from tiercel.sampling.params import Logprob, SamplingParams
-from tiercel.text import Text
-from tiercel.text.stream import Piece
+from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.stream import Piece
 from tiercel.voting import Vote, VoteSettings, vote
 from tiercel.hub import hub
 from tiercel.weights import load as weights

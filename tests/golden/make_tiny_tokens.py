@@ -21,7 +21,7 @@ def write(folder: Path) -> None:
     import gguf
 
     from small_tokenizers import byte_level, sentencepiece
-    from tiercel.text import Text
+    from tiercel.tokenizer.tokenizer import Text
 
     folder.mkdir(exist_ok=True)
     config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}

@@ -21,7 +21,7 @@ from tiercel.families.pattern import PATTERN, read_file, rows
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
 from tiercel.problems import conversations
-from tiercel.text import Text
+from tiercel.tokenizer.tokenizer import Text
 from tiercel.hub import hub, store
 from tiercel.weights.export import NetworkSource, export
 

@@ -9,7 +9,7 @@ import pytest
 
 from tiercel.sampling.params import SamplingParams
 from tiercel.serve import ollama, openai, talk
-from tiercel.text.stream import Piece
+from tiercel.tokenizer.stream import Piece
 
 SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}, "size": {"enum": ["s", "m", "l"]}},
           "required": ["ok", "size"], "additionalProperties": False}  # fmt: skip
@@ -70,7 +70,7 @@ def test_tools_go_to_the_template_that_knows_them(server):
 
 def said(text, cuts):
     """The parts of an answer that comes in pieces of so many characters."""
-    from tiercel.text.tools import ToolForm
+    from tiercel.tokenizer.tools import ToolForm
 
     choice, parts = talk._Choice(talk.Ask([1], SamplingParams(), tools=ToolForm.of("tools <tool_call>"))), []
     counts = talk.Counts()

@@ -120,7 +120,7 @@ def test_a_bad_line_is_named(tmp_path):
 
 def test_the_answer_alone_is_learned_or_what_was_asked_for(tmp_path):
     model = tiny.checkpoint(tmp_path / "model", "mamba2/-", template=tiny.TEMPLATE)
-    from tiercel.text import Text
+    from tiercel.tokenizer.tokenizer import Text
 
     text = Text.from_folder(model)
     messages = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from tiercel.errors import RequestError
 from tiercel.plan import human_bytes
-from tiercel.text import Text
+from tiercel.tokenizer.tokenizer import Text
 from tiercel.hub import hub
 from tiercel.weights import importance as importances
 from tiercel.weights.checkpoint import Checkpoint, open_checkpoint

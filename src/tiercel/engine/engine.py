@@ -47,10 +47,10 @@ from tiercel.model.state import State, nbytes_together
 from tiercel.model.steps import MOST_TOKENS
 from tiercel.ops import cpu
 from tiercel.sampling.params import SamplingParams
-from tiercel.text.stream import Piece
+from tiercel.tokenizer.stream import Piece
 
 if TYPE_CHECKING:
-    from tiercel.text import Text
+    from tiercel.tokenizer.tokenizer import Text
 
 log = logging.getLogger("tiercel.engine")
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from tiercel.errors import ContextOverflow, RequestError
 from tiercel.sampling.params import Logprob, Sampler, SamplingParams, bad_word_ids
 from tiercel.sampling.constraints import Steering
-from tiercel.text.stream import Piece
+from tiercel.tokenizer.stream import Piece
 
 if TYPE_CHECKING:
     from tiercel.engine.structured_output import Grammar
-    from tiercel.text import Text
+    from tiercel.tokenizer.tokenizer import Text
 
 
 class Reply:

@@ -16,7 +16,7 @@ from tiercel.errors import TiercelError
 from tiercel.generate import Times
 from tiercel.engine.output_processor import Reply
 from tiercel.sampling.params import Logprob, SamplingParams
-from tiercel.text.stream import Piece
+from tiercel.tokenizer.stream import Piece
 
 if TYPE_CHECKING:
     from torch import Tensor

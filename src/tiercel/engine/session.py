@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from tiercel.engine.request import Choice, Request
 from tiercel.errors import FormatError, RequestError
 from tiercel.sampling.params import SamplingParams
-from tiercel.text.stream import Piece
+from tiercel.tokenizer.stream import Piece
 
 if TYPE_CHECKING:
     from tiercel.engine.engine import Engine

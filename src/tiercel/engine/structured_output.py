@@ -37,7 +37,7 @@ from tiercel.sampling.params import Structured
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-    from tiercel.text import Text
+    from tiercel.tokenizer.tokenizer import Text
 
 SECONDS = 1.2  # of processor time for a grammar, in the worker
 PATIENCE = 1.4  # of wall clock

@@ -231,7 +231,7 @@ def check_template(template: str) -> None:
     """A chat template is Jinja here; Ollama's are Go's, and are recognised."""
     if re.search(r"\{\{-?\s*(if|range|end|else|template|with)?\s*[.$]|\{\{-?\s*end\s*-?\}\}", template):
         raise RequestError("TEMPLATE is in Go's template language; models bring their own, leave it out (or use Jinja)")
-    from tiercel.text.template import render
+    from tiercel.tokenizer.template import render
 
     sample = [{"role": "user", "content": "Hello"}]
     try:

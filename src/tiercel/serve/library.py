@@ -142,7 +142,7 @@ def chat_template(path: Any) -> str:
 
 
 def capabilities(template: str) -> list[str]:
-    from tiercel.text.tools import ToolForm
+    from tiercel.tokenizer.tools import ToolForm
 
     found = ["completion", "embedding"]
     if "tools" in template and ToolForm.of(template):

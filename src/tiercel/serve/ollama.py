@@ -29,7 +29,7 @@ from tiercel.serve.stream import Lines, Reply, Whole
 from tiercel.serve.talk import Ask, Counts, Part
 
 if TYPE_CHECKING:
-    from tiercel.text.tools import ToolDelta
+    from tiercel.tokenizer.tools import ToolDelta
 
 KeepAlive = int | float | str | None
 ThinkField = bool | Literal["low", "medium", "high", "max", ""] | None

@@ -33,7 +33,7 @@ from tiercel.serve.stream import SentEvents, Whole
 from tiercel.serve.talk import Ask, Counts, Part, Think
 
 if TYPE_CHECKING:
-    from tiercel.text.tools import ToolDelta
+    from tiercel.tokenizer.tools import ToolDelta
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 

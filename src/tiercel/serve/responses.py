@@ -23,7 +23,7 @@ from tiercel.serve.stream import NamedEvents, Whole
 from tiercel.serve.talk import Counts, Part
 
 if TYPE_CHECKING:
-    from tiercel.text.tools import ToolDelta
+    from tiercel.tokenizer.tools import ToolDelta
 
 
 class ResponsesRequest(Body):

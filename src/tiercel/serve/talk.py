@@ -26,7 +26,7 @@ from tiercel.voting import Voter, VoteSettings
 
 if TYPE_CHECKING:
     from tiercel.serve.app import Service
-    from tiercel.text.tools import ToolDelta
+    from tiercel.tokenizer.tools import ToolDelta
 
 # How long each effort may think, in tokens; None: as long as it takes.
 EFFORTS: dict[str, int | None] = {"minimal": 256, "low": 1024, "medium": 4096, "high": None, "xhigh": None,
@@ -107,7 +107,7 @@ def can_think(template: str) -> bool:
 
 
 def tool_form(text: Any) -> Any:
-    from tiercel.text.tools import ToolForm
+    from tiercel.tokenizer.tools import ToolForm
 
     written = "\n".join(text.templates.values())
     return ToolForm.of(written) if "tools" in written else None
@@ -198,7 +198,7 @@ def prepare(
     if forced and tools:
         if structured is not None:
             raise RequestError("an answer has one form: a tool call that is asked for, or response_format")
-        from tiercel.text.tools import LLAMA
+        from tiercel.tokenizer.tools import LLAMA
 
         structured, form = {"grammar": call_grammar(tools)}, LLAMA  # that form reads bare objects
     if structured is not None:
@@ -415,7 +415,7 @@ class _Choice:
         self.called = False
         self.parser: Any = None
         if ask.tools is not None:
-            from tiercel.text.tools import ToolParser
+            from tiercel.tokenizer.tools import ToolParser
 
             self.parser = ToolParser(ask.tools)
 

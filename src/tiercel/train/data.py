@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tiercel.errors import FormatError, RequestError
 from tiercel.model.packed import PackedRows
-from tiercel.text import Text
+from tiercel.tokenizer.tokenizer import Text
 from tiercel.train import parallel
 
 OPEN_ROWS = 256  # rows that still have room while a new epoch is laid out

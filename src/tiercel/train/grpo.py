@@ -31,7 +31,7 @@ from tiercel.errors import RequestError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import hold
 from tiercel.sampling.params import SamplingParams
-from tiercel.text import Text
+from tiercel.tokenizer.tokenizer import Text
 from tiercel.train import start
 from tiercel.train.data import Documents, Rows, make_rows, pack
 from tiercel.train.loop import Settings, fit

@@ -18,7 +18,7 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
 from tiercel.plan import check_fits, parameter_count
 from tiercel.quant import PACKED_TYPES
-from tiercel.text import Text
+from tiercel.tokenizer.tokenizer import Text
 from tiercel.train import parallel
 from tiercel.train.checkpoint import complete
 from tiercel.train.data import Batches, Documents, Rows, read_documents

@@ -22,7 +22,7 @@ from tiercel.families.family import Form, Layout, Row, Runs
 from tiercel.model.decoder import Decoder
 from tiercel.plan import parameter_count
 from tiercel.quant import PACKED_TYPES, PACKINGS, dequantize
-from tiercel.text import Text
+from tiercel.tokenizer.tokenizer import Text
 from tiercel.weights import packed_folder
 from tiercel.weights.forms import WHOLE, foreign_shape, scaled, scaled_rows, to_ours
 from tiercel.weights.gguf import GGUFFile

@@ -24,8 +24,8 @@ from tiercel.ops.linear import QTensor
 from tiercel.ops.rotary import frequencies
 from tiercel.quant import PACKED_TYPES, PACKINGS, recipes
 from tiercel.quant.recipes import file_type
-from tiercel.text import Text
-from tiercel.text.vocab_gguf import GGUF_TYPES
+from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.vocab_gguf import GGUF_TYPES
 from tiercel.weights import packed_folder
 from tiercel.runtime.atomic import atomic_write
 from tiercel.weights.checkpoint import Checkpoint, Source, open_checkpoint, parameter_shapes

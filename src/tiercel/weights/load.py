@@ -29,7 +29,7 @@ from tiercel.ops import cpu
 from tiercel.ops.linear import NUMBERS, QTensor
 from tiercel.plan import check_fits, parameter_count
 from tiercel.quant import PACKED_TYPES, held_bytes, row_bytes
-from tiercel.text import Text
+from tiercel.tokenizer.tokenizer import Text
 from tiercel.weights.checkpoint import Source, open_checkpoint, outline, parameter_shapes
 from tiercel.weights.forms import WHOLE
 from tiercel.weights.stored import PLAIN, torch_dtype

@@ -21,7 +21,7 @@ from tiercel.errors import RequestError
 from tiercel.families.family import Layout, Row
 from tiercel.quant import PACKED_TYPES, dequantize
 from tiercel.quant.recipes import RECIPES, find, kinds
-from tiercel.text import Text
+from tiercel.tokenizer.tokenizer import Text
 from tiercel.weights.checkpoint import Source, open_checkpoint, parameter_shapes
 from tiercel.weights.export import export
 from tiercel.weights.stored import bytes_of, pack

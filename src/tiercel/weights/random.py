@@ -26,7 +26,7 @@ from tiercel.families.family import Layout, Row
 from tiercel.model.layers import deviation, fresh
 from tiercel.quant import BLOCKS, PACKED_TYPES, dequantize, recipes, row_bytes
 from tiercel.quant.nf4 import LEVELS
-from tiercel.text import Text
+from tiercel.tokenizer.tokenizer import Text
 from tiercel.weights.checkpoint import parameter_shapes
 from tiercel.weights.stored import torch_dtype
 

@@ -22,11 +22,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tiercel.errors import FormatError, RequestError
-from tiercel.text import vocab_folder, vocab_gguf
-from tiercel.text.control import THINK_TAGS, Controls, Disguise
-from tiercel.text.stream import Piece, TextStream
-from tiercel.text.template import check_messages, render, with_mark
-from tiercel.text.vocab import ENDS, Recipe, kinds, space_prefix, steps_of
+from tiercel.tokenizer import vocab_folder, vocab_gguf
+from tiercel.tokenizer.control import THINK_TAGS, Controls, Disguise
+from tiercel.tokenizer.stream import Piece, TextStream
+from tiercel.tokenizer.template import check_messages, render, with_mark
+from tiercel.tokenizer.vocab import ENDS, Recipe, kinds, space_prefix, steps_of
 
 __all__ = ["Piece", "Text", "TextStream"]
 

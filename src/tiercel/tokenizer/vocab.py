@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tiercel.errors import UnsupportedError
-from tiercel.text.control import Added
+from tiercel.tokenizer.control import Added
 
 # Token texts that end a turn or a document wherever they are control tokens (llama.cpp keeps the same list).
 ENDS = frozenset(

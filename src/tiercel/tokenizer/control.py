@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 
 from tiercel.errors import FormatError, RequestError
-from tiercel.text.template import REASONING
+from tiercel.tokenizer.template import REASONING
 
 LONGEST = 256
 MARKUP = frozenset("<>[]{}|")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from tiercel.errors import FormatError
-from tiercel.text.control import Added
-from tiercel.text.vocab import Recipe, added_json, around
+from tiercel.tokenizer.control import Added
+from tiercel.tokenizer.vocab import Recipe, added_json, around
 from tiercel.runtime.atomic import atomic_write
 
 TOKENIZER_BYTES = 256 << 20

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
-from tiercel.text.control import Added
-from tiercel.text.vocab import ENDS, PRE_TOKENIZERS, Recipe, added_json, around, kinds, recognize, space_prefix
+from tiercel.tokenizer.control import Added
+from tiercel.tokenizer.vocab import ENDS, PRE_TOKENIZERS, Recipe, added_json, around, kinds, recognize, space_prefix
 
 MOST_TOKENS = 1 << 21
 MOST_SPLIT_WORK = 1 << 29  # characters copied while tokens are split in two
