@@ -30,11 +30,11 @@ from tiercel.families.pattern import pattern
 from tiercel.families.shapes import shape
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.draws import Draws
-from tiercel.model.graphs import StepGraph, StepGraphs
+from tiercel.model.device_sampler import Draws
+from tiercel.model.cuda_graphs import StepGraph, StepGraphs
 from tiercel.model.layers import Embedding, Linear, deviation, fresh, hold, initialize
-from tiercel.model.placed import place
-from tiercel.model.slots import PAGE, Mamba2Slots, Slots
+from tiercel.model.gpu_layout import place
+from tiercel.model.state_cache import PAGE, Mamba2Slots, Slots
 from tiercel.ops.triton.linear import DeviceQTensor, gated
 from tiercel.ops.triton.tiled import Tile, tile
 from tiercel.ops.triton.tiled import product as tiled_product
@@ -415,7 +415,7 @@ def scan() -> None:
 
 def training_scan() -> None:
     """The packed scan both ways under autocast, 16 rows of 1,024 tokens in documents of 200, beside torch."""
-    from tiercel.model.packed import PackedRows
+    from tiercel.model.varlen import PackedRows
     from tiercel.ops.packed_ssd import packed_ssd
 
     H, P, N, rows, L = 24, 64, 128, 16, 1024

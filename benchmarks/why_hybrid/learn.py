@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
-from tiercel.model.packed import CHUNK, PackedRows
+from tiercel.model.varlen import CHUNK, PackedRows
 from tiercel.train.optim import adamw, clip, rate
 
 

@@ -31,7 +31,7 @@ from tiercel.families.family import Layout
 from tiercel.generate import Times
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.placed import move
+from tiercel.model.gpu_layout import move
 from tiercel.sampling.params import Logprob, SamplingParams
 from tiercel.tokenizer.tokenizer import Text
 from tiercel.tokenizer.stream import Piece

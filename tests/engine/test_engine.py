@@ -11,7 +11,7 @@ from tiercel.engine.engine import Engine
 from tiercel.engine.scheduler import BESIDE, Scheduler
 from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
-from tiercel.model.steps import Step
+from tiercel.model.graph_cache import Step
 from tiercel.ops import cpu
 from tiercel.runtime.allocator import Pool
 from tiercel.sampling.params import SamplingParams

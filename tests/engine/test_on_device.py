@@ -14,7 +14,7 @@ import tiny
 from ops.triton.conftest import DEVICE
 from tiercel.engine.engine import Engine
 from tiercel.generate import generate_reference
-from tiercel.model.on_device import OnDevice
+from tiercel.model.gpu_runner import OnDevice
 from tiercel.sampling.params import SamplingParams
 from tiny import ids
 

@@ -11,7 +11,7 @@ from tiercel.errors import RequestError
 from tiercel.families.pattern import pattern
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
-from tiercel.model.parallel import share
+from tiercel.model.tensor_parallel import share
 
 SIZES = dict(width=24, vocab_size=97, heads=6, kv_heads=2, head_dim=10, ffn_width=40, repeat=2, chunk=16, norm_eps=1e-2)
 MAMBA = dict(expand=3.0, mamba_head_dim=9, groups=2, state=7)

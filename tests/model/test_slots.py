@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="pip install triton")
 import tiny
 from ops.triton.conftest import DEVICE
 from tiercel.errors import RequestError
-from tiercel.model.graphs import StepGraphs
-from tiercel.model.slots import PAGE, Slots
+from tiercel.model.cuda_graphs import StepGraphs
+from tiercel.model.state_cache import PAGE, Slots
 
 WORDS = "attention+mamba2 mamba2/moe attention/-"
 

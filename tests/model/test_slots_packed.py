@@ -10,10 +10,10 @@ pytest.importorskip("triton", reason="pip install triton")
 import tiny
 from ops.triton.conftest import DEVICE
 from tiercel import quant
-from tiercel.model.graphs import StepGraphs
+from tiercel.model.cuda_graphs import StepGraphs
 from tiercel.model.layers import Embedding, Linear, hold
-from tiercel.model.placed import place
-from tiercel.model.slots import Slots
+from tiercel.model.gpu_layout import place
+from tiercel.model.state_cache import Slots
 from tiercel.ops.linear import QTensor
 from tiercel.ops.triton.linear import on_device
 from tiercel.ops.triton.norm import rms_norm

@@ -10,7 +10,7 @@ import torch
 import tiny
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, rows
-from tiercel.model.steps import Step, Steps
+from tiercel.model.graph_cache import Step, Steps
 from tiercel.ops import cpu
 from tiercel.weights.load import of_source
 from tiercel.weights.random import RandomSource, kinds_of

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiercel.model.draws import Draws
+from tiercel.model.device_sampler import Draws
 from tiercel.ops.sampling import choose
 from tiercel.sampling.params import Sampler, SamplingParams
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import tiny
 from families import nasty
-from tiercel.model.packed import LinearScan, PackedRows
+from tiercel.model.varlen import LinearScan, PackedRows
 from tiercel.ops.scan import selective_scan_reference
 from tiercel.ops.ssd import ssd_reference
 from tiercel.weights.load import load

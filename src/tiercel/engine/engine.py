@@ -41,10 +41,10 @@ from tiercel.engine.scheduler import PATIENCE, Row, Scheduler
 from tiercel.engine.speculative import FIRST_STEPS, LENGTHS, MOST, Drafter, Speculation, StepCosts
 from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
-from tiercel.model.on_device import OnDevice
+from tiercel.model.gpu_runner import OnDevice
 from tiercel.model.pages import PAGE
 from tiercel.model.state import State, nbytes_together
-from tiercel.model.steps import MOST_TOKENS
+from tiercel.model.graph_cache import MOST_TOKENS
 from tiercel.ops import cpu
 from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece
@@ -253,7 +253,7 @@ class Engine:
         return self.scheduler.slots * state.nbytes, LEFT * self.scheduler.slots * state.own_nbytes
 
     def _rehearse(self) -> None:
-        """One text with guesses, then one to all slots without: the first steps of a kind are slow (model/steps.py),
+        """One text with guesses, then one to all slots without: the first steps of a kind are slow (model/graph_cache.py),
         and then it is known what they cost."""
         guesses = () if self.drafter is None else LENGTHS
         kinds = [[1 + length] for length in (0, *guesses)]

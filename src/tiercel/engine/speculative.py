@@ -31,7 +31,7 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.state import Snapshot
 from tiercel.sampling.params import Sampler, draw, uniform
 
-LENGTHS = (1, 3, 7)  # guesses in one step: a few kinds of step, because each is recorded once (model/steps.py)
+LENGTHS = (1, 3, 7)  # guesses in one step: a few kinds of step, because each is recorded once (model/graph_cache.py)
 MOST = LENGTHS[-1]
 GAIN, SHARED_GAIN = 1.05, 1.2  # what a draft must promise to be worth its trouble; beside others each number of rows is
 # a kind of step of its own, the first two of which are slow

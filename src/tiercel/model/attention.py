@@ -16,7 +16,7 @@ from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig
 from tiercel.model.layer_state import AttentionState
 from tiercel.model.layers import NOTHING, Linear, Ready, rounds
-from tiercel.model.packed import PackedRows
+from tiercel.model.varlen import PackedRows
 from tiercel.ops.attention import attention
 from tiercel.ops.rotary import rotate
 

@@ -19,7 +19,7 @@ from tiercel.model.layers import RMSNorm
 from tiercel.model.mamba1 import Mamba1
 from tiercel.model.mamba2 import Mamba2
 from tiercel.model.moe import MoE
-from tiercel.model.packed import PackedRows
+from tiercel.model.varlen import PackedRows
 from tiercel.ops.pointwise import add
 
 

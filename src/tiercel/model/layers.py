@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiercel.model.adapters import Low
+from tiercel.model.lora import Low
 from tiercel.ops import cpu
 from tiercel.ops.linear import QTensor, linear
 from tiercel.ops.norm import add_rms_norm, rms_norm

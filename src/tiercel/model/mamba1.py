@@ -23,7 +23,7 @@ from tiercel.model.config import Mamba1Config
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layer_state import Mamba1State
 from tiercel.model.layers import Linear, RMSNorm
-from tiercel.model.packed import PackedRows, wide
+from tiercel.model.varlen import PackedRows, wide
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.cpu import mixers
 from tiercel.ops.scan import selective_scan

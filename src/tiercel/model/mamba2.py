@@ -24,7 +24,7 @@ from tiercel.model.config import Mamba2Config
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layer_state import Mamba2State
 from tiercel.model.layers import NOTHING, Linear, Ready, rounds
-from tiercel.model.packed import CHUNK, PackedRows
+from tiercel.model.varlen import CHUNK, PackedRows
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.norm import gated_rms_norm
 from tiercel.ops.pointwise import gate

@@ -72,7 +72,7 @@ def nbytes_together(held: Iterable[State | Snapshot]) -> int:
 class State:
     """What a network remembers of one text: one `LayerState` per mixer of every layer.
 
-    mixers: of every layer.  model: its fingerprint, for files.  adapter: what its rows wear (model/adapters.py).
+    mixers: of every layer.  model: its fingerprint, for files.  adapter: what its rows wear (model/lora.py).
     pool: where its memory comes from and goes back to; that of the network, so that texts leave each other theirs.
     """
 

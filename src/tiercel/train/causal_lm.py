@@ -24,7 +24,7 @@ from tiercel.errors import RequestError
 from tiercel.families.family import Layout, Runs
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import Linear, named_weights
-from tiercel.model.packed import PackedRows
+from tiercel.model.varlen import PackedRows
 from tiercel.ops.linear import QTensor
 from tiercel.train.loss import chunked_cross_entropy, learns
 

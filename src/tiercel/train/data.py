@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import FormatError, RequestError
-from tiercel.model.packed import PackedRows
+from tiercel.model.varlen import PackedRows
 from tiercel.tokenizer.tokenizer import Text
 from tiercel.train import parallel
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tiercel.errors import FormatError, ModelNotFound, RequestError, UnsupportedError
 from tiercel.families.family import Layout, Row
-from tiercel.model.adapters import Adapter
+from tiercel.model.lora import Adapter
 from tiercel.tokenizer.tokenizer import Text
 from tiercel.weights.checkpoint import Source, parameter_shapes, read_json
 from tiercel.weights.forms import scaled

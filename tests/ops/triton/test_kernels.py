@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="pip install triton")
 
 from ops.triton.conftest import DEVICE
 from tiercel.model.config import AttentionConfig, Mamba2Config
-from tiercel.model.slots import AttentionSlots, Mamba2Slots
+from tiercel.model.state_cache import AttentionSlots, Mamba2Slots
 from tiercel.ops.attention import attention_reference
 from tiercel.ops.conv1d import conv1d_reference
 from tiercel.ops.norm import gated_rms_norm, rms_norm_reference

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="pip install triton")
 
 from ops.triton.conftest import DEVICE
-from tiercel.model.packed import PackedRows
+from tiercel.model.varlen import PackedRows
 from tiercel.ops.triton.packed_ssd import packed_ssd
 
 NAMES = ["C", "x", "dt", "A", "B", "D"]

@@ -23,7 +23,7 @@ from tiercel.runtime.workspace import LARGE, passing
 from tiercel.quant import panel_bytes as panel_bytes
 
 if TYPE_CHECKING:
-    from tiercel.ops.cpu.tape import Tape
+    from tiercel.ops.cpu.capture import Tape
 
 try:
     from tiercel.ops.cpu import _native  # type: ignore[attr-defined]

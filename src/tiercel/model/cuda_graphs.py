@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tiercel.model.draws import Draws
+from tiercel.model.device_sampler import Draws
 from tiercel.model.moe import MoE
-from tiercel.model.slots import SlotBatch, Slots
+from tiercel.model.state_cache import SlotBatch, Slots
 
 if TYPE_CHECKING:
     from tiercel.model.decoder import Decoder

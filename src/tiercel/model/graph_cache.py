@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tiercel.model.batch import Batch
 from tiercel.model.state import State
-from tiercel.ops.cpu.tape import Tape
+from tiercel.ops.cpu.capture import Tape
 
 if TYPE_CHECKING:
     from tiercel.model.decoder import Decoder

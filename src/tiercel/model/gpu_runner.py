@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tiercel.errors import RequestError
 from tiercel.model.decoder import Decoder
-from tiercel.model.graphs import LADDER, StepGraphs
+from tiercel.model.cuda_graphs import LADDER, StepGraphs
 from tiercel.model.pages import Page
-from tiercel.model.placed import place
-from tiercel.model.slots import PAGE, AttentionSlots, Mamba2Slots, Slots
+from tiercel.model.gpu_layout import place
+from tiercel.model.state_cache import PAGE, AttentionSlots, Mamba2Slots, Slots
 from tiercel.model.state import Snapshot, State
 from tiercel.runtime.allocator import Pool
 
