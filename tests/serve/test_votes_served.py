@@ -110,7 +110,7 @@ def test_the_page_describes_it(server):
 def test_the_command_line_asks_a_running_server(server):
     from tiercel.sampling.params import SamplingParams
     from tiercel.serve.client import Client
-    from tiercel.serve.talker import ServerTalker
+    from tiercel.serve.remote import ServerTalker
     from tiercel.voting import VoteSettings
 
     talker, seen = ServerTalker(Client("127.0.0.1", server.port), "tiny"), []

@@ -158,7 +158,7 @@ def _open(name: str, dtype: str, context: int | None, **packing: Any) -> Talker:
     from tiercel.commands.chat import waiting
 
     if dtype == "auto" and context is None and not packing:
-        from tiercel.serve.talker import ServerTalker
+        from tiercel.serve.remote import ServerTalker
 
         if (talker := ServerTalker.find(name)) is not None:
             return talker

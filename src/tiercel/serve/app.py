@@ -35,7 +35,7 @@ from tiercel.serve.metrics import Metrics
 from tiercel.serve.models import Lease, Models, Opener, open_model
 from tiercel.serve.security import Guard
 from tiercel.serve.settings import Settings
-from tiercel.serve.talk import Running
+from tiercel.serve.generation import Running
 
 CLOSING = 5.0  # seconds for the engines to end their step and stop, after the drain
 

@@ -15,7 +15,7 @@ from tiercel.errors import ContextOverflow
 from tiercel.serve.errors import Refusal
 from tiercel.serve.models import Lease
 from tiercel.serve.settings import Settings
-from tiercel.serve.talk import check_ids
+from tiercel.serve.generation import check_ids
 
 Input = str | list[int]
 

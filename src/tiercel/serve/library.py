@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tiercel.errors import ModelNotFound, RequestError
-from tiercel.serve import talk
+from tiercel.serve import generation as talk
 from tiercel.serve.errors import Refusal
 from tiercel.serve.ollama import details, stamp
 from tiercel.serve.requests import Body, read

@@ -15,12 +15,12 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tiercel.serve import talk
+from tiercel.serve import generation as talk
 from tiercel.serve.errors import Refusal
 from tiercel.serve.openai import ChatCompletion, open_chat
 from tiercel.serve.requests import Body, VoteField, read
 from tiercel.serve.stream import NamedEvents, Whole
-from tiercel.serve.talk import Counts, Part
+from tiercel.serve.generation import Counts, Part
 
 if TYPE_CHECKING:
     from tiercel.tokenizer.tools import ToolDelta
