@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from tiercel.runtime.workspace import KEPT, LARGE, give_back, passing
 from tiercel.runtime.allocator import ALIGN
+from tiercel.runtime.workspace import KEPT, LARGE, give_back, passing
 
 READING = """
 import torch

@@ -7,7 +7,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from tiercel.commands import chart, plan as planning
+from tiercel.commands import chart
+from tiercel.commands import plan as planning
 from tiercel.commands.cli import app
 from tiercel.errors import DoesNotFit, ModelNotFound, RequestError
 from tiercel.families import from_hf

@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from tiercel.errors import RequestError, TiercelError
-from tiercel.sampling.params import Repetition, Sampler, SamplingParams, Structured, bad_word_ids, draw, top_logprobs, uniform
+from tiercel.sampling.params import (
+    Repetition,
+    Sampler,
+    SamplingParams,
+    Structured,
+    bad_word_ids,
+    draw,
+    top_logprobs,
+    uniform,
+)
 
 V = 50
 

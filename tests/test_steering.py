@@ -12,8 +12,8 @@ from engine.test_speculative import accepted
 from test_text_stream import make, spell
 from tiercel.engine.structured_output import Grammars
 from tiercel.errors import RequestError
-from tiercel.sampling.params import Repetition, Sampler, SamplingParams, Structured
 from tiercel.sampling.constraints import Circles, Steering
+from tiercel.sampling.params import Repetition, Sampler, SamplingParams, Structured
 
 KINDS = ["llama-bpe", "flagged", "untagged"]  # tags are tokens; special tokens; letters
 SCHEMA = {

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tiercel.engine.output_processor import Reply
 from tiercel.model.decoder import Decoder
 from tiercel.model.state import State
-from tiercel.engine.output_processor import Reply
 from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece
 

@@ -29,14 +29,14 @@ from tiercel.engine.speculative import prompt_lookup
 from tiercel.errors import RequestError
 from tiercel.families.family import Layout
 from tiercel.generate import Times
+from tiercel.hub import hub
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import move
 from tiercel.sampling.params import Logprob, SamplingParams
-from tiercel.tokenizer.tokenizer import Text
 from tiercel.tokenizer.stream import Piece
+from tiercel.tokenizer.tokenizer import Text
 from tiercel.voting import Vote, VoteSettings, vote
-from tiercel.hub import hub
 from tiercel.weights import load as weights
 from tiercel.weights.checkpoint import generation_defaults
 from tiercel.weights.export import NetworkSource, export

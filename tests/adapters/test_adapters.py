@@ -15,13 +15,13 @@ import tiny
 from families import nasty
 from tiercel.engine.engine import Engine
 from tiercel.errors import FormatError, ModelNotFound, RequestError, UnsupportedError
+from tiercel.hub import hub
 from tiercel.model.layers import named_weights
 from tiercel.ops.linear import QTensor, multiply_reference
 from tiercel.train.causal_lm import CausalLM, coverage
 from tiercel.train.lora import TARGETS, adapt, matched, save
 from tiercel.train.lora_layer import LowRank, kept
 from tiercel.weights import adapters
-from tiercel.hub import hub
 from tiercel.weights import load as weights
 from tiercel.weights.checkpoint import open_checkpoint, parameter_shapes
 from tiercel.weights.export import export

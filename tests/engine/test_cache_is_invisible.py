@@ -14,11 +14,11 @@ import torch
 
 import tiercel
 import tiny
-from tiercel.runtime import allocator as pool
 from tiercel.engine.engine import Engine
+from tiercel.engine.output_processor import Reply
 from tiercel.generate import Generation
 from tiercel.model.state import nbytes_together
-from tiercel.engine.output_processor import Reply
+from tiercel.runtime import allocator as pool
 from tiercel.sampling.params import SamplingParams
 
 LONGEST = 200

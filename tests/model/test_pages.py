@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import tiny
-from tiercel.runtime import allocator as pools
 from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig
 from tiercel.model.pages import PAGE
 from tiercel.model.state import State, nbytes_together
 from tiercel.ops import cpu
+from tiercel.runtime import allocator as pools
 from tiercel.runtime.allocator import Pool
 
 LAYERS = [AttentionConfig(heads=2, kv_heads=2, head_dim=4), AttentionConfig(heads=6, kv_heads=3, head_dim=20)]

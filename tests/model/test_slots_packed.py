@@ -11,8 +11,8 @@ import tiny
 from ops.triton.conftest import DEVICE
 from tiercel import quant
 from tiercel.model.cuda_graphs import StepGraphs
-from tiercel.model.layers import Embedding, Linear, hold
 from tiercel.model.gpu_layout import place
+from tiercel.model.layers import Embedding, Linear, hold
 from tiercel.model.state_cache import Slots
 from tiercel.ops.linear import QTensor
 from tiercel.ops.triton.linear import on_device

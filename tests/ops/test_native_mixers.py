@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiercel.runtime import allocator as pool
 from tiercel.model import layer_state, pages
 from tiercel.model import state as state_module
 from tiercel.model.batch import Batch
@@ -28,6 +27,7 @@ from tiercel.ops.norm import gated_rms_norm
 from tiercel.ops.rotary import frequencies, rotate
 from tiercel.ops.scan import selective_scan_reference
 from tiercel.ops.ssd import ssd_reference
+from tiercel.runtime import allocator as pool
 from tiercel.runtime.allocator import Pool
 
 pytestmark = pytest.mark.skipif(not cpu.there, reason="the native extension was not built, or is not wanted")

@@ -18,11 +18,11 @@ import tiercel
 from tiercel.errors import FormatError, ModelNotFound, RequestError
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, read_file, rows
+from tiercel.hub import hub, store
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
 from tiercel.problems import conversations
 from tiercel.tokenizer.tokenizer import Text
-from tiercel.hub import hub, store
 from tiercel.weights.export import NetworkSource, export
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from tiercel.sampling.params import SamplingParams
-from tiercel.serve import ollama, openai, generation as talk
+from tiercel.serve import generation as talk
+from tiercel.serve import ollama, openai
 from tiercel.tokenizer.stream import Piece
 
 SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}, "size": {"enum": ["s", "m", "l"]}},

@@ -18,9 +18,9 @@ from tiercel.families import from_gguf, from_hf
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, read_file, rows
 from tiercel.families.shapes import SHAPES
-from tiercel.quant import recipes
 from tiercel.hub import hub
 from tiercel.hub.fetch import read_json
+from tiercel.quant import recipes
 from tiercel.weights.gguf import GGUFFile
 
 if TYPE_CHECKING:

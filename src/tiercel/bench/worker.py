@@ -93,8 +93,8 @@ class Tiercel:
         self.network, self.states = self._load(order), None
         self.device = order.get("device", "cpu")
         if self.device != "cpu":
-            from tiercel.model.gpu_runner import OnDevice
             from tiercel.model.gpu_layout import move
+            from tiercel.model.gpu_runner import OnDevice
 
             move(self.network, self.device)
             self.states = OnDevice(self.network, 2 * order["rows"], order["longest"])

@@ -17,12 +17,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tiercel.commands.options import Json, ModelName, print_json, print_table
-from tiercel.errors import RequestError, TiercelError
 from tiercel.commands.eval import compare, evaluate
+from tiercel.commands.options import Json, ModelName, print_json, print_table
 from tiercel.commands.run import run
 from tiercel.commands.serve import ps, serve, stop
 from tiercel.commands.train import app as train_app
+from tiercel.errors import RequestError, TiercelError
 
 
 class Commands(TyperGroup):
@@ -115,8 +115,8 @@ def pull(
     By short name, or by org/repo or org/repo:quantization of the hub.
     """
     from tiercel.commands.chat import waiting
-    from tiercel.plan import human_bytes
     from tiercel.hub import hub
+    from tiercel.plan import human_bytes
 
     with waiting(f"pulling {name}") as report:
         model = hub.pull(name, verify=verify, progress=report)
@@ -131,8 +131,8 @@ def pull(
 @app.command("ls", hidden=True)
 def list_(json: Json = False) -> None:
     """List the models that are here (also: ls)."""
-    from tiercel.plan import human_bytes
     from tiercel.hub import hub
+    from tiercel.plan import human_bytes
 
     models = hub.list_models()
     if json:
@@ -374,8 +374,8 @@ def rm(
     json: Json = False,
 ) -> None:
     """Remove models from this machine."""
-    from tiercel.serve.client import Client
     from tiercel.hub import store
+    from tiercel.serve.client import Client
 
     for model in models:
         client = Client.find()

@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiercel.commands.show import stored_types
 from tiercel.errors import DoesNotFit, ModelNotFound, RequestError, TiercelError
 from tiercel.families import from_gguf, from_hf
 from tiercel.families.family import Layout
 from tiercel.families.pattern import read_file
 from tiercel.families.shapes import SHAPES
+from tiercel.hub import hub
+from tiercel.hub.fetch import read_json
 from tiercel.model.config import ModelConfig
 from tiercel.plan import human_bytes
 from tiercel.plan.forecast import LENGTHS, Forecast, forecast, matrices, smaller, transformer_of
 from tiercel.plan.machines import PROBE, Machine, from_probe, machine
 from tiercel.quant import PACKED_TYPES
-from tiercel.commands.show import stored_types
-from tiercel.hub import hub
-from tiercel.hub.fetch import read_json
 from tiercel.weights.gguf import GGUFFile
 
 PROBE_S = 120.0

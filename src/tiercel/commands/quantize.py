@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.errors import RequestError
+from tiercel.hub import hub
 from tiercel.plan import human_bytes
 from tiercel.tokenizer.tokenizer import Text
-from tiercel.hub import hub
 from tiercel.weights import importance as importances
 from tiercel.weights.checkpoint import Checkpoint, open_checkpoint
 from tiercel.weights.fidelity import Report, measure, table

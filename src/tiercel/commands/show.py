@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.errors import FormatError
+from tiercel.hub.fetch import read_json, shards_of
 from tiercel.model.config import AttentionConfig, Mamba1Config, Mamba2Config, ModelConfig
 from tiercel.plan import human_bytes, kv_bytes_per_token, parameter_count, pattern, state_bytes
-from tiercel.hub.fetch import read_json, shards_of
 
 HEADER_LIMIT = 100 << 20  # the safetensors format's own
 NF4_STATE = ".quant_state.bitsandbytes__nf4"  # what belongs to an NF4 matrix beside its values (weights.bitsandbytes)

@@ -34,17 +34,17 @@ from torch import Tensor
 
 from tiercel.engine import snapshot_policy as marks
 from tiercel.engine.async_scheduling import Begun, Chosen
-from tiercel.engine.structured_output import Grammar, Grammars
 from tiercel.engine.prefix_cache import PrefixCache
 from tiercel.engine.request import Choice, Request, Update, Watch
 from tiercel.engine.scheduler import PATIENCE, Row, Scheduler
 from tiercel.engine.speculative import FIRST_STEPS, LENGTHS, MOST, Drafter, Speculation, StepCosts
+from tiercel.engine.structured_output import Grammar, Grammars
 from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_runner import OnDevice
+from tiercel.model.graph_cache import MOST_TOKENS
 from tiercel.model.pages import PAGE
 from tiercel.model.state import State, nbytes_together
-from tiercel.model.graph_cache import MOST_TOKENS
 from tiercel.ops import cpu
 from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece

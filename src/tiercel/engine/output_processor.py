@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tiercel.errors import ContextOverflow, RequestError
-from tiercel.sampling.params import Logprob, Sampler, SamplingParams, bad_word_ids
 from tiercel.sampling.constraints import Steering
+from tiercel.sampling.params import Logprob, Sampler, SamplingParams, bad_word_ids
 from tiercel.tokenizer.stream import Piece
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tiercel.engine.output_processor import Reply
 from tiercel.engine.speculative import Speculation
 from tiercel.errors import TiercelError
 from tiercel.generate import Times
-from tiercel.engine.output_processor import Reply
 from tiercel.sampling.params import Logprob, SamplingParams
 from tiercel.tokenizer.stream import Piece
 

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiercel.runtime import subprocess as child
 from tiercel.errors import RequestError, TiercelError
+from tiercel.runtime import subprocess as child
 from tiercel.sampling.params import Structured
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import threading
 from functools import lru_cache
 from pathlib import Path
 
-from tiercel.runtime import subprocess as child
 from tiercel.errors import RequestError
+from tiercel.runtime import subprocess as child
 
 SECONDS, START_SECONDS = 5.0, 60.0
 WORKER = Path(__file__).with_name("math_worker.py")

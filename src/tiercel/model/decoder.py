@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tiercel.errors import RequestError
-from tiercel.model.lora import Adapters
 from tiercel.model.batch import Batch
 from tiercel.model.block import Block
 from tiercel.model.config import ModelConfig
-from tiercel.model.layers import Embedding, Linear, RMSNorm, hold, pack
-from tiercel.model.varlen import PackedRows
-from tiercel.model.state_cache import SlotBatch, Slots
-from tiercel.model.state import State
 from tiercel.model.graph_cache import Steps
+from tiercel.model.layers import Embedding, Linear, RMSNorm, hold, pack
+from tiercel.model.lora import Adapters
+from tiercel.model.state import State
+from tiercel.model.state_cache import SlotBatch, Slots
+from tiercel.model.varlen import PackedRows
 from tiercel.ops import cpu
 from tiercel.ops.linear import QTensor, torch_multiplies_bf16
 from tiercel.runtime.allocator import Pool

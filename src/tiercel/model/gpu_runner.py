@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
-from tiercel.model.decoder import Decoder
 from tiercel.model.cuda_graphs import LADDER, StepGraphs
-from tiercel.model.pages import Page
+from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import place
-from tiercel.model.state_cache import PAGE, AttentionSlots, Mamba2Slots, Slots
+from tiercel.model.pages import Page
 from tiercel.model.state import Snapshot, State
+from tiercel.model.state_cache import PAGE, AttentionSlots, Mamba2Slots, Slots
 from tiercel.runtime.allocator import Pool
 
 SPARE = 2  # slots for what lives a moment: a text that starts again, a session that is saved

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from tiercel.errors import RequestError
 from tiercel.sampling.params import Repetition, SamplingParams
-from tiercel.tokenizer.tokenizer import Text
 from tiercel.tokenizer.control import THINK_TAGS
 from tiercel.tokenizer.stream import TextStream
+from tiercel.tokenizer.tokenizer import Text
 
 if TYPE_CHECKING:
     from tiercel.engine.structured_output import Grammar

@@ -31,11 +31,11 @@ from tiercel.runtime.exit import leave
 from tiercel.serve import library, ollama, openai, openapi, page, responses
 from tiercel.serve.connection import connection
 from tiercel.serve.errors import BUSY, Refusal, log, plain, reply, reply_to
+from tiercel.serve.generation import Running
 from tiercel.serve.metrics import Metrics
 from tiercel.serve.models import Lease, Models, Opener, open_model
 from tiercel.serve.security import Guard
 from tiercel.serve.settings import Settings
-from tiercel.serve.generation import Running
 
 CLOSING = 5.0  # seconds for the engines to end their step and stop, after the drain
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from tiercel.errors import ContextOverflow
 from tiercel.serve.errors import Refusal
+from tiercel.serve.generation import check_ids
 from tiercel.serve.models import Lease
 from tiercel.serve.settings import Settings
-from tiercel.serve.generation import check_ids
 
 Input = str | list[int]
 

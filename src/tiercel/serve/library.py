@@ -19,12 +19,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tiercel.errors import ModelNotFound, RequestError
+from tiercel.hub import hub, store
 from tiercel.serve import generation as talk
 from tiercel.serve.errors import Refusal
 from tiercel.serve.ollama import details, stamp
 from tiercel.serve.requests import Body, read
 from tiercel.serve.stream import Lines, Whole
-from tiercel.hub import hub, store
 
 
 class Named(Body):

@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.errors import DoesNotFit, ModelNotFound
-from tiercel.serve.errors import BUSY, Refusal, log
-from tiercel.serve.settings import Settings
 from tiercel.hub import hub
 from tiercel.hub.fetch import read_json
+from tiercel.serve.errors import BUSY, Refusal, log
+from tiercel.serve.settings import Settings
 
 Opener = Callable[[Path, Settings], tuple[Any, Any]]  # → (Model, AsyncEngine not yet started)
 
 
 def open_model(path: Path, settings: Settings) -> tuple[Any, Any]:
     import tiercel
+    from tiercel.commands.plan import fit
     from tiercel.engine import AsyncEngine, Engine
     from tiercel.engine.speculative import prompt_lookup
-    from tiercel.commands.plan import fit
 
     size: dict[str, Any]
     context: int | None

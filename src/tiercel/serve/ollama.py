@@ -23,10 +23,10 @@ from tiercel.serve import generation as talk
 from tiercel.serve.duration import seconds_of
 from tiercel.serve.embed import embed, normalized
 from tiercel.serve.errors import Refusal
+from tiercel.serve.generation import Ask, Counts, Part
 from tiercel.serve.models import Lease, Loaded, Named
 from tiercel.serve.requests import Body, VoteField, read
 from tiercel.serve.stream import Lines, Reply, Whole
-from tiercel.serve.generation import Ask, Counts, Part
 
 if TYPE_CHECKING:
     from tiercel.tokenizer.tools import ToolDelta

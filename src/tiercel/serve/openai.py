@@ -25,12 +25,12 @@ from starlette.responses import Response
 from tiercel.serve import generation as talk
 from tiercel.serve.embed import embed, normalized
 from tiercel.serve.errors import Refusal
+from tiercel.serve.generation import Ask, Counts, Part, Think
 from tiercel.serve.models import Lease
 from tiercel.serve.ollama import tagged
 from tiercel.serve.requests import Body, VoteField, read
 from tiercel.serve.score import score
 from tiercel.serve.stream import SentEvents, Whole
-from tiercel.serve.generation import Ask, Counts, Part, Think
 
 if TYPE_CHECKING:
     from tiercel.tokenizer.tools import ToolDelta

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tiercel.errors import ModelNotFound, RequestError
+from tiercel.hub import hub
 from tiercel.sampling.params import SamplingParams
 from tiercel.serve.client import Client
-from tiercel.hub import hub
 
 if TYPE_CHECKING:
     from tiercel.voting.settings import VoteSettings

@@ -17,10 +17,10 @@ from starlette.responses import Response
 
 from tiercel.serve import generation as talk
 from tiercel.serve.errors import Refusal
+from tiercel.serve.generation import Counts, Part
 from tiercel.serve.openai import ChatCompletion, open_chat
 from tiercel.serve.requests import Body, VoteField, read
 from tiercel.serve.stream import NamedEvents, Whole
-from tiercel.serve.generation import Counts, Part
 
 if TYPE_CHECKING:
     from tiercel.tokenizer.tools import ToolDelta

@@ -17,8 +17,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from tiercel.runtime import subprocess as child
 from tiercel.errors import FormatError, RequestError, TiercelError
+from tiercel.runtime import subprocess as child
 
 SECONDS = 1.0  # of processor time, counted in the worker
 PATIENCE = 1.4  # of wall clock: where processor time cannot be counted, or the machine is busy

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from tiercel.errors import FormatError
+from tiercel.runtime.atomic import atomic_write
 from tiercel.tokenizer.control import Added
 from tiercel.tokenizer.vocab import Recipe, added_json, around
-from tiercel.runtime.atomic import atomic_write
 
 TOKENIZER_BYTES = 256 << 20
 SMALL_BYTES = 16 << 20

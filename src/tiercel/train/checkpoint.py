@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from tiercel.errors import FormatError
-from tiercel.train import parallel
 from tiercel.runtime.atomic import _sync_folder, atomic_write
+from tiercel.train import parallel
 from tiercel.weights.safetensors import open_safetensors, write_safetensors_file
 from tiercel.weights.stored import OutTensor
 

@@ -20,13 +20,13 @@ import torch
 
 from tiercel.errors import RequestError, UnsupportedError
 from tiercel.families.family import Layout
+from tiercel.hub import hub
 from tiercel.model.decoder import Decoder
+from tiercel.runtime.atomic import atomic_write
 from tiercel.train import start
 from tiercel.train.causal_lm import CausalLM, coverage
 from tiercel.train.loop import Settings, fit
-from tiercel.hub import hub
 from tiercel.weights.adapters import CONFIG, FOLDED, folds, module_rows
-from tiercel.runtime.atomic import atomic_write
 from tiercel.weights.checkpoint import read_json
 from tiercel.weights.load import load
 

@@ -14,6 +14,7 @@ from tiercel.families import from_hf
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, read_file
 from tiercel.families.pattern import rows as pattern_rows
+from tiercel.hub import hub
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
 from tiercel.plan import check_fits, parameter_count
@@ -23,7 +24,6 @@ from tiercel.train import parallel
 from tiercel.train.checkpoint import complete
 from tiercel.train.data import Batches, Documents, Rows, read_documents
 from tiercel.train.loop import Result, Settings
-from tiercel.hub import hub
 from tiercel.weights.checkpoint import open_checkpoint, read_json
 from tiercel.weights.export import NetworkSource, export
 from tiercel.weights.load import load

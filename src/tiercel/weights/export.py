@@ -24,10 +24,10 @@ from tiercel.ops.linear import QTensor
 from tiercel.ops.rotary import frequencies
 from tiercel.quant import PACKED_TYPES, PACKINGS, recipes
 from tiercel.quant.recipes import file_type
+from tiercel.runtime.atomic import atomic_write
 from tiercel.tokenizer.tokenizer import Text
 from tiercel.tokenizer.vocab_gguf import GGUF_TYPES
 from tiercel.weights import packed_folder
-from tiercel.runtime.atomic import atomic_write
 from tiercel.weights.checkpoint import Checkpoint, Source, open_checkpoint, parameter_shapes
 from tiercel.weights.forms import WHOLE, foreign_shape, scaled, scaled_rows, to_foreign
 from tiercel.weights.gguf import Typed, write_gguf

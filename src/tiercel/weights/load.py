@@ -21,7 +21,6 @@ from tiercel.errors import RequestError
 from tiercel.families.family import Layout, Row
 from tiercel.families.pattern import PATTERN, read_file
 from tiercel.families.pattern import rows as pattern_rows
-from tiercel.runtime.workspace import give_back
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import fast_bf16, hold, initialize, named_weights
@@ -29,6 +28,7 @@ from tiercel.ops import cpu
 from tiercel.ops.linear import NUMBERS, QTensor
 from tiercel.plan import check_fits, parameter_count
 from tiercel.quant import PACKED_TYPES, held_bytes, row_bytes
+from tiercel.runtime.workspace import give_back
 from tiercel.tokenizer.tokenizer import Text
 from tiercel.weights.checkpoint import Source, open_checkpoint, outline, parameter_shapes
 from tiercel.weights.forms import WHOLE

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
-from tiercel.runtime.workspace import LARGE, passing
 from tiercel.quant import panel_bytes as panel_bytes
+from tiercel.runtime.workspace import LARGE, passing
 
 if TYPE_CHECKING:
     from tiercel.ops.cpu.capture import Tape
