@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as HFTokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hard_strings import HARD
 from small_tokenizers import CONTROL, TAGS, byte_level, sentencepiece
 from tiercel.errors import FormatError, RequestError, UnsupportedError
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.tokenizer.vocab import PRE_TOKENIZERS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,8 +38,8 @@ def write(folder: Path, tokenizer: dict[str, Any], **files: Any) -> Path:
     return folder
 
 
-def text_of(folder: Path, tokenizer: dict[str, Any], **files: Any) -> Text:
-    text = Text.from_folder(write(folder, tokenizer, **files))
+def text_of(folder: Path, tokenizer: dict[str, Any], **files: Any) -> Tokenizer:
+    text = Tokenizer.from_folder(write(folder, tokenizer, **files))
     assert text is not None
     return text
 
@@ -75,7 +75,7 @@ def test_smollm2_gives_the_ids_of_llama_cpp() -> None:
     if not found:
         pytest.skip("TIERCEL_TEST_SMOLLM2 does not name the SmolLM2-135M-Instruct GGUF file")
     fields = gguf.GGUFReader(found).fields.items()
-    text = Text.from_gguf({key: field.contents() for key, field in fields if key.startswith("tokenizer.")})
+    text = Tokenizer.from_gguf({key: field.contents() for key, field in fields if key.startswith("tokenizer.")})
     assert text is not None
     rows = json.loads((GOLDEN / "smollm2_tokens.json").read_text())["rows"]
     assert len(rows) == len(HARD)
@@ -88,7 +88,7 @@ def test_smollm2_gives_the_ids_of_llama_cpp() -> None:
 @pytest.mark.parametrize("name", ["tiny_bpe", "tiny_spm"])
 def test_a_tiny_gguf_written_by_us_means_the_same_to_llama_cpp(name: str) -> None:
     golden = json.loads((GOLDEN / "tiny_tokens.json").read_text())[name]
-    text = Text.from_gguf(golden["metadata"])
+    text = Tokenizer.from_gguf(golden["metadata"])
     assert text is not None
     assert len(golden["rows"]) == len(HARD)
     for row in golden["rows"]:
@@ -109,7 +109,7 @@ def test_bos_and_eos_are_added_as_the_files_say(tmp_path: Path) -> None:
     assert asked.encode("a") == [0, *plain.encode("a"), 1] == asked.encode("a", bos=True)
     assert asked.encode("", bos=None) == [0, 1]
     own = table("llama-bpe")
-    tokenizer = Tokenizer.from_str(json.dumps(own))
+    tokenizer = HFTokenizer.from_str(json.dumps(own))
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
     built_in = text_of(tmp_path / "c", json.loads(tokenizer.to_str()), tokenizer_config=names)
     assert built_in.encode("a") == [0, *plain.encode("a")]
@@ -129,12 +129,12 @@ def test_every_end_that_the_files_name_ends_an_answer(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_a_tokenizer_says_what_it_has(tmp_path: Path) -> None:
-    assert Text.from_folder(tmp_path) is None and Text.from_gguf({}) is None
-    assert Text.from_gguf({"tokenizer.ggml.model": "none"}) is None
-    assert "no tokenizer.json" in Text.why_none(tmp_path)
+    assert Tokenizer.from_folder(tmp_path) is None and Tokenizer.from_gguf({}) is None
+    assert Tokenizer.from_gguf({"tokenizer.ggml.model": "none"}) is None
+    assert "no tokenizer.json" in Tokenizer.why_none(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"x")
-    assert Text.from_folder(tmp_path) is None
-    assert "tokenizer.model" in Text.why_none(tmp_path)
+    assert Tokenizer.from_folder(tmp_path) is None
+    assert "tokenizer.model" in Tokenizer.why_none(tmp_path)
 
 
 def test_tokens_only_the_config_calls_special_are_special(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_truncation_padding_and_dropout_of_training_are_not_applied(tmp_path: Pa
 
 
 def test_a_tokenizer_of_words_works_too(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(models.WordPiece({}, unk_token="[UNK]"))
+    tokenizer = HFTokenizer(models.WordPiece({}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.train_from_iterator(
@@ -200,7 +200,7 @@ def test_saved_and_opened_again_it_is_the_same(kind: str, tmp_path: Path) -> Non
     ]  # type: ignore[assignment]
     text = text_of(tmp_path / "a", table(kind), tokenizer_config=config)
     text.save(tmp_path / "b")
-    again = Text.from_folder(tmp_path / "b")
+    again = Tokenizer.from_folder(tmp_path / "b")
     assert again is not None
     assert (again.eos, again.bos, again.vocab_size, again.templates) == (
         text.eos,
@@ -229,7 +229,7 @@ def test_through_gguf_and_back_it_is_the_same(kind: str, tmp_path: Path) -> None
     metadata = text.to_gguf(text.vocab_size + 5)
     assert len(metadata["tokenizer.ggml.tokens"]) == text.vocab_size + 5
     assert metadata["tokenizer.ggml.token_type"][3] in (3, 6)
-    again = Text.from_gguf(metadata)
+    again = Tokenizer.from_gguf(metadata)
     assert again is not None
     assert (again.eos, again.bos, again.templates) == (text.eos, text.bos, text.templates)
     for string in HARD:
@@ -306,19 +306,19 @@ def test_gguf_keys_of_wrong_type_or_length_are_format_errors(kind: str, tmp_path
         for value in wrong:
             tried += 1
             try:
-                Text.from_gguf(good | {key: value})
+                Tokenizer.from_gguf(good | {key: value})
             except FormatError:
                 continue
     assert tried > 100
     for key in ("tokens", "token_type", "merges" if kind == "llama-bpe" else "scores", "bos_token_id"):
         with pytest.raises(FormatError, match=f"tokenizer.ggml.{key}"):
-            Text.from_gguf(good | {f"tokenizer.ggml.{key}": ["x", 1] if key != "bos_token_id" else 10**9})
+            Tokenizer.from_gguf(good | {f"tokenizer.ggml.{key}": ["x", 1] if key != "bos_token_id" else 10**9})
     with pytest.raises(UnsupportedError, match=r"made-up.*known: llama-bpe"):
-        Text.from_gguf(
+        Tokenizer.from_gguf(
             good | {"tokenizer.ggml.pre": "made-up", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": []}
         )
     with pytest.raises(UnsupportedError, match="t5"):
-        Text.from_gguf(good | {"tokenizer.ggml.model": "t5"})
+        Tokenizer.from_gguf(good | {"tokenizer.ggml.model": "t5"})
 
 
 # Hostile files
@@ -369,7 +369,7 @@ def test_two_thousand_mutated_files_meet_format_errors_only(tmp_path: Path, capf
     config["added_tokens_decoder"] = {"0": {"content": "<s>", "special": True}}
     files = {"tokenizer": small, "tokenizer_config": config, "generation_config": {"eos_token_id": [1, 2]}}
     write(tmp_path, small, **{k: v for k, v in files.items() if k != "tokenizer"})
-    assert Text.from_folder(tmp_path) is not None
+    assert Tokenizer.from_folder(tmp_path) is not None
     begin, refused = time.process_time(), 0
     for number in range(2000):
         name = source.choice(["tokenizer", "tokenizer", "tokenizer_config", "generation_config"])
@@ -378,7 +378,7 @@ def test_two_thousand_mutated_files_meet_format_errors_only(tmp_path: Path, capf
             data = data[: source.randrange(len(data))]
         (tmp_path / f"{name}.json").write_bytes(data)
         try:
-            text = Text.from_folder(tmp_path)
+            text = Tokenizer.from_folder(tmp_path)
             assert text is not None
             text.decode(text.encode("a <s> b\n", special=True))
         except FormatError:
@@ -392,7 +392,7 @@ def test_a_file_that_is_no_table_or_too_deep_is_a_format_error(tmp_path: Path) -
     for data in (b"", b"[]", b"\xff", b"[" * 200_000, b'{"model": {"vocab": {"a": ' + b"9" * 5000 + b"}}}", b"NaN"):
         (tmp_path / "tokenizer.json").write_bytes(data)
         with pytest.raises(FormatError):
-            Text.from_folder(tmp_path)
+            Tokenizer.from_folder(tmp_path)
 
 
 def test_a_pattern_that_backtracks_for_ever_is_an_error_soon(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from small_tokenizers import CONTROL, TAGS, byte_level, sentencepiece
 from tiercel.errors import RequestError
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}"
@@ -72,7 +72,7 @@ MORE += ["[INST]", "[/INST]", "<tool_response>", "</tool_response>", "</tool_cal
 ALL = [*CONTROL, *TAGS, *MORE]
 
 
-def make(folder: Path, template: str | None, base: dict[str, Any] | None = None, flagged: bool = True) -> Text:
+def make(folder: Path, template: str | None, base: dict[str, Any] | None = None, flagged: bool = True) -> Tokenizer:
     tokenizer = Tokenizer.from_str(json.dumps(base or byte_level("llama-bpe")))
     add = tokenizer.add_special_tokens if flagged else tokenizer.add_tokens
     add([AddedToken(token, normalized=False) for token in MORE])
@@ -82,12 +82,12 @@ def make(folder: Path, template: str | None, base: dict[str, Any] | None = None,
     (folder / "tokenizer_config.json").write_text(
         json.dumps(config | ({"chat_template": template} if template else {}))
     )
-    text = Text.from_folder(folder)
+    text = Tokenizer.from_folder(folder)
     assert text is not None
     return text
 
 
-def steering(text: Text, ids: list[int]) -> list[int]:
+def steering(text: Tokenizer, ids: list[int]) -> list[int]:
     names = {text.decode([id], special=True) for id in ids}
     assert names
     return [id for id in ids if text.decode([id], special=True) in ALL]
@@ -283,7 +283,7 @@ def test_the_template_for_tools_is_used_with_tools(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("plain")
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools | length }} tools{{ x }}")
-    text = Text.from_folder(tmp_path)  # type: ignore[assignment]
+    text = Tokenizer.from_folder(tmp_path)  # type: ignore[assignment]
     messages = [{"role": "user", "content": "x"}]
     assert text.has_template
     assert text.render(messages) == "plain"

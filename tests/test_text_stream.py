@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from hard_strings import HARD
 from small_tokenizers import TAGS, byte_level, sentencepiece
 from tiercel.errors import RequestError
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
 
 
 @cache
-def make(kind: str) -> Text:
+def make(kind: str) -> Tokenizer:
     """ "llama-bpe": tags are tokens, not flagged; "flagged"; "untagged": tags are letters like others."""
     tokenizer = json.loads(json.dumps(sentencepiece(kind) if kind in ("always", "first", "never") else byte_level()))
     if kind == "flagged":
@@ -31,12 +31,12 @@ def make(kind: str) -> Text:
         tokenizer["added_tokens"] = [entry for entry in tokenizer["added_tokens"] if entry["content"] not in TAGS]
     with TemporaryDirectory() as folder:
         Path(folder, "tokenizer.json").write_text(json.dumps(tokenizer))
-        text = Text.from_folder(folder)
+        text = Tokenizer.from_folder(folder)
     assert text is not None
     return text
 
 
-def spell(text: Text, string: str) -> list[int]:
+def spell(text: Tokenizer, string: str) -> list[int]:
     """One id per byte: every border that tokens could have."""
     return [id for byte in string.encode() for id in [_byte(text, byte)]]
 
@@ -47,11 +47,11 @@ def _bytes(kind: str) -> dict[bytes, int]:
     return {text.piece(id): id for id in reversed(range(text.vocab_size)) if len(text.piece(id)) == 1}
 
 
-def _byte(text: Text, byte: int) -> int:
+def _byte(text: Tokenizer, byte: int) -> int:
     return next(_bytes(k)[bytes([byte])] for k in ("untagged", "llama-bpe", "flagged", "always") if make(k) is text)
 
 
-def run(text: Text, ids: list[int], **options: Any) -> tuple[str, str]:
+def run(text: Tokenizer, ids: list[int], **options: Any) -> tuple[str, str]:
     """(thoughts, answer)."""
     stream = text.stream(**options)
     pieces = [piece for id in ids for piece in stream.push(id)] + stream.finish()

@@ -27,7 +27,7 @@ from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece
 
 if TYPE_CHECKING:
-    from tiercel.tokenizer.tokenizer import Text
+    from tiercel.tokenizer.tokenizer import Tokenizer
 
 PREFILL = 512  # prompt tokens per call: bounds the memory of a long prompt, and lets its progress be seen
 
@@ -75,7 +75,7 @@ class Generation(Reply):
     def __init__(
         self,
         network: Decoder,
-        text_side: Text | None,
+        tokenizer: Tokenizer | None,
         prompt_ids: Sequence[int],
         params: SamplingParams,
         max_length: int,
@@ -88,7 +88,7 @@ class Generation(Reply):
         progress: Progress | None = None,
     ) -> None:
         super().__init__(
-            text_side,
+            tokenizer,
             network.config.vocab_size,
             prompt_ids,
             params,

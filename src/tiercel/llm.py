@@ -35,7 +35,7 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import move
 from tiercel.sampling.params import Logprob, SamplingParams
 from tiercel.tokenizer.stream import Piece
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.voting import Vote, VoteSettings, vote
 from tiercel.weights import load as weights
 from tiercel.weights.checkpoint import generation_defaults
@@ -83,7 +83,7 @@ class Model:
     def __init__(
         self,
         network: Decoder,
-        text: Text | None,
+        text: Tokenizer | None,
         layout: Layout,
         *,
         name: str,
@@ -342,10 +342,10 @@ class LLM:
             warnings.warn("; ".join(f"{name}: {ELSEWHERE[name]}" for name in idle), stacklevel=2)
         self.model = load(model, dtype=dtype, max_length=max_model_len)
         if tokenizer is not None and str(tokenizer) != str(model):
-            self.model.text = Text.from_folder(hub.resolve(tokenizer, pull=True))
+            self.model.text = Tokenizer.from_folder(hub.resolve(tokenizer, pull=True))
         self.seed, self._count = seed, 0
 
-    def get_tokenizer(self) -> Text | None:
+    def get_tokenizer(self) -> Tokenizer | None:
         return self.model.text
 
     def get_default_sampling_params(self) -> SamplingParams:

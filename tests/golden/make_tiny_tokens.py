@@ -21,7 +21,7 @@ def write(folder: Path) -> None:
     import gguf
 
     from small_tokenizers import byte_level, sentencepiece
-    from tiercel.tokenizer.tokenizer import Text
+    from tiercel.tokenizer.tokenizer import Tokenizer
 
     folder.mkdir(exist_ok=True)
     config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
@@ -29,7 +29,7 @@ def write(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as source:
             Path(source, "tokenizer.json").write_text(json.dumps(table))
             Path(source, "tokenizer_config.json").write_text(json.dumps(config))
-            text = Text.from_folder(source)
+            text = Tokenizer.from_folder(source)
         assert text is not None
         metadata = text.to_gguf()
         Path(folder, f"{name}.json").write_text(json.dumps(metadata))

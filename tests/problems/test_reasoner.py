@@ -22,7 +22,7 @@ from tiercel.hub import hub, store
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
 from tiercel.problems import conversations
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.export import NetworkSource, export
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,7 @@ def test_an_unknown_model_is_still_an_error(here):
 
 @pytest.fixture(scope="module")
 def text():
-    return Text.from_folder(PACKAGE)
+    return Tokenizer.from_folder(PACKAGE)
 
 
 def test_any_text_encodes_and_comes_back(text):
@@ -209,4 +209,4 @@ def test_the_network_is_a_small_hybrid():
     assert count <= 8_000_000 and all(
         {m.kind for m in layer.mixers} == {"attention", "mamba2"} for layer in config.layers
     )
-    assert config.max_length >= 1024 and config.vocab_size == Text.from_folder(PACKAGE).vocab_size
+    assert config.max_length >= 1024 and config.vocab_size == Tokenizer.from_folder(PACKAGE).vocab_size

@@ -120,9 +120,9 @@ def test_a_bad_line_is_named(tmp_path):
 
 def test_the_answer_alone_is_learned_or_what_was_asked_for(tmp_path):
     model = tiny.checkpoint(tmp_path / "model", "mamba2/-", template=tiny.TEMPLATE)
-    from tiercel.tokenizer.tokenizer import Text
+    from tiercel.tokenizer.tokenizer import Tokenizer
 
-    text = Text.from_folder(model)
+    text = Tokenizer.from_folder(model)
     messages = [
         {"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["hi", "ho", "he", "ha"], strict=True)
     ]

@@ -9,7 +9,7 @@ from typing import Any
 from tiercel.errors import RequestError
 from tiercel.hub import hub
 from tiercel.plan import human_bytes
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights import importance as importances
 from tiercel.weights.checkpoint import Checkpoint, open_checkpoint
 from tiercel.weights.fidelity import Report, measure, table
@@ -63,7 +63,7 @@ def _importance(source: Checkpoint, path: Path, progress: Bar) -> tuple[importan
 
 def _tokens(source: Checkpoint, path: Path) -> list[int]:
     """A text file as the model's tokens."""
-    words: Text | None = source.text()
+    words: Tokenizer | None = source.text()
     if words is None:
         raise RequestError(f"{source.path} has no tokenizer, and {path} is a text")
     try:

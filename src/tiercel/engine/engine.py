@@ -50,7 +50,7 @@ from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece
 
 if TYPE_CHECKING:
-    from tiercel.tokenizer.tokenizer import Text
+    from tiercel.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger("tiercel.engine")
 
@@ -65,7 +65,7 @@ class Model(Protocol):
     """What an engine needs of a `tiercel.Model`."""
 
     network: Decoder
-    text: Text | None
+    text: Tokenizer | None
     max_length: int
 
 

@@ -19,7 +19,7 @@ from tiercel.tokenizer.stream import Piece
 
 if TYPE_CHECKING:
     from tiercel.engine.structured_output import Grammar
-    from tiercel.tokenizer.tokenizer import Text
+    from tiercel.tokenizer.tokenizer import Tokenizer
 
 
 class Reply:
@@ -37,7 +37,7 @@ class Reply:
 
     def __init__(
         self,
-        text_side: Text | None,
+        tokenizer: Tokenizer | None,
         vocab_size: int,
         prompt_ids: Sequence[int],
         params: SamplingParams,
@@ -49,7 +49,7 @@ class Reply:
         grammar: Grammar | None = None,
         shown: Collection[str] = (),
     ) -> None:
-        self.text_side, self.prompt_ids, self.params, self.index = text_side, list(prompt_ids), params, index
+        self.tokenizer, self.prompt_ids, self.params, self.index = tokenizer, list(prompt_ids), params, index
         self.room = _room(len(self.prompt_ids), params, max_length)
         self.text = self.thoughts = ""
         self.token_ids: list[int] = []
@@ -58,17 +58,17 @@ class Reply:
         wanted = params.logprobs is not None
         self.logprobs: list[dict[int, Logprob]] | None = [] if wanted else None
         self.cumulative_logprob: float | None = 0.0 if wanted else None
-        self.eos = text_side.eos if text_side is not None else frozenset()
+        self.eos = tokenizer.eos if tokenizer is not None else frozenset()
         self.steering = Steering.of(
-            text_side, params, grammar=grammar, thinking=thinking, starts_in_thinking=starts_in_thinking
+            tokenizer, params, grammar=grammar, thinking=thinking, starts_in_thinking=starts_in_thinking
         )
         self.sampler = self._sampler(vocab_size)
         self._stops = [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
         self._held = ""  # answer text that may be the beginning of a stop string
         self._stream = None
-        if text_side is not None and params.detokenize:
+        if tokenizer is not None and params.detokenize:
             special = not params.skip_special_tokens
-            self._stream = text_side.stream(
+            self._stream = tokenizer.stream(
                 thinking=thinking, starts_in_thinking=starts_in_thinking, special=special, shown=shown
             )
         elif self._stops:
@@ -93,8 +93,8 @@ class Reply:
 
     def _sampler(self, vocab_size: int) -> Sampler:
         words: list[list[int]] = []
-        if self.params.bad_words and self.text_side is not None:
-            words = bad_word_ids(self.params.bad_words, self.text_side.encode)
+        if self.params.bad_words and self.tokenizer is not None:
+            words = bad_word_ids(self.params.bad_words, self.tokenizer.encode)
         eos = () if self.params.ignore_eos else self.eos
         return Sampler(
             self.params,

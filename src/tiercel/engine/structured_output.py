@@ -37,7 +37,7 @@ from tiercel.sampling.params import Structured
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-    from tiercel.tokenizer.tokenizer import Text
+    from tiercel.tokenizer.tokenizer import Tokenizer
 
 SECONDS = 1.2  # of processor time for a grammar, in the worker
 PATIENCE = 1.4  # of wall clock
@@ -56,7 +56,7 @@ class Vocabulary:
 
     is_tokenizer_wrapper = True
 
-    def __init__(self, text: Text, words: dict[str, Any]) -> None:
+    def __init__(self, text: Tokenizer, words: dict[str, Any]) -> None:
         self.text, self.tokens = text, [bytes.fromhex(piece) for piece in words["pieces"]]
         self.special_token_ids, self.eos_token_id, self.bos_token_id = words["special"], words["ends"][0], None
 
@@ -68,7 +68,7 @@ class Vocabulary:
 class Grammars:
     """Compiles and keeps grammars for one tokenizer."""
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: Tokenizer) -> None:
         if not text.spells:
             raise RequestError(
                 "structured answers need a tokenizer whose tokens are pieces of text; this one's are words"

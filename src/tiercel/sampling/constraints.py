@@ -23,7 +23,7 @@ from tiercel.errors import RequestError
 from tiercel.sampling.params import Repetition, SamplingParams
 from tiercel.tokenizer.control import THINK_TAGS
 from tiercel.tokenizer.stream import TextStream
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tiercel.engine.structured_output import Grammar
@@ -34,7 +34,7 @@ SPACE = b" \t\r\n"
 class Steering:
     def __init__(
         self,
-        text: Text | None,
+        text: Tokenizer | None,
         *,
         grammar: Grammar | None = None,
         budget: int | None = None,
@@ -57,7 +57,7 @@ class Steering:
     @classmethod
     def of(
         cls,
-        text: Text | None,
+        text: Tokenizer | None,
         params: SamplingParams,
         *,
         grammar: Grammar | None = None,
@@ -155,7 +155,7 @@ class Steering:
         return ~_as_mask(banned, V)
 
 
-def opening_tokens(text: Text, held: str) -> list[int]:
+def opening_tokens(text: Tokenizer, held: str) -> list[int]:
     """Tokens after which the text is `<think>` or a beginning of it; `held` has come already."""
     rest = THINK_TAGS[0][len(held) :].encode()
     whole = [id for id, piece in tokens_from(text, rest.decode()) if not piece.strip(SPACE)]
@@ -164,7 +164,7 @@ def opening_tokens(text: Text, held: str) -> list[int]:
     return [*whole, *parts, *([tag] if tag is not None and not held else [])]
 
 
-def tokens_from(text: Text, beginning: str) -> list[tuple[int, bytes]]:
+def tokens_from(text: Tokenizer, beginning: str) -> list[tuple[int, bytes]]:
     """(token, what follows) of all that begin so."""
     begin = beginning.encode()
     found = [(id, text.piece(id)) for id in text.starting_with(begin[0])]

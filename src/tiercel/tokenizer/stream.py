@@ -29,7 +29,7 @@ class Piece:
 
 
 class TextStream:
-    """Made by `Text.stream`.
+    """Made by `Tokenizer.stream`.
 
     piece: id → its bytes (None: `decode` is asked instead, for the rare tokenizers whose tokens are words)
     skipped: ids that `decode` drops

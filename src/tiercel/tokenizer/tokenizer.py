@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as HFTokenizer
 
 from tiercel.errors import FormatError, RequestError
 from tiercel.tokenizer import vocab_folder, vocab_gguf
@@ -33,7 +33,7 @@ __all__ = ["Piece", "Text", "TextStream"]
 TAIL = 16  # ids at the end of a prompt in which an open think tag is looked for
 
 
-class Text:
+class Tokenizer:
     """A vocabulary, its chat template, and the tokens that mean something to a program.
 
     eos: ids that end an answer: what the checkpoint's files name as eos, eot and eom, and every control token whose
@@ -62,13 +62,13 @@ class Text:
         self._by_byte: dict[int, list[int]] = {}
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Text | None:
+    def from_folder(cls, path: str | Path) -> Tokenizer | None:
         """From a Hugging Face folder; None without a tokenizer.json.  Raises FormatError."""
         recipe = vocab_folder.from_folder(Path(path))
         return None if recipe is None else cls(recipe)
 
     @classmethod
-    def from_gguf(cls, metadata: dict[str, Any]) -> Text | None:
+    def from_gguf(cls, metadata: dict[str, Any]) -> Tokenizer | None:
         """From a GGUF file's metadata; None when it has no tokenizer.  Raises FormatError, UnsupportedError."""
         recipe = vocab_gguf.from_gguf(metadata)
         return None if recipe is None else cls(recipe)
@@ -364,7 +364,7 @@ class Text:
         return list(encoding.ids[:own]), list(encoding.ids[end:])
 
     @cached_property
-    def _inner(self) -> Tokenizer:
+    def _inner(self) -> HFTokenizer:
         """The same tokenizer for text that goes on: without the space that begins a text."""
         if self._prefix == "never":
             return self._tokenizer
@@ -389,10 +389,10 @@ def _without_prefix(part: Any) -> Any:
     return out
 
 
-def _open(tokenizer: dict[str, Any]) -> Tokenizer:
+def _open(tokenizer: dict[str, Any]) -> HFTokenizer:
     """The library's tokenizer; whatever it says of the file, it says as a FormatError."""
     try:
-        opened = Tokenizer.from_str(json.dumps(tokenizer))
+        opened = HFTokenizer.from_str(json.dumps(tokenizer))
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the library's panics are no Exceptions

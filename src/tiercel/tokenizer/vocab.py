@@ -1,4 +1,4 @@
-"""What a `Text` is made from, and the rules by which byte-level tokenizers cut text before they merge.
+"""What a `Tokenizer` is made from, and the rules by which byte-level tokenizers cut text before they merge.
 
 The shape of everything here is tokenizer.json's; `vocab_folder.py` reads it from a Hugging Face folder,
 `vocab_gguf.py` builds it from GGUF metadata and back.
@@ -109,7 +109,7 @@ PUBLISHED = {
 
 @dataclass
 class Recipe:
-    """Everything a `Text` is made from, wherever it was read."""
+    """Everything a `Tokenizer` is made from, wherever it was read."""
 
     tokenizer: dict[str, Any]  # a tokenizer.json
     names: dict[str, str] = field(default_factory=dict)  # "bos_token": "<s>", …

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tiercel.errors import FormatError, RequestError
 from tiercel.model.varlen import PackedRows
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.train import parallel
 
 OPEN_ROWS = 256  # rows that still have room while a new epoch is laid out
@@ -86,7 +86,7 @@ def _check_messages(messages: Any, where: str) -> None:
 
 def read_documents(
     path: str | Path,
-    text: Text | None,
+    text: Tokenizer | None,
     *,
     learn: Sequence[str] = ("assistant",),
     progress: Callable[[int], None] | None = None,
@@ -108,7 +108,7 @@ def read_documents(
     return Documents.of(made(), str(path))
 
 
-def tokenize(example: dict[str, Any], text: Text | None, learn: Sequence[str]) -> tuple[list[int], list[int]]:
+def tokenize(example: dict[str, Any], text: Tokenizer | None, learn: Sequence[str]) -> tuple[list[int], list[int]]:
     """Tokens of an example, and for each 1 where it is learned."""
     if "tokens" in example:
         return example["tokens"], list(map(int, example.get("mask") or [1] * len(example["tokens"])))
@@ -122,7 +122,7 @@ def tokenize(example: dict[str, Any], text: Text | None, learn: Sequence[str]) -
     return _conversation(example["messages"], text, learn)
 
 
-def _conversation(messages: list[dict[str, Any]], text: Text, learn: Sequence[str]) -> tuple[list[int], list[int]]:
+def _conversation(messages: list[dict[str, Any]], text: Tokenizer, learn: Sequence[str]) -> tuple[list[int], list[int]]:
     """What the template makes of it; a message's words are what it adds after the words that announce it."""
     tokens = text.chat(messages, add_generation_prompt=False)
     if "all" in learn:

@@ -31,7 +31,7 @@ from tiercel.errors import RequestError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import hold
 from tiercel.sampling.params import SamplingParams
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.train import start
 from tiercel.train.data import Documents, Rows, make_rows, pack
 from tiercel.train.loop import Settings, fit
@@ -118,7 +118,7 @@ def loss(rules: Rules) -> Callable[[Decoder, Rows], Tensor]:
 class Player:
     """The network as the engine runs it: a twin with packed weights, made again after every update."""
 
-    def __init__(self, network: Decoder, text: Text | None, *, slots: int = 32, dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, network: Decoder, text: Tokenizer | None, *, slots: int = 32, dtype: torch.dtype = torch.bfloat16):
         self.text, self.max_length, self.dtype = text, network.config.max_length, dtype
         self.network: Any = Decoder(network.config).eval().requires_grad_(False)
         self.take(network)

@@ -19,7 +19,7 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
 from tiercel.plan import check_fits, parameter_count
 from tiercel.quant import PACKED_TYPES
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.train import parallel
 from tiercel.train.checkpoint import complete
 from tiercel.train.data import Batches, Documents, Rows, read_documents
@@ -28,7 +28,7 @@ from tiercel.weights.checkpoint import open_checkpoint, read_json
 from tiercel.weights.export import NetworkSource, export
 from tiercel.weights.load import load
 
-Start = tuple[Decoder, Text | None, Layout]
+Start = tuple[Decoder, Tokenizer | None, Layout]
 Evaluation = Callable[[], Iterator[Rows]]  # all of the held-out batches, anew at every call
 
 
@@ -45,9 +45,9 @@ def open_network(config: str | Path, tokenizer: str | Path | None = None, *, see
     if tokenizer is not None:
         path = Path(tokenizer)
         folder = path if path.is_dir() else path.parent
-        text = Text.from_folder(folder)
+        text = Tokenizer.from_folder(folder)
         if text is None:
-            raise RequestError(f"--tokenizer {tokenizer}: {Text.why_none(folder)}")
+            raise RequestError(f"--tokenizer {tokenizer}: {Tokenizer.why_none(folder)}")
     if text is not None and text.vocab_size > network.config.vocab_size:
         raise RequestError(
             f"the tokenizer has {text.vocab_size} tokens, the network {network.config.vocab_size}: "
@@ -66,7 +66,7 @@ def _fresh(path: Path, seed: int) -> Start:
     check_fits(16 * parameter_count(layout.config), "training with AdamW in float32")
     network = Decoder(layout.config)
     initialize(network, seed)
-    return network, Text.from_folder(path.parent), layout
+    return network, Tokenizer.from_folder(path.parent), layout
 
 
 def _stored(path: Path) -> Start:
@@ -90,7 +90,7 @@ def prepare(out: Path | None, resume: bool) -> None:
 def read(
     data: str | Path,
     held_out: str | Path | None,
-    text: Text | None,
+    text: Tokenizer | None,
     learn: Sequence[str],
     *,
     rows: int,
@@ -122,7 +122,7 @@ def evaluation(documents: Documents, rows: int, length: int) -> Evaluation:
     return lambda: Batches(documents, rows=rows, length=length, shuffle=False).once()
 
 
-def finish(network: Decoder, text: Text | None, layout: Layout, out: Path) -> None:
+def finish(network: Decoder, text: Tokenizer | None, layout: Layout, out: Path) -> None:
     """The folder: config.json, model.safetensors, the tokenizer; and the curves, where matplotlib is there."""
     network = parallel.gathered(network)
     if not parallel.ranks().first:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tiercel.errors import FormatError, ModelNotFound, RequestError, UnsupportedError
 from tiercel.families.family import Layout, Row
 from tiercel.model.lora import Adapter
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import Source, parameter_shapes, read_json
 from tiercel.weights.forms import scaled
 from tiercel.weights.safetensors import open_safetensors
@@ -182,7 +182,7 @@ class Merged:
         assert self._pair(row) is None, f"{row.ours} is merged, and not packed"
         return self.base.raw(row, start, stop)
 
-    def text(self) -> Text | None:
+    def text(self) -> Tokenizer | None:
         return self.base.text()
 
 

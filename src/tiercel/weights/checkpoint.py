@@ -22,7 +22,7 @@ from tiercel.families.family import Form, Layout, Row, Runs
 from tiercel.model.decoder import Decoder
 from tiercel.plan import parameter_count
 from tiercel.quant import PACKED_TYPES, PACKINGS, dequantize
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights import packed_folder
 from tiercel.weights.forms import WHOLE, foreign_shape, scaled, scaled_rows, to_ours
 from tiercel.weights.gguf import GGUFFile
@@ -49,7 +49,7 @@ class Source(Protocol):
     def raw(self, row: Row, start: int, stop: int) -> Tensor:
         """Rows start … stop as ours where `stored` is a packed type: uint8, the last axis in bytes."""
 
-    def text(self) -> Text | None: ...
+    def text(self) -> Tokenizer | None: ...
 
 
 @dataclass
@@ -170,10 +170,10 @@ class Checkpoint:
             return x[start:stop].contiguous()
         return scaled_rows(stored[0].type, stored[0].raw(start, stop), self._scale(row, stored[0]), start)
 
-    def text(self) -> Text | None:
+    def text(self) -> Tokenizer | None:
         if self.gguf is not None:
-            return Text.from_gguf(dict(self.gguf))
-        return Text.from_folder(self.path if self.path.is_dir() else self.path.parent)
+            return Tokenizer.from_gguf(dict(self.gguf))
+        return Tokenizer.from_folder(self.path if self.path.is_dir() else self.path.parent)
 
 
 GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -25,7 +25,7 @@ from tiercel.ops.rotary import frequencies
 from tiercel.quant import PACKED_TYPES, PACKINGS, recipes
 from tiercel.quant.recipes import file_type
 from tiercel.runtime.atomic import atomic_write
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.tokenizer.vocab_gguf import GGUF_TYPES
 from tiercel.weights import packed_folder
 from tiercel.weights.checkpoint import Checkpoint, Source, open_checkpoint, parameter_shapes
@@ -42,7 +42,7 @@ class NetworkSource:
 
     network: Decoder
     layout: Layout
-    words: Text | None = None
+    words: Tokenizer | None = None
 
     def __post_init__(self) -> None:
         self._state = dict(named_weights(self.network))
@@ -68,7 +68,7 @@ class NetworkSource:
             weight = weight[0]
         return weight.type if isinstance(weight, QTensor) else STORED[weight.dtype]
 
-    def text(self) -> Text | None:
+    def text(self) -> Tokenizer | None:
         return self.words
 
 

@@ -22,7 +22,7 @@ from tiercel.families.family import Layout, Row
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import named_weights
 from tiercel.quant import PACKED_TYPES
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import Source
 from tiercel.weights.load import build, fill, put, row_blocks
 from tiercel.weights.quantize import Quantized
@@ -132,7 +132,7 @@ class _Unpacked:
     def raw(self, row: Row, start: int, stop: int) -> Tensor:
         raise AssertionError("nothing is packed here")
 
-    def text(self) -> Text | None:
+    def text(self) -> Tokenizer | None:
         return self.base.text()
 
 

@@ -29,7 +29,7 @@ from tiercel.ops.linear import NUMBERS, QTensor
 from tiercel.plan import check_fits, parameter_count
 from tiercel.quant import PACKED_TYPES, held_bytes, row_bytes
 from tiercel.runtime.workspace import give_back
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import Source, open_checkpoint, outline, parameter_shapes
 from tiercel.weights.forms import WHOLE
 from tiercel.weights.stored import PLAIN, torch_dtype
@@ -53,7 +53,7 @@ def load(
     quantize: str | None = None,
     exact: bool = False,
     progress: Progress | None = None,
-) -> tuple[Decoder, Text | None, Layout]:
+) -> tuple[Decoder, Tokenizer | None, Layout]:
     """The network (in eval mode), its text side if it has one, and the layout it came in.
 
     dtype: "auto" (as stored, packed types packed; float16 becomes what this CPU multiplies well), or a float type.
@@ -90,7 +90,7 @@ def of_source(
     return network.eval()
 
 
-def _fresh(config: ModelConfig, dtype: str | torch.dtype, seed: int = 0) -> tuple[Decoder, Text | None, Layout]:
+def _fresh(config: ModelConfig, dtype: str | torch.dtype, seed: int = 0) -> tuple[Decoder, Tokenizer | None, Layout]:
     layout = Layout(PATTERN, config, pattern_rows(config))
     check_fits(4 * parameter_count(config), "a network of float32 weights")
     network = Decoder(config).to(torch.float32 if dtype == "auto" else as_dtype(dtype)).requires_grad_(False)

@@ -21,7 +21,7 @@ from tiercel.errors import RequestError
 from tiercel.families.family import Layout, Row
 from tiercel.quant import PACKED_TYPES, dequantize
 from tiercel.quant.recipes import RECIPES, find, kinds
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import Source, open_checkpoint, parameter_shapes
 from tiercel.weights.export import export
 from tiercel.weights.stored import bytes_of, pack
@@ -63,7 +63,7 @@ class Quantized:
             return self.base.read(row, start, stop)
         return dequantize(self.kinds[row.ours], self.raw(row, start, stop))
 
-    def text(self) -> Text | None:
+    def text(self) -> Tokenizer | None:
         return self.base.text()
 
     def _saw(self, values: int) -> None:

@@ -26,7 +26,7 @@ from tiercel.families.family import Layout, Row
 from tiercel.model.layers import deviation, fresh
 from tiercel.quant import BLOCKS, PACKED_TYPES, dequantize, recipes, row_bytes
 from tiercel.quant.nf4 import LEVELS
-from tiercel.tokenizer.tokenizer import Text
+from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import parameter_shapes
 from tiercel.weights.stored import torch_dtype
 
@@ -100,7 +100,7 @@ class RandomSource:
         plain = "F32" if row.precise or len(self.shapes[row.ours]) < 2 else "BF16"
         return self.kinds.get(row.ours, plain)
 
-    def text(self) -> Text | None:
+    def text(self) -> Tokenizer | None:
         return None
 
     def read(self, row: Row, start: int, stop: int) -> Tensor:
