@@ -18,7 +18,7 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence as GenericSequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import tiercel
 from tiercel.bench import cores
 from tiercel.bench.models import random_source
 from tiercel.engine import Engine
-from tiercel.engine.request import Choice
+from tiercel.engine.request import Sequence
 from tiercel.engine.speculative import Drafter, prompt_lookup
 from tiercel.errors import ModelNotFound
 from tiercel.sampling.params import SamplingParams
@@ -43,14 +43,14 @@ Her brother Petro built the new one from larch, seven metres across, and it stil
 class Knows:
     """Says what comes, or always something else."""
 
-    text: Sequence[int]  # prompt and answer
+    text: GenericSequence[int]  # prompt and answer
     shift: int  # to another token; 0: none
     vocabulary: int
 
-    def strength(self, tokens: Sequence[int]) -> int:
+    def strength(self, tokens: GenericSequence[int]) -> int:
         return 2
 
-    def propose(self, tokens: Sequence[int], k: int) -> list[int]:
+    def propose(self, tokens: GenericSequence[int], k: int) -> list[int]:
         return [(token + self.shift) % self.vocabulary for token in self.text[len(tokens) : len(tokens) + k]]
 
     def note(self, accepted: int) -> None:
@@ -64,7 +64,7 @@ class Runs:
     accepted: int = 0
 
 
-def answer(engine: Engine, prompt: list[int], tokens: int) -> Choice:
+def answer(engine: Engine, prompt: list[int], tokens: int) -> Sequence:
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0)
     request = engine.prepare(prompt, params)
     engine.queue(request)
@@ -74,7 +74,7 @@ def answer(engine: Engine, prompt: list[int], tokens: int) -> Choice:
 
 
 def measure(model: Any, prompt: list[int], tokens: int, rounds: int) -> dict[str, Any]:
-    def engine(drafter: Callable[[Choice], Drafter] | None) -> Engine:
+    def engine(drafter: Callable[[Sequence], Drafter] | None) -> Engine:
         return Engine(model, slots=1, cache_bytes=0, drafter=drafter)
 
     plain = engine(None)

@@ -23,7 +23,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence as GenericSequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +35,7 @@ from torch import Tensor
 from tiercel.engine import snapshot_policy as marks
 from tiercel.engine.async_scheduling import Begun, Chosen
 from tiercel.engine.prefix_cache import PrefixCache
-from tiercel.engine.request import Choice, Request, Update, Watch
+from tiercel.engine.request import Sequence, Request, Update, Watch
 from tiercel.engine.scheduler import PATIENCE, Row, Scheduler
 from tiercel.engine.speculative import FIRST_STEPS, LENGTHS, MOST, Drafter, Speculation, StepCosts
 from tiercel.engine.structured_output import Grammar, Grammars
@@ -111,7 +111,7 @@ class Engine:
         spill: Path | None = None,
         max_queue: int | None = None,
         state_bytes: int | None = None,
-        drafter: Callable[[Choice], Drafter] | None = None,
+        drafter: Callable[[Sequence], Drafter] | None = None,
         patience: float = PATIENCE,
     ) -> None:
         if slots < 1 or step_tokens < slots:
@@ -126,7 +126,7 @@ class Engine:
         self.scheduler = Scheduler(slots, step_tokens, patience)
         self.cache = PrefixCache(self.network, _cache_budget() if cache_bytes is None else cache_bytes, spill)
         self._stats = Stats()
-        self._arrivals: deque[Choice] = deque()  # filled by `add` from any thread, emptied by `step`
+        self._arrivals: deque[Sequence] = deque()  # filled by `add` from any thread, emptied by `step`
         self._news: list[Update] = []
         self._watched: list[Request] = []  # whose prompt is read, and which may open further choices
         self._begun: Begun | None = None  # on a GPU, the next forward (ahead.py)
@@ -136,7 +136,7 @@ class Engine:
 
     # ── what callers ask ──
 
-    def add(self, ids: Sequence[int], params: SamplingParams, **more: Any) -> Request:
+    def add(self, ids: GenericSequence[int], params: SamplingParams, **more: Any) -> Request:
         """Queue a prompt; the arguments are those of `prepare`.  From any thread, without waiting.
 
         Raises RequestError, ContextOverflow, and Busy when the queue is full.
@@ -153,7 +153,7 @@ class Engine:
 
     def prepare(
         self,
-        ids: Sequence[int],
+        ids: GenericSequence[int],
         params: SamplingParams,
         *,
         thinking: str = "off",
@@ -185,8 +185,8 @@ class Engine:
         key, number = self.key_of(key, adapter), next(self._numbers)
         request = Request(id or secrets.token_hex(12), number, prompt, params, key, turn, adapter=adapter, watch=watch)
 
-        def choice(index: int) -> Choice:
-            return Choice(
+        def choice(index: int) -> Sequence:
+            return Sequence(
                 request, self.model.text, V, prompt, params, self.model.max_length,
                 index=index, thinking=thinking, starts_in_thinking=starts_in_thinking, grammar=constraint, shown=shown,
             )  # fmt: skip
@@ -387,7 +387,7 @@ class Engine:
         while self.state_bytes is not None and len(running) > 1 and self.stats.kv_bytes > self.state_bytes:
             self.preempt(running[-1])
 
-    def preempt(self, choice: Choice) -> None:
+    def preempt(self, choice: Sequence) -> None:
         """Back to the queue.  What it has read stays in the cache, if that has room, or is read again: the tokens,
         and what was drawn so far, are its own."""
         marks.remember(choice, self.cache, place=True, ending=True)
@@ -396,7 +396,7 @@ class Engine:
         self.scheduler.crowded = True
         self._stats.preemptions += 1
 
-    def _start(self, choice: Choice) -> None:
+    def _start(self, choice: Sequence) -> None:
         """Give it a state that holds as much of its text as is remembered."""
         request, tokens = choice.request, choice.tokens
         request.started_now()
@@ -477,7 +477,7 @@ class Engine:
             raise
         yield from self._chosen(rows, logits, began)
 
-    def _chosen(self, rows: list[Row], logits: Sequence[Tensor], began: float) -> Iterator[tuple[Row, Tensor]]:
+    def _chosen(self, rows: list[Row], logits: GenericSequence[Tensor], began: float) -> Iterator[tuple[Row, Tensor]]:
         """Each row with its logits; what a device chooses itself is chosen, and its next forward begun."""
         if isinstance(self.network, OnDevice):
             try:
@@ -571,7 +571,7 @@ class Engine:
         for choice in forked:
             self._answer(choice, logits_LV[:1], [])
 
-    def _answer(self, choice: Choice, logits_LV: Tensor, drafts: list[int]) -> None:
+    def _answer(self, choice: Sequence, logits_LV: Tensor, drafts: list[int]) -> None:
         """The tokens that follow from these logits: one, and one more for every draft that it confirms."""
         pieces: list[Piece] = []
         watch = choice.request.watch
@@ -605,7 +605,7 @@ class Engine:
             self._report(choice, choice.end("decided"))
             self._leave(choice)
 
-    def _settle_drafts(self, choice: Choice, proposed: int, accepted: int) -> None:
+    def _settle_drafts(self, choice: Sequence, proposed: int, accepted: int) -> None:
         """Take back what was not confirmed; the last token that was chosen has not been read."""
         assert choice.state is not None
         kept = choice.state.trim(min(choice.state.length, len(choice.tokens) - 1))
@@ -615,7 +615,7 @@ class Engine:
         if choice.speculation is not None:
             choice.speculation.note(proposed, accepted)
 
-    def _report(self, choice: Choice, pieces: list[Piece], error: TiercelError | None = None) -> None:
+    def _report(self, choice: Sequence, pieces: list[Piece], error: TiercelError | None = None) -> None:
         """An update about what is new since the last."""
         new = choice.token_ids[choice.reported :]
         logprobs = None if choice.logprobs is None else choice.logprobs[choice.reported :]
@@ -625,7 +625,7 @@ class Engine:
         reasons = choice.finish_reason, choice.stop_reason
         self._news.append(Update(choice.request, choice.index, pieces, new, logprobs, *reasons, error, ends))
 
-    def _fail(self, choice: Choice, error: Exception) -> None:
+    def _fail(self, choice: Sequence, error: Exception) -> None:
         """End this one; its state is not to be trusted."""
         if not isinstance(error, TiercelError):
             log.exception("request %s failed", choice.request.id, exc_info=error)
@@ -658,7 +658,7 @@ class Engine:
             news, self._news = self._news, []
             return news
 
-    def _leave(self, choice: Choice) -> None:
+    def _leave(self, choice: Sequence) -> None:
         """It has ended: its state stays in the cache as far as that has room.  Of a vote's many answers none does."""
         if choice.request.watch is None or choice.marks:
             marks.remember(choice, self.cache, place=True, ending=True)

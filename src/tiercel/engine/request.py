@@ -1,13 +1,13 @@
 """One prompt, and its answers on their way.
 
-`Request` is what a caller holds; a `Choice` is one of its `n` answers, with the state that belongs to it while it runs.
+`Request` is what a caller holds; a `Sequence` is one of its `n` answers, with the state that belongs to it while it runs.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence as GenericSequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,10 +36,10 @@ class Watch(Protocol):
     @property
     def wanted(self) -> int: ...
 
-    def token(self, choice: Choice, logits_V: Tensor) -> str | None:
+    def token(self, choice: Sequence, logits_V: Tensor) -> str | None:
         """A token was chosen from these logits; a finish_reason ends the answer here."""
 
-    def ended(self, choice: Choice) -> None:
+    def ended(self, choice: Sequence) -> None:
         """It has its finish_reason.  The engine ends the others where `open` is False after this."""
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class Request:
     key: str = ""
     turn: int | None = None
     adapter: str | None = None
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[Sequence] = field(default_factory=list)
     cached_tokens: int = 0
     why_not_cached: str | None = None
     error: TiercelError | None = None
@@ -72,14 +72,14 @@ class Request:
     inbox: deque[Update] = field(default_factory=deque)  # for `Engine.run`
     watch: Watch | None = None
     origin: tuple[State, Tensor] | None = None
-    open_choice: Callable[[int], Choice] | None = None  # the choice number i, not yet running
+    open_choice: Callable[[int], Sequence] | None = None  # the choice number i, not yet running
 
     @property
     def finished(self) -> bool:
         return not (self.watch is not None and self.watch.open) and not self.running
 
     @property
-    def running(self) -> list[Choice]:
+    def running(self) -> list[Sequence]:
         return [choice for choice in self.choices if choice.finish_reason is None]
 
     def started_now(self) -> None:
@@ -97,7 +97,7 @@ class Request:
         self.times.generation = max(self.times.total - self.times.queue - self.times.prompt, 0.0)
 
 
-class Choice(Reply):
+class Sequence(Reply):
     """One answer of a request, and where it stands.
 
     tokens: prompt and answer so far.  The state holds the first `state.length` of them; the rest is to be read.
@@ -157,7 +157,7 @@ class Update:
     request: Request
     choice: int
     pieces: list[Piece]
-    token_ids: Sequence[int]
+    token_ids: GenericSequence[int]
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None

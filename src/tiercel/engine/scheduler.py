@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from tiercel.engine.request import Choice
+from tiercel.engine.request import Sequence
 
 BESIDE = 64  # prompt tokens that a step may always read beside running answers: fewer are not read much sooner
 PATIENCE = 0.2  # seconds that running answers may wait for a step that reads prompts too
@@ -23,7 +23,7 @@ PATIENCE = 0.2  # seconds that running answers may wait for a step that reads pr
 class Row:
     """One choice's part of a step: `count` of its tokens are read, and `drafts` of what may come after them."""
 
-    choice: Choice
+    choice: Sequence
     count: int
     drafts: list[int] = field(default_factory=list)
 
@@ -39,19 +39,19 @@ class Scheduler:
 
     def __init__(self, slots: int, step_tokens: int, patience: float = PATIENCE) -> None:
         self.slots, self.step_tokens, self.patience, self.beside = slots, step_tokens, patience, BESIDE
-        self.waiting: deque[Choice] = deque()
-        self.running: list[Choice] = []
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
         self.crowded = False  # somebody had to go back to the queue: nobody else comes in before somebody leaves
 
     @property
     def taken(self) -> int:
         return sum(self._slots_for(choice) for choice in list(self.running))
 
-    def free_beside(self, leader: Choice) -> int:
+    def free_beside(self, leader: Sequence) -> int:
         """Slots for those that fork from it."""
         return self.slots - 1 - sum(self._slots_for(choice) for choice in self.running if choice is not leader)
 
-    def _slots_for(self, choice: Choice) -> int:
+    def _slots_for(self, choice: Sequence) -> int:
         return min(choice.places, self.slots)
 
     @property
@@ -59,7 +59,7 @@ class Scheduler:
         """Answers that wait for a slot."""
         return sum(choice.places for choice in list(self.waiting))
 
-    def admit(self) -> Iterator[Choice]:
+    def admit(self) -> Iterator[Sequence]:
         """Those whose turn has come.  Nobody passes the first of the queue, also when it wants many slots."""
         while self.waiting and not (self.crowded and self.running):
             if self.taken + self._slots_for(self.waiting[0]) > self.slots:
@@ -68,7 +68,7 @@ class Scheduler:
             self.running.append(choice)
             yield choice
 
-    def leave(self, choice: Choice) -> None:
+    def leave(self, choice: Sequence) -> None:
         """It has finished, or was given up."""
         if choice in self.running:
             self.running.remove(choice)
@@ -76,12 +76,12 @@ class Scheduler:
         elif choice in self.waiting:
             self.waiting.remove(choice)
 
-    def back(self, choice: Choice) -> None:
+    def back(self, choice: Sequence) -> None:
         """From its slot to the queue, to the place its arrival gives it."""
         self.running.remove(choice)
         self.wait(choice)
 
-    def wait(self, choice: Choice) -> None:
+    def wait(self, choice: Sequence) -> None:
         """Into the queue, in order of arrival."""
         at = next((i for i, other in enumerate(self.waiting) if _order(other) > _order(choice)), len(self.waiting))
         self.waiting.insert(at, choice)
@@ -92,7 +92,7 @@ class Scheduler:
             now = int(self.patience * read / seconds)
             self.beside = max(BESIDE, (self.beside + now) // 2)
 
-    def plan(self, stop: Callable[[Choice], int]) -> list[Row]:
+    def plan(self, stop: Callable[[Sequence], int]) -> list[Row]:
         """The rows of the next step.  stop(choice): the length that it must not read past in one forward."""
         if single := next((choice for choice in self.running if choice.alone), None):
             return [Row(single, min(stop(single) - single.length, self.step_tokens))]
@@ -115,5 +115,5 @@ class Scheduler:
         return rows
 
 
-def _order(choice: Choice) -> tuple[int, int]:
+def _order(choice: Sequence) -> tuple[int, int]:
     return choice.request.number, choice.index

@@ -11,11 +11,11 @@ a turn taken back, thoughts dropped from the history.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence as GenericSequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tiercel.engine.request import Choice, Request
+from tiercel.engine.request import Sequence, Request
 from tiercel.errors import FormatError, RequestError
 from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece
@@ -33,7 +33,7 @@ class Session:
     def __init__(self, engine: Engine, key: str | None = None, adapter: str | None = None) -> None:
         self.engine, self.adapter = engine, adapter
         self.key = f"session {secrets.token_hex(8)}" if key is None else key
-        self.last: Choice | None = None
+        self.last: Sequence | None = None
 
     def clear(self) -> None:
         """Forget everything."""
@@ -75,7 +75,7 @@ class Session:
 
     def generate(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: GenericSequence[int],
         params: SamplingParams,
         *,
         thinking: str = "off",

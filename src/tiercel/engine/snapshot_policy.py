@@ -9,10 +9,10 @@ before a forward would move the committed state past the place.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence as GenericSequence
 
 from tiercel.engine.prefix_cache import PrefixCache
-from tiercel.engine.request import Choice
+from tiercel.engine.request import Sequence
 from tiercel.engine.scheduler import Row
 
 PROMPT_SHARE = 4  # one prompt's snapshots on the way take at most this part of the cache
@@ -20,7 +20,7 @@ CLOSEST = 128  # tokens between them, at least
 DEAREST = 128 << 10  # and bytes of one for each token since the one before, at most: about a Transformer's cache
 
 
-def mark(choice: Choice, shared: int, cache: PrefixCache) -> None:
+def mark(choice: Sequence, shared: int, cache: PrefixCache) -> None:
     """Note which lengths somebody may come back to.  The end of a prompt is two: to go on, and to ask again.
 
     shared: so many tokens are those of an earlier text.
@@ -40,7 +40,7 @@ def mark(choice: Choice, shared: int, cache: PrefixCache) -> None:
         choice.spacing = math.ceil(spacing / state.grid) * state.grid
 
 
-def stop(choice: Choice) -> int:
+def stop(choice: Sequence) -> int:
     """The length a forward must not pass, so that a snapshot can be taken for what is marked."""
     end, grid, at = len(choice.tokens), choice.state.grid if choice.state else 0, choice.length
     if not grid or not choice.spacing:
@@ -51,7 +51,7 @@ def stop(choice: Choice) -> int:
     return min(end, *(stop for stop in stops if stop > at))
 
 
-def keep(rows: Sequence[Row], cache: PrefixCache) -> None:
+def keep(rows: GenericSequence[Row], cache: PrefixCache) -> None:
     """Take the snapshots that could not be taken any more after this step."""
     for row in rows:
         choice, state = row.choice, row.choice.state
@@ -63,7 +63,7 @@ def keep(rows: Sequence[Row], cache: PrefixCache) -> None:
             remember(choice, cache, place=place)
 
 
-def remember(choice: Choice, cache: PrefixCache, *, place: bool, ending: bool = False) -> None:
+def remember(choice: Sequence, cache: PrefixCache, *, place: bool, ending: bool = False) -> None:
     """A snapshot of the state as it is, into the cache.  ending: the state is given up after this."""
     state = choice.state
     if state is None or cache.budget == 0 or state.length == choice.kept:

@@ -22,11 +22,11 @@ from tiercel.voting.settings import VoteSettings
 from tiercel.voting.tally import Answer, Count, Equal, Row, Trace, Vote
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Sequence as GenericSequence
 
     from torch import Tensor
 
-    from tiercel.engine.request import Choice, Request
+    from tiercel.engine.request import Sequence, Request
 
 
 class Voter:
@@ -48,7 +48,7 @@ class Voter:
         warm = self.settings.online and self.count.s is None
         return min(self.settings.warmup or 1, self.settings.k) if warm else self.settings.k
 
-    def token(self, choice: Choice, logits_V: Tensor) -> str | None:
+    def token(self, choice: Sequence, logits_V: Tensor) -> str | None:
         running = self._growing.get(choice.index)
         if running is None:
             running = self._growing[choice.index] = Running(self.settings.window)
@@ -56,7 +56,7 @@ class Voter:
         s = self.count.s
         return "confidence" if group is not None and s is not None and group < s else None
 
-    def ended(self, choice: Choice) -> None:
+    def ended(self, choice: Sequence) -> None:
         running = self._growing.pop(choice.index, None) or Running(self.settings.window)
         trace = Trace(choice.index, choice.text, choice.thoughts, len(choice.token_ids), choice.finish_reason)
         trace.confidence, trace.token_confidence = running.all(), running.tokens
@@ -116,7 +116,7 @@ class Voter:
 
 def vote(
     model: Any,
-    prompt_ids: Sequence[int],
+    prompt_ids: GenericSequence[int],
     settings: VoteSettings,
     params: SamplingParams | None = None,
     *,
