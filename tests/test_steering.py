@@ -10,9 +10,9 @@ import torch
 
 from engine.test_speculative import accepted
 from test_text_stream import make, spell
-from tiercel.engine.structured_output import Grammars
+from tiercel.engine.structured_output import GrammarCompiler
 from tiercel.errors import RequestError
-from tiercel.sampling.constraints import Circles, Steering
+from tiercel.sampling.constraints import RepetitionDetector, TokenConstraints
 from tiercel.sampling.params import Repetition, Sampler, SamplingParams, Structured
 
 KINDS = ["llama-bpe", "flagged", "untagged"]  # tags are tokens; special tokens; letters
@@ -27,7 +27,7 @@ FORM = Structured(json=SCHEMA)
 
 @pytest.fixture(scope="module")
 def grammars():
-    made = {kind: Grammars(make(kind)) for kind in KINDS}
+    made = {kind: GrammarCompiler(make(kind)) for kind in KINDS}
     yield made
     for one in made.values():
         one.close()
@@ -50,7 +50,7 @@ class Model:
 
 def steered(text, params, grammars=None, **options):
     grammar = grammars.compile(params.structured) if params.structured is not None else None
-    return Steering.of(text, params, grammar=grammar, **options)
+    return TokenConstraints.of(text, params, grammar=grammar, **options)
 
 
 def run(text, model, params, grammars=None, draft=None, **options):
@@ -167,7 +167,7 @@ def test_an_answer_in_circles_ends_and_thoughts_in_circles_are_closed():
 
 def test_circles_are_runs_of_any_length_within_bounds_and_nothing_else():
     def first(tokens, **rule):
-        circles = Circles(Repetition(**rule))
+        circles = RepetitionDetector(Repetition(**rule))
         return next((n for n, token in enumerate(tokens, 1) if circles.add(token)), None)
 
     assert first([5] * 300) == 96 and first(list(range(60)) * 5) == 240 and first(list(range(256)) * 5) == 1024
@@ -180,7 +180,7 @@ def test_circles_are_runs_of_any_length_within_bounds_and_nothing_else():
 
 def test_what_cannot_be_kept_is_refused():
     with pytest.raises(RequestError, match="a tokenizer"):
-        Steering.of(None, SamplingParams(structured=FORM))
+        TokenConstraints.of(None, SamplingParams(structured=FORM))
     with pytest.raises(RequestError, match="a tokenizer"):
-        Steering.of(None, SamplingParams(thinking_budget=4))
-    assert Steering.of(None, SamplingParams()) is None
+        TokenConstraints.of(None, SamplingParams(thinking_budget=4))
+    assert TokenConstraints.of(None, SamplingParams()) is None

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tiercel.engine.output_processor import Reply
+from tiercel.engine.output_processor import OutputProcessor
 from tiercel.model.decoder import Decoder
 from tiercel.model.state import State
 from tiercel.sampling.params import SamplingParams
@@ -65,7 +65,7 @@ class Times:
     first_token: float = 0.0
 
 
-class Generation(Reply):
+class Generation(OutputProcessor):
     """One answer: iterate over it for its pieces.
 
     state: what has been read already; the prompt is read from there on.

@@ -15,7 +15,7 @@ import torch
 import tiercel
 import tiny
 from tiercel.engine.engine import Engine
-from tiercel.engine.output_processor import Reply
+from tiercel.engine.output_processor import OutputProcessor
 from tiercel.generate import Generation
 from tiercel.model.state import nbytes_together
 from tiercel.runtime import allocator as pool
@@ -50,13 +50,13 @@ def networks(built):
 @pytest.fixture(autouse=True)
 def watched(monkeypatch):
     """Every reply keeps the logits it was given; memory is spoiled before it is used and after."""
-    take = Reply.take
+    take = OutputProcessor.take
 
     def note(self, logits_V):
         self.__dict__.setdefault("seen", []).append(logits_V.clone())
         return take(self, logits_V)
 
-    monkeypatch.setattr(Reply, "take", note)
+    monkeypatch.setattr(OutputProcessor, "take", note)
     monkeypatch.setattr(pool, "spoil", True)
 
 

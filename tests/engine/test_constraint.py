@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from test_text_stream import make
-from tiercel.engine.structured_output import Grammars
+from tiercel.engine.structured_output import GrammarCompiler
 from tiercel.errors import RequestError
 from tiercel.sampling.params import Sampler, SamplingParams, Structured
 
@@ -33,7 +33,7 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def grammars():
-    made = Grammars(make("llama-bpe"))
+    made = GrammarCompiler(make("llama-bpe"))
     yield made
     made.close()
 
@@ -90,7 +90,7 @@ def test_an_answer_of_that_form_may_end_and_no_sooner(grammars):
 
 
 def test_texts_of_sentencepiece_follow_a_form_too():
-    grammars = Grammars(make("first"))
+    grammars = GrammarCompiler(make("first"))
     for seed in range(5):
         assert set(json.loads(say(grammars, Structured(json=SCHEMA), seed))) == {"name", "age", "tags", "kind"}
     grammars.close()
@@ -154,17 +154,17 @@ def test_large_honest_schemas_are_accepted(grammars):
 
 
 def test_a_form_and_limits_that_contradict_it_are_refused_when_it_shows(grammars):
-    from tiercel.sampling.constraints import Steering
+    from tiercel.sampling.constraints import TokenConstraints
 
     params = SamplingParams(structured=Structured(regex="a+"), allowed_token_ids=[5], max_tokens=9)
-    steering = Steering.of(grammars.text, params, grammar=grammars.compile(params.structured))
+    steering = TokenConstraints.of(grammars.text, params, grammar=grammars.compile(params.structured))
     sampler = Sampler(params, [1], grammars.text.vocab_size, steering=steering)
     with pytest.raises(RequestError, match="no token is left"):
         sampler.sample(torch.zeros(grammars.text.vocab_size))
 
 
 def test_the_process_that_tries_grammars_goes_with_who_asked_for_it():
-    grammars = Grammars(make("llama-bpe"))
+    grammars = GrammarCompiler(make("llama-bpe"))
     grammars.compile(Structured(regex="a"))
     process = grammars._worker.process
     assert process.poll() is None

@@ -14,18 +14,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tiercel.engine.scheduler import Row
+from tiercel.engine.scheduler import ScheduledSequence
 from tiercel.ops.sampling import choose
 
 
-class Begun(NamedTuple):
+class InFlightStep(NamedTuple):
     """A forward of one token for each row that nobody has handed out: each row's state as it was, and its logits."""
 
-    rows: list[Row]
+    rows: list[ScheduledSequence]
     states: list[object]
     logits: Sequence[Tensor]
 
-    def claim(self) -> tuple[list[Row], list[Tensor]]:
+    def claim(self) -> tuple[list[ScheduledSequence], list[Tensor]]:
         """The rows that still are where they were, with their logits."""
         found = [
             (row, logits)
@@ -35,10 +35,10 @@ class Begun(NamedTuple):
         return [row for row, _ in found], [logits for _, logits in found]
 
 
-class Chosen:
+class PendingTokens:
     """The next tokens of all rows whose request leaves it to the device, on their way to the host."""
 
-    def __init__(self, rows: Sequence[Row], logits: Sequence[Tensor]) -> None:
+    def __init__(self, rows: Sequence[ScheduledSequence], logits: Sequence[Tensor]) -> None:
         free = [
             (row.choice.sampler, row_logits[-1])
             for row, row_logits in zip(rows, logits, strict=True)

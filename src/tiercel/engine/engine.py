@@ -33,12 +33,12 @@ import torch
 from torch import Tensor
 
 from tiercel.engine import snapshot_policy as marks
-from tiercel.engine.async_scheduling import Begun, Chosen
+from tiercel.engine.async_scheduling import InFlightStep, PendingTokens
 from tiercel.engine.prefix_cache import PrefixCache
-from tiercel.engine.request import Sequence, Request, Update, Watch
-from tiercel.engine.scheduler import PATIENCE, Row, Scheduler
+from tiercel.engine.request import Sequence, Request, Update, SampleController
+from tiercel.engine.scheduler import PATIENCE, ScheduledSequence, Scheduler
 from tiercel.engine.speculative import FIRST_STEPS, LENGTHS, MOST, Drafter, Speculation, StepCosts
-from tiercel.engine.structured_output import Grammar, Grammars
+from tiercel.engine.structured_output import Grammar, GrammarCompiler
 from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_runner import OnDevice
@@ -129,7 +129,7 @@ class Engine:
         self._arrivals: deque[Sequence] = deque()  # filled by `add` from any thread, emptied by `step`
         self._news: list[Update] = []
         self._watched: list[Request] = []  # whose prompt is read, and which may open further choices
-        self._begun: Begun | None = None  # on a GPU, the next forward (ahead.py)
+        self._begun: InFlightStep | None = None  # on a GPU, the next forward (ahead.py)
         self._numbers = itertools.count()
         self._lock = threading.RLock()
         self._speed = 100.0  # tokens a second, lately
@@ -163,7 +163,7 @@ class Engine:
         id: str | None = None,
         constraint: Grammar | None = None,
         shown: Collection[str] = (),
-        watch: Watch | None = None,
+        watch: SampleController | None = None,
         adapter: str | None = None,
     ) -> Request:
         """A request, checked, so that nothing can be wrong with it later.
@@ -193,7 +193,7 @@ class Engine:
 
         request.choices += [choice(index) for index in range(params.n)]
         if watch is not None:
-            request.open_choice = choice
+            request.spawn = choice
         return request
 
     def key_of(self, key: str, adapter: str | None) -> str:
@@ -206,9 +206,9 @@ class Engine:
         return any(choice.request.adapter == adapter for choice in everybody)
 
     @cached_property
-    def grammars(self) -> Grammars | None:
+    def grammars(self) -> GrammarCompiler | None:
         """Compiles forms of answers; from any thread."""
-        return None if self.model.text is None else Grammars(self.model.text)
+        return None if self.model.text is None else GrammarCompiler(self.model.text)
 
     @cached_property
     def grid(self) -> int:
@@ -358,7 +358,7 @@ class Engine:
             news, self._news = self._news, []
             return news
 
-    def _planned(self) -> Iterator[tuple[Row, Tensor]]:
+    def _planned(self) -> Iterator[tuple[ScheduledSequence, Tensor]]:
         """A forward for everybody who has something to read."""
         rows = self.scheduler.plan(marks.stop)
         if rows:
@@ -367,7 +367,7 @@ class Engine:
             marks.keep(rows, self.cache)
             yield from self._forward(rows)
 
-    def _claimed(self) -> Iterator[tuple[Row, Tensor]] | None:
+    def _claimed(self) -> Iterator[tuple[ScheduledSequence, Tensor]] | None:
         """What the last step began; None where nobody is left of it.  Newcomers wait for the step after it."""
         begun, self._begun = self._begun, None
         if begun is None:
@@ -425,9 +425,9 @@ class Engine:
                     break
                 if not alone and (scheduler.waiting or scheduler.crowded):
                     break
-                assert request.origin is not None and request.open_choice is not None
+                assert request.origin is not None and request.spawn is not None
                 state, logits_V = request.origin
-                choice = request.open_choice(len(request.choices))
+                choice = request.spawn(len(request.choices))
                 choice.asleep, choice.state = False, state.fork()
                 request.choices.append(choice)
                 scheduler.running.append(choice)
@@ -461,7 +461,7 @@ class Engine:
 
     # ── the forward ──
 
-    def _forward(self, rows: list[Row]) -> Iterator[tuple[Row, Tensor]]:
+    def _forward(self, rows: list[ScheduledSequence]) -> Iterator[tuple[ScheduledSequence, Tensor]]:
         """Each row with the logits of its last tokens: as many as were drafted, and one."""
         device = self.network.embed.weight.device
         tokens = [torch.tensor(row.tokens, device=device) for row in rows]
@@ -477,11 +477,11 @@ class Engine:
             raise
         yield from self._chosen(rows, logits, began)
 
-    def _chosen(self, rows: list[Row], logits: GenericSequence[Tensor], began: float) -> Iterator[tuple[Row, Tensor]]:
+    def _chosen(self, rows: list[ScheduledSequence], logits: GenericSequence[Tensor], began: float) -> Iterator[tuple[ScheduledSequence, Tensor]]:
         """Each row with its logits; what a device chooses itself is chosen, and its next forward begun."""
         if isinstance(self.network, OnDevice):
             try:
-                chosen = Chosen(rows, logits)
+                chosen = PendingTokens(rows, logits)
                 if len(chosen) == len(rows) and self._may_begin(rows):
                     self._begin(rows, chosen.tokens_B)
                 chosen.settle()
@@ -501,7 +501,7 @@ class Engine:
         for row, logits_LV in zip(rows, logits, strict=True):
             yield row, logits_LV[-(1 + len(row.drafts)) :]
 
-    def _may_begin(self, rows: list[Row]) -> bool:
+    def _may_begin(self, rows: list[ScheduledSequence]) -> bool:
         """Whether the next step is one token for each of these: nobody comes in or forks, and somebody goes on."""
         if self._arrivals or self.scheduler.waiting or len(rows) != len(self.scheduler.running):
             return False
@@ -509,14 +509,14 @@ class Engine:
         forks = any(c.places > 1 or (c.request.watch is not None and not c.token_ids) for c in choices)
         return not forks and any(choice.room - len(choice.token_ids) > 1 for choice in choices)
 
-    def _begin(self, rows: list[Row], tokens_B: Tensor) -> None:
+    def _begin(self, rows: list[ScheduledSequence], tokens_B: Tensor) -> None:
         """The next forward, from tokens that the host has not seen."""
-        ahead = [Row(row.choice, 1) for row in rows]
+        ahead = [ScheduledSequence(row.choice, 1) for row in rows]
         marks.keep(ahead, self.cache)
         states = [_its(row) for row in ahead]
-        self._begun = Begun(ahead, list(states), self.network(tokens_B.clamp(min=0).split(1), states))
+        self._begun = InFlightStep(ahead, list(states), self.network(tokens_B.clamp(min=0).split(1), states))
 
-    def _forward_failed(self, rows: list[Row], error: Exception) -> None:
+    def _forward_failed(self, rows: list[ScheduledSequence], error: Exception) -> None:
         """Whose fault it was is not known: everybody of this step starts again from what is remembered, alone.
         Who fails alone has ended; the states of the others may be half written and are given up."""
         if len(rows) == 1 and rows[0].choice.alone:
@@ -528,11 +528,11 @@ class Engine:
             row.choice.alone = True
         self._start_again(rows)
 
-    def _start_again(self, rows: list[Row]) -> None:
+    def _start_again(self, rows: list[ScheduledSequence]) -> None:
         for row in rows:
             self._start(row.choice)
 
-    def _draft(self, rows: list[Row]) -> None:
+    def _draft(self, rows: list[ScheduledSequence]) -> None:
         """Let those who answer guess what comes next."""
         if self.drafter is None:
             return
@@ -548,7 +548,7 @@ class Engine:
 
     # ── sampling, and what comes of it ──
 
-    def _hand_out(self, row: Row, logits_LV: Tensor) -> None:
+    def _hand_out(self, row: ScheduledSequence, logits_LV: Tensor) -> None:
         leader = row.choice
         if leader.finish_reason is not None or leader.length < len(leader.tokens):
             return  # another answer of its vote has decided it, or there is more to read
@@ -672,7 +672,7 @@ class Engine:
         return min(max(sum(choice.pending for choice in list(self.scheduler.waiting)) / self._speed, 1.0), 60.0)
 
 
-def _its(row: Row) -> State:
+def _its(row: ScheduledSequence) -> State:
     assert row.choice.state is not None
     return row.choice.state
 

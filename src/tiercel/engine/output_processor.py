@@ -1,6 +1,6 @@
 """One answer as it grows: logits → token → text.
 
-`Reply` is what stands between the network and whoever reads: it samples, counts, finds the end (end token, stop
+`OutputProcessor` is what stands between the network and whoever reads: it samples, counts, finds the end (end token, stop
 token, stop string, length), turns tokens into pieces with the thoughts apart, and keeps what is known of the answer.
 The loop that feeds it is by hand in `generate.py`, and for many at once in `engine/`.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from tiercel.errors import ContextOverflow, RequestError
-from tiercel.sampling.constraints import Steering
+from tiercel.sampling.constraints import TokenConstraints
 from tiercel.sampling.params import Logprob, Sampler, SamplingParams, bad_word_ids
 from tiercel.tokenizer.stream import Piece
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tiercel.tokenizer.tokenizer import Tokenizer
 
 
-class Reply:
+class OutputProcessor:
     """The answer number `index` to a prompt; complete once `finish_reason` is set.
 
     text, thoughts · token_ids · logprobs (when asked for), cumulative_logprob
@@ -59,7 +59,7 @@ class Reply:
         self.logprobs: list[dict[int, Logprob]] | None = [] if wanted else None
         self.cumulative_logprob: float | None = 0.0 if wanted else None
         self.eos = tokenizer.eos if tokenizer is not None else frozenset()
-        self.steering = Steering.of(
+        self.steering = TokenConstraints.of(
             tokenizer, params, grammar=grammar, thinking=thinking, starts_in_thinking=starts_in_thinking
         )
         self.sampler = self._sampler(vocab_size)

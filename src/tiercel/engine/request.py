@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence as GenericSequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tiercel.engine.output_processor import Reply
+from tiercel.engine.output_processor import OutputProcessor
 from tiercel.engine.speculative import Speculation
 from tiercel.errors import TiercelError
 from tiercel.generate import Times
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tiercel.model.state import State
 
 
-class Watch(Protocol):
+class SampleController(Protocol):
     """Decides, token by token, how many answers one prompt gets and when each has said enough (voting/).
 
     open: more answers may come; nothing is asked any more once it is False.  wanted: how many there may be by now.
@@ -70,9 +70,9 @@ class Request:
     started: float | None = None  # when its prompt's turn came
     looked_up: bool = False  # cached_tokens and why_not_cached are known
     inbox: deque[Update] = field(default_factory=deque)  # for `Engine.run`
-    watch: Watch | None = None
+    watch: SampleController | None = None
     origin: tuple[State, Tensor] | None = None
-    open_choice: Callable[[int], Sequence] | None = None  # the choice number i, not yet running
+    spawn: Callable[[int], Sequence] | None = None  # the choice number i, not yet running
 
     @property
     def finished(self) -> bool:
@@ -97,7 +97,7 @@ class Request:
         self.times.generation = max(self.times.total - self.times.queue - self.times.prompt, 0.0)
 
 
-class Sequence(Reply):
+class Sequence(OutputProcessor):
     """One answer of a request, and where it stands.
 
     tokens: prompt and answer so far.  The state holds the first `state.length` of them; the rest is to be read.

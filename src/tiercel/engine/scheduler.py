@@ -20,7 +20,7 @@ PATIENCE = 0.2  # seconds that running answers may wait for a step that reads pr
 
 
 @dataclass
-class Row:
+class ScheduledSequence:
     """One choice's part of a step: `count` of its tokens are read, and `drafts` of what may come after them."""
 
     choice: Sequence
@@ -92,11 +92,11 @@ class Scheduler:
             now = int(self.patience * read / seconds)
             self.beside = max(BESIDE, (self.beside + now) // 2)
 
-    def plan(self, stop: Callable[[Sequence], int]) -> list[Row]:
+    def plan(self, stop: Callable[[Sequence], int]) -> list[ScheduledSequence]:
         """The rows of the next step.  stop(choice): the length that it must not read past in one forward."""
         if single := next((choice for choice in self.running if choice.alone), None):
-            return [Row(single, min(stop(single) - single.length, self.step_tokens))]
-        rows = [Row(choice, 1) for choice in self.running if choice.pending == 1]
+            return [ScheduledSequence(single, min(stop(single) - single.length, self.step_tokens))]
+        rows = [ScheduledSequence(choice, 1) for choice in self.running if choice.pending == 1]
         budget = max(self.step_tokens - len(rows), 1)
         if rows:
             budget = min(budget, self.beside)
@@ -106,7 +106,7 @@ class Scheduler:
         for choice in readers:
             count = min(stop(choice) - choice.length, budget)
             if count > 0:
-                rows.append(Row(choice, count))
+                rows.append(ScheduledSequence(choice, count))
                 given[id(choice)] = count
                 budget -= count
         total = sum(given.values())

@@ -13,11 +13,11 @@ from collections.abc import Sequence as GenericSequence
 
 from tiercel.engine.prefix_cache import PrefixCache
 from tiercel.engine.request import Sequence
-from tiercel.engine.scheduler import Row
+from tiercel.engine.scheduler import ScheduledSequence
 
 PROMPT_SHARE = 4  # one prompt's snapshots on the way take at most this part of the cache
-CLOSEST = 128  # tokens between them, at least
-DEAREST = 128 << 10  # and bytes of one for each token since the one before, at most: about a Transformer's cache
+MIN_INTERVAL = 128  # tokens between them, at least
+MAX_BYTES_PER_TOKEN = 128 << 10  # and bytes of one for each token since the one before, at most: about a Transformer's cache
 
 
 def mark(choice: Sequence, shared: int, cache: PrefixCache) -> None:
@@ -36,7 +36,7 @@ def mark(choice: Sequence, shared: int, cache: PrefixCache) -> None:
     choice.marks = sorted(mark for mark in wanted if choice.length < mark <= prompt)
     if state.grid:
         one, room = state.own_nbytes, max(cache.budget / PROMPT_SHARE, 1)
-        spacing = max(CLOSEST, one / DEAREST, one * prompt / room)
+        spacing = max(MIN_INTERVAL, one / MAX_BYTES_PER_TOKEN, one * prompt / room)
         choice.spacing = math.ceil(spacing / state.grid) * state.grid
 
 
@@ -51,7 +51,7 @@ def stop(choice: Sequence) -> int:
     return min(end, *(stop for stop in stops if stop > at))
 
 
-def keep(rows: GenericSequence[Row], cache: PrefixCache) -> None:
+def keep(rows: GenericSequence[ScheduledSequence], cache: PrefixCache) -> None:
     """Take the snapshots that could not be taken any more after this step."""
     for row in rows:
         choice, state = row.choice, row.choice.state

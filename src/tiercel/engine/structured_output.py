@@ -65,7 +65,7 @@ class Vocabulary:
         return self.text.encode_inside(text)
 
 
-class Grammars:
+class GrammarCompiler:
     """Compiles and keeps grammars for one tokenizer."""
 
     def __init__(self, text: Tokenizer) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SPACE = b" \t\r\n"
 
 
-class Steering:
+class TokenConstraints:
     def __init__(
         self,
         text: Tokenizer | None,
@@ -44,7 +44,7 @@ class Steering:
     ) -> None:
         self.text, self.budget = text, budget
         self.matcher = grammar.start() if grammar is not None else None
-        self.circles = Circles(repetition) if repetition is not None else None
+        self.circles = RepetitionDetector(repetition) if repetition is not None else None
         self.thinking_tokens = 0
         self.finish_reason: str | None = None
         self._stream: TextStream | None = None
@@ -63,7 +63,7 @@ class Steering:
         grammar: Grammar | None = None,
         thinking: str = "off",
         starts_in_thinking: bool = False,
-    ) -> Steering | None:
+    ) -> TokenConstraints | None:
         """What these params need, None for nothing.  grammar: `params.structured`, compiled."""
         if params.structured is not None and grammar is None and text is not None:
             raise RequestError("structured answers come from an engine: model.generate, LLM or Engine.add")
@@ -177,7 +177,7 @@ def _as_mask(ids: Sequence[int], V: int) -> Tensor:
     return mask_V
 
 
-class Circles:
+class RepetitionDetector:
     """Whether the last tokens are one run, again and again: for every period how long the text has kept it."""
 
     def __init__(self, rule: Repetition) -> None:

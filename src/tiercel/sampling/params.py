@@ -439,7 +439,7 @@ def draw(logits_V: Tensor, u: float) -> int:
     return min(token, int(torch.searchsorted(cumulative_V, total)))  # u · total may round up to total
 
 
-class Steering(Protocol):
+class TokenConstraints(Protocol):
     """What a sampler asks of steering.py."""
 
     def mask(self, V: int) -> Tensor | int | None:
@@ -470,7 +470,7 @@ class Sampler:
         eos: Collection[int] = (),
         bad_words: Sequence[Sequence[int]] = (),
         choice: int = 0,
-        steering: Steering | None = None,
+        steering: TokenConstraints | None = None,
     ) -> None:
         params.verify()
         self.steering = steering
