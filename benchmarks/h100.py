@@ -31,7 +31,7 @@ from tiercel.families.shapes import shape
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.device_sampler import Draws
-from tiercel.model.cuda_graphs import StepGraph, StepGraphs
+from tiercel.model.cuda_graphs import CapturedCUDAStep, CUDAGraphRunner
 from tiercel.model.layers import Embedding, Linear, deviation, fresh, hold, initialize
 from tiercel.model.gpu_layout import place
 from tiercel.model.state_cache import PAGE, Mamba2Slots, Slots
@@ -162,7 +162,7 @@ def filled(net: Decoder, rows: int, context: int, room: int, pages: int | None =
 def decode(net: Decoder, rows: int, context: int, steps: int, pages: int | None = None) -> tuple[float, int]:
     """Seconds of a step, greedy tokens fed back on the device, and the bytes of the memories."""
     slots, numbers = filled(net, rows, context, steps + 8, pages)
-    graph = StepGraphs(net, slots, (rows,)).of(rows)
+    graph = CUDAGraphRunner(net, slots, (rows,)).of(rows)
     graph.slot_B.copy_(torch.tensor(numbers, dtype=torch.int32))
 
     def step() -> None:
@@ -177,7 +177,7 @@ def decode_sampled(net: Decoder, rows: int, context: int, steps: int) -> float:
     draws = Draws(rows, slots.device)
     for slot in numbers:
         draws.set(slot, SamplingParams(temperature=0.8, top_k=40, top_p=0.9), slot, 0, 0)
-    graph = StepGraph(net, slots, rows, draws=draws)
+    graph = CapturedCUDAStep(net, slots, rows, draws=draws)
     graph.slot_B.copy_(torch.tensor(numbers, dtype=torch.int32))
     return seconds(graph.run, steps)
 
@@ -249,7 +249,7 @@ def correct() -> None:
                 got.append(slots.prefill(net, [slot], [text[:41].cuda()], keep=41))
                 got.append(slots.prefill(net, [slot], [text[41:60].cuda()], keep=19))
                 want.append(whole[:60])
-            graphs = StepGraphs(net, slots, (4,))
+            graphs = CUDAGraphRunner(net, slots, (4,))
             for i in range(60, 83):
                 got.append(graphs.step(numbers, torch.stack([t[i] for t in texts]).cuda()).clone())
                 want.append(torch.stack([whole[i] for whole in expected]))
@@ -301,7 +301,7 @@ def profile() -> None:
     for kind, rows, context in (("bf16", 1, 512), ("bf16", 32, 4096), ("Q4_K", 1, 512)):
         net = network(MODEL, kind)
         slots, numbers = filled(net, rows, context, 50)
-        graph = StepGraphs(net, slots, (rows,)).of(rows)
+        graph = CUDAGraphRunner(net, slots, (rows,)).of(rows)
         graph.slot_B.copy_(torch.tensor(numbers, dtype=torch.int32))
         graph.run()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:

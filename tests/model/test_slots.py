@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="pip install triton")
 import tiny
 from ops.triton.conftest import DEVICE
 from tiercel.errors import RequestError
-from tiercel.model.cuda_graphs import StepGraphs
+from tiercel.model.cuda_graphs import CUDAGraphRunner
 from tiercel.model.state_cache import PAGE, Slots
 
 WORDS = "attention+mamba2 mamba2/moe attention/-"
@@ -32,7 +32,7 @@ def whole(network, ids):
 
 
 def step(network, slots, numbers, tokens):
-    return StepGraphs(network, slots, (1, 2, 4)).step(numbers, torch.stack(tokens))
+    return CUDAGraphRunner(network, slots, (1, 2, 4)).step(numbers, torch.stack(tokens))
 
 
 def close(a, b):

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="pip install triton")
 import tiny
 from ops.triton.conftest import DEVICE
 from tiercel import quant
-from tiercel.model.cuda_graphs import StepGraphs
+from tiercel.model.cuda_graphs import CUDAGraphRunner
 from tiercel.model.gpu_layout import place
 from tiercel.model.layers import Embedding, Linear, hold
 from tiercel.model.state_cache import Slots
@@ -51,7 +51,7 @@ def test_steps(networks, rows):
     numbers = [slots.take() for _ in texts]
     for slot, text in zip(numbers, texts, strict=True):
         slots.prefill(packed, [slot], [text[:-2]])
-    graphs = StepGraphs(packed, slots, (1, 4))
+    graphs = CUDAGraphRunner(packed, slots, (1, 4))
     for back in (2, 1):
         got = graphs.step(numbers, torch.stack([text[-back] for text in texts]))
         want = torch.stack([logits[-back] for logits in expected])

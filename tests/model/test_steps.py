@@ -10,7 +10,7 @@ import torch
 import tiny
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, rows
-from tiercel.model.graph_cache import Step, Steps
+from tiercel.model.graph_cache import CapturedStep, GraphCache
 from tiercel.ops import cpu
 from tiercel.weights.load import of_source
 from tiercel.weights.random import RandomSource, kinds_of
@@ -19,17 +19,17 @@ pytestmark = pytest.mark.skipif(not cpu.there, reason="no native kernels here")
 DENSE = "attention+mamba2 mamba2 attention mamba1"  # experts are chosen in Python: such layers are not recorded
 
 
-def recordings(network) -> list[Step]:
-    return [step for step in network._steps.seen.values() if isinstance(step, Step)]
+def recordings(network) -> list[CapturedStep]:
+    return [step for step in network._graphs.seen.values() if isinstance(step, CapturedStep)]
 
 
 def live(network, tokens, state, keep=None):
     """The forward as Python runs it."""
-    kept, network._steps = network._steps, Steps()
+    kept, network._graphs = network._graphs, GraphCache()
     try:
         return network(tokens, state, keep=keep)
     finally:
-        network._steps = kept
+        network._graphs = kept
 
 
 def test_a_text_of_recorded_steps_is_the_text_of_live_ones():
@@ -130,7 +130,7 @@ def test_memory_of_a_recording_is_used_again():
     for _ in range(3):
         network(torch.tensor([5]), state)
     (step,) = recordings(network)
-    assert len(step.tape.memory) < len(step.tape.ops) / 4
+    assert len(step.graph.memory) < len(step.graph.ops) / 4
 
 
 def test_packed_products_that_read_the_same_input_round_it_once_and_give_the_same_bits():
@@ -142,7 +142,7 @@ def test_packed_products_that_read_the_same_input_round_it_once_and_give_the_sam
         tokens = [torch.tensor([(7 * step + i) % 300]) for i in range(3)]
         for row, token, twin in zip(network(tokens, states), tokens, twins, strict=True):
             assert torch.equal(row, live(network, token, twin))
-    names = recordings(network)[0].tape.ops.names()
+    names = recordings(network)[0].graph.ops.names()
     matrices = 4 + 2 + 3 + 1  # q k v o · in_proj out_proj · gate up down · head
     inputs = 1 + 2 + 2 + 1  # q, k, v and in_proj share one · o, out_proj · gate and up share one, down · head
     assert names.count("linear") == matrices and names.count("round_inputs") == inputs

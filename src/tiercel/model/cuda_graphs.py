@@ -21,10 +21,10 @@ from tiercel.model.state_cache import SlotBatch, Slots
 if TYPE_CHECKING:
     from tiercel.model.decoder import Decoder
 
-LADDER = (1, 2, 4, 8, 16, 32)
+CAPTURE_SIZES = (1, 2, 4, 8, 16, 32)
 
 
-class StepGraph:
+class CapturedCUDAStep:
     """One recorded step: tokens (B) and slot_B in, logits (B, V) out; all three stay where they are.
 
     draws: how the next tokens are chosen; they are left in `tokens`, so the step may be run again at once.
@@ -67,18 +67,18 @@ class StepGraph:
         return self.logits
 
 
-class StepGraphs:
+class CUDAGraphRunner:
     """Steps of up to the largest number of rows in `ladder`, each recorded when first needed."""
 
-    def __init__(self, network: Decoder, slots: Slots, ladder: Sequence[int] = LADDER) -> None:
+    def __init__(self, network: Decoder, slots: Slots, ladder: Sequence[int] = CAPTURE_SIZES) -> None:
         self.network, self.slots, self.ladder = network, slots, sorted(ladder)
-        self.graphs: dict[int, StepGraph] = {}
+        self.graphs: dict[int, CapturedCUDAStep] = {}
 
-    def of(self, rows: int) -> StepGraph:
+    def of(self, rows: int) -> CapturedCUDAStep:
         """The smallest that holds so many rows."""
         size = self.ladder[bisect_left(self.ladder, rows)]
         if size not in self.graphs:
-            self.graphs[size] = StepGraph(self.network, self.slots, size)
+            self.graphs[size] = CapturedCUDAStep(self.network, self.slots, size)
         return self.graphs[size]
 
     def step(self, numbers: Sequence[int], tokens: Tensor) -> Tensor:

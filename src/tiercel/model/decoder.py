@@ -20,7 +20,7 @@ from tiercel.errors import RequestError
 from tiercel.model.batch import Batch
 from tiercel.model.block import Block
 from tiercel.model.config import ModelConfig
-from tiercel.model.graph_cache import Steps
+from tiercel.model.graph_cache import GraphCache
 from tiercel.model.layers import Embedding, Linear, RMSNorm, hold, pack
 from tiercel.model.lora import Adapters
 from tiercel.model.state import State
@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = Linear(config.width, config.vocab_size, bias=False)
         self._tie()
-        self._steps = Steps()
+        self._graphs = GraphCache()
         self.pool = Pool()
         self.adapters = Adapters(self)
 
@@ -79,7 +79,7 @@ class Decoder(nn.Module):
             for row, state in zip(rows, states, strict=True):
                 state.settle()
                 state.reserve(len(row))
-            logits = self._steps.run(self, tokens_T, [len(row) for row in rows], states, keep)
+            logits = self._graphs.run(self, tokens_T, [len(row) for row in rows], states, keep)
             for row, state in zip(rows, states, strict=True):
                 state.length += len(row)
             return logits
@@ -193,7 +193,7 @@ class Decoder(nn.Module):
                 elif not matrix and p.dtype == torch.bfloat16:
                     hold(module, name, nn.Parameter(p.detach().float(), requires_grad=False))
         self._tie()
-        self._steps.clear()
+        self._graphs.clear()
 
     def unpack(self) -> None:
         """Plain tensors again, for training, other devices, copies, state dicts.  What is quantized stays packed."""
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
         if not self.config.tied and isinstance(self.head.weight, QTensor) and not self.head.weight.packed:
             hold(self.head, "weight", nn.Parameter(self.head.weight.numbers(), requires_grad=False))
         self._tie()
-        self._steps.clear()
+        self._graphs.clear()
 
     def _tie(self) -> None:
         if self.config.tied:

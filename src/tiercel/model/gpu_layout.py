@@ -74,7 +74,7 @@ def move(network: Decoder, device: str | torch.device) -> None:
                 kind = torch.float32 if name in PRECISE else plain
                 hold(module, name, nn.Parameter(value.detach().to(device, kind), requires_grad=False))
     network._tie()
-    network._steps.clear()
+    network._graphs.clear()
 
 
 def _any_packed(network: Decoder) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
-from tiercel.model.cuda_graphs import LADDER, StepGraphs
+from tiercel.model.cuda_graphs import CAPTURE_SIZES, CUDAGraphRunner
 from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import place
 from tiercel.model.pages import Page
@@ -48,7 +48,7 @@ class OnDevice:
             if pages < 1:
                 raise RequestError(f"{count} slots do not fit this GPU: serve fewer at once")
         self.slots = Slots(network, count, max_length, wanted if pages is None else pages)
-        self.graphs = StepGraphs(network, self.slots, sorted({n for n in LADDER if n < count} | {count}))
+        self.graphs = CUDAGraphRunner(network, self.slots, sorted({n for n in CAPTURE_SIZES if n < count} | {count}))
         self.pool = Pool()
 
     @property

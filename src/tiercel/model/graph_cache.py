@@ -18,22 +18,22 @@ from torch import Tensor, nn
 
 from tiercel.model.batch import Batch
 from tiercel.model.state import State
-from tiercel.ops.cpu.capture import Tape
+from tiercel.ops.cpu.capture import CapturedGraph
 
 if TYPE_CHECKING:
     from tiercel.model.decoder import Decoder
 
 MOST_TOKENS = 16  # larger forwards do so much that the calls do not count
-MOST_TAPES = 24
+MAX_CAPTURED_GRAPHS = 24
 
 
-class Step:
+class CapturedStep:
     """One recorded forward."""
 
     def __init__(
         self, network: Decoder, tokens_T: Tensor, batch: Batch, states: Sequence[State], keep: int | None
     ) -> None:
-        self.batch, self.tape = batch, Tape()
+        self.batch, self.graph = batch, CapturedGraph()
         with torch.inference_mode(False):  # it is written again outside of that mode, too
             self.tokens_T = tokens_T.clone()
         self.parts = [
@@ -42,7 +42,7 @@ class Step:
             for name, child in part._modules.items()
             if child is not None and not isinstance(part, nn.ModuleList)
         ]
-        with torch.inference_mode(), self.tape.recording():
+        with torch.inference_mode(), self.graph.recording():
             self.logits = network._run(self.tokens_T, batch, states, keep)
 
     def holds(self) -> bool:
@@ -57,20 +57,20 @@ class Step:
     def run(self, tokens_T: Tensor, states: Sequence[State]) -> None:
         self.tokens_T.copy_(tokens_T)
         self.batch.refill(states)
-        self.tape.run()
+        self.graph.run()
 
 
-class Steps:
+class GraphCache:
     """The recordings of a network, the least recently used of them forgotten first."""
 
     def __init__(self) -> None:
-        self.seen: OrderedDict[Any, Step | str | None] = OrderedDict()
+        self.seen: OrderedDict[Any, CapturedStep | str | None] = OrderedDict()
 
-    def __deepcopy__(self, memo: Any) -> Steps:
-        return Steps()
+    def __deepcopy__(self, memo: Any) -> GraphCache:
+        return GraphCache()
 
     def __reduce__(self) -> Any:
-        return Steps, ()
+        return GraphCache, ()
 
     def clear(self) -> None:
         self.seen.clear()
@@ -84,19 +84,19 @@ class Steps:
         if worn or not network.native or len(tokens_T) > MOST_TOKENS:
             return network._run(tokens_T, Batch(lengths, states, tokens_T.device), states, keep)
         known = self.seen.get(key)
-        if isinstance(known, Step) and not known.holds():
+        if isinstance(known, CapturedStep) and not known.holds():
             del self.seen[key]
             known = None
-        if isinstance(known, Step):
+        if isinstance(known, CapturedStep):
             self.seen.move_to_end(key)
             known.run(tokens_T, states)
             return known.answers()
         batch = Batch(lengths, states, tokens_T.device)
         if key in self.seen and known is None and batch.native:
-            step = Step(network, tokens_T, batch, states, keep)
-            self.seen[key] = step if step.tape.broken is None else step.tape.broken
+            step = CapturedStep(network, tokens_T, batch, states, keep)
+            self.seen[key] = step if step.graph.broken is None else step.graph.broken
             return step.answers()
         self.seen.setdefault(key, None)
-        while len(self.seen) > MOST_TAPES:
+        while len(self.seen) > MAX_CAPTURED_GRAPHS:
             self.seen.popitem(last=False)
         return network._run(tokens_T, batch, states, keep)

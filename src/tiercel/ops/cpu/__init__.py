@@ -3,7 +3,7 @@
 An extension module does the work (`module.cpp`); where it was not built, or TIERCEL_ISA=torch asks for it, the
 network runs on the torch references.  TIERCEL_ISA=avx512 | avx2 | portable forces an instruction set.
 
-Everything here is float32 between ops and without gradients.  While a `Tape` records, every call is noted with its
+Everything here is float32 between ops and without gradients.  While a `CapturedGraph` records, every call is noted with its
 addresses, and outputs come from memory that stays: the step can then be run again without Python.
 """
 
@@ -23,7 +23,7 @@ from tiercel.quant import panel_bytes as panel_bytes
 from tiercel.runtime.workspace import LARGE, passing
 
 if TYPE_CHECKING:
-    from tiercel.ops.cpu.capture import Tape
+    from tiercel.ops.cpu.capture import CapturedGraph
 
 try:
     from tiercel.ops.cpu import _native  # type: ignore[attr-defined]
@@ -64,7 +64,7 @@ def alone(native: bool) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-recorder: Tape | None = None  # the tape that records
+recorder: CapturedGraph | None = None  # the tape that records
 
 
 def empty(*shape: int) -> Tensor:

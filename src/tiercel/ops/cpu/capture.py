@@ -51,16 +51,16 @@ def _storage(t: Tensor) -> int:
 class _Block:
     """Memory that goes back to its tape when the last tensor in it is gone."""
 
-    def __init__(self, tape: Tape, memory: np.ndarray) -> None:
-        self.tape, self.memory = tape, memory
+    def __init__(self, graph: CapturedGraph, memory: np.ndarray) -> None:
+        self.graph, self.memory = graph, memory
         self.__array_interface__ = memory.__array_interface__
 
     def __del__(self) -> None:
-        self.tape.roundings.pop(self.memory.ctypes.data, None)
-        self.tape.free[self.memory.nbytes].append(self.memory)
+        self.graph.roundings.pop(self.memory.ctypes.data, None)
+        self.graph.free[self.memory.nbytes].append(self.memory)
 
 
-class Tape:
+class CapturedGraph:
     """ops: the native calls in order · broken: what could not be recorded, or None"""
 
     def __init__(self) -> None:
