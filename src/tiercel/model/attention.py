@@ -36,12 +36,12 @@ class Attention(nn.Module):
         self,
         h_TD: Tensor,
         batch: Batch | PackedRows,
-        memories: Sequence[AttentionState | None],
+        states: Sequence[AttentionState | None],
         ready: Ready = NOTHING,
     ) -> Tensor:
         """h: (T, D) → (T, D); every row attends to its own past.  ready: products with h made elsewhere."""
         if not isinstance(batch, PackedRows) and batch.native:
-            return self.o(self._natively(h_TD, batch, memories, ready))
+            return self.o(self._natively(h_TD, batch, states, ready))
         P = self.config.head_dim
         q_HTP = self.q(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
         k_KTP = self.k(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
@@ -53,7 +53,7 @@ class Attention(nn.Module):
             y_HTP = batch.attend(q_HTP, k_KTP, v_KTP, self.scale, self.config.window)
             return self.o(y_HTP.transpose(0, 1).flatten(1))
         rows = []
-        for span, memory in zip(batch.spans, memories, strict=True):
+        for span, memory in zip(batch.spans, states, strict=True):
             k, v = k_KTP[:, span], v_KTP[:, span]
             if memory is not None:
                 k, v = memory.extend(k, v)
@@ -61,11 +61,11 @@ class Attention(nn.Module):
         y_HTP = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
         return self.o(y_HTP.transpose(0, 1).flatten(1))
 
-    def _natively(self, h_TD: Tensor, batch: Batch, memories: Sequence[AttentionState | None], ready: Ready) -> Tensor:
+    def _natively(self, h_TD: Tensor, batch: Batch, states: Sequence[AttentionState | None], ready: Ready) -> Tensor:
         c = self.config
-        assert memories[0] is not None
+        assert states[0] is not None
         return batch.mixers.attention(
-            batch.texts_of(memories[0]),
+            batch.texts_of(states[0]),
             *(ready[m] if m in ready else m(h_TD) for m in (self.q, self.k, self.v)),
             None if c.rope is None else batch.rotary(c.rope, c.head_dim),
             heads=c.heads,

@@ -41,12 +41,12 @@ class Block(nn.Module):
             dense = isinstance(config.feed_forward, GatedMLPConfig)
             self.feed_forward = (GatedMLP if dense else MoE)(config.feed_forward, width)  # type: ignore[arg-type]
 
-    def forward(self, x_TD: Tensor, batch: Batch | PackedRows, memories: Sequence[Sequence[Any]]) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: Batch | PackedRows, states: Sequence[Sequence[Any]]) -> Tensor:
         """x: (T, D) → (T, D).  memories: for each mixer, what every row remembers (None: nothing)."""
         h_TD = self.mixer_norm(x_TD)
         ready = self.joint(h_TD) if self.joint is not None and batch.step and self.joint.holds() else {}
         given = {"ready": ready} if ready else {}
-        runs = [partial(mix, h_TD, batch, m, **given) for mix, m in zip(self.mixers.values(), memories, strict=True)]
+        runs = [partial(mix, h_TD, batch, m, **given) for mix, m in zip(self.mixers.values(), states, strict=True)]
         mixed = batch.side_by_side(runs)
         if self.feed_forward is None:
             return reduce(add, mixed, x_TD)

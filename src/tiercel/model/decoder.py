@@ -104,17 +104,17 @@ class Decoder(nn.Module):
         worn = batch.adapters if any(batch.adapters) else []
         try:
             if worn:
-                self.adapters.put_on(worn, lengths)
+                self.adapters.set_active(worn, lengths)
             with nullcontext() if states is None else torch.inference_mode():
                 x_TD = self._body(tokens_T, batch, states)
             if keep is not None and any(length > keep for length in lengths):
                 x_TD = torch.cat([x_TD[span][-keep:] for span in batch.spans])
                 if worn:
-                    self.adapters.put_on(worn, [min(keep, length) for length in lengths])
+                    self.adapters.set_active(worn, [min(keep, length) for length in lengths])
             return self.head(self.norm(x_TD), self.config.logit_scale).float()
         finally:
             if worn:
-                self.adapters.take_off()
+                self.adapters.clear_active()
 
     def _body(
         self, tokens_T: Tensor, batch: Batch | SlotBatch, states: Sequence[State] | Sequence[Slots] | None
@@ -133,13 +133,13 @@ class Decoder(nn.Module):
         state.settle()
         state.reserve(len(tokens_L))
         try:
-            self.adapters.put_on([state.adapter], [len(tokens_L)])
+            self.adapters.set_active([state.adapter], [len(tokens_L)])
             with torch.inference_mode():
                 x_LD = self._body(tokens_L, Batch([len(tokens_L)], [state], tokens_L.device), [state])
                 state.length += len(tokens_L)
                 return self.norm(x_LD).float()
         finally:
-            self.adapters.take_off()
+            self.adapters.clear_active()
 
     def features(self, tokens_BL: Tensor, batch: PackedRows) -> Tensor:
         """What the last norm gives out for rows full of documents, (T, D), with gradients: the input of `head`."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiercel.model.lora import Low
+from tiercel.model.lora import LoRADelta
 from tiercel.ops import cpu
 from tiercel.ops.linear import QTensor, linear
 from tiercel.ops.norm import add_rms_norm, rms_norm
@@ -34,7 +34,7 @@ def rounds(after: nn.Module) -> dict[str, bool]:
 class Linear(nn.Linear):
     """y = W x + b,  W: (out, in), plain or packed; see `ops.linear`.  adapters: what some rows add to it."""
 
-    adapters: Low | None = None
+    adapters: LoRADelta | None = None
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """scale · W x + b"""

@@ -37,12 +37,12 @@ class Adapter:
 
 
 @dataclass
-class Worn:
+class ActiveAdapters:
     """Which tokens of the forward in progress wear which adapter; none between forwards."""
 
     tokens: list[tuple[str, Tensor | None]] = field(default_factory=list)  # None: all of them
 
-    def put_on(self, names: Sequence[str | None], lengths: Sequence[int]) -> None:
+    def set_active(self, names: Sequence[str | None], lengths: Sequence[int]) -> None:
         """names, lengths: of each row."""
         self.tokens = []
         for name in dict.fromkeys(name for name in names if name is not None):
@@ -56,14 +56,14 @@ class Worn:
                 at += length
             self.tokens.append((name, torch.cat(spans)))
 
-    def take_off(self) -> None:
+    def clear_active(self) -> None:
         self.tokens = []
 
 
-class Low:
+class LoRADelta:
     """What the adapters of one Linear add to it."""
 
-    def __init__(self, worn: Worn) -> None:
+    def __init__(self, worn: ActiveAdapters) -> None:
         self.worn, self.pairs = worn, dict[str, Pair]()
 
     def add(self, y_TN: Tensor, x_TK: Tensor, scale: float) -> Tensor:
@@ -85,14 +85,14 @@ class Adapters:
     """The adapters of a network by name, like a dict; its Linears know theirs."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._network, self._worn, self._held = [network], Worn(), dict[str, Adapter]()  # a list: no submodule
+        self._network, self._worn, self._held = [network], ActiveAdapters(), dict[str, Adapter]()  # a list: no submodule
 
     def __setitem__(self, name: str, adapter: Adapter) -> None:
         if name in self._held:
             self.pop(name)
         for path, (A, B) in adapter.pairs.items():
             module: Any = self._network[0].get_submodule(path)
-            low = module.adapters or Low(self._worn)
+            low = module.adapters or LoRADelta(self._worn)
             low.pairs[name] = (_laid_out(A, module), _laid_out(B, module))
             module.adapters = low
         self._held[name] = adapter
@@ -118,21 +118,21 @@ class Adapters:
         del self._held[name]
         for module in self._network[0].modules():
             low = getattr(module, "adapters", None)
-            if isinstance(low, Low):
+            if isinstance(low, LoRADelta):
                 low.pairs.pop(name, None)
                 if not low.pairs:
                     module.adapters = None  # type: ignore[assignment]
 
-    def put_on(self, names: Iterable[str | None], lengths: Sequence[int]) -> None:
+    def set_active(self, names: Iterable[str | None], lengths: Sequence[int]) -> None:
         """For the forward that comes: what each row wears.  RequestError for one that is gone."""
         names = list(names)
         for name in names:
             if name is not None:
                 self[name]
-        self._worn.put_on(names, lengths)
+        self._worn.set_active(names, lengths)
 
-    def take_off(self) -> None:
-        self._worn.take_off()
+    def clear_active(self) -> None:
+        self._worn.clear_active()
 
 
 def _laid_out(matrix: Tensor, module: nn.Module) -> Tensor | QTensor:

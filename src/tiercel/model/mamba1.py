@@ -47,10 +47,10 @@ class Mamba1(nn.Module):
         self.out_proj = Linear(I, width, config.proj_bias)
         self._derived = Derived()
 
-    def forward(self, u_TD: Tensor, batch: Batch | PackedRows, memories: Sequence[Mamba1State | None]) -> Tensor:
+    def forward(self, u_TD: Tensor, batch: Batch | PackedRows, states: Sequence[Mamba1State | None]) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state."""
         if not isinstance(batch, PackedRows) and batch.native:
-            return self.out_proj(self._natively(u_TD, batch, memories))
+            return self.out_proj(self._natively(u_TD, batch, states))
         x_TI, z_TI = self.in_proj(u_TD).chunk(2, -1)
         if isinstance(batch, PackedRows):
             x_TI = batch.conv1d_silu(x_TI, self.conv, self.conv_bias)
@@ -59,13 +59,13 @@ class Mamba1(nn.Module):
             return self.out_proj(y_TI * F.silu(wide(z_TI)))
         windows = [
             F.pad(x_TI[span], (0, 0, self.config.conv - 1, 0)) if memory is None else memory.window(x_TI[span])
-            for span, memory in zip(batch.spans, memories, strict=True)
+            for span, memory in zip(batch.spans, states, strict=True)
         ]
         x_TI = F.silu(torch.cat([conv1d(w, self.conv, self.conv_bias) for w in windows])).to(x_TI.dtype)
         dt_TI, B_TN, C_TN = self._select(x_TI)
         A_IN = -self.A_log.float().exp()
         rows = []
-        for span, memory in zip(batch.spans, memories, strict=True):
+        for span, memory in zip(batch.spans, states, strict=True):
             C, x, dt, B = C_TN[span], x_TI[span], dt_TI[span], B_TN[span]
             if memory is None:
                 rows.append(selective_scan(C, x, dt, A_IN, B, torch.zeros_like(A_IN.t()))[0])
@@ -74,8 +74,8 @@ class Mamba1(nn.Module):
         y_TI = torch.cat(rows) + self.D.float() * x_TI
         return self.out_proj(y_TI * F.silu(z_TI.float()))
 
-    def _natively(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba1State | None]) -> Tensor:
-        c, memory = self.config, memories[0]
+    def _natively(self, u_TD: Tensor, batch: Batch, states: Sequence[Mamba1State | None]) -> Tensor:
+        c, memory = self.config, states[0]
         assert memory is not None
         parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, *self._norm_weights()
         weight_KC, bias_C, dt_bias_I, A_NI, D_I, *norms = self._derived(parameters, self._derive)

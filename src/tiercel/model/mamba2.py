@@ -49,12 +49,12 @@ class Mamba2(nn.Module):
         self,
         u_TD: Tensor,
         batch: Batch | PackedRows,
-        memories: Sequence[Mamba2State | None],
+        states: Sequence[Mamba2State | None],
         ready: Ready = NOTHING,
     ) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state.  ready: products with u made elsewhere."""
         if not isinstance(batch, PackedRows) and batch.native:
-            return self.out_proj(self._natively(u_TD, batch, memories, ready))
+            return self.out_proj(self._natively(u_TD, batch, states, ready))
         c = self.config
         z_TI, xBC_TC, dt_TH = self.in_proj(u_TD).split((c.inner, c.channels, c.heads), -1)
         dt_TH = F.softplus(dt_TH.float() + self.dt_bias.float()).clamp(*c.dt_limit)
@@ -64,7 +64,7 @@ class Mamba2(nn.Module):
         else:
             rows = [
                 self._scan(xBC_TC[span], dt_TH[span], A_H, memory)
-                for span, memory in zip(batch.spans, memories, strict=True)
+                for span, memory in zip(batch.spans, states, strict=True)
             ]
             y_TI = rows[0] if len(rows) == 1 else torch.cat(rows)
         if self.out_norm is None:
@@ -74,8 +74,8 @@ class Mamba2(nn.Module):
             y_TI = gated_rms_norm(y_TI, z_TI, self.out_norm, self.eps, c.groups, c.gated_norm == "gate_first")
         return self.out_proj(y_TI)
 
-    def _natively(self, u_TD: Tensor, batch: Batch, memories: Sequence[Mamba2State | None], ready: Ready) -> Tensor:
-        c, memory = self.config, memories[0]
+    def _natively(self, u_TD: Tensor, batch: Batch, states: Sequence[Mamba2State | None], ready: Ready) -> Tensor:
+        c, memory = self.config, states[0]
         assert memory is not None
         parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, self.out_norm
         weight_KC, bias_C, dt_bias_H, A_H, D_H, norm_I = self._derived(parameters, self._derive)
