@@ -30,11 +30,11 @@ from tiercel.families.pattern import pattern
 from tiercel.families.shapes import shape
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.device_sampler import Draws
+from tiercel.model.device_sampler import DeviceSampler
 from tiercel.model.cuda_graphs import CapturedCUDAStep, CUDAGraphRunner
 from tiercel.model.layers import Embedding, Linear, deviation, fresh, hold, initialize
 from tiercel.model.gpu_layout import place
-from tiercel.model.state_cache import PAGE, Mamba2Slots, Slots
+from tiercel.model.state_cache import PAGE, Mamba2Slots, StateCache
 from tiercel.ops.triton.linear import DeviceQTensor, gated
 from tiercel.ops.triton.tiled import Tile, tile
 from tiercel.ops.triton.tiled import product as tiled_product
@@ -144,9 +144,9 @@ def weight_bytes(net: Decoder) -> int:
     return total
 
 
-def filled(net: Decoder, rows: int, context: int, room: int, pages: int | None = None) -> tuple[Slots, list[int]]:
+def filled(net: Decoder, rows: int, context: int, room: int, pages: int | None = None) -> tuple[StateCache, list[int]]:
     """Texts of so many random tokens: the memory's contents do not change the time, so nothing is computed."""
-    slots = Slots(net, rows, context + room, pages)
+    slots = StateCache(net, rows, context + room, pages)
     for layer in slots.layers:
         for memory in layer:
             for t in vars(memory).values():
@@ -174,7 +174,7 @@ def decode(net: Decoder, rows: int, context: int, steps: int, pages: int | None 
 def decode_sampled(net: Decoder, rows: int, context: int, steps: int) -> float:
     """Seconds of a step whose tokens are drawn on the device: temperature 0.8, top_k 40, top_p 0.9."""
     slots, numbers = filled(net, rows, context, steps + 8)
-    draws = Draws(rows, slots.device)
+    draws = DeviceSampler(rows, slots.device)
     for slot in numbers:
         draws.set(slot, SamplingParams(temperature=0.8, top_k=40, top_p=0.9), slot, 0, 0)
     graph = CapturedCUDAStep(net, slots, rows, draws=draws)
@@ -243,7 +243,7 @@ def correct() -> None:
             expected = [judge(text) for text in texts]
             net.to("cuda")
             place(net)
-            slots = Slots(net, 4, 200)
+            slots = StateCache(net, 4, 200)
             numbers, got, want = [slots.take() for _ in texts], [], []
             for slot, text, whole in zip(numbers, texts, expected, strict=True):
                 got.append(slots.prefill(net, [slot], [text[:41].cuda()], keep=41))
@@ -415,12 +415,12 @@ def scan() -> None:
 
 def training_scan() -> None:
     """The packed scan both ways under autocast, 16 rows of 1,024 tokens in documents of 200, beside torch."""
-    from tiercel.model.varlen import PackedRows
-    from tiercel.ops.packed_ssd import packed_ssd
+    from tiercel.model.varlen import VarlenBatch
+    from tiercel.ops.ssd_varlen import ssd_varlen
 
     H, P, N, rows, L = 24, 64, 128, 16, 1024
     starts = (torch.arange(L, device="cuda") % 200 == 0).expand(rows, L)
-    batch = PackedRows(starts)
+    batch = VarlenBatch(starts)
     x, B, C = (torch.randn(rows * L, *size, device="cuda") / 4 for size in ((H, P), (1, N), (1, N)))
     dt, A, D = torch.rand(rows * L, H, device="cuda") / 10, -torch.rand(H, device="cuda") - 0.1, torch.ones(H).cuda()
     given, chunks = [t.requires_grad_() for t in (C, x, dt, A, B, D)], batch.chunks(64, torch.float32)
@@ -431,7 +431,7 @@ def training_scan() -> None:
             y = way(*given, *more)
         return y.detach(), *torch.autograd.grad(y, given, weigh)
 
-    for name, way, more in (("torch", packed_ssd, (chunks,)), ("kernels", batch.ssd, ())):
+    for name, way, more in (("torch", ssd_varlen, (chunks,)), ("kernels", batch.ssd, ())):
         grads[name] = run(way, *more)
         note(**{f"training_scan_{name}_ms": 1e3 * seconds(lambda w=way, m=more: run(w, *m), 10)})
     for name, a, b in zip(["y", *"C x dt A B D".split()], grads["kernels"], grads["torch"], strict=True):
@@ -440,7 +440,7 @@ def training_scan() -> None:
 
 def prefill() -> None:
     net = network(MODEL)
-    slots = Slots(net, 1, 16384)
+    slots = StateCache(net, 1, 16384)
     for length in (512, 2048, 8192):
         ids = torch.randint(0, net.config.vocab_size, (length,), device="cuda")
 
@@ -469,7 +469,7 @@ def context32k() -> None:
         net = network(name)
         here = "falcon" if name == MODEL else "llama"
         room = torch.cuda.get_device_properties(0).total_memory - torch.cuda.memory_allocated() - (6 << 30)
-        probe = Slots(net, 1, PAGE, pages=2)
+        probe = StateCache(net, 1, PAGE, pages=2)
         page = sum(m.nbytes // 3 for lay in probe.layers for m in lay if not isinstance(m, Mamba2Slots))
         fixed = sum(m.nbytes for lay in probe.layers for m in lay if isinstance(m, Mamba2Slots))
         text = page * (32768 // PAGE + 2) + fixed

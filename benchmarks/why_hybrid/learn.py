@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
-from tiercel.model.varlen import CHUNK, PackedRows
+from tiercel.model.varlen import CHUNK, VarlenBatch
 from tiercel.train.optim import adamw, clip, rate
 
 
@@ -48,11 +48,11 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.peak * factor
 
-    def loss_of(self, tokens_BL: Tensor, targets_BL: Tensor, batch: PackedRows) -> Tensor:
+    def loss_of(self, tokens_BL: Tensor, targets_BL: Tensor, batch: VarlenBatch) -> Tensor:
         x_TD = self.network.features(tokens_BL, batch)
         return F.cross_entropy(self.network.head(x_TD).float(), targets_BL.flatten(), ignore_index=IGNORE)
 
-    def step(self, tokens_BL: Tensor, targets_BL: Tensor, batch: PackedRows) -> None:
+    def step(self, tokens_BL: Tensor, targets_BL: Tensor, batch: VarlenBatch) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss_of(tokens_BL, targets_BL, batch)
         loss.backward()
@@ -89,9 +89,9 @@ class Recorded:
         self.graph.replay()
 
 
-def one_document(rows: int, length: int, device: str) -> PackedRows:
+def one_document(rows: int, length: int, device: str) -> VarlenBatch:
     """Rows that are one document each."""
-    return PackedRows(torch.zeros(rows, length, dtype=torch.bool)).to(device)
+    return VarlenBatch(torch.zeros(rows, length, dtype=torch.bool)).to(device)
 
 
 def padded(tokens: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import tiny
 from ops.triton.conftest import DEVICE
 from tiercel.engine.engine import Engine
 from tiercel.generate import generate_reference
-from tiercel.model.gpu_runner import OnDevice
+from tiercel.model.gpu_runner import GPURunner
 from tiercel.sampling.params import SamplingParams
 from tiny import ids
 
@@ -25,7 +25,7 @@ def net():
 
 
 def engine(net, slots=2, **more):
-    on_device = OnDevice(net, slots, 200)
+    on_device = GPURunner(net, slots, 200)
     return Engine(
         SimpleNamespace(network=on_device, text=None, max_length=200),
         slots=slots,
@@ -114,14 +114,14 @@ def test_a_forward_that_fails_ahead_is_made_again(net, monkeypatch):
     e = engine(net)
     request = e.add(ids(9), greedy(4))
     e.step()
-    real, fails = OnDevice.__call__, [True]
+    real, fails = GPURunner.__call__, [True]
 
     def call(self, *given, **more):
         if fails and fails.pop():
             raise RuntimeError("out of memory")
         return real(self, *given, **more)
 
-    monkeypatch.setattr(OnDevice, "__call__", call)
+    monkeypatch.setattr(GPURunner, "__call__", call)
     run(e)
     assert not fails and answer(request) == expected(net, ids(9), greedy(4))
 
@@ -139,7 +139,7 @@ def test_who_is_sent_back_goes_on_where_it_was(net):
 
 @pytest.mark.slow
 def test_a_conversation_is_saved_and_goes_on_in_another_process(net, tmp_path):
-    first, second = (OnDevice(net, 1, 200) for _ in range(2))
+    first, second = (GPURunner(net, 1, 200) for _ in range(2))
     text = torch.tensor(ids(75), device=DEVICE)
     state = first.new_state()
     first([text[:70]], [state])

@@ -12,7 +12,7 @@ import tiny
 from ops.triton.conftest import DEVICE
 from tiercel.errors import RequestError
 from tiercel.model.cuda_graphs import CUDAGraphRunner
-from tiercel.model.state_cache import PAGE, Slots
+from tiercel.model.state_cache import PAGE, StateCache
 
 WORDS = "attention+mamba2 mamba2/moe attention/-"
 
@@ -41,7 +41,7 @@ def close(a, b):
 
 @pytest.mark.parametrize("pieces", [(36,), (17, 19), (16, 1, 19)])
 def test_a_prompt_in_pieces_and_steps(network, pieces):
-    slots, ids = Slots(network, 2, 200), words(41)
+    slots, ids = StateCache(network, 2, 200), words(41)
     expected, slot, at = whole(network, ids), slots.take(), 0
     for n in pieces:
         got = slots.prefill(network, [slot], [ids[at : at + n]], keep=3 if n > 2 else 1)
@@ -54,7 +54,7 @@ def test_a_prompt_in_pieces_and_steps(network, pieces):
 
 
 def test_texts_share_a_step_and_rows_of_nobody_do_no_harm(network):
-    slots, texts = Slots(network, 4, 100), [words(20, 1), words(35, 2), words(11, 3)]
+    slots, texts = StateCache(network, 4, 100), [words(20, 1), words(35, 2), words(11, 3)]
     numbers = [slots.take() for _ in texts]
     got = slots.prefill(network, numbers, [text[:-2] for text in texts])
     for i, text in enumerate(texts):
@@ -67,7 +67,7 @@ def test_texts_share_a_step_and_rows_of_nobody_do_no_harm(network):
 
 
 def test_what_was_cut_is_forgotten(network):
-    slots, ids = Slots(network, 1, 100), words(70)
+    slots, ids = StateCache(network, 1, 100), words(70)
     slot = slots.take()
     slots.prefill(network, [slot], [ids[:50]])
     for token in words(3, 5):
@@ -80,7 +80,7 @@ def test_what_was_cut_is_forgotten(network):
 
 
 def test_a_slot_begins_anew(network):
-    slots, ids = Slots(network, 1, 100), words(20)
+    slots, ids = StateCache(network, 1, 100), words(20)
     for _ in range(2):
         slot = slots.take()
         close(slots.prefill(network, [slot], [ids])[0], whole(network, ids)[-1])
@@ -89,7 +89,7 @@ def test_a_slot_begins_anew(network):
 
 
 def test_full_is_said(network):
-    slots = Slots(network, 1, 2 * PAGE, pages=1)
+    slots = StateCache(network, 1, 2 * PAGE, pages=1)
     slot = slots.take()
     with pytest.raises(RequestError, match="slots are taken"):
         slots.take()
@@ -102,4 +102,4 @@ def test_full_is_said(network):
 
 def test_mamba1_says_that_it_cannot():
     with pytest.raises(RequestError, match="Mamba-1"):
-        Slots(tiny.network("mamba1", native=False), 1, 100)
+        StateCache(tiny.network("mamba1", native=False), 1, 100)

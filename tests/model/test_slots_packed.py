@@ -13,7 +13,7 @@ from tiercel import quant
 from tiercel.model.cuda_graphs import CUDAGraphRunner
 from tiercel.model.gpu_layout import place
 from tiercel.model.layers import Embedding, Linear, hold
-from tiercel.model.state_cache import Slots
+from tiercel.model.state_cache import StateCache
 from tiercel.ops.linear import QTensor
 from tiercel.ops.triton.linear import on_device
 from tiercel.ops.triton.norm import rms_norm
@@ -47,7 +47,7 @@ def test_steps(networks, rows):
     texts = [torch.randint(0, 300, (6 + i,), generator=torch.Generator().manual_seed(i)) for i in range(rows)]
     texts = [text.to(DEVICE) for text in texts]
     expected = [plain(text) for text in texts]
-    slots = Slots(packed, 4, 100)
+    slots = StateCache(packed, 4, 100)
     numbers = [slots.take() for _ in texts]
     for slot, text in zip(numbers, texts, strict=True):
         slots.prefill(packed, [slot], [text[:-2]])

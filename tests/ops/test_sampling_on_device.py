@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiercel.model.device_sampler import Draws
+from tiercel.model.device_sampler import DeviceSampler
 from tiercel.ops.sampling import choose
 from tiercel.sampling.params import Sampler, SamplingParams
 
@@ -22,7 +22,7 @@ PARAMS = [
 
 def test_rows_together_are_the_samplers_of_each():
     g = torch.Generator().manual_seed(0)
-    draws = Draws(len(PARAMS) + 1, torch.device("cpu"))
+    draws = DeviceSampler(len(PARAMS) + 1, torch.device("cpu"))
     samplers = [Sampler(params, [], V) for params in PARAMS]
     for slot, sampler in enumerate(samplers):
         draws.set(slot, sampler.params, sampler.seed, 0, 0)

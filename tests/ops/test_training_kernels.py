@@ -11,7 +11,7 @@ from tiercel.ops.cpu import training as native
 from tiercel.ops.norm import Normed
 from tiercel.ops.packed_attention import Products
 from tiercel.ops.packed_conv1d import Pasts, packed_conv1d_silu
-from tiercel.ops.packed_ssd import Chunks, packed_ssd
+from tiercel.ops.ssd_varlen import Chunks, ssd_varlen
 from tiercel.ops.pointwise import Gate, add
 
 pytestmark = pytest.mark.skipif(not cpu.there, reason="no kernels here")
@@ -144,7 +144,7 @@ def test_scan(G, half):
     def scan(*given):
         low = given[1].dtype == torch.bfloat16
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            return packed_ssd(*given, Chunks.of(document_BL, 32, given[2].dtype))
+            return ssd_varlen(*given, Chunks.of(document_BL, 32, given[2].dtype))
 
     for found, expected in both(scan, given, dtypes):
         near(found, expected, 3e-2 if half else 1e-5)

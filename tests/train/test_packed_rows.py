@@ -6,7 +6,7 @@ from torch import Tensor
 
 import tiny
 from families import nasty
-from tiercel.model.varlen import LinearScan, PackedRows
+from tiercel.model.varlen import LinearScan, VarlenBatch
 from tiercel.ops.scan import selective_scan_reference
 from tiercel.ops.ssd import ssd_reference
 from tiercel.weights.load import load
@@ -29,7 +29,7 @@ def both_ways(net, tokens: Tensor, lengths: list[list[int]], **settings):
     for packed in (True, False):
         net.zero_grad()
         if packed:
-            batch = PackedRows(starts(lengths), **settings)
+            batch = VarlenBatch(starts(lengths), **settings)
             logits = net.head(net.features(tokens, batch), net.config.logit_scale)
         else:
             documents = [d for row, ls in zip(tokens, lengths, strict=True) for d in row.split(ls)]
@@ -53,11 +53,11 @@ def test_a_packed_document_is_as_if_alone(words):
 def test_two_documents_never_see_each_other():
     net = tiny.network(native=False)
     a, b, c = tiny.ids(30, 1), tiny.ids(33, 2), tiny.ids(33, 3)
-    batch = PackedRows(starts([[30, 33]]))
+    batch = VarlenBatch(starts([[30, 33]]))
     with torch.no_grad():
         first, second = (net.features(torch.tensor([a + other]), batch) for other in (b, c))
         assert torch.equal(first[:30], second[:30])
-        first, second = (net.features(torch.tensor([other + a]), PackedRows(starts([[33, 30]]))) for other in (b, c))
+        first, second = (net.features(torch.tensor([other + a]), VarlenBatch(starts([[33, 30]]))) for other in (b, c))
         assert torch.equal(first[33:], second[33:])
 
 
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_transformers(name, tmp_path):
     weigh = torch.randn(70, nasty.VOCAB, generator=torch.Generator().manual_seed(4))
     (theirs(tokens[None], use_cache=False).logits[0] * weigh).sum().backward()
     logits = net.head(
-        net.features(tokens[None], PackedRows(torch.zeros(1, 70, dtype=torch.bool))), net.config.logit_scale
+        net.features(tokens[None], VarlenBatch(torch.zeros(1, 70, dtype=torch.bool))), net.config.logit_scale
     )
     (logits * weigh).sum().backward()
     grads = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
@@ -102,7 +102,7 @@ def wide(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_the_chunked_scan_has_the_gradients_of_its_formula():
-    rows = PackedRows(starts([[3, 8, 2], [13]]))
+    rows = VarlenBatch(starts([[3, 8, 2], [13]]))
     T, H, P, G, N = 26, 4, 2, 2, 3
     given = [
         wide(T, G, N),
@@ -121,7 +121,7 @@ def test_the_chunked_scan_has_the_gradients_of_its_formula():
 
 
 def test_the_selective_scan_has_the_gradients_of_its_formula():
-    rows = PackedRows(starts([[3, 8, 2], [13]]))
+    rows = VarlenBatch(starts([[3, 8, 2], [13]]))
     T, I, N = 26, 3, 2
     given = [wide(T, N), wide(T, I, seed=1), wide(T, I, seed=2).exp(), -wide(I, N, seed=3).exp(), wide(T, N, seed=4)]
     given = [t.requires_grad_() for t in given]
@@ -133,11 +133,11 @@ def test_the_selective_scan_has_the_gradients_of_its_formula():
 
 
 def test_convolution_and_attention_have_the_gradients_of_their_formulas():
-    rows = PackedRows(starts([[3, 4], [7]]))
+    rows = VarlenBatch(starts([[3, 4], [7]]))
     conv = [wide(14, 3).requires_grad_(), wide(3, 4, seed=1).requires_grad_(), wide(3, seed=2).requires_grad_()]
     assert torch.autograd.gradcheck(rows.conv1d_silu, conv)
     assert torch.autograd.gradcheck(lambda x, w: rows.conv1d_silu(x, w, None), conv[:2])
-    short = PackedRows(starts([[1, 1], [2]]))
+    short = VarlenBatch(starts([[1, 1], [2]]))
     assert torch.autograd.gradcheck(lambda x, w: short.conv1d_silu(x[:4], w, None), conv[:2])
     heads = [wide(4, 14, 2, seed=3).requires_grad_(), *(wide(2, 14, 2, seed=s).requires_grad_() for s in (4, 5))]
     assert torch.autograd.gradcheck(lambda q, k, v: rows.attend(q, k, v, 0.7, 3), heads)
@@ -159,7 +159,7 @@ def test_a_compiled_block_has_the_same_gradients():
         net = tiny.network("attention+mamba2", native=False).train().requires_grad_(True)
         for block in net.layers if compiled else []:
             block.compile(backend="aot_eager")
-        net.features(tokens, PackedRows(starts(LENGTHS))).square().sum().backward()
+        net.features(tokens, VarlenBatch(starts(LENGTHS))).square().sum().backward()
         grads.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
     for name, grad in grads[0].items():
         assert (grads[1][name] - grad).norm() <= 1e-5 * grad.norm() + 1e-6, name
@@ -174,7 +174,7 @@ def test_attention_by_two_rounded_products_is_attention(window):
     for rounded in (False, True):
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
         with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
-            y = PackedRows(starts_BL).attend(*leaves, 0.3, window).float()
+            y = VarlenBatch(starts_BL).attend(*leaves, 0.3, window).float()
         found.append([y, *torch.autograd.grad(y, leaves, dy)])
     for exact, rounded in zip(*found, strict=True):
         assert (exact - rounded).norm() < 0.01 * exact.norm()

@@ -94,10 +94,10 @@ class Tiercel:
         self.device = order.get("device", "cpu")
         if self.device != "cpu":
             from tiercel.model.gpu_layout import move
-            from tiercel.model.gpu_runner import OnDevice
+            from tiercel.model.gpu_runner import GPURunner
 
             move(self.network, self.device)
-            self.states = OnDevice(self.network, 2 * order["rows"], order["longest"])
+            self.states = GPURunner(self.network, 2 * order["rows"], order["longest"])
         loaded = time.perf_counter()
         config = self.network.config
         self.vocabulary = config.vocab_size

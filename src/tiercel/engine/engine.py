@@ -41,7 +41,7 @@ from tiercel.engine.speculative import FIRST_STEPS, LENGTHS, MOST, Drafter, Spec
 from tiercel.engine.structured_output import Grammar, GrammarCompiler
 from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
-from tiercel.model.gpu_runner import OnDevice
+from tiercel.model.gpu_runner import GPURunner
 from tiercel.model.graph_cache import MOST_TOKENS
 from tiercel.model.pages import PAGE
 from tiercel.model.state import State, nbytes_together
@@ -119,8 +119,8 @@ class Engine:
         self.model, self.network, self.max_queue, self.state_bytes = model, model.network, max_queue, state_bytes
         if isinstance(self.network, Decoder) and self.network.embed.weight.device.type == "cuda":
             # what an engine asks of a Decoder and its states it answers too
-            self.network = cast(Decoder, OnDevice(self.network, slots, model.max_length))
-        if isinstance(self.network, OnDevice) and state_bytes is None:
+            self.network = cast(Decoder, GPURunner(self.network, slots, model.max_length))
+        if isinstance(self.network, GPURunner) and state_bytes is None:
             self.state_bytes = self.network.state_bytes
         self.drafter, self.costs = drafter, StepCosts()
         self.scheduler = Scheduler(slots, step_tokens, patience)
@@ -246,7 +246,7 @@ class Engine:
     @cached_property
     def _at_hand(self) -> tuple[int, int]:
         """Bytes of all slots' states with some pages each, and of the snapshots that they leave."""
-        if isinstance(self.network, OnDevice):
+        if isinstance(self.network, GPURunner):
             return self.network.pool.KEEP, 0
         state = self.network.new_state()
         state.reserve(PAGES * PAGE)
@@ -479,7 +479,7 @@ class Engine:
 
     def _chosen(self, rows: list[ScheduledSequence], logits: GenericSequence[Tensor], began: float) -> Iterator[tuple[ScheduledSequence, Tensor]]:
         """Each row with its logits; what a device chooses itself is chosen, and its next forward begun."""
-        if isinstance(self.network, OnDevice):
+        if isinstance(self.network, GPURunner):
             try:
                 chosen = PendingTokens(rows, logits)
                 if len(chosen) == len(rows) and self._may_begin(rows):

@@ -16,7 +16,7 @@ from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig
 from tiercel.model.layer_state import AttentionState
 from tiercel.model.layers import NOTHING, Linear, Ready, rounds
-from tiercel.model.varlen import PackedRows
+from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.attention import attention
 from tiercel.ops.rotary import rotate
 
@@ -35,12 +35,12 @@ class Attention(nn.Module):
     def forward(
         self,
         h_TD: Tensor,
-        batch: Batch | PackedRows,
+        batch: Batch | VarlenBatch,
         states: Sequence[AttentionState | None],
         ready: Ready = NOTHING,
     ) -> Tensor:
         """h: (T, D) → (T, D); every row attends to its own past.  ready: products with h made elsewhere."""
-        if not isinstance(batch, PackedRows) and batch.native:
+        if not isinstance(batch, VarlenBatch) and batch.native:
             return self.o(self._natively(h_TD, batch, states, ready))
         P = self.config.head_dim
         q_HTP = self.q(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         if self.config.rope is not None:
             turned = rotate(torch.cat((q_HTP, k_KTP)), *batch.rotary(self.config.rope, P))
             q_HTP, k_KTP = turned.split((self.config.heads, self.config.kv_heads))
-        if isinstance(batch, PackedRows):
+        if isinstance(batch, VarlenBatch):
             y_HTP = batch.attend(q_HTP, k_KTP, v_KTP, self.scale, self.config.window)
             return self.o(y_HTP.transpose(0, 1).flatten(1))
         rows = []

@@ -33,7 +33,7 @@ class Batch:
     native: whether this forward runs on the kernels; its activations are float32 then.
     """
 
-    step = False  # of a device: `model.slots.SlotBatch`
+    step = False  # of a device: `model.slots.DeviceBatch`
 
     def __init__(
         self, lengths: Sequence[int], states: Sequence[State] | None = None, device: torch.device | str = "cpu"

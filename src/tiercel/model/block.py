@@ -19,7 +19,7 @@ from tiercel.model.layers import RMSNorm
 from tiercel.model.mamba1 import Mamba1
 from tiercel.model.mamba2 import Mamba2
 from tiercel.model.moe import MoE
-from tiercel.model.varlen import PackedRows
+from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.pointwise import add
 
 
@@ -35,13 +35,13 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(width, eps)
         self.mixers = nn.ModuleDict({mixer.kind: build_mixer(mixer, width, eps) for mixer in config.mixers})
         self.feed_forward: nn.Module | None = None
-        self.joint: Any = None  # on a GPU: `model.placed.Joint` of the matrices that read the normalised input
+        self.joint: Any = None  # on a GPU: `model.placed.MergedLinear` of the matrices that read the normalised input
         if config.feed_forward is not None:
             self.ffn_norm = RMSNorm(width, eps)
             dense = isinstance(config.feed_forward, GatedMLPConfig)
             self.feed_forward = (GatedMLP if dense else MoE)(config.feed_forward, width)  # type: ignore[arg-type]
 
-    def forward(self, x_TD: Tensor, batch: Batch | PackedRows, states: Sequence[Sequence[Any]]) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: Batch | VarlenBatch, states: Sequence[Sequence[Any]]) -> Tensor:
         """x: (T, D) → (T, D).  memories: for each mixer, what every row remembers (None: nothing)."""
         h_TD = self.mixer_norm(x_TD)
         ready = self.joint(h_TD) if self.joint is not None and batch.step and self.joint.holds() else {}

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tiercel.model.device_sampler import Draws
+from tiercel.model.device_sampler import DeviceSampler
 from tiercel.model.moe import MoE
-from tiercel.model.state_cache import SlotBatch, Slots
+from tiercel.model.state_cache import DeviceBatch, StateCache
 
 if TYPE_CHECKING:
     from tiercel.model.decoder import Decoder
@@ -30,7 +30,7 @@ class CapturedCUDAStep:
     draws: how the next tokens are chosen; they are left in `tokens`, so the step may be run again at once.
     """
 
-    def __init__(self, network: Decoder, slots: Slots, rows: int, pool: Any = None, draws: Draws | None = None) -> None:
+    def __init__(self, network: Decoder, slots: StateCache, rows: int, pool: Any = None, draws: DeviceSampler | None = None) -> None:
         self.network, self.slots, self.draws = network, slots, draws
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=slots.device)
         self.slot_B = torch.full((rows,), -1, dtype=torch.int32, device=slots.device)
@@ -51,7 +51,7 @@ class CapturedCUDAStep:
             self._forward()
 
     def _forward(self) -> None:
-        batch = SlotBatch.for_step(self.slots, self.slot_B)
+        batch = DeviceBatch.for_step(self.slots, self.slot_B)
         self.logits = self.network.run(self.tokens, batch, [self.slots])
         self.slots.advance(self.slot_B)
         if self.draws is not None:
@@ -70,7 +70,7 @@ class CapturedCUDAStep:
 class CUDAGraphRunner:
     """Steps of up to the largest number of rows in `ladder`, each recorded when first needed."""
 
-    def __init__(self, network: Decoder, slots: Slots, ladder: Sequence[int] = CAPTURE_SIZES) -> None:
+    def __init__(self, network: Decoder, slots: StateCache, ladder: Sequence[int] = CAPTURE_SIZES) -> None:
         self.network, self.slots, self.ladder = network, slots, sorted(ladder)
         self.graphs: dict[int, CapturedCUDAStep] = {}
 

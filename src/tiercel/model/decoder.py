@@ -24,8 +24,8 @@ from tiercel.model.graph_cache import GraphCache
 from tiercel.model.layers import Embedding, Linear, RMSNorm, hold, pack
 from tiercel.model.lora import Adapters
 from tiercel.model.state import State
-from tiercel.model.state_cache import SlotBatch, Slots
-from tiercel.model.varlen import PackedRows
+from tiercel.model.state_cache import DeviceBatch, StateCache
+from tiercel.model.varlen import VarlenBatch
 from tiercel.ops import cpu
 from tiercel.ops.linear import QTensor, torch_multiplies_bf16
 from tiercel.runtime.allocator import Pool
@@ -91,13 +91,13 @@ class Decoder(nn.Module):
     def run(
         self,
         tokens_T: Tensor,
-        batch: Batch | SlotBatch,
-        states: Sequence[State] | Sequence[Slots] | None,
+        batch: Batch | DeviceBatch,
+        states: Sequence[State] | Sequence[StateCache] | None,
         keep: int | None = None,
     ) -> Tensor:
         """Logits (T, V) float32 of all rows' tokens one after another, of the last `keep` of each where it is given.
 
-        states: what the batch was made for, one for each row, or the one `Slots` that holds them all.
+        states: what the batch was made for, one for each row, or the one `StateCache` that holds them all.
         """
         lengths = batch.lengths
         # with states there are no gradients; the logits, made outside of the mode, are tensors like any other
@@ -117,7 +117,7 @@ class Decoder(nn.Module):
                 self.adapters.clear_active()
 
     def _body(
-        self, tokens_T: Tensor, batch: Batch | SlotBatch, states: Sequence[State] | Sequence[Slots] | None
+        self, tokens_T: Tensor, batch: Batch | DeviceBatch, states: Sequence[State] | Sequence[StateCache] | None
     ) -> Tensor:
         """What the blocks make of the tokens, (T, D)."""
         x_TD = self.embed(tokens_T)
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         finally:
             self.adapters.clear_active()
 
-    def features(self, tokens_BL: Tensor, batch: PackedRows) -> Tensor:
+    def features(self, tokens_BL: Tensor, batch: VarlenBatch) -> Tensor:
         """What the last norm gives out for rows full of documents, (T, D), with gradients: the input of `head`."""
         x_TD, half = self.embed(tokens_BL.flatten()), self.dtype == torch.bfloat16
         if self.config.residual_fp32 or half:

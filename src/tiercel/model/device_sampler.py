@@ -15,7 +15,7 @@ from tiercel.sampling.params import SamplingParams, uniform
 AHEAD = 64  # numbers that a slot has; `refill` before they are used up
 
 
-class Draws:
+class DeviceSampler:
     """One row for each slot: temperature, min_p, top_k, top_p, numbers to draw with and how many were used."""
 
     def __init__(self, count: int, device: torch.device) -> None:

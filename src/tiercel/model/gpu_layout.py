@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tiercel.model.decoder import Decoder
 
 
-class Joint:
+class MergedLinear:
     """Linears without bias that read the same input, and their rows one below the other."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
@@ -91,7 +91,7 @@ def place(network: Decoder) -> None:
             elif isinstance(mixer, Attention):
                 readers += [mixer.q, mixer.k, mixer.v]
         alike = [m for m in readers if type(m) is Linear and m.bias is None and _kind(m) == _kind(readers[0])]
-        block.joint = Joint(alike) if len(alike) > 1 else None
+        block.joint = MergedLinear(alike) if len(alike) > 1 else None
         block.mixer_norm.feeds_packed = any(_packed(m) for m in readers)
         if block.feed_forward is not None:
             block.ffn_norm.feeds_packed = _packed(getattr(block.feed_forward, "gate", None))

@@ -19,14 +19,14 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import place
 from tiercel.model.pages import Page
 from tiercel.model.state import Snapshot, State
-from tiercel.model.state_cache import PAGE, AttentionSlots, Mamba2Slots, Slots
+from tiercel.model.state_cache import PAGE, AttentionSlots, Mamba2Slots, StateCache
 from tiercel.runtime.allocator import Pool
 
 SPARE = 2  # slots for what lives a moment: a text that starts again, a session that is saved
 SHARE = 0.85  # of the free memory that slots may take
 
 
-class OnDevice:
+class GPURunner:
     """count: texts at once, of at most `max_length` tokens.  pages: of PAGE tokens, for all of them together; when not
     given as many as they may need, or as fit the GPU."""
 
@@ -36,7 +36,7 @@ class OnDevice:
         place(network)
         self.network, self.config, self.embed = network, network.config, network.embed
         self.adapters = network.adapters
-        probe = Slots(network, 1, PAGE, pages=1)
+        probe = StateCache(network, 1, PAGE, pages=1)
         self.page_nbytes = sum(m.nbytes // 2 for m in _parts(probe) if isinstance(m, AttentionSlots))
         self.own_nbytes = sum(m.nbytes for m in _parts(probe) if isinstance(m, Mamba2Slots))
         del probe
@@ -47,7 +47,7 @@ class OnDevice:
             pages = min(wanted, int(room) // self.page_nbytes)
             if pages < 1:
                 raise RequestError(f"{count} slots do not fit this GPU: serve fewer at once")
-        self.slots = Slots(network, count, max_length, wanted if pages is None else pages)
+        self.slots = StateCache(network, count, max_length, wanted if pages is None else pages)
         self.graphs = CUDAGraphRunner(network, self.slots, sorted({n for n in CAPTURE_SIZES if n < count} | {count}))
         self.pool = Pool()
 
@@ -65,20 +65,20 @@ class OnDevice:
         pages = len(self.slots.free_pages) + sum(map(len, self.slots.pages))
         return int(pages * 0.9) * self.page_nbytes + self.slots.count * self.own_nbytes
 
-    def new_state(self, adapter: str | None = None) -> SlotState:
+    def new_state(self, adapter: str | None = None) -> SlotHandle:
         if adapter is not None:
             raise RequestError(
                 f"adapter {adapter!r}: adapters are served on the CPU; merge it (tiercel merge) for a GPU"
             )
-        return SlotState(self)
+        return SlotHandle(self)
 
-    def load_state(self, path: str | Path) -> SlotState:
+    def load_state(self, path: str | Path) -> SlotHandle:
         """A saved state; FormatError when it is damaged or was saved by another model or dtype."""
         state = self.new_state()
         state.load(path)
         return state
 
-    def __call__(self, rows: Sequence[Tensor], states: Sequence[SlotState], *, keep: int = 1) -> list[Tensor]:
+    def __call__(self, rows: Sequence[Tensor], states: Sequence[SlotHandle], *, keep: int = 1) -> list[Tensor]:
         """Logits of the last `keep` tokens of every row, float32; the states grow."""
         out: list[Tensor | None] = [None] * len(rows)
         steps = [i for i, row in enumerate(rows) if len(row) == 1]
@@ -93,12 +93,12 @@ class OnDevice:
         return [logits for logits in out if logits is not None]
 
 
-class SlotState:
+class SlotHandle:
     """One text's slot, with what the engine asks of a `State`; the slot is free when nobody holds this."""
 
     pages = ()  # texts share none on the device
 
-    def __init__(self, owner: OnDevice) -> None:
+    def __init__(self, owner: GPURunner) -> None:
         self.slot = -1
         self.owner, self.slots = owner, owner.slots
         self.slot = self.slots.take()
@@ -179,9 +179,9 @@ class SlotState:
         self.kept = list(snapshot.pages[: length // PAGE])
         slots._set(slot, length, snapshot.oldest)
 
-    def fork(self) -> SlotState:
+    def fork(self) -> SlotHandle:
         """A second text that continues from here on its own."""
-        twin, slots = SlotState(self.owner), self.slots
+        twin, slots = SlotHandle(self.owner), self.slots
         slots.copy(self.slot, twin.slot)
         twin.kept = list(self.kept)
         return twin
@@ -205,5 +205,5 @@ class SlotState:
         return State(mixers, self.slots.dtype, torch.device("cpu"), owner.fingerprint, owner.pool)
 
 
-def _parts(slots: Slots) -> list[AttentionSlots | Mamba2Slots]:
+def _parts(slots: StateCache) -> list[AttentionSlots | Mamba2Slots]:
     return [memory for layer in slots.layers for memory in layer]

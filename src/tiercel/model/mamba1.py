@@ -23,7 +23,7 @@ from tiercel.model.config import Mamba1Config
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layer_state import Mamba1State
 from tiercel.model.layers import Linear, RMSNorm
-from tiercel.model.varlen import PackedRows, wide
+from tiercel.model.varlen import VarlenBatch, wide
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.cpu import mixers
 from tiercel.ops.scan import selective_scan
@@ -47,12 +47,12 @@ class Mamba1(nn.Module):
         self.out_proj = Linear(I, width, config.proj_bias)
         self._derived = Derived()
 
-    def forward(self, u_TD: Tensor, batch: Batch | PackedRows, states: Sequence[Mamba1State | None]) -> Tensor:
+    def forward(self, u_TD: Tensor, batch: Batch | VarlenBatch, states: Sequence[Mamba1State | None]) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state."""
-        if not isinstance(batch, PackedRows) and batch.native:
+        if not isinstance(batch, VarlenBatch) and batch.native:
             return self.out_proj(self._natively(u_TD, batch, states))
         x_TI, z_TI = self.in_proj(u_TD).chunk(2, -1)
-        if isinstance(batch, PackedRows):
+        if isinstance(batch, VarlenBatch):
             x_TI = batch.conv1d_silu(x_TI, self.conv, self.conv_bias)
             dt_TI, B_TN, C_TN = self._select(x_TI)
             y_TI = batch.selective_scan(C_TN, x_TI, dt_TI, -self.A_log.exp(), B_TN) + self.D * x_TI

@@ -24,7 +24,7 @@ from tiercel.model.config import Mamba2Config
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layer_state import Mamba2State
 from tiercel.model.layers import NOTHING, Linear, Ready, rounds
-from tiercel.model.varlen import CHUNK, PackedRows
+from tiercel.model.varlen import CHUNK, VarlenBatch
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.norm import gated_rms_norm
 from tiercel.ops.pointwise import gate
@@ -48,18 +48,18 @@ class Mamba2(nn.Module):
     def forward(
         self,
         u_TD: Tensor,
-        batch: Batch | PackedRows,
+        batch: Batch | VarlenBatch,
         states: Sequence[Mamba2State | None],
         ready: Ready = NOTHING,
     ) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state.  ready: products with u made elsewhere."""
-        if not isinstance(batch, PackedRows) and batch.native:
+        if not isinstance(batch, VarlenBatch) and batch.native:
             return self.out_proj(self._natively(u_TD, batch, states, ready))
         c = self.config
         z_TI, xBC_TC, dt_TH = self.in_proj(u_TD).split((c.inner, c.channels, c.heads), -1)
         dt_TH = F.softplus(dt_TH.float() + self.dt_bias.float()).clamp(*c.dt_limit)
         A_H = -self.A_log.float().exp()
-        if isinstance(batch, PackedRows):
+        if isinstance(batch, VarlenBatch):
             y_TI = self._packed(xBC_TC, dt_TH, A_H, batch)
         else:
             rows = [
@@ -68,7 +68,7 @@ class Mamba2(nn.Module):
             ]
             y_TI = rows[0] if len(rows) == 1 else torch.cat(rows)
         if self.out_norm is None:
-            learns = isinstance(batch, PackedRows) and z_TI.device.type == "cpu"  # then `Gate` widens what it has to
+            learns = isinstance(batch, VarlenBatch) and z_TI.device.type == "cpu"  # then `Gate` widens what it has to
             y_TI = gate(z_TI if learns else z_TI.float(), y_TI, "silu")
         else:
             y_TI = gated_rms_norm(y_TI, z_TI, self.out_norm, self.eps, c.groups, c.gated_norm == "gate_first")
@@ -94,7 +94,7 @@ class Mamba2(nn.Module):
         A_H = -float32(self.A_log).exp()
         return float32(self.conv.t()), bias_C, float32(self.dt_bias), A_H, float32(self.D), norm_I
 
-    def _packed(self, xBC_TC: Tensor, dt_TH: Tensor, A_H: Tensor, batch: PackedRows) -> Tensor:
+    def _packed(self, xBC_TC: Tensor, dt_TH: Tensor, A_H: Tensor, batch: VarlenBatch) -> Tensor:
         """All rows at once, for training → y (T, I), float32 at least."""
         c = self.config
         x_THP, B_TGN, C_TGN = self._parts(batch.conv1d_silu(xBC_TC, self.conv, self.conv_bias))

@@ -108,7 +108,7 @@ class Mamba2Slots:
         self.S[slot] = new.get("S", 0)
 
 
-class Slots:
+class StateCache:
     """Memories of `count` texts of at most `max_length` tokens for one network, on its device.
 
     pages: how many pages there are for all texts together, all slots at full length when not given.  The first is
@@ -223,7 +223,7 @@ class Slots:
         """Add tokens to some texts → logits of the last `keep` of each, (B · keep, V) float32."""
         for slot, row in zip(slots, rows, strict=True):
             self.reserve(slot, self.length[slot] + len(row))
-        batch = SlotBatch(self, slots, [len(row) for row in rows])
+        batch = DeviceBatch(self, slots, [len(row) for row in rows])
         logits_TV = network.run(torch.cat(list(rows)), batch, [self], keep)
         for slot, length, base in zip(slots, batch.lengths, batch.next_bases, strict=True):
             self._set(slot, self.length[slot] + length, base)
@@ -260,10 +260,10 @@ class Texts(NamedTuple):
     """One layer part's memory, and where the tokens of a batch belong in it."""
 
     memory: Any
-    batch: SlotBatch
+    batch: DeviceBatch
 
 
-class SlotBatch:
+class DeviceBatch:
     """New tokens of texts in slots: what `model.batch.Batch` is for States.
 
     step: one token for each row, found through `slot_T` on the device alone, which a graph may record.
@@ -272,7 +272,7 @@ class SlotBatch:
     native = True
     adapters: Sequence[str | None] = ()
 
-    def __init__(self, slots: Slots, rows: Sequence[int], lengths: Sequence[int]) -> None:
+    def __init__(self, slots: StateCache, rows: Sequence[int], lengths: Sequence[int]) -> None:
         self.slots, self.rows, self.lengths, self.step = slots, list(rows), list(lengths), False
         self.starts = [slots.length[slot] for slot in rows]
         self.next_bases = [slots.base_after(slot, n) for slot, n in zip(rows, lengths, strict=True)]
@@ -287,7 +287,7 @@ class SlotBatch:
         self._rotary: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = {}
 
     @classmethod
-    def for_step(cls, slots: Slots, slot_B: Tensor) -> SlotBatch:
+    def for_step(cls, slots: StateCache, slot_B: Tensor) -> DeviceBatch:
         batch = cls.__new__(cls)
         B = len(slot_B)
         batch.slots, batch.step, batch.slot_T, batch._rotary = slots, True, slot_B, {}

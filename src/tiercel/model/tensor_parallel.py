@@ -28,7 +28,7 @@ from tiercel.model.layers import Linear, hold
 from tiercel.model.mamba2 import Mamba2
 
 
-class SummedLinear(Linear):
+class RowParallelLinear(Linear):
     """A share of the columns: y = Σ over the processes of W x, + b."""
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
@@ -124,7 +124,7 @@ def _columns(whole: Linear, owner: nn.Module, name: str, rank: int, size: int) -
     """Split by columns, and summed; the bias is the first process's."""
     weight = _own(_plain(whole.weight), rank, size, 1)
     with torch.device("meta"):
-        summed = SummedLinear(weight.shape[1], weight.shape[0], bias=whole.bias is not None)
+        summed = RowParallelLinear(weight.shape[1], weight.shape[0], bias=whole.bias is not None)
     _put(summed, "weight", weight)
     if whole.bias is not None:
         _put(summed, "bias", whole.bias if rank == 0 else torch.zeros_like(whole.bias))

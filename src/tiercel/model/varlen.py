@@ -28,12 +28,12 @@ from tiercel.model.config import RopeConfig
 from tiercel.ops import triton
 from tiercel.ops.packed_attention import Documents, packed_attention
 from tiercel.ops.packed_conv1d import Pasts, packed_conv1d_silu, takes
-from tiercel.ops.packed_ssd import Chunks, packed_ssd
+from tiercel.ops.ssd_varlen import Chunks, ssd_varlen
 
 CHUNK = 64  # a chunk's matrices cost Q for each token, its state N · P: for heads and states of 64 they meet here
 
 
-class PackedRows:
+class VarlenBatch:
     """starts (B, L) bool: where documents begin; the first column always does."""
 
     native = False
@@ -56,8 +56,8 @@ class PackedRows:
         self._pasts: dict[int, Pasts] = {}
         self._chunks: dict[tuple[int, torch.dtype], Chunks] = {}
 
-    def to(self, device: torch.device | str) -> PackedRows:
-        moved = PackedRows(self.starts_BL.to(device), recompute=self.recompute)
+    def to(self, device: torch.device | str) -> VarlenBatch:
+        moved = VarlenBatch(self.starts_BL.to(device), recompute=self.recompute)
         moved.alone = self.alone
         return moved
 
@@ -142,10 +142,10 @@ class PackedRows:
     ) -> Tensor:
         """Mamba-2 → y + D x (T, H, P), float32 or wider."""
         if triton.there and x_THP.is_cuda:
-            from tiercel.ops.triton import packed_ssd as kernels
+            from tiercel.ops.triton import ssd_varlen as kernels
 
             if kernels.takes(x_THP, dt_TH):
-                return kernels.packed_ssd(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, self.document_BL)
+                return kernels.ssd_varlen(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, self.document_BL)
         L = self.shape[1]
         Q = min(chunk, L)
         half = self.device.type == "cpu" and torch.is_autocast_enabled("cpu")
@@ -156,7 +156,7 @@ class PackedRows:
                 F.pad(t.unflatten(0, self.shape), (0, 0) * (t.dim() - 1) + (0, spare)).flatten(0, 1) for t in given
             ]
         C, x, dt, Bs = given
-        y_THP = packed_ssd(C, x, dt, wide(A_H), Bs, None if D_H is None else wide(D_H), self.chunks(Q, dt.dtype))
+        y_THP = ssd_varlen(C, x, dt, wide(A_H), Bs, None if D_H is None else wide(D_H), self.chunks(Q, dt.dtype))
         return y_THP.unflatten(0, (-1, L + spare))[:, :L].flatten(0, 1) if spare else y_THP
 
     def chunks(self, Q: int, dtype: torch.dtype) -> Chunks:

@@ -65,7 +65,7 @@ class Chunks:
         )
 
 
-def packed_ssd(
+def ssd_varlen(
     C_TGN: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, D_H: Tensor | None, chunks: Chunks
 ) -> Tensor:
     """y (T, H, P) + D x in the dtype of x; dt, A and D are float32 or float64, and so are x, B and C but for autocast.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import FormatError, RequestError
-from tiercel.model.varlen import PackedRows
+from tiercel.model.varlen import VarlenBatch
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.train import parallel
 
@@ -203,7 +203,7 @@ class Rows:
     """
 
     tokens_BL: Tensor
-    batch: PackedRows
+    batch: VarlenBatch
     counted_T: Tensor
     targets_T: Tensor
     count: int
@@ -242,7 +242,7 @@ def make_rows(documents: Documents, rows: Sequence[Sequence[int]], length: int) 
     counted = np.flatnonzero(learned)
     tokens_BL, starts_BL = (torch.from_numpy(a).view(len(rows), length) for a in (tokens, starts))
     targets_T = torch.from_numpy(tokens[counted + 1])
-    return Rows(tokens_BL, PackedRows(starts_BL), torch.from_numpy(counted), targets_T, len(counted))
+    return Rows(tokens_BL, VarlenBatch(starts_BL), torch.from_numpy(counted), targets_T, len(counted))
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, length: int) -> list[list[int]]:

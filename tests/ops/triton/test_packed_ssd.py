@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton", reason="pip install triton")
 
 from ops.triton.conftest import DEVICE
-from tiercel.model.varlen import PackedRows
-from tiercel.ops.triton.packed_ssd import packed_ssd
+from tiercel.model.varlen import VarlenBatch
+from tiercel.ops.triton.ssd_varlen import ssd_varlen
 
 NAMES = ["C", "x", "dt", "A", "B", "D"]
 
@@ -35,13 +35,13 @@ def both_ways(run, given, weigh):
 
 def differences(lengths, H, P, G, N, decay=1.0, skip=True, dtype=torch.float32):
     """Of y and of each gradient from the reference in float64, relative to their norms."""
-    rows = PackedRows(starts(lengths))
+    rows = VarlenBatch(starts(lengths))
     given = inputs(rows.tokens, H, P, G, N, decay)[: 6 if skip else 5]
     given = [t.to(dtype) if i in (0, 1, 4) else t for i, t in enumerate(given)]
     weigh = torch.randn(rows.tokens, H, P, generator=torch.Generator().manual_seed(1))
     document_BL = rows.document_BL.to(DEVICE)
     there = [t.to(DEVICE) for t in given]
-    y, grads = both_ways(lambda *t: packed_ssd(*t, *[None] * (not skip), document_BL), there, weigh)
+    y, grads = both_ways(lambda *t: ssd_varlen(*t, *[None] * (not skip), document_BL), there, weigh)
     expected, expected_grads = both_ways(rows.ssd, [t.double() for t in given], weigh)
     assert y.dtype == torch.float32 and [g.dtype for g in grads] == [t.dtype for t in given]
     pairs = zip(["y", *NAMES], [y, *grads], [expected, *expected_grads], strict=False)
@@ -79,8 +79,8 @@ def test_views_of_one_tensor_serve_as_inputs():
     views = [
         t.unflatten(1, size) for t, size in zip(whole.split([16, 16, 16], 1), [(H, P), (G, N), (G, N)], strict=True)
     ]
-    expected = packed_ssd(C, x, dt, A, B, D, document_BL)
-    assert torch.equal(packed_ssd(views[2], views[0], dt, A, views[1], D, document_BL), expected)
+    expected = ssd_varlen(C, x, dt, A, B, D, document_BL)
+    assert torch.equal(ssd_varlen(views[2], views[0], dt, A, views[1], D, document_BL), expected)
 
 
 def test_a_document_gets_nothing_from_the_one_before():
@@ -89,7 +89,7 @@ def test_a_document_gets_nothing_from_the_one_before():
     given = [t.to(DEVICE) for t in inputs(T, *shape)]
     other = [t.to(DEVICE) for t in inputs(T + 1, *shape)]
     changed = [torch.cat([b[:37], a[37:]]) if len(a) == T else a for a, b in zip(given, other, strict=True)]
-    y, z = (packed_ssd(*t, document_BL) for t in (given, changed))
+    y, z = (ssd_varlen(*t, document_BL) for t in (given, changed))
     assert torch.equal(y[37:], z[37:]) and not torch.equal(y[:37], z[:37])
 
 
@@ -103,6 +103,6 @@ def test_under_autocast_products_are_rounded(dtype):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_rows_on_a_gpu_take_the_kernels():
-    rows = PackedRows(starts([[64, 100, 37]])).to(DEVICE)
+    rows = VarlenBatch(starts([[64, 100, 37]])).to(DEVICE)
     given = [t.to(DEVICE) for t in inputs(rows.tokens, 4, 16, 2, 24)]
-    assert torch.equal(rows.ssd(*given), packed_ssd(*given, rows.document_BL))
+    assert torch.equal(rows.ssd(*given), ssd_varlen(*given, rows.document_BL))

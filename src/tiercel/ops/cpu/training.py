@@ -3,7 +3,7 @@
 Values are float32 or bfloat16, each tensor of its own, and rows may lie apart; sums, and all that is not an activation,
 are float32.  Dropout is a seed: the kernels find again what they dropped, no mask is kept.
 
-Letters: T tokens, K inputs and N outputs of a matrix, R rank, C channels, and those of `ops.packed_ssd`.
+Letters: T tokens, K inputs and N outputs of a matrix, R rank, C channels, and those of `ops.ssd_varlen`.
 """
 
 from __future__ import annotations

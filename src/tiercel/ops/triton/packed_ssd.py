@@ -1,6 +1,6 @@
 """The Mamba-2 scan of rows full of documents, forwards and backwards.
 
-Formulas and letters: `ops/packed_ssd.py`.  A program has one chunk of one head (for dB and dC: of one group), whose
+Formulas and letters: `ops/ssd_varlen.py`.  A program has one chunk of one head (for dB and dC: of one group), whose
 Q × Q matrices never leave it; between the kernels go
 
     Z (K, H, N, P) float32    the state that a chunk begins with; on the way back dS, the gradient of what it leaves
@@ -230,7 +230,7 @@ def takes(x_THP: Tensor, dt_TH: Tensor) -> bool:
     return x_THP.shape[2] <= WIDEST and x_THP.dtype != torch.float64 and dt_TH.dtype == torch.float32
 
 
-def packed_ssd(
+def ssd_varlen(
     C_TGN: Tensor, x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, D_H: Tensor | None, document_BL: Tensor
 ) -> Tensor:
     """y (T, H, P) + D x, float32; gradients come in the dtypes of the inputs.  document_BL: the number of each token's
