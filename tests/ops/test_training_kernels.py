@@ -9,8 +9,8 @@ import torch
 from tiercel.ops import cpu
 from tiercel.ops.cpu import training as native
 from tiercel.ops.norm import Normed
-from tiercel.ops.packed_attention import Products
-from tiercel.ops.packed_conv1d import Pasts, packed_conv1d_silu
+from tiercel.ops.attention_varlen import Products
+from tiercel.ops.conv1d_varlen import PastRows, conv1d_silu_varlen
 from tiercel.ops.ssd_varlen import Chunks, ssd_varlen
 from tiercel.ops.pointwise import Gate, add
 
@@ -114,10 +114,10 @@ def test_convolution(dtype, C, taps):
     starts = torch.zeros(2, 30, dtype=torch.bool)
     starts[:, 0] = starts[0, 1] = starts[1, 11] = True
     index = torch.arange(30)
-    pasts = Pasts(index - torch.where(starts, index, 0).cummax(1).values, taps)
+    pasts = PastRows(index - torch.where(starts, index, 0).cummax(1).values, taps)
     given = torch.randn(2, 30, C), torch.randn(C, taps), torch.randn(C)
     dtypes = dtype, torch.float32, torch.float32
-    for found, expected in both(lambda x, w, b: packed_conv1d_silu(x, w, b, pasts), given, dtypes):
+    for found, expected in both(lambda x, w, b: conv1d_silu_varlen(x, w, b, pasts), given, dtypes):
         near(found, expected, TOLERANCE[dtype])
 
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from tiercel.model.batch import frequencies_of
 from tiercel.model.config import RopeConfig
 from tiercel.ops import triton
-from tiercel.ops.packed_attention import Documents, packed_attention
-from tiercel.ops.packed_conv1d import Pasts, packed_conv1d_silu, takes
+from tiercel.ops.attention_varlen import Documents, attention_varlen
+from tiercel.ops.conv1d_varlen import PastRows, conv1d_silu_varlen, takes
 from tiercel.ops.ssd_varlen import Chunks, ssd_varlen
 
 CHUNK = 64  # a chunk's matrices cost Q for each token, its state N · P: for heads and states of 64 they meet here
@@ -53,7 +53,7 @@ class VarlenBatch:
         self.position_BL = index_L - torch.where(starts_BL, index_L, 0).cummax(1).values
         self._rotary: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = {}
         self._seen: dict[int | None, Tensor] = {}
-        self._pasts: dict[int, Pasts] = {}
+        self._pasts: dict[int, PastRows] = {}
         self._chunks: dict[tuple[int, torch.dtype], Chunks] = {}
 
     def to(self, device: torch.device | str) -> VarlenBatch:
@@ -92,7 +92,7 @@ class VarlenBatch:
         """
         if self.device.type == "cpu":
             q, k, v = (x.transpose(0, 1) for x in (q_HTP, k_KTP, v_KTP))
-            return packed_attention(q, k, v, self._documents, scale=scale, window=window).transpose(0, 1)
+            return attention_varlen(q, k, v, self._documents, scale=scale, window=window).transpose(0, 1)
         q, k, v = (x.unflatten(1, self.shape).transpose(0, 1) for x in (q_HTP, k_KTP, v_KTP))
         groups = q.shape[1] // k.shape[1]
         if groups > 1:  # the kernels that take a mask want a key head for every query head
@@ -113,10 +113,10 @@ class VarlenBatch:
         """silu of the causal depthwise convolution, (T, C) → (T, C)."""
         taps = weight_CK.shape[1]
         if taps not in self._pasts:
-            self._pasts[taps] = Pasts(self.position_BL, taps)
+            self._pasts[taps] = PastRows(self.position_BL, taps)
         weight_CK, bias_C = wide(weight_CK), None if bias_C is None else wide(bias_C)
         x_TC = x_TC if takes(x_TC, weight_CK) else wide(x_TC)
-        return packed_conv1d_silu(x_TC.unflatten(0, self.shape), weight_CK, bias_C, self._pasts[taps]).flatten(0, 1)
+        return conv1d_silu_varlen(x_TC.unflatten(0, self.shape), weight_CK, bias_C, self._pasts[taps]).flatten(0, 1)
 
     # ── scans
 

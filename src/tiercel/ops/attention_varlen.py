@@ -78,7 +78,7 @@ class Taken(torch.autograd.Function):
         return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, ctx.documents.back_T, grad), None
 
 
-def packed_attention(
+def attention_varlen(
     q_THP: Tensor, k_TKP: Tensor, v_TKP: Tensor, documents: Documents, *, scale: float, window: int | None = None
 ) -> Tensor:
     """Causal grouped-query attention inside documents → (T, H, P)."""

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from tiercel.ops.cpu import training as native
 
 
-class Pasts:
+class PastRows:
     """How far back each token's document reaches."""
 
     def __init__(self, position_BL: Tensor, taps: int) -> None:
@@ -57,7 +57,7 @@ class Pasts:
         )
 
 
-def packed_conv1d_silu(x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: Pasts) -> Tensor:
+def conv1d_silu_varlen(x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: PastRows) -> Tensor:
     """(B, L, C) → the same, contiguous; all of one dtype, float32 or float64.
 
     x may be bfloat16 where there are kernels (`takes`), which answer in the dtype of autocast.
@@ -75,7 +75,7 @@ def takes(x: Tensor, weight_CK: Tensor) -> bool:
 
 class NativeConv1dSilu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: Pasts) -> Tensor:
+    def forward(ctx: Any, x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: PastRows) -> Tensor:
         weight_KC = weight_CK.t().flip(0).contiguous()
         ctx.save_for_backward(x_BLC, weight_KC, bias_C)
         ctx.reach_T = pasts.reach_T
@@ -94,7 +94,7 @@ class NativeConv1dSilu(torch.autograd.Function):
 
 class PackedConv1dSilu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: Pasts) -> Tensor:
+    def forward(ctx: Any, x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: PastRows) -> Tensor:
         weight_KC = weight_CK.t().flip(0).contiguous()
         ctx.save_for_backward(x_BLC, weight_KC, bias_C)
         ctx.pasts = pasts
@@ -125,7 +125,7 @@ class PackedConv1dSilu(torch.autograd.Function):
         return dx_BLC, dweight_KC.flip(0).t(), dh_BLC.sum((0, 1)) if bias_C is not None else None, None
 
 
-def _convolution(x_BLC: Tensor, weight_KC: Tensor, bias_C: Tensor | None, pasts: Pasts) -> Tensor:
+def _convolution(x_BLC: Tensor, weight_KC: Tensor, bias_C: Tensor | None, pasts: PastRows) -> Tensor:
     h_BLC = x_BLC * weight_KC[0] if bias_C is None else torch.addcmul(bias_C, x_BLC, weight_KC[0])
     L = x_BLC.shape[1]
     for lag in range(1, min(len(weight_KC), L)):
