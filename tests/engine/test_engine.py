@@ -13,7 +13,7 @@ from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
 from tiercel.model.graph_cache import Step
 from tiercel.ops import cpu
-from tiercel.runtime.allocator import Pool
+from tiercel.runtime.allocator import CachingAllocator
 from tiercel.sampling.params import SamplingParams
 from tiny import ids, run
 
@@ -389,9 +389,9 @@ def test_updates_add_up_to_the_answer(net):
 
 @pytest.fixture
 def slabs_for_small_things(monkeypatch):
-    monkeypatch.setattr(Pool, "SMALL", 1)
-    monkeypatch.setattr(Pool, "SLAB", 1 << 20)
-    monkeypatch.setattr(Pool, "STEP", 1 << 14)
+    monkeypatch.setattr(CachingAllocator, "SMALL", 1)
+    monkeypatch.setattr(CachingAllocator, "SLAB", 1 << 20)
+    monkeypatch.setattr(CachingAllocator, "STEP", 1 << 14)
 
 
 def touched(pool):
@@ -426,8 +426,8 @@ def test_no_more_memory_is_at_hand_than_slots_and_cache_may_take():
         run(e)
         while e.look_ahead():
             pass
-        slack = Pool.STEP * torch.get_num_threads()
-        assert network.pool.nbytes + e.cache.nbytes <= running + 200_000 + slack + Pool.SLAB
+        slack = CachingAllocator.STEP * torch.get_num_threads()
+        assert network.pool.nbytes + e.cache.nbytes <= running + 200_000 + slack + CachingAllocator.SLAB
     off = engine(tiny.network(), slots=3, cache_bytes=0)
     while off.look_ahead():
         pass

@@ -13,7 +13,7 @@ from tiercel.engine.engine import Engine
 from tiercel.engine.loop import AsyncEngine
 from tiercel.errors import Busy, RequestError
 from tiercel.generate import generate_reference
-from tiercel.runtime.allocator import Pool
+from tiercel.runtime.allocator import CachingAllocator
 from tiercel.sampling.params import SamplingParams
 from tiny import GREEDY, ids
 
@@ -175,8 +175,8 @@ def test_a_reader_that_is_far_behind_is_cut_off_and_the_log_says_so(net, monkeyp
 
 
 def test_an_engine_that_rests_sees_to_memory_and_still_answers_at_once(monkeypatch):
-    monkeypatch.setattr(Pool, "SMALL", 1)
-    monkeypatch.setattr(Pool, "STEP", 1 << 14)
+    monkeypatch.setattr(CachingAllocator, "SMALL", 1)
+    monkeypatch.setattr(CachingAllocator, "STEP", 1 << 14)
     monkeypatch.setattr(loop, "REST", 0.01)
     net = tiny.network()
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import tiny
 from tiercel.runtime import allocator as pools
-from tiercel.runtime.allocator import ALIGN, Pool
+from tiercel.runtime.allocator import ALIGN, CachingAllocator
 
 CPU = torch.device("cpu")
 MB = 1 << 20
@@ -29,10 +29,10 @@ MB = 1 << 20
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slabs of 64 KB, so that there are many, for runs of any size."""
-    monkeypatch.setattr(Pool, "SLAB", 64 << 10)
-    monkeypatch.setattr(Pool, "SMALL", 1)
-    monkeypatch.setattr(Pool, "STEP", 4096)
-    monkeypatch.setattr(Pool, "KEEP", 128 << 10)
+    monkeypatch.setattr(CachingAllocator, "SLAB", 64 << 10)
+    monkeypatch.setattr(CachingAllocator, "SMALL", 1)
+    monkeypatch.setattr(CachingAllocator, "STEP", 4096)
+    monkeypatch.setattr(CachingAllocator, "KEEP", 128 << 10)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -47,7 +47,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("small")
 def test_runs_never_meet_and_nothing_is_lost(operations: list[Any]) -> None:
-    pool = Pool()
+    pool = CachingAllocator()
     out: list[tuple[torch.Tensor, int]] = []
     for number, (what, size, which) in enumerate(operations):
         if what == "take":
@@ -59,8 +59,8 @@ def test_runs_never_meet_and_nothing_is_lost(operations: list[Any]) -> None:
             out[which % len(out)] = out[which % len(out)][0][1::2], out[which % len(out)][1]
         elif what == "ahead":
             before = pool.nbytes
-            assert pool.ahead(size) == (before < size and size >= Pool.STEP)
-            assert pool.nbytes >= min(before + 1, size) or size < Pool.STEP
+            assert pool.ahead(size) == (before < size and size >= CachingAllocator.STEP)
+            assert pool.nbytes >= min(before + 1, size) or size < CachingAllocator.STEP
         assert all((run == value).all() for run, value in out)
         held = sum(-(-run.untyped_storage().nbytes() // ALIGN) * ALIGN for run, _ in out)
         free = sum(stop - start for slab in pool.slabs for start, stop in slab.free)
@@ -69,12 +69,12 @@ def test_runs_never_meet_and_nothing_is_lost(operations: list[Any]) -> None:
         assert all(slab.largest >= max((b - a for a, b in slab.free), default=0) for slab in pool.slabs)
         assert all(a[1] < b[0] for slab in pool.slabs for a, b in itertools.pairwise(slab.free))
     out.clear()
-    assert pool.nbytes <= Pool.KEEP + Pool.SLAB
+    assert pool.nbytes <= CachingAllocator.KEEP + CachingAllocator.SLAB
 
 
 @pytest.mark.usefixtures("small")
 def test_memory_that_was_used_is_used_again_before_any_other() -> None:
-    pool = Pool()
+    pool = CachingAllocator()
     first = [pool.take(10_000, CPU) for _ in range(9)]  # two slabs
     addresses = {run.data_ptr() for run in first}
     first[3:] = []  # in the first slab some memory is left that nobody has touched
@@ -83,12 +83,12 @@ def test_memory_that_was_used_is_used_again_before_any_other() -> None:
 
 
 def test_slabs_go_back_to_the_system_with_the_last_who_used_them() -> None:
-    process, pool = psutil.Process(), Pool()
+    process, pool = psutil.Process(), CachingAllocator()
     before = process.memory_info().rss
     runs = [pool.take(3 * MB, CPU).fill_(1) for _ in range(100)]
     assert process.memory_info().rss - before > 280 * MB
     runs[1:] = []
-    assert 128 * MB - Pool.SLAB <= pool.nbytes <= 128 * MB  # some is kept for the next
+    assert 128 * MB - CachingAllocator.SLAB <= pool.nbytes <= 128 * MB  # some is kept for the next
     assert process.memory_info().rss - before < 140 * MB
     pool.keep = 0
     runs.clear()
@@ -101,7 +101,7 @@ def test_slabs_go_back_to_the_system_with_the_last_who_used_them() -> None:
 @pytest.mark.parametrize("nbytes", [20_000, 200_000, 240 << 10, 3 * MB])
 def test_runs_take_little_more_than_their_bytes(nbytes: int) -> None:
     """Whole large pages, whatever the slab."""
-    process, pool, count = psutil.Process(), Pool(), 100 * MB // nbytes
+    process, pool, count = psutil.Process(), CachingAllocator(), 100 * MB // nbytes
     before = process.memory_info().rss
     runs = [pool.take(nbytes, CPU).fill_(1) for _ in range(count)]
     assert process.memory_info().rss - before < 1.1 * count * nbytes + 2 * MB
@@ -109,11 +109,11 @@ def test_runs_take_little_more_than_their_bytes(nbytes: int) -> None:
 
 
 def test_memory_asked_for_ahead_is_there() -> None:
-    process, pool = psutil.Process(), Pool()
+    process, pool = psutil.Process(), CachingAllocator()
     before, turns = process.memory_info().rss, 0
     while pool.ahead(100 * MB):
         turns += 1
-    assert turns == 100 * MB // Pool.STEP and 100 * MB <= pool.nbytes < 104 * MB
+    assert turns == 100 * MB // CachingAllocator.STEP and 100 * MB <= pool.nbytes < 104 * MB
     assert process.memory_info().rss - before > 95 * MB
     runs = [pool.take(10 * MB, CPU).fill_(1) for _ in range(9)]  # what does not fit before a slab's end comes after it
     assert process.memory_info().rss - before < 115 * MB
@@ -123,7 +123,7 @@ def test_memory_asked_for_ahead_is_there() -> None:
 
 @pytest.mark.usefixtures("small")
 def test_threads_take_and_give_at_once() -> None:
-    pool, wrong = Pool(), []
+    pool, wrong = CachingAllocator(), []
 
     def work(seed: int) -> None:
         generator, mine = torch.Generator().manual_seed(seed), []
@@ -169,13 +169,13 @@ def test_a_text_that_ends_leaves_all_its_memory_to_the_next(monkeypatch: pytest.
 
 
 def test_small_things_come_in_small_slabs() -> None:
-    pool = Pool()
+    pool = CachingAllocator()
     kept = [pool.take(1000, CPU) for _ in range(2000)]
     assert len(kept) == 2000 and [slab.nbytes for slab in pool.slabs] == [2 * MB]
 
 
 def test_a_dtype_and_a_mode_of_torch_make_no_difference() -> None:
-    pool = Pool()
+    pool = CachingAllocator()
     shapes = {"a": ((3, 5), torch.bfloat16), "b": ((0, 7), torch.float32), "c": ((200_000,), torch.float32)}
     with torch.inference_mode():
         several = pool.several(shapes, CPU)

@@ -25,7 +25,7 @@ from tiercel.model.pages import PAGE
 from tiercel.model.state import State, nbytes_together
 from tiercel.ops import cpu
 from tiercel.runtime import allocator as pools
-from tiercel.runtime.allocator import Pool
+from tiercel.runtime.allocator import CachingAllocator
 
 LAYERS = [AttentionConfig(heads=2, kv_heads=2, head_dim=4), AttentionConfig(heads=6, kv_heads=3, head_dim=20)]
 CPU = torch.device("cpu")
@@ -37,8 +37,8 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def new_state(pool: Pool | None = None, dtype: torch.dtype = torch.float32) -> State:
-    return State([[config] for config in LAYERS], dtype, CPU, "", Pool() if pool is None else pool)
+def new_state(pool: CachingAllocator | None = None, dtype: torch.dtype = torch.float32) -> State:
+    return State([[config] for config in LAYERS], dtype, CPU, "", CachingAllocator() if pool is None else pool)
 
 
 def kv(layer: int, tokens: list[int]) -> torch.Tensor:
@@ -102,7 +102,7 @@ OPERATIONS = st.lists(
 def test_texts_that_share_pages_never_see_each_others_tokens(
     operations: list[Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    pool, path = Pool(), tmp_path_factory.getbasetemp() / "state"
+    pool, path = CachingAllocator(), tmp_path_factory.getbasetemp() / "state"
     texts: list[tuple[State, list[int]]] = [(new_state(pool), [])]
     snapshots: list[tuple[Any, list[int]]] = []
     for i, (what, which, count, share) in enumerate(operations):
@@ -178,7 +178,7 @@ def test_growing_copies_nothing() -> None:
 
 
 def test_a_trim_frees_pages_at_once_unless_somebody_else_needs_them() -> None:
-    pool = Pool()
+    pool = CachingAllocator()
     state = new_state(pool)
     extend(state, list(range(8 * PAGE)))
     page = state.pages[0].nbytes
@@ -192,7 +192,7 @@ def test_a_trim_frees_pages_at_once_unless_somebody_else_needs_them() -> None:
 
 
 def test_memory_is_flat_over_ten_thousand_forks() -> None:
-    pool = Pool()
+    pool = CachingAllocator()
     state = new_state(pool)
     extend(state, list(range(2 * PAGE + 9)))
     kept: list[Any] = []

@@ -28,7 +28,7 @@ from tiercel.ops.rotary import frequencies, rotate
 from tiercel.ops.scan import selective_scan_reference
 from tiercel.ops.ssd import ssd_reference
 from tiercel.runtime import allocator as pool
-from tiercel.runtime.allocator import Pool
+from tiercel.runtime.allocator import CachingAllocator
 
 pytestmark = pytest.mark.skipif(not cpu.there, reason="the native extension was not built, or is not wanted")
 
@@ -56,7 +56,7 @@ def spoil_scratch() -> None:
     """Leave NaN in every thread's scratch: an attention over nothing else."""
     config = AttentionConfig(heads=16, kv_heads=2, head_dim=256)
     q, k = torch.full((64, 4096), math.nan), torch.full((64, 512), math.nan)
-    Attention(config).step([State([[config]], F32, CPU, "", Pool())], [64], q, k, k)
+    Attention(config).step([State([[config]], F32, CPU, "", CachingAllocator())], [64], q, k, k)
 
 
 class Attention:
@@ -183,7 +183,7 @@ def _grown(states: Sequence[State], lengths: Sequence[int], y: Tensor) -> Tensor
 
 
 def fresh(op: Any, dtype: torch.dtype) -> State:
-    return State([[op.config]], dtype, CPU, "", Pool())
+    return State([[op.config]], dtype, CPU, "", CachingAllocator())
 
 
 def play(op: Any, dtype: torch.dtype, inputs: Sequence[Tensor], cuts: Sequence[int], threads: int = 1) -> Tensor:

@@ -28,7 +28,7 @@ from tiercel.model.state_cache import DeviceBatch, StateCache
 from tiercel.model.varlen import VarlenBatch
 from tiercel.ops import cpu
 from tiercel.ops.linear import QTensor, torch_multiplies_bf16
-from tiercel.runtime.allocator import Pool
+from tiercel.runtime.allocator import CachingAllocator
 
 
 class Decoder(nn.Module):
@@ -41,7 +41,7 @@ class Decoder(nn.Module):
         self.head = Linear(config.width, config.vocab_size, bias=False)
         self._tie()
         self._graphs = GraphCache()
-        self.pool = Pool()
+        self.pool = CachingAllocator()
         self.adapters = Adapters(self)
 
     @overload

@@ -20,7 +20,7 @@ from tiercel.model.gpu_layout import place
 from tiercel.model.pages import Page
 from tiercel.model.state import Snapshot, State
 from tiercel.model.state_cache import PAGE, AttentionSlots, Mamba2Slots, StateCache
-from tiercel.runtime.allocator import Pool
+from tiercel.runtime.allocator import CachingAllocator
 
 SPARE = 2  # slots for what lives a moment: a text that starts again, a session that is saved
 SHARE = 0.85  # of the free memory that slots may take
@@ -49,7 +49,7 @@ class GPURunner:
                 raise RequestError(f"{count} slots do not fit this GPU: serve fewer at once")
         self.slots = StateCache(network, count, max_length, wanted if pages is None else pages)
         self.graphs = CUDAGraphRunner(network, self.slots, sorted({n for n in CAPTURE_SIZES if n < count} | {count}))
-        self.pool = Pool()
+        self.pool = CachingAllocator()
 
     @property
     def fingerprint(self) -> str:

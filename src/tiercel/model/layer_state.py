@@ -34,7 +34,7 @@ from torch import Tensor
 from tiercel.model.config import LARGEST, AttentionConfig, Mamba1Config, Mamba2Config, Mixer
 from tiercel.model.pages import PAGE, Pages
 from tiercel.ops.scan import selective_scan
-from tiercel.runtime.allocator import Pool, memory
+from tiercel.runtime.allocator import CachingAllocator, memory
 
 TILE = 32  # keys that kernels read together: pages are whole tiles
 LONGEST_CHUNK = 64  # S is rewritten at least this often, whatever chunk the model was trained with: the form is exact
@@ -196,7 +196,7 @@ class RecurrentState(LayerState):
         config: Mamba1Config | Mamba2Config,
         dtype: torch.dtype,
         device: torch.device,
-        pool: Pool,
+        pool: CachingAllocator,
         *,
         channels: int,
         x: tuple[int, ...],
@@ -327,7 +327,7 @@ class RecurrentState(LayerState):
 class Mamba2State(RecurrentState):
     """The committed state (H, N, P) float32 and the open chunk; trims by length down to `base`."""
 
-    def __init__(self, config: Mamba2Config, dtype: torch.dtype, device: torch.device, pool: Pool) -> None:
+    def __init__(self, config: Mamba2Config, dtype: torch.dtype, device: torch.device, pool: CachingAllocator) -> None:
         H, P, N, G = config.heads, config.head_dim, config.state, config.groups
         super().__init__(
             config, dtype, device, pool, channels=config.channels, x=(H, P), dt=(H,), B=(G, N), S=(H, N, P)
@@ -349,7 +349,7 @@ class Mamba1State(RecurrentState):
 
     RUNNING_LENGTH = -1
 
-    def __init__(self, config: Mamba1Config, dtype: torch.dtype, device: torch.device, pool: Pool) -> None:
+    def __init__(self, config: Mamba1Config, dtype: torch.dtype, device: torch.device, pool: CachingAllocator) -> None:
         I, N = config.inner, config.state
         super().__init__(config, dtype, device, pool, channels=I, x=(I,), dt=(I,), B=(N,), S=(N, I))
         self.running = pool.one(N, I, dtype=torch.float32, device=device).zero_()
@@ -398,7 +398,7 @@ class Mamba1State(RecurrentState):
         self.words[self.RUNNING_LENGTH] = base
 
 
-def layer_state(config: Mixer, dtype: torch.dtype, device: torch.device, pool: Pool) -> LayerState:
+def layer_state(config: Mixer, dtype: torch.dtype, device: torch.device, pool: CachingAllocator) -> LayerState:
     """An empty memory for one mixer; keys, values and inputs in `dtype`, S and dt in float32."""
     if isinstance(config, AttentionConfig):
         return AttentionState(config, dtype, device)

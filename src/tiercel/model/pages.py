@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiercel.runtime.allocator import Pool
+from tiercel.runtime.allocator import CachingAllocator
 
 # tokens of a page (PAGE in ops/cpu/kernels.h): whole tiles of keys, and what a snapshot's last page may waste
 PAGE = 64
@@ -44,7 +44,7 @@ class Pages(Sequence[Page]):
     table (capacity) int64: their addresses, for kernels; moves when it grows.
     """
 
-    def __init__(self, pool: Pool, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, pool: CachingAllocator, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.pool, self.size, self.dtype, self.device = pool, size, dtype, device
         self.held: list[Page] = []
         self.shared = 0

@@ -26,7 +26,7 @@ from tiercel.errors import RequestError
 from tiercel.model.config import Mixer
 from tiercel.model.layer_state import AttentionState, LayerState, RecurrentState, layer_state
 from tiercel.model.pages import Page, Pages
-from tiercel.runtime.allocator import Pool, memory
+from tiercel.runtime.allocator import CachingAllocator, memory
 
 SEGMENT = 1024  # keys of one partial sum, where few queries meet many keys (SEGMENT in ops/cpu/kernels.h)
 SPLIT = 8  # new tokens up to which that is done
@@ -81,7 +81,7 @@ class State:
     LENGTH, PARTIALS, SEGMENTS, TABLE, HEADER = 0, 1, 2, 3, 4
 
     def __init__(
-        self, mixers: Sequence[Sequence[Mixer]], dtype: torch.dtype, device: torch.device, model: str, pool: Pool
+        self, mixers: Sequence[Sequence[Mixer]], dtype: torch.dtype, device: torch.device, model: str, pool: CachingAllocator
     ) -> None:
         self.mixers, self.dtype, self.device, self.model, self.pool = mixers, dtype, device, model, pool
         self.layers = [[layer_state(config, dtype, device, pool) for config in layer] for layer in mixers]

@@ -54,10 +54,10 @@ def memory(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return new.fill_(torch.nan) if spoil else new
 
 
-class Run(np.ndarray):
+class Block(np.ndarray):
     """Some bytes of a slab.  numpy's own views of it have no `slab`: only the one that a tensor holds gives it back."""
 
-    slab: Slab | None = None
+    slab: Segment | None = None
     place: tuple[int, int]
 
     def __del__(self) -> None:
@@ -65,11 +65,11 @@ class Run(np.ndarray):
             self.slab.pool.give(self)
 
 
-class Slab:
+class Segment:
     """bytes: all of it · free: (start, stop) of what is, in order, no two of them neighbours · largest: of these, or
     more · touched: everything before this has been, nothing behind it"""
 
-    def __init__(self, pool: Pool, nbytes: int) -> None:
+    def __init__(self, pool: CachingAllocator, nbytes: int) -> None:
         self.pool, self.nbytes = pool, nbytes
         all_ = mapped(nbytes + HUGE)
         begin = -all_.ctypes.data % HUGE
@@ -77,7 +77,7 @@ class Slab:
         self.free, self.largest = [(0, nbytes)], nbytes
         self.touched = 0
 
-    def take(self, nbytes: int, stop: int) -> Run | None:
+    def take(self, nbytes: int, stop: int) -> Block | None:
         """The first run of so many free bytes that ends before `stop`."""
         if nbytes > self.largest:
             return None
@@ -87,7 +87,7 @@ class Slab:
             if end - start >= nbytes:
                 self.free[i : i + 1] = [(start + nbytes, end)] if end - start > nbytes else []
                 self.touched = max(self.touched, start + nbytes)
-                run: Run = self.bytes[start : start + nbytes].view(Run)
+                run: Block = self.bytes[start : start + nbytes].view(Block)
                 run.slab, run.place = self, (start, start + nbytes)
                 return run
         self.largest = max((end - start for start, end in self.free), default=0)
@@ -119,7 +119,7 @@ class Slab:
         return self.free == [(0, self.nbytes)]
 
 
-class Pool:
+class CachingAllocator:
     """A network has one, and so has what passes (memory.py); a copy of a network begins with an empty one.  From any
     thread.
 
@@ -133,18 +133,18 @@ class Pool:
     AT_ONCE = 4 * HUGE  # and where somebody does, in large slabs
 
     def __init__(self, keep: int | None = None) -> None:
-        self.slabs: list[Slab] = []
+        self.slabs: list[Segment] = []
         self.keep = self.KEEP if keep is None else keep
         self._held = self._touched = 0  # bytes of runs that are out, and of slabs that were touched
-        self._lucky: Slab | None = None
-        self._given: deque[tuple[Slab, int, int]] = deque()  # runs that came back, not yet in their slabs
+        self._lucky: Segment | None = None
+        self._given: deque[tuple[Segment, int, int]] = deque()  # runs that came back, not yet in their slabs
         self._lock = threading.Lock()
 
-    def __deepcopy__(self, memo: Any) -> Pool:
-        return Pool()
+    def __deepcopy__(self, memo: Any) -> CachingAllocator:
+        return CachingAllocator()
 
     def __reduce__(self) -> Any:
-        return Pool, ()
+        return CachingAllocator, ()
 
     @property
     def nbytes(self) -> int:
@@ -187,7 +187,7 @@ class Pool:
             self._touched += slab.touch(slab.touched, slab.touched + self.STEP)
         return True
 
-    def give(self, run: Run) -> None:
+    def give(self, run: Block) -> None:
         """Called by a run that nobody holds any more; perhaps in the middle of `take`, as garbage is collected."""
         if spoil:
             run.fill(255)
@@ -195,7 +195,7 @@ class Pool:
         self._given.append((run.slab, *run.place))
         self._settle()
 
-    def _run(self, nbytes: int) -> Run:
+    def _run(self, nbytes: int) -> Block:
         with self._lock:
             self._put_back()
             self._held += nbytes
@@ -210,13 +210,13 @@ class Pool:
             assert run is not None
             return run
 
-    def _by_luck(self) -> Iterator[Slab]:
+    def _by_luck(self) -> Iterator[Segment]:
         """All slabs, the one first that had room last: a state's many runs are taken one after another."""
         if self._lucky is not None:
             yield self._lucky
         yield from self.slabs
 
-    def _fresh(self, slab: Slab, nbytes: int) -> Run | None:
+    def _fresh(self, slab: Segment, nbytes: int) -> Block | None:
         """A run of which some was never touched."""
         before = slab.touched
         run = slab.take(nbytes, slab.nbytes)
@@ -226,8 +226,8 @@ class Pool:
             self._touched += slab.touched - before
         return run
 
-    def _new(self, nbytes: int) -> Slab:
-        self.slabs.append(Slab(self, max(nbytes, self.FEW if nbytes < self.SMALL else self.SLAB)))
+    def _new(self, nbytes: int) -> Segment:
+        self.slabs.append(Segment(self, max(nbytes, self.FEW if nbytes < self.SMALL else self.SLAB)))
         return self.slabs[-1]
 
     def give_back(self) -> None:

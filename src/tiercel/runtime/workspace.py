@@ -13,12 +13,12 @@ import sys
 import torch
 from torch import Tensor
 
-from tiercel.runtime.allocator import Pool
+from tiercel.runtime.allocator import CachingAllocator
 
 LARGE = 1 << 20  # bytes: below this everything is as torch does it
 KEPT = 192 << 20  # what a layer of a 7B takes for a prompt's 512 tokens
 
-_passing = Pool(KEPT)
+_passing = CachingAllocator(KEPT)
 
 
 def passing(nbytes: int) -> Tensor:

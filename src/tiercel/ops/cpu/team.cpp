@@ -45,11 +45,11 @@ struct Scratch {
 thread_local Scratch scratch_;
 thread_local Ops* recording_ = nullptr;
 
-class Pool {
+class CachingAllocator {
 public:
-    static Pool& get() {
+    static CachingAllocator& get() {
         if (pool_ == nullptr) {
-            pool_ = new Pool;  // never destroyed: threads may outlive static destruction
+            pool_ = new CachingAllocator;  // never destroyed: threads may outlive static destruction
 #if defined(__unix__) || defined(__APPLE__)
             pthread_atfork(nullptr, nullptr, [] { pool_ = nullptr; });  // threads do not survive a fork
 #endif
@@ -148,7 +148,7 @@ private:
         }
     }
 
-    static Pool* pool_;
+    static CachingAllocator* pool_;
     std::mutex entry_, sleep_;
     std::condition_variable wake_;
     int workers_ = 0, size_ = 1;
@@ -161,7 +161,7 @@ private:
     alignas(64) std::atomic<int> inside_{0};
 };
 
-Pool* Pool::pool_ = nullptr;
+CachingAllocator* CachingAllocator::pool_ = nullptr;
 int threads_ = 1;
 
 // Hazards: an op has to wait when it reads or writes what an earlier one wrote since the last wait, or writes what one reads.
@@ -203,12 +203,12 @@ void Ops::add(Kernel kernel, const void* args, size_t bytes, bool alone, const s
     ops_.push_back(op);
 }
 
-void Ops::run(int threads) { Pool::get().run(ops_, threads); }
+void Ops::run(int threads) { CachingAllocator::get().run(ops_, threads); }
 
 std::vector<double> Ops::profile(int threads) {
     std::vector<double> at;
     const double begin = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-    Pool::get().run(ops_, threads, &at);
+    CachingAllocator::get().run(ops_, threads, &at);
     for (size_t i = at.size(); i-- > 1;) at[i] -= at[i - 1];
     if (!at.empty()) at[0] -= begin;
     return at;
