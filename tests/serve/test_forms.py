@@ -74,7 +74,7 @@ def said(text, cuts):
     from tiercel.tokenizer.tools import ToolForm
 
     choice, parts = talk._Choice(talk.Ask([1], SamplingParams(), tools=ToolForm.of("tools <tool_call>"))), []
-    counts = talk.Counts()
+    counts = talk.Usage()
     for start in range(0, len(text), cuts):
         last = start + cuts >= len(text)
         update = SimpleNamespace(choice=0, pieces=[Piece("text", text[start : start + cuts])], token_ids=[1],

@@ -20,14 +20,14 @@ TOLD = {
 }  # fmt: skip
 
 
-class Talker:
+class ChatBackend:
     def vote(self, prompt, params, settings, progress, *, raw=False, think=None):
         progress({"k": settings.k, "done": 3, "stopped": 1, "leader": "42", "share": 0.75})
         return dict(TOLD)
 
 
 def ask(**more):
-    return answer_by_vote(Talker(), "?", SamplingParams(), VoteSettings(k=16), **more)
+    return answer_by_vote(ChatBackend(), "?", SamplingParams(), VoteSettings(k=16), **more)
 
 
 def test_a_live_line_on_a_terminal_and_only_there(capsys, monkeypatch):

@@ -5,7 +5,7 @@
     >>> \"\"\"many lines                up to the closing quotes
 
 The answer goes to stdout, everything else (thoughts, bars, timings) to stderr, so that `> file` holds the answer.
-What talks is a `Talker`: the model with its memory of the conversation, or anything else that answers so.
+What talks is a `ChatBackend`: the model with its memory of the conversation, or anything else that answers so.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Answer(Protocol):
     times: Times
 
 
-class Talker(Protocol):
+class ChatBackend(Protocol):
     """A model in a conversation.  `ask` may be left at any piece and asked again; `last` is the latest answer."""
 
     @property
@@ -121,7 +121,7 @@ class ModelTalker:
 
 
 def answer_by_vote(
-    talker: Talker,
+    talker: ChatBackend,
     prompt: Prompt,
     params: SamplingParams,
     settings: VoteSettings,
@@ -329,7 +329,7 @@ class Conversation:
 
     def __init__(
         self,
-        talker: Talker,
+        talker: ChatBackend,
         name: str,
         params: SamplingParams,
         *,

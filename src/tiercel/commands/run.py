@@ -14,7 +14,7 @@ from tiercel.commands.options import Json, ModelName, print_json
 from tiercel.errors import RequestError
 
 if TYPE_CHECKING:
-    from tiercel.commands.chat import Prompt, Talker
+    from tiercel.commands.chat import Prompt, ChatBackend
     from tiercel.sampling.params import SamplingParams
 
 DEFAULT_MODEL = "reasoner"  # it comes with the package: `hub.BUNDLED`
@@ -132,7 +132,7 @@ def _messages(system: str | None, text: str) -> list[dict[str, str]]:
 
 def open_talker(
     name: str, dtype: str, context: int | None, report: Callable[[str, int, int], None], **packing: Any
-) -> Talker:
+) -> ChatBackend:
     """The model behind a name, with a memory of its conversation; packing: `load`'s quantize, exact and device."""
     import tiercel
     from tiercel.commands.chat import ModelTalker
@@ -153,7 +153,7 @@ def open_talker(
     return ModelTalker(loaded)
 
 
-def _open(name: str, dtype: str, context: int | None, **packing: Any) -> Talker:
+def _open(name: str, dtype: str, context: int | None, **packing: Any) -> ChatBackend:
     """A running server's model where it has it and nothing else is asked for, else one loaded here."""
     from tiercel.commands.chat import waiting
 
@@ -166,14 +166,14 @@ def _open(name: str, dtype: str, context: int | None, **packing: Any) -> Talker:
         return open_talker(name, dtype, context, report, **packing)
 
 
-def _converse(talker: Talker, name: str, params: SamplingParams, **settings: Any) -> None:
+def _converse(talker: ChatBackend, name: str, params: SamplingParams, **settings: Any) -> None:
     from tiercel.commands.chat import Conversation
 
     Conversation(talker, name, params, **settings).run()
 
 
 def _answer(
-    talker: Talker,
+    talker: ChatBackend,
     name: str,
     question: Prompt,
     params: SamplingParams,

@@ -30,11 +30,11 @@ from tiercel.errors import RequestError, TiercelError
 from tiercel.runtime.exit import leave
 from tiercel.serve import library, ollama, openai, openapi, page, responses
 from tiercel.serve.connection import connection
-from tiercel.serve.errors import BUSY, Refusal, log, plain, reply, reply_to
+from tiercel.serve.errors import BUSY, APIError, log, plain, reply, reply_to
 from tiercel.serve.generation import Running
 from tiercel.serve.metrics import Metrics
 from tiercel.serve.models import Lease, Models, Opener, open_model
-from tiercel.serve.security import Guard
+from tiercel.serve.security import SecurityMiddleware
 from tiercel.serve.settings import Settings
 
 CLOSING = 5.0  # seconds for the engines to end their step and stop, after the drain
@@ -50,13 +50,13 @@ class Service:
         self.running: set[Running] = set()
         self.admitted = 0
         self.draining = False  # nobody new is let in
-        self.over: Refusal | None = None  # and why nobody may go on
+        self.over: APIError | None = None  # and why nobody may go on
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
         """A place in the queue; raises Refusal at once when there is none."""
         if self.admitted >= self.settings.slots + self.settings.queue:
-            raise Refusal(503, BUSY, code="busy", retry=1)
+            raise APIError(503, BUSY, code="busy", retry=1)
         self.admitted += 1
         try:
             yield
@@ -75,12 +75,12 @@ class Service:
 
     def expire(self) -> None:
         """End all answers, and those whose prompt is still being made ready when they begin."""
-        self.over = Refusal(503, "the server is going down; the answer was cut short", code="shutdown")
+        self.over = APIError(503, "the server is going down; the answer was cut short", code="shutdown")
         for running in list(self.running):
             running.expire(self.over)
 
 
-class Desk:
+class RequestMiddleware:
     """ASGI middleware: every request gets an id, every error a body, every response is counted."""
 
     def __init__(self, app: Any, service: Service) -> None:
@@ -106,7 +106,7 @@ class Desk:
 
         try:
             if self.service.draining and scope["path"] != "/health":
-                raise Refusal(503, "the server is going down", retry=5)
+                raise APIError(503, "the server is going down", retry=5)
             await self.app(scope, receive, out)
         except (ClientDisconnect, ConnectionError):
             return
@@ -193,7 +193,7 @@ def make_app(service: Service) -> Any:
     app = Starlette(routes=routes(), lifespan=life, exception_handlers=handlers)
     app.state.service, app.state.settings = service, service.settings
     app.router.redirect_slashes = False
-    return Guard(Desk(app, service), service.settings)
+    return SecurityMiddleware(RequestMiddleware(app, service), service.settings)
 
 
 class Server(uvicorn.Server):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tiercel.errors import ContextOverflow
-from tiercel.serve.errors import Refusal
+from tiercel.serve.errors import APIError
 from tiercel.serve.generation import check_ids
 from tiercel.serve.models import Lease
 from tiercel.serve.settings import Settings
@@ -28,7 +28,7 @@ async def embed(
     truncate: cut what is longer than the context, as asked for; otherwise refuse it (ContextOverflow).
     """
     if len(inputs) > settings.embed_inputs:
-        raise Refusal(400, f"up to {settings.embed_inputs} inputs at once, not {len(inputs)}")
+        raise APIError(400, f"up to {settings.embed_inputs} inputs at once, not {len(inputs)}")
     ids = await asyncio.to_thread(lambda: [_ids(lease, text, truncate) for text in inputs])
     lease.take(sum(map(len, ids)))
     return [await _run(lease, row) for row in ids], sum(map(len, ids))
@@ -37,7 +37,7 @@ async def embed(
 def _ids(lease: Lease, text: Input, truncate: bool) -> list[int]:
     model = lease.loaded.model
     if isinstance(text, str) and model.text is None:
-        raise Refusal(400, f"{lease.named.name} has no tokenizer: give it token ids")
+        raise APIError(400, f"{lease.named.name} has no tokenizer: give it token ids")
     ids = model.text.encode(text) if isinstance(text, str) else list(text)
     check_ids(model, ids)
     if len(ids) > model.max_length and not truncate:

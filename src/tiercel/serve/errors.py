@@ -26,7 +26,7 @@ PATHS = re.compile(r"(?<![\w/:.])(/[^\s'\",;:]+){2,}|[A-Za-z]:\\[^\s'\",;]+|(?<!
 BUSY = "server busy, please try again.  maximum pending requests exceeded"
 
 
-class Refusal(TiercelError):
+class APIError(TiercelError):
     """An answer other than 200, with everything a dialect may want to say of it."""
 
     def __init__(
@@ -43,7 +43,7 @@ def plain(value: Any) -> bytes:
 
 
 def status_of(error: BaseException) -> int:
-    if isinstance(error, Refusal):
+    if isinstance(error, APIError):
         return error.status
     if isinstance(error, RequestError):
         return 400

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tiercel import voting
 from tiercel.errors import ContextOverflow, RequestError
 from tiercel.sampling.params import SamplingParams, Structured
-from tiercel.serve.errors import BUSY, Refusal, plain
+from tiercel.serve.errors import BUSY, APIError, plain
 from tiercel.serve.models import Lease
 from tiercel.voting import Voter, VoteSettings
 
@@ -35,7 +35,7 @@ Think = bool | str | None  # on, off, an effort, or the model's own way
 
 
 @dataclass
-class Ask:
+class GenerationRequest:
     """One prompt for the engine.  parser: makes the reader of tool calls, one per choice."""
 
     ids: list[int]
@@ -50,7 +50,7 @@ class Ask:
 
 
 @dataclass
-class Part:
+class OutputDelta:
     """What one step added to one choice.  finish: "stop", "length", "tool_calls" with the last part of a choice."""
 
     choice: int = 0
@@ -70,7 +70,7 @@ class Part:
 
 
 @dataclass
-class Counts:
+class Usage:
     """What an answer cost; complete at its end.  Seconds."""
 
     prompt: int = 0
@@ -149,7 +149,7 @@ def options_to_params(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[
 
 def _whole(name: str, value: Any, low: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 1 << 31:
-        raise Refusal(400, f"option {name} must be a whole number from {low} to {(1 << 31) - 1}")
+        raise APIError(400, f"option {name} must be a whole number from {low} to {(1 << 31) - 1}")
     return value
 
 
@@ -173,7 +173,7 @@ def prepare(
     continue_final: bool = False,
     template: Mapping[str, Any] | None = None,
     vote: VoteSettings | None = None,
-) -> Ask:
+) -> GenerationRequest:
     """Raises RequestError, ContextOverflow.  prompt: text as it is, token ids, or messages for the chat template.
     forced: the answer is one call of one of the tools, whatever the model would rather say."""
     model = lease.loaded.model
@@ -226,7 +226,7 @@ def prepare(
         grammar = grammars.compile(params.structured)
     # a form binds the answer from its first token, unless the model's template knows thoughts, which come before it
     apart = chat and (grammar is None or thinks(model.text))
-    return Ask(ids, params, "auto" if apart else "off", starts, turn, form, grammar, vote)
+    return GenerationRequest(ids, params, "auto" if apart else "off", starts, turn, form, grammar, vote)
 
 
 TIGHT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True,
@@ -272,7 +272,7 @@ def _thinking(model: Any, given: dict[str, Any], kwargs: dict[str, Any], think: 
 
 def check_schema(value: Any, limit: int) -> None:
     if len(plain(value)) > limit:
-        raise Refusal(400, f"schemas and tools may be {limit} bytes together")
+        raise APIError(400, f"schemas and tools may be {limit} bytes together")
 
 
 def _turn(text: Any, messages: list[dict[str, Any]], ids: list[int], kwargs: dict[str, Any]) -> int | None:
@@ -300,10 +300,10 @@ class Running:
     def __init__(self, stream: Any, settings: Any) -> None:
         self.stream, self.settings = stream, settings
         self.deadline = time.monotonic() + settings.total_timeout
-        self.reason: Refusal | None = None
+        self.reason: APIError | None = None
         self._scope: asyncio.Timeout | None = None
 
-    def expire(self, reason: Refusal) -> None:
+    def expire(self, reason: APIError) -> None:
         self.reason = reason
         if self._scope is not None and not self._scope.expired():
             self._scope.reschedule(asyncio.get_running_loop().time())
@@ -329,10 +329,10 @@ class Running:
                 if queued and self.stream.request.started is not None:
                     continue  # its turn came meanwhile
                 if queued and time.monotonic() >= end_of_queue:
-                    raise Refusal(503, BUSY, code="busy", retry=5) from None
+                    raise APIError(503, BUSY, code="busy", retry=5) from None
                 over = time.monotonic() >= self.deadline
                 what = "the answer took too long" if over else "no token came" + (" yet" if first else "")
-                raise Refusal(504, f"{what}; it was ended after {patience:g} s", code="timeout") from None
+                raise APIError(504, f"{what}; it was ended after {patience:g} s", code="timeout") from None
             finally:
                 self._scope = None
             first = False
@@ -340,7 +340,7 @@ class Running:
 
 
 @asynccontextmanager
-async def answer(service: Service, lease: Lease, ask: Ask, counts: Counts) -> AsyncIterator[AsyncIterator[Part]]:
+async def answer(service: Service, lease: Lease, ask: GenerationRequest, counts: Usage) -> AsyncIterator[AsyncIterator[OutputDelta]]:
     """The parts of an answer; leaving the block cancels what still runs.  Raises Busy, RequestError at once."""
     if service.over is not None:
         raise service.over
@@ -362,16 +362,16 @@ async def answer(service: Service, lease: Lease, ask: Ask, counts: Counts) -> As
         service.metrics.answered(lease.loaded.name, counts)
 
 
-async def _parts(running: Running, ask: Ask, counts: Counts, service: Service) -> AsyncIterator[Part]:
+async def _parts(running: Running, ask: GenerationRequest, counts: Usage, service: Service) -> AsyncIterator[OutputDelta]:
     choices = [_Choice(ask) for _ in range(ask.params.n)]
     async for update in _counted(running, counts, service):
         yield choices[update.choice].part(update, counts)
         if update.last:
             return
-    raise Refusal(500, "the answer broke off")
+    raise APIError(500, "the answer broke off")
 
 
-async def _votes(running: Running, voter: Voter, ask: Ask, counts: Counts, service: Service) -> AsyncIterator[Part]:
+async def _votes(running: Running, voter: Voter, ask: GenerationRequest, counts: Usage, service: Service) -> AsyncIterator[OutputDelta]:
     """How it stands whenever an answer has ended, then the answer with the vote."""
     choices: dict[int, _Choice] = {}  # they count the tokens of thoughts
     async for update in _counted(running, counts, service):
@@ -382,14 +382,14 @@ async def _votes(running: Running, voter: Voter, ask: Ask, counts: Counts, servi
             made = voter.result(update.request)
             won = update.request.choices[made.chosen]
             finish = "stop" if won.finish_reason == "stop" else "length"
-            yield Part(0, made.thinking, made.text, tokens=won.token_ids, finish=finish, vote=made.to_dict())
+            yield OutputDelta(0, made.thinking, made.text, tokens=won.token_ids, finish=finish, vote=made.to_dict())
             return
         if update.finish_reason is not None:
-            yield Part(0, vote=voter.progress())
-    raise Refusal(500, "the vote broke off")
+            yield OutputDelta(0, vote=voter.progress())
+    raise APIError(500, "the vote broke off")
 
 
-async def _counted(running: Running, counts: Counts, service: Service) -> AsyncIterator[Any]:
+async def _counted(running: Running, counts: Usage, service: Service) -> AsyncIterator[Any]:
     """The updates, counted; raises the error that one brings."""
     first_at, submitted = None, time.perf_counter()
     async for update in running.updates():
@@ -410,7 +410,7 @@ async def _counted(running: Running, counts: Counts, service: Service) -> AsyncI
 class _Choice:
     """Pieces of one choice → parts; tool calls are read out of the answer's text."""
 
-    def __init__(self, ask: Ask) -> None:
+    def __init__(self, ask: GenerationRequest) -> None:
         self.inside = ask.starts_in_thinking
         self.called = False
         self.parser: Any = None
@@ -419,8 +419,8 @@ class _Choice:
 
             self.parser = ToolParser(ask.tools)
 
-    def part(self, update: Any, counts: Counts) -> Part:
-        part = Part(update.choice, tokens=list(update.token_ids))
+    def part(self, update: Any, counts: Usage) -> OutputDelta:
+        part = OutputDelta(update.choice, tokens=list(update.token_ids))
         for piece in update.pieces:
             if piece.kind == "thinking":
                 part.thinking += piece.text
@@ -442,7 +442,7 @@ class _Choice:
             part.stop_reason = update.stop_reason
         return part
 
-    def _read(self, part: Part, found: list[Any]) -> None:
+    def _read(self, part: OutputDelta, found: list[Any]) -> None:
         for item in found:
             if isinstance(item, str):
                 part.text += item
@@ -451,9 +451,9 @@ class _Choice:
                 part.calls.append(item)
 
 
-async def whole(parts: AsyncIterator[Part], n: int) -> list[Part]:
+async def whole(parts: AsyncIterator[OutputDelta], n: int) -> list[OutputDelta]:
     """All parts of each choice as one."""
-    done = [Part(choice) for choice in range(n)]
+    done = [OutputDelta(choice) for choice in range(n)]
     async for part in parts:
         into = done[part.choice]
         into.thinking += part.thinking

@@ -21,10 +21,10 @@ from starlette.responses import Response
 from tiercel.errors import ModelNotFound, RequestError
 from tiercel.hub import hub, store
 from tiercel.serve import generation as talk
-from tiercel.serve.errors import Refusal
+from tiercel.serve.errors import APIError
 from tiercel.serve.ollama import details, stamp
 from tiercel.serve.requests import Body, read
-from tiercel.serve.stream import Lines, Whole
+from tiercel.serve.stream import NDJSONResponse, JSONResponse
 
 
 class Named(Body):
@@ -34,7 +34,7 @@ class Named(Body):
     def wanted(self) -> str:
         found = (self.model or self.name).strip()
         if not found:
-            raise Refusal(400, "model is required")
+            raise APIError(400, "model is required")
         return found
 
 
@@ -70,7 +70,7 @@ class Copy(Body):
 
 def _may_manage(request: Request) -> None:
     if not request.app.state.settings.may_manage:
-        raise Refusal(403, "changing models over HTTP is off on this server; see tiercel serve --manage")
+        raise APIError(403, "changing models over HTTP is off on this server; see tiercel serve --manage")
 
 
 # ── show
@@ -80,7 +80,7 @@ async def show(request: Request) -> Response:
     body = await read(request, Show)
     name = body.wanted()
     models = request.app.state.service.models
-    return Whole(request, lambda: asyncio.to_thread(_shown, models, name, bool(body.verbose)))
+    return JSONResponse(request, lambda: asyncio.to_thread(_shown, models, name, bool(body.verbose)))
 
 
 def _shown(models: Any, name: str, verbose: bool) -> dict[str, Any]:
@@ -173,18 +173,18 @@ async def pull(request: Request) -> Response:
     body = await read(request, Pull)
     name = body.wanted()
     if hub.is_path(name) or not (hub.short_name(name) or hub.repo_name(name)):
-        raise Refusal(400, "invalid model name")
+        raise APIError(400, "invalid model name")
     return _progress(request, body.stream, _pulling(name))
 
 
 async def push(request: Request) -> Response:
     await read(request, Pull)
-    raise Refusal(400, "push is not supported")
+    raise APIError(400, "push is not supported")
 
 
 def _progress(request: Request, stream: bool | None, events: AsyncGenerator[dict[str, Any], None]) -> Response:
     if stream is not False:
-        return Lines(request, events)
+        return NDJSONResponse(request, events)
 
     async def last() -> dict[str, Any]:
         last_one: dict[str, Any] = {}
@@ -192,7 +192,7 @@ def _progress(request: Request, stream: bool | None, events: AsyncGenerator[dict
             last_one = event
         return last_one
 
-    return Whole(request, last)
+    return JSONResponse(request, last)
 
 
 async def _pulling(name: str) -> AsyncGenerator[dict[str, Any], None]:
@@ -228,13 +228,13 @@ async def create(request: Request) -> Response:
     body = await read(request, Create)
     name = body.wanted()
     if hub.store_folder(name) is None:
-        raise Refusal(400, "invalid model name")
+        raise APIError(400, "invalid model name")
     if body.adapters and set(body.adapters) != set(store.ADAPTER_FILES):
-        raise Refusal(400, f"adapters: the two files {' and '.join(store.ADAPTER_FILES)} make an adapter")
+        raise APIError(400, f"adapters: the two files {' and '.join(store.ADAPTER_FILES)} make an adapter")
     if body.quantize:
-        raise Refusal(400, "quantize is not supported here; use: tiercel quantize MODEL OUT --to q4_k_m")
+        raise APIError(400, "quantize is not supported here; use: tiercel quantize MODEL OUT --to q4_k_m")
     if not body.from_ and not body.files:
-        raise Refusal(400, "neither 'from' or 'files' was specified")
+        raise APIError(400, "neither 'from' or 'files' was specified")
     extras = store.check_extras({
         "parameters": body.parameters, "system": body.system, "template": body.template, "messages": body.messages,
         "license": body.license, "from": body.from_,
@@ -268,7 +268,7 @@ def _adapter_from_blobs(files: dict[str, str], local: hub.LocalModel) -> Path:
     paths = {name: store.blob_path(digest) for name, digest in files.items()}
     for name, path in paths.items():
         if not path.is_file():
-            raise Refusal(400, f'blob "{files[name]}" not found')
+            raise APIError(400, f'blob "{files[name]}" not found')
     both = " ".join(paths[name].name for name in store.ADAPTER_FILES)
     folder = hub.home() / "blobs" / f"adapter-{hashlib.sha256(both.encode()).hexdigest()}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -283,11 +283,11 @@ def _from_blob(files: dict[str, str]) -> hub.LocalModel:
     from tiercel.commands.show import describe
 
     if len(files) != 1:
-        raise Refusal(400, "files: one GGUF file makes a model")
+        raise APIError(400, "files: one GGUF file makes a model")
     digest = next(iter(files.values()))
     path = store.blob_path(digest)
     if not path.is_file():
-        raise Refusal(400, f'blob "{digest}" not found')
+        raise APIError(400, f'blob "{digest}" not found')
     link = path.with_name(path.name + ".gguf")
     if not link.exists():
         link.hardlink_to(path)
@@ -303,7 +303,7 @@ async def copy(request: Request) -> Response:
     _may_manage(request)
     body = await read(request, Copy)
     if hub.store_folder(body.destination) is None:
-        raise Refusal(400, "invalid destination name")
+        raise APIError(400, "invalid destination name")
     request.app.state.service.models.find(body.source)
     await asyncio.to_thread(store.copy, body.source, body.destination)
     return Response(status_code=200)
@@ -316,12 +316,12 @@ async def delete(request: Request) -> Response:
     models = request.app.state.service.models
     models.find(name)
     if name in models.paths:
-        raise Refusal(403, "this model was given on the command line, and is not the server's to delete")
+        raise APIError(403, "this model was given on the command line, and is not the server's to delete")
     await models.unload(name)
     try:
         await asyncio.to_thread(store.remove, name)
     except ModelNotFound:
-        raise Refusal(404, f"model '{name}' not found") from None
+        raise APIError(404, f"model '{name}' not found") from None
     return Response(status_code=200)
 
 
@@ -331,10 +331,10 @@ async def blob(request: Request) -> Response:
     try:
         path = store.blob_path(digest)
     except RequestError as error:
-        raise Refusal(400, str(error)) from None
+        raise APIError(400, str(error)) from None
     if request.method == "HEAD":
         if not path.is_file():
-            raise Refusal(404, f'blob "{digest}" not found')
+            raise APIError(404, f'blob "{digest}" not found')
         return Response(status_code=200)
     if path.is_file():
         return Response(status_code=200)
@@ -358,15 +358,15 @@ async def _receive(request: Request, path: Any, digest: str) -> None:
                 except StopAsyncIteration:
                     break
                 except TimeoutError:
-                    raise Refusal(408, "the blob stopped arriving") from None
+                    raise APIError(408, "the blob stopped arriving") from None
                 size += len(chunk)
                 if size > settings.blob_bytes:
-                    raise Refusal(413, f"a blob may have {settings.blob_bytes} bytes")
+                    raise APIError(413, f"a blob may have {settings.blob_bytes} bytes")
                 sha256.update(chunk)
                 file.write(chunk)
         got = f"sha256:{sha256.hexdigest()}"
         if got != digest.replace("-", ":"):
-            raise Refusal(400, f'digest mismatch, expected "{digest}", got "{got}"')
+            raise APIError(400, f'digest mismatch, expected "{digest}", got "{got}"')
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from typing import Any
 from tiercel.errors import DoesNotFit, ModelNotFound
 from tiercel.hub import hub
 from tiercel.hub.fetch import read_json
-from tiercel.serve.errors import BUSY, Refusal, log
+from tiercel.serve.errors import BUSY, APIError, log
 from tiercel.serve.settings import Settings
 
 Opener = Callable[[Path, Settings], tuple[Any, Any]]  # → (Model, AsyncEngine not yet started)
@@ -104,7 +104,7 @@ class Lease:
         loaded, settings = self.loaded, self.models.settings
         most = settings.queue_contexts * loaded.model.max_length
         if loaded.tokens and loaded.tokens + tokens > most:
-            raise Refusal(503, BUSY, code="busy", retry=2)
+            raise APIError(503, BUSY, code="busy", retry=2)
         loaded.tokens += tokens
         self._tokens += tokens
 
@@ -149,7 +149,7 @@ class Models:
         except ModelNotFound:
             local_ = None
         if local_ is None or local_.source == "path":
-            raise Refusal(404, f"model '{name[:200]}' not found", param="model")
+            raise APIError(404, f"model '{name[:200]}' not found", param="model")
         return Named(name, local_, extras_of(local_), hub.adapter_of(local_.name))
 
     def all(self) -> list[Named]:
@@ -200,7 +200,7 @@ class Models:
         """Unload the model that was idle longest; raises Refusal when all are at work."""
         idle = [item for item in self.loaded.items() if item[1].users == 0 and item[1].name not in self.pinned]
         if not idle:
-            raise Refusal(503, "all models in memory are at work; try again, or raise --models", retry=5)
+            raise APIError(503, "all models in memory are at work; try again, or raise --models", retry=5)
         await self._unload(min(idle, key=lambda item: item[1].used)[0])
 
     async def _unload(self, key: tuple[Any, ...]) -> None:

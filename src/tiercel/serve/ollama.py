@@ -22,11 +22,11 @@ from tiercel.errors import RequestError
 from tiercel.serve import generation as talk
 from tiercel.serve.duration import seconds_of
 from tiercel.serve.embed import embed, normalized
-from tiercel.serve.errors import Refusal
-from tiercel.serve.generation import Ask, Counts, Part
+from tiercel.serve.errors import APIError
+from tiercel.serve.generation import GenerationRequest, Usage, OutputDelta
 from tiercel.serve.models import Lease, Loaded, Named
 from tiercel.serve.requests import Body, VoteField, read
-from tiercel.serve.stream import Lines, Reply, Whole
+from tiercel.serve.stream import NDJSONResponse, Reply, JSONResponse
 
 if TYPE_CHECKING:
     from tiercel.tokenizer.tools import ToolDelta
@@ -36,7 +36,7 @@ ThinkField = bool | Literal["low", "medium", "high", "max", ""] | None
 Name = Field(default="", max_length=512)
 
 
-class Asked(Body):
+class OllamaRequest(Body):
     model: str = Name
     stream: bool | None = None
     format: str | dict[str, Any] | None = None
@@ -50,7 +50,7 @@ class Asked(Body):
     vote: VoteField | None = None  # ours
 
 
-class Generate(Asked):
+class Generate(OllamaRequest):
     prompt: str | None = None
     suffix: str | None = None
     system: str | None = None
@@ -81,7 +81,7 @@ class Message(Body):
     tool_call_id: str | None = None
 
 
-class Chat(Asked):
+class Chat(OllamaRequest):
     messages: list[Message] | None = None
     tools: list[dict[str, Any]] | None = None
 
@@ -108,43 +108,43 @@ class Embeddings(Body):
 async def generate(request: Request) -> Response:
     body = await read(request, Generate)
     if body.images:
-        raise Refusal(400, f'"{body.model}" does not support images')
+        raise APIError(400, f'"{body.model}" does not support images')
     if body.suffix:
-        raise Refusal(400, f'"{body.model}" does not support insert')
+        raise APIError(400, f'"{body.model}" does not support insert')
     if body.raw and (body.template or body.system or body.context):
-        raise Refusal(400, "raw mode does not support template, system, or context")
+        raise APIError(400, "raw mode does not support template, system, or context")
     if body.template:
-        raise Refusal(400, "a template comes with a model (tiercel create), not with a request")
+        raise APIError(400, "a template comes with a model (tiercel create), not with a request")
     _check(body)
     if not body.prompt:
         return _loading(request, body, {"response": ""})
-    return _answering(request, body, Say(body), raw=bool(body.raw))
+    return _answering(request, body, ResponseWriter(body), raw=bool(body.raw))
 
 
 async def chat(request: Request) -> Response:
     body = await read(request, Chat)
     _check(body)
     if len(body.messages or ()) > request.app.state.settings.messages:
-        raise Refusal(400, f"a conversation may have {request.app.state.settings.messages} messages")
+        raise APIError(400, f"a conversation may have {request.app.state.settings.messages} messages")
     if any(message.images for message in body.messages or ()):
-        raise Refusal(400, f'"{body.model}" does not support images')
+        raise APIError(400, f'"{body.model}" does not support images')
     for kind in body.tools or ():
         if not isinstance(kind.get("function"), dict) or not isinstance(kind["function"].get("name"), str):
-            raise Refusal(400, "tools: each needs a function with a name")
+            raise APIError(400, "tools: each needs a function with a name")
     if not body.messages:
         return _loading(request, body, {"message": {"role": "assistant", "content": ""}})
     return _answering(request, body, ChatSay(body))
 
 
-def _check(body: Asked) -> None:
+def _check(body: OllamaRequest) -> None:
     if not body.model.strip():
-        raise Refusal(400, "model is required")
+        raise APIError(400, "model is required")
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= 20:
-        raise Refusal(400, "top_logprobs must be between 0 and 20")
+        raise APIError(400, "top_logprobs must be between 0 and 20")
     keep_alive(body.keep_alive)
 
 
-def _loading(request: Request, body: Asked, empty: dict[str, Any]) -> Response:
+def _loading(request: Request, body: OllamaRequest, empty: dict[str, Any]) -> Response:
     """No prompt: bring the model into memory, or out of it."""
     service = request.app.state.service
 
@@ -159,10 +159,10 @@ def _loading(request: Request, body: Asked, empty: dict[str, Any]) -> Response:
         return {"model": body.model, "created_at": now(), **empty, "done": True,
                 "done_reason": "unload" if kept == 0 else "load"}  # fmt: skip
 
-    return Whole(request, load)
+    return JSONResponse(request, load)
 
 
-class Say:
+class ResponseWriter:
     """How /api/generate takes its question and writes its answer."""
 
     def __init__(self, body: Any) -> None:
@@ -178,19 +178,19 @@ class Say:
 
     tools: list[dict[str, Any]] | None = None
 
-    def finish(self, ask: Ask) -> None:
+    def finish(self, ask: GenerationRequest) -> None:
         if self.body.context:
             ask.ids, ask.turn = [*self.body.context, *ask.ids], len(self.body.context)
 
-    def words(self, part: Part) -> dict[str, Any]:
+    def words(self, part: OutputDelta) -> dict[str, Any]:
         found: dict[str, Any] = {"response": part.text}
         return found | ({"thinking": part.thinking} if part.thinking else {})
 
-    def last(self, ask: Ask, said: list[int]) -> dict[str, Any]:
+    def last(self, ask: GenerationRequest, said: list[int]) -> dict[str, Any]:
         return {} if self.body.raw else {"context": [*ask.ids, *said]}
 
 
-class ChatSay(Say):
+class ChatSay(ResponseWriter):
     def __init__(self, body: Chat) -> None:
         super().__init__(body)
         self.tools = body.tools or None
@@ -201,10 +201,10 @@ class ChatSay(Say):
         first = [{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []
         return [*first, *_examples(lease.named), *messages]
 
-    def finish(self, ask: Ask) -> None:
+    def finish(self, ask: GenerationRequest) -> None:
         pass
 
-    def words(self, part: Part) -> dict[str, Any]:
+    def words(self, part: OutputDelta) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": part.text}
         if part.thinking:
             message["thinking"] = part.thinking
@@ -215,7 +215,7 @@ class ChatSay(Say):
             ]
         return {"message": message}
 
-    def last(self, ask: Ask, said: list[int]) -> dict[str, Any]:
+    def last(self, ask: GenerationRequest, said: list[int]) -> dict[str, Any]:
         return {}
 
 
@@ -250,14 +250,14 @@ def _object(call: ToolDelta) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _answering(request: Request, body: Asked, say: Say, raw: bool = False) -> Reply:
+def _answering(request: Request, body: OllamaRequest, say: ResponseWriter, raw: bool = False) -> Reply:
     events = _events(request, body, say, raw)
     if body.stream is not False:
-        return Lines(request, events)
+        return NDJSONResponse(request, events)
 
     async def whole() -> dict[str, Any]:
         """The lines joined: text, thoughts, calls and logprobs of all, the rest from the last."""
-        joined = Part()
+        joined = OutputDelta()
         last: dict[str, Any] = {}
         logprobs: list[Any] = []
         async for line in events:
@@ -270,10 +270,10 @@ def _answering(request: Request, body: Asked, say: Say, raw: bool = False) -> Re
             last = line
         return last | say.words(joined) | ({"logprobs": logprobs} if logprobs else {})
 
-    return Whole(request, whole)
+    return JSONResponse(request, whole)
 
 
-async def _events(request: Request, body: Asked, say: Say, raw: bool) -> AsyncGenerator[dict[str, Any], None]:
+async def _events(request: Request, body: OllamaRequest, say: ResponseWriter, raw: bool) -> AsyncGenerator[dict[str, Any], None]:
     service = request.app.state.service
     streaming = body.stream is not False
     began = time.perf_counter()
@@ -281,7 +281,7 @@ async def _events(request: Request, body: Asked, say: Say, raw: bool) -> AsyncGe
         given, context, ignored = _params(lease, body)
         request.state.ignored = [*getattr(request.state, "ignored", ()), *ignored][:16]
         if body.think and "thinking" not in talk.capabilities(lease.loaded.model):
-            raise Refusal(400, f'"{body.model}" does not support thinking')
+            raise APIError(400, f'"{body.model}" does not support thinking')
         ask = await asyncio.to_thread(
             talk.prepare, lease, say.prompt(lease), given, tools=say.tools,
             think=None if body.think == "" else body.think, structured=format_of(body.format), context=context,
@@ -289,7 +289,7 @@ async def _events(request: Request, body: Asked, say: Say, raw: bool) -> AsyncGe
         )  # fmt: skip
         ask.tenant = talk.tenant(request)
         say.finish(ask)
-        counts, said, calls = Counts(), [], _Calls()
+        counts, said, calls = Usage(), [], _Calls()
         async with talk.answer(service, lease, ask, counts) as parts:
             async for part in parts:
                 said += part.tokens
@@ -318,7 +318,7 @@ class _Calls:
     def __init__(self) -> None:
         self.open: ToolDelta | None = None
 
-    def complete(self, part: Part) -> list[ToolDelta]:
+    def complete(self, part: OutputDelta) -> list[ToolDelta]:
         done: list[ToolDelta] = []
         for call in part.calls:
             if self.open is not None and call.index == self.open.index:
@@ -332,7 +332,7 @@ class _Calls:
         return done
 
 
-def _params(lease: Lease, body: Asked) -> tuple[dict[str, Any], int | None, list[str]]:
+def _params(lease: Lease, body: OllamaRequest) -> tuple[dict[str, Any], int | None, list[str]]:
     options = {**(lease.named.extras.get("parameters") or {}), **(body.options or {})}
     given, ignored = talk.options_to_params(options)
     if body.logprobs:
@@ -348,10 +348,10 @@ def format_of(value: Any) -> dict[str, Any] | None:
         return {"json_object": True}
     if isinstance(value, dict):
         return {"json": value}
-    raise Refusal(400, f'format must be "json" or a JSON schema, not {value[:40]!r}')
+    raise APIError(400, f'format must be "json" or a JSON schema, not {value[:40]!r}')
 
 
-def logprobs(text: Any, part: Part, top: int) -> list[dict[str, Any]]:
+def logprobs(text: Any, part: OutputDelta, top: int) -> list[dict[str, Any]]:
     found = []
     for token, entries in part.logprobs:
         entry = _token(text, token, entries[token].logprob)
@@ -367,7 +367,7 @@ def _token(text: Any, id: int, logprob: float) -> dict[str, Any]:
     return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
 
 
-def durations(counts: Counts, began: float, load: float) -> dict[str, int]:
+def durations(counts: Usage, began: float, load: float) -> dict[str, int]:
     """prompt_eval_count is the whole prompt, read or remembered: clients take it for the context's length."""
     return {
         "total_duration": _ns(time.perf_counter() - began), "load_duration": _ns(load),
@@ -393,7 +393,7 @@ def keep_alive(value: KeepAlive) -> float | None:
     try:
         return None if value is None or value == "" else seconds_of(value)
     except RequestError as error:
-        raise Refusal(400, str(error), param="keep_alive") from None
+        raise APIError(400, str(error), param="keep_alive") from None
 
 
 # ── embeddings
@@ -402,12 +402,12 @@ def keep_alive(value: KeepAlive) -> float | None:
 async def embed_(request: Request) -> Response:
     body = await read(request, Embed)
     if not body.model.strip():
-        raise Refusal(400, "model is required")
+        raise APIError(400, "model is required")
     texts = [body.input] if isinstance(body.input, str) else body.input
     if texts is None or texts == [""]:
         texts = []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise Refusal(400, "invalid input type")
+        raise APIError(400, "invalid input type")
     keep_alive(body.keep_alive)
     began = time.perf_counter()
 
@@ -419,13 +419,13 @@ async def embed_(request: Request) -> Response:
                 "total_duration": _ns(time.perf_counter() - began), "load_duration": _ns(lease.load),
                 "prompt_eval_count": count}  # fmt: skip
 
-    return Whole(request, make)
+    return JSONResponse(request, make)
 
 
 async def embeddings(request: Request) -> Response:
     body = await read(request, Embeddings)
     if not body.model.strip():
-        raise Refusal(400, "model is required")
+        raise APIError(400, "model is required")
     keep_alive(body.keep_alive)
 
     async def make() -> dict[str, Any]:
@@ -434,7 +434,7 @@ async def embeddings(request: Request) -> Response:
             vectors, _ = await embed(lease, [body.prompt] if body.prompt else [], service.settings, truncate=True)
         return {"embedding": vectors[0] if vectors else []}
 
-    return Whole(request, make)
+    return JSONResponse(request, make)
 
 
 # ── what is here
@@ -489,7 +489,7 @@ async def tags(request: Request) -> Response:
         found = await asyncio.to_thread(lambda: [_listed(named) for named in models.all()])
         return {"models": [entry for entry in found if entry]}
 
-    return Whole(request, make)
+    return JSONResponse(request, make)
 
 
 async def ps(request: Request) -> Response:
@@ -499,7 +499,7 @@ async def ps(request: Request) -> Response:
         entries = sorted(models.loaded.values(), key=lambda loaded: -loaded.expires)
         return {"models": await asyncio.to_thread(lambda: [_resident(models, loaded) for loaded in entries])}
 
-    return Whole(request, make)
+    return JSONResponse(request, make)
 
 
 def _resident(models: Any, loaded: Loaded) -> dict[str, Any]:
@@ -516,4 +516,4 @@ async def version(request: Request) -> Response:
     async def make() -> dict[str, Any]:
         return {"version": tiercel.__version__}
 
-    return Whole(request, make)
+    return JSONResponse(request, make)

@@ -24,13 +24,13 @@ from starlette.responses import Response
 
 from tiercel.serve import generation as talk
 from tiercel.serve.embed import embed, normalized
-from tiercel.serve.errors import Refusal
-from tiercel.serve.generation import Ask, Counts, Part, Think
+from tiercel.serve.errors import APIError
+from tiercel.serve.generation import GenerationRequest, Usage, OutputDelta, Think
 from tiercel.serve.models import Lease
 from tiercel.serve.ollama import tagged
 from tiercel.serve.requests import Body, VoteField, read
 from tiercel.serve.score import score
-from tiercel.serve.stream import SentEvents, Whole
+from tiercel.serve.stream import EventSourceResponse, JSONResponse
 
 if TYPE_CHECKING:
     from tiercel.tokenizer.tools import ToolDelta
@@ -128,29 +128,29 @@ async def chat_completions(request: Request) -> Response:
     body = await read(request, ChatCompletion)
     check_chat(body, request.app.state.settings)
     if body.stream:
-        return SentEvents(request, _chat_events(request, body))
+        return EventSourceResponse(request, _chat_events(request, body))
 
     async def make() -> dict[str, Any]:
         return await _chat(request, body)
 
-    return Whole(request, make)
+    return JSONResponse(request, make)
 
 
 def check_chat(body: ChatCompletion, settings: Any) -> None:
     if not body.messages:
-        raise Refusal(400, "messages must have at least one message", param="messages")
+        raise APIError(400, "messages must have at least one message", param="messages")
     if len(body.messages) > settings.messages:
-        raise Refusal(400, f"a conversation may have {settings.messages} messages", param="messages")
+        raise APIError(400, f"a conversation may have {settings.messages} messages", param="messages")
     if body.audio or any(kind != "text" for kind in body.modalities or ()):
-        raise Refusal(400, "only text can be made", param="modalities")
+        raise APIError(400, "only text can be made", param="modalities")
     if body.top_logprobs is not None and not body.logprobs:
-        raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        raise APIError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= 20:
-        raise Refusal(400, "top_logprobs must be between 0 and 20", param="top_logprobs")
+        raise APIError(400, "top_logprobs must be between 0 and 20", param="top_logprobs")
     talk.check_schema([body.tools, body.response_format, body.structured_outputs], settings.schema_bytes)
 
 
-async def _open(request: Request, body: Sampled, prompt: Any, given: dict[str, Any], lease: Lease, **more: Any) -> Ask:
+async def _open(request: Request, body: Sampled, prompt: Any, given: dict[str, Any], lease: Lease, **more: Any) -> GenerationRequest:
     """The Ask of one prompt, made in a thread."""
     merged = talk.base_params(lease, ollama=False) | given
     ask = await asyncio.to_thread(talk.prepare, lease, prompt, merged, **more)
@@ -179,7 +179,7 @@ def chat_given(body: ChatCompletion) -> dict[str, Any]:
 def think_of(body: ChatCompletion) -> Think:
     effort = body.reasoning_effort or (body.reasoning or {}).get("effort")
     if effort is not None and effort != "none" and effort not in talk.EFFORTS:
-        raise Refusal(400, f"reasoning effort must be none or one of {', '.join(talk.EFFORTS)}", param="reasoning")
+        raise APIError(400, f"reasoning effort must be none or one of {', '.join(talk.EFFORTS)}", param="reasoning")
     return False if effort == "none" else effort
 
 
@@ -188,7 +188,7 @@ def template_kwargs(body: ChatCompletion) -> dict[str, Any]:
     found = body.chat_template_kwargs or {}
     for name, value in found.items():
         if name not in ("enable_thinking", "thinking") or not isinstance(value, bool):
-            raise Refusal(400, f"chat_template_kwargs takes enable_thinking: true or false, not {name[:40]!r}",
+            raise APIError(400, f"chat_template_kwargs takes enable_thinking: true or false, not {name[:40]!r}",
                           param="chat_template_kwargs")  # fmt: skip
     return {"enable_thinking": next(iter(found.values()))} if found else {}
 
@@ -200,7 +200,7 @@ def structured_of(format: dict[str, Any] | None, direct: dict[str, Any] | None) 
             name: direct[name] for name in ("json", "regex", "grammar", "choice", "json_object") if direct.get(name)
         }
         if len(kinds) != 1:
-            raise Refusal(400, "structured_outputs takes one of json, regex, grammar, choice, json_object")
+            raise APIError(400, "structured_outputs takes one of json, regex, grammar, choice, json_object")
         return kinds
     kind = (format or {"type": "text"}).get("type")
     if kind == "text":
@@ -209,7 +209,7 @@ def structured_of(format: dict[str, Any] | None, direct: dict[str, Any] | None) 
         return {"json_object": True}
     schema = ((format or {}).get("json_schema") or {}) if kind == "json_schema" else None
     if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
-        raise Refusal(400, "response_format must be text, json_object or json_schema with a schema",
+        raise APIError(400, "response_format must be text, json_object or json_schema with a schema",
                       param="response_format")  # fmt: skip
     return {"json": schema["schema"]}
 
@@ -219,9 +219,9 @@ def tools_of(body: Any) -> list[dict[str, Any]] | None:
     for tool in body.tools or ():
         function = tool.get("function")
         if tool.get("type", "function") != "function" or not isinstance(function, dict):
-            raise Refusal(400, "tools: only functions can be called", param="tools")
+            raise APIError(400, "tools: only functions can be called", param="tools")
         if not isinstance(function.get("name"), str) or not 0 < len(function["name"]) <= 256:
-            raise Refusal(400, "tools: each function needs a name", param="tools")
+            raise APIError(400, "tools: each function needs a name", param="tools")
     choice = body.tool_choice
     if choice in (None, "auto") or not body.tools:
         return body.tools or None
@@ -230,7 +230,7 @@ def tools_of(body: Any) -> list[dict[str, Any]] | None:
     name = forced_tool(choice)
     kept = [tool for tool in body.tools if name is None or tool["function"]["name"] == name]
     if not kept:
-        raise Refusal(400, f"tool_choice: no tool of this request is named {name!r}", param="tool_choice")
+        raise APIError(400, f"tool_choice: no tool of this request is named {name!r}", param="tool_choice")
     return kept
 
 
@@ -242,7 +242,7 @@ def forced_tool(choice: Any) -> str | None:
         name = (choice.get("function") or choice).get("name") if isinstance(choice.get("function", {}), dict) else None
         if isinstance(name, str) and name:
             return name
-    raise Refusal(400, "tool_choice must be none, auto, required, or a function's name as "
+    raise APIError(400, "tool_choice must be none, auto, required, or a function's name as "
                   '{"type": "function", "function": {"name": …}}', param="tool_choice")  # fmt: skip
 
 
@@ -254,7 +254,7 @@ def template_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _template_message(number: int, message: dict[str, Any]) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str):
-        raise Refusal(400, f"messages.{number}.role is required", param="messages")
+        raise APIError(400, f"messages.{number}.role is required", param="messages")
     role = {"developer": "system", "function": "tool"}.get(role, role)
     found: dict[str, Any] = {"role": role, "content": _text_of(number, message.get("content"))}
     for name in ("reasoning_content", "reasoning"):
@@ -265,7 +265,7 @@ def _template_message(number: int, message: dict[str, Any]) -> dict[str, Any]:
             found[name] = str(message[name])
     if calls := message.get("tool_calls"):
         if not isinstance(calls, list):
-            raise Refusal(400, f"messages.{number}.tool_calls must be a list", param="messages")
+            raise APIError(400, f"messages.{number}.tool_calls must be a list", param="messages")
         found["tool_calls"] = [_template_call(number, call) for call in calls]
     return found
 
@@ -280,19 +280,19 @@ def _text_of(number: int, content: Any) -> str:
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind not in ("text", "input_text", "output_text", "refusal"):
-                raise Refusal(400, f"messages.{number}.content: only text is read here", param="messages")
+                raise APIError(400, f"messages.{number}.content: only text is read here", param="messages")
             text = part.get("text", part.get("refusal"))
             if not isinstance(text, str):
-                raise Refusal(400, f"messages.{number}.content: a text part needs text", param="messages")
+                raise APIError(400, f"messages.{number}.content: a text part needs text", param="messages")
             texts.append(text)
         return "".join(texts)
-    raise Refusal(400, f"messages.{number}.content must be a string or a list of parts", param="messages")
+    raise APIError(400, f"messages.{number}.content must be a string or a list of parts", param="messages")
 
 
 def _template_call(number: int, call: Any) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise Refusal(400, f"messages.{number}.tool_calls: each needs a function with a name", param="messages")
+        raise APIError(400, f"messages.{number}.tool_calls: each needs a function with a name", param="messages")
     arguments: Any = function.get("arguments", {})
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):  # else as the model wrote it
@@ -301,7 +301,7 @@ def _template_call(number: int, call: Any) -> dict[str, Any]:
             "function": {"name": function["name"], "arguments": arguments}}  # fmt: skip
 
 
-async def open_chat(request: Request, body: ChatCompletion, lease: Lease) -> Ask:
+async def open_chat(request: Request, body: ChatCompletion, lease: Lease) -> GenerationRequest:
     think, more = think_of(body), template_kwargs(body)
     messages = template_messages(body.messages)
     system = lease.named.extras.get("system")
@@ -310,7 +310,7 @@ async def open_chat(request: Request, body: ChatCompletion, lease: Lease) -> Ask
     tools = tools_of(body)
     forced = tools is not None and body.tool_choice not in (None, "auto")
     if body.tool_choice == "required" and not tools:
-        raise Refusal(400, "tool_choice: a call needs tools", param="tool_choice")
+        raise APIError(400, "tool_choice: a call needs tools", param="tool_choice")
     return await _open(
         request, body, messages, chat_given(body), lease,
         tools=tools, forced=forced, think=more.pop("enable_thinking", think),
@@ -324,7 +324,7 @@ async def _chat(request: Request, body: ChatCompletion) -> dict[str, Any]:
     service = request.app.state.service
     async with service.lease(body.model) as lease:
         ask = await open_chat(request, body, lease)
-        counts = Counts()
+        counts = Usage()
         async with talk.answer(service, lease, ask, counts) as parts:
             done = await talk.whole(parts, ask.params.n)
         text = lease.loaded.model.text
@@ -334,7 +334,7 @@ async def _chat(request: Request, body: ChatCompletion) -> dict[str, Any]:
     } | ({"vote": done[0].vote} if ask.vote is not None else {})  # fmt: skip
 
 
-def _choice(part: Part, text: Any, body: ChatCompletion) -> dict[str, Any]:
+def _choice(part: OutputDelta, text: Any, body: ChatCompletion) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": part.text or (None if part.calls else ""),
                                "refusal": None}  # fmt: skip
     if part.thinking:
@@ -352,7 +352,7 @@ async def _chat_events(request: Request, body: ChatCompletion) -> AsyncGenerator
     service = request.app.state.service
     async with service.lease(body.model) as lease:
         ask = await open_chat(request, body, lease)
-        counts, head = Counts(), _head("chatcmpl", "chat.completion.chunk", body.model)
+        counts, head = Usage(), _head("chatcmpl", "chat.completion.chunk", body.model)
         wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         extra = {"usage": None} if wants_usage else {}
 
@@ -392,7 +392,7 @@ def _head(prefix: str, object: str, model: str) -> dict[str, Any]:
             "system_fingerprint": None}  # fmt: skip
 
 
-def usage(counts: Counts) -> dict[str, Any]:
+def usage(counts: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": counts.prompt, "completion_tokens": counts.said, "total_tokens": counts.prompt + counts.said,
         "prompt_tokens_details": {"cached_tokens": counts.cached},
@@ -400,7 +400,7 @@ def usage(counts: Counts) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def timings(counts: Counts) -> dict[str, Any]:
+def timings(counts: Usage) -> dict[str, Any]:
     """llama-server's figures, which local users read; milliseconds."""
     read = counts.prompt - counts.cached
     return {
@@ -416,7 +416,7 @@ def _token(text: Any, id: int, logprob: float) -> dict[str, Any]:
     return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
 
 
-def chat_logprobs(text: Any, part: Part, top: int) -> dict[str, Any]:
+def chat_logprobs(text: Any, part: OutputDelta, top: int) -> dict[str, Any]:
     content = []
     for token, entries in part.logprobs:
         best = sorted(entries.items(), key=lambda item: item[1].rank)[:top]
@@ -432,30 +432,30 @@ async def completions(request: Request) -> Response:
     body = await read(request, Completion)
     n = body.n or 1
     if body.suffix:
-        raise Refusal(400, "suffix is not supported", param="suffix")
+        raise APIError(400, "suffix is not supported", param="suffix")
     if body.best_of is not None and body.best_of != n:
-        raise Refusal(400, "best_of is not supported beyond n", param="best_of")
+        raise APIError(400, "best_of is not supported beyond n", param="best_of")
     if body.logprobs is not None and not 0 <= body.logprobs <= 20:
-        raise Refusal(400, "logprobs must be between 0 and 20", param="logprobs")
+        raise APIError(400, "logprobs must be between 0 and 20", param="logprobs")
     prompts = _prompts(body.prompt)
     if len(prompts) * n > 64:
-        raise Refusal(400, "prompts times n may be 64 in one request", param="prompt")
+        raise APIError(400, "prompts times n may be 64 in one request", param="prompt")
     if body.stream and len(prompts) > 1:
-        raise Refusal(400, "several prompts cannot be streamed", param="stream")
+        raise APIError(400, "several prompts cannot be streamed", param="stream")
     if body.stream:
-        return SentEvents(request, _completion_events(request, body, prompts[0]))
+        return EventSourceResponse(request, _completion_events(request, body, prompts[0]))
 
     async def make() -> dict[str, Any]:
         return await _completions(request, body, prompts)
 
-    return Whole(request, make)
+    return JSONResponse(request, make)
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise Refusal(400, "prompt must not be empty", param="prompt")
+        raise APIError(400, "prompt must not be empty", param="prompt")
     return [prompt] if isinstance(prompt[0], int) else list(prompt)
 
 
@@ -468,15 +468,15 @@ def _completion_given(body: Completion) -> dict[str, Any]:
 
 async def _completions(request: Request, body: Completion, prompts: list[str | list[int]]) -> dict[str, Any]:
     service = request.app.state.service
-    n, total, choices = body.n or 1, Counts(), []
+    n, total, choices = body.n or 1, Usage(), []
     async with service.lease(body.model) as lease:
         text = lease.loaded.model.text
 
-        async def one(number: int, prompt: str | list[int]) -> tuple[Counts, list[dict[str, Any]]]:
+        async def one(number: int, prompt: str | list[int]) -> tuple[Usage, list[dict[str, Any]]]:
             ask = await _open(request, body, prompt, _completion_given(body), lease)
-            counts, echo = Counts(), await _echo(lease, body, prompt, ask)
+            counts, echo = Usage(), await _echo(lease, body, prompt, ask)
             if body.echo and body.max_tokens == 0:
-                counts.prompt, done = len(ask.ids), [Part(choice, finish="length") for choice in range(n)]
+                counts.prompt, done = len(ask.ids), [OutputDelta(choice, finish="length") for choice in range(n)]
                 service.metrics.answered(lease.loaded.name, counts)
             else:
                 async with talk.answer(service, lease, ask, counts) as parts:
@@ -506,7 +506,7 @@ class Echo:
     tokens: list[tuple[int, Any]] = field(default_factory=list)
 
 
-async def _echo(lease: Lease, body: Completion, prompt: str | list[int], ask: Ask) -> Echo:
+async def _echo(lease: Lease, body: Completion, prompt: str | list[int], ask: GenerationRequest) -> Echo:
     if not body.echo:
         return Echo()
     text = lease.loaded.model.text
@@ -514,7 +514,7 @@ async def _echo(lease: Lease, body: Completion, prompt: str | list[int], ask: As
     return Echo(words, [] if body.logprobs is None else await score(lease, ask.ids, body.logprobs, ask.tenant))
 
 
-def _completion_choice(first: int, part: Part, text: Any, body: Completion, echo: Echo) -> dict[str, Any]:
+def _completion_choice(first: int, part: OutputDelta, text: Any, body: Completion, echo: Echo) -> dict[str, Any]:
     logprobs = None
     if body.logprobs is not None:
         logprobs = _completion_logprobs(text, [*echo.tokens, *part.logprobs], body.logprobs)
@@ -547,13 +547,13 @@ async def _completion_events(request: Request, body: Completion, prompt: str | l
     async with service.lease(body.model) as lease:
         text = lease.loaded.model.text
         ask = await _open(request, body, prompt, _completion_given(body), lease)
-        counts, head = Counts(), _head("cmpl", "text_completion", body.model)
+        counts, head = Usage(), _head("cmpl", "text_completion", body.model)
         wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         extra = {"usage": None} if wants_usage else {}
         echo = await _echo(lease, body, prompt, ask)
         async with talk.answer(service, lease, ask, counts) as parts:
             for choice in range(ask.params.n if body.echo else 0):
-                yield head | {"choices": [_completion_choice(0, Part(choice), text, body, echo)]} | extra
+                yield head | {"choices": [_completion_choice(0, OutputDelta(choice), text, body, echo)]} | extra
             async for part in parts:
                 if part.empty:
                     continue
@@ -569,7 +569,7 @@ async def _completion_events(request: Request, body: Completion, prompt: str | l
 async def embeddings(request: Request) -> Response:
     body = await read(request, EmbeddingsRequest)
     if body.encoding_format not in (None, "float", "base64"):
-        raise Refusal(400, "encoding_format must be float or base64", param="encoding_format")
+        raise APIError(400, "encoding_format must be float or base64", param="encoding_format")
     inputs = _prompts(body.input)
 
     async def make() -> dict[str, Any]:
@@ -585,7 +585,7 @@ async def embeddings(request: Request) -> Response:
         return {"object": "list", "data": data, "model": body.model,
                 "usage": {"prompt_tokens": count, "total_tokens": count}}  # fmt: skip
 
-    return Whole(request, make)
+    return JSONResponse(request, make)
 
 
 def _model(named: Any, id: str | None = None) -> dict[str, Any]:
@@ -598,7 +598,7 @@ async def models(request: Request) -> Response:
         found = await asyncio.to_thread(request.app.state.service.models.all)
         return {"object": "list", "data": [_model(named) for named in found]}
 
-    return Whole(request, make)
+    return JSONResponse(request, make)
 
 
 async def model(request: Request) -> Response:
@@ -607,4 +607,4 @@ async def model(request: Request) -> Response:
     async def make() -> dict[str, Any]:
         return _model(await asyncio.to_thread(request.app.state.service.models.find, name), name)
 
-    return Whole(request, make)
+    return JSONResponse(request, make)

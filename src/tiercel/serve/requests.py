@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 
-from tiercel.serve.errors import Refusal
+from tiercel.serve.errors import APIError
 from tiercel.serve.settings import Settings
 from tiercel.voting.settings import VoteSettings
 
@@ -51,7 +51,7 @@ class VoteField(Body):
     def settings(self, limits: Settings) -> VoteSettings:
         """Raises Refusal, RequestError."""
         if self.k > limits.vote_traces:
-            raise Refusal(400, f"vote.k may be {limits.vote_traces} on this server, not {self.k}", param="vote")
+            raise APIError(400, f"vote.k may be {limits.vote_traces} on this server, not {self.k}", param="vote")
         return VoteSettings.of(self.model_dump() | (self.model_extra or {}))
 
 
@@ -63,10 +63,10 @@ async def read(request: Request, kind: type[B]) -> B:
     settings: Settings = request.app.state.settings
     raw = await read_bytes(request, settings.body_bytes, settings.body_timeout)
     if not raw.strip():
-        raise Refusal(400, "missing request body")
+        raise APIError(400, "missing request body")
     value = parse(raw, settings.json_depth)
     if not isinstance(value, dict):
-        raise Refusal(400, "the request body must be a JSON object")
+        raise APIError(400, "the request body must be a JSON object")
     try:
         body = kind.model_validate(value)
     except ValidationError as error:
@@ -78,17 +78,17 @@ async def read(request: Request, kind: type[B]) -> B:
 async def read_bytes(request: Request, limit: int, seconds: float) -> bytes:
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced[:20]) > limit:
-        raise Refusal(413, f"the request body is larger than {limit} bytes")
+        raise APIError(413, f"the request body is larger than {limit} bytes")
     chunks, size = [], 0
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > limit:
-                    raise Refusal(413, f"the request body is larger than {limit} bytes")
+                    raise APIError(413, f"the request body is larger than {limit} bytes")
                 chunks.append(chunk)
     except TimeoutError:
-        raise Refusal(408, f"the request did not arrive within {seconds:g} s") from None
+        raise APIError(408, f"the request did not arrive within {seconds:g} s") from None
     return b"".join(chunks)
 
 
@@ -97,14 +97,14 @@ def parse(raw: bytes, depth: int) -> Any:
     try:
         value = json.loads(raw, parse_constant=_no_constant)
     except RecursionError:
-        raise Refusal(400, f"the JSON is nested deeper than {depth}") from None
+        raise APIError(400, f"the JSON is nested deeper than {depth}") from None
     except ValueError as error:
-        raise Refusal(400, f"the body is not JSON: {str(error)[:200]}") from None
+        raise APIError(400, f"the body is not JSON: {str(error)[:200]}") from None
     level, rest = 0, [value]
     while rest:
         level += 1
         if level > depth:
-            raise Refusal(400, f"the JSON is nested deeper than {depth}")
+            raise APIError(400, f"the JSON is nested deeper than {depth}")
         inner = [item.values() if isinstance(item, dict) else item for item in rest if isinstance(item, (dict, list))]
         rest = [item for items in inner for item in items if isinstance(item, (dict, list))]
     return value
@@ -114,10 +114,10 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _refused(error: ValidationError) -> Refusal:
+def _refused(error: ValidationError) -> APIError:
     """The first complaint, as one line; missing fields as Ollama words them."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])[:200]
     if first["type"] == "missing":
-        return Refusal(400, f"{where} is required", param=where)
-    return Refusal(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)
+        return APIError(400, f"{where} is required", param=where)
+    return APIError(400, f"{where}: {first['msg']}" if where else first["msg"], param=where or None)

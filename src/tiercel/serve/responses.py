@@ -16,11 +16,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tiercel.serve import generation as talk
-from tiercel.serve.errors import Refusal
-from tiercel.serve.generation import Counts, Part
+from tiercel.serve.errors import APIError
+from tiercel.serve.generation import Usage, OutputDelta
 from tiercel.serve.openai import ChatCompletion, open_chat
 from tiercel.serve.requests import Body, VoteField, read
-from tiercel.serve.stream import NamedEvents, Whole
+from tiercel.serve.stream import NamedEvents, JSONResponse
 
 if TYPE_CHECKING:
     from tiercel.tokenizer.tools import ToolDelta
@@ -54,9 +54,9 @@ async def responses(request: Request) -> Response:
     body = await read(request, ResponsesRequest)
     for name in ("previous_response_id", "conversation", "background"):
         if getattr(body, name):
-            raise Refusal(400, f"{name} is not supported: nothing is stored between requests", param=name)
+            raise APIError(400, f"{name} is not supported: nothing is stored between requests", param=name)
     if body.truncation not in (None, "disabled"):
-        raise Refusal(400, "truncation: a conversation is never cut here", param="truncation")
+        raise APIError(400, "truncation: a conversation is never cut here", param="truncation")
     chat = as_chat(body, request.app.state.settings)
     events = _events(request, body, chat)
     if body.stream:
@@ -68,7 +68,7 @@ async def responses(request: Request) -> Response:
             found = event.get("response", found)
         return found
 
-    return Whole(request, last)
+    return JSONResponse(request, last)
 
 
 def as_chat(body: ResponsesRequest, settings: Any) -> ChatCompletion:
@@ -80,16 +80,16 @@ def as_chat(body: ResponsesRequest, settings: Any) -> ChatCompletion:
         for item in body.input:
             _item(messages, item)
     if not messages or len(messages) > settings.messages:
-        raise Refusal(400, f"input must have 1 to {settings.messages} items", param="input")
+        raise APIError(400, f"input must have 1 to {settings.messages} items", param="input")
     format = (body.text or {}).get("format")
     if format is not None and not isinstance(format, dict):
-        raise Refusal(400, "text.format must be an object", param="text")
+        raise APIError(400, "text.format must be an object", param="text")
     if format and format.get("type") == "json_schema":
         format = {"type": "json_schema", "json_schema": format}
     talk.check_schema([body.tools, format], settings.schema_bytes)
     effort = (body.reasoning or {}).get("effort")
     if effort is not None and not isinstance(effort, str):
-        raise Refusal(400, "reasoning.effort must be a string", param="reasoning")
+        raise APIError(400, "reasoning.effort must be a string", param="reasoning")
     return ChatCompletion(
         model=body.model, messages=messages, temperature=body.temperature, top_p=body.top_p,
         max_tokens=body.max_output_tokens, tools=[_tool(tool) for tool in body.tools or ()] or None,
@@ -100,7 +100,7 @@ def as_chat(body: ResponsesRequest, settings: Any) -> ChatCompletion:
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     if tool.get("type") != "function":
-        raise Refusal(400, "tools: only functions can be called", param="tools")
+        raise APIError(400, "tools: only functions can be called", param="tools")
     function = {key: value for key, value in tool.items() if key not in ("type", "strict")}
     return {"type": "function", "function": function}
 
@@ -122,7 +122,7 @@ def _item(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
         texts = [part.get("text", "") for part in item.get("summary") or () if isinstance(part, dict)]
         messages.append({"role": "assistant", "content": "", "reasoning_content": "".join(map(str, texts))})
     else:
-        raise Refusal(400, f"input items of type {str(kind)[:40]!r} are not supported", param="input")
+        raise APIError(400, f"input items of type {str(kind)[:40]!r} are not supported", param="input")
 
 
 class _Writer:
@@ -156,7 +156,7 @@ class _Writer:
     def place(self) -> int:
         return len(self.items)
 
-    def write(self, part: Part) -> list[dict[str, Any]]:
+    def write(self, part: OutputDelta) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         if part.thinking:
             events += self._reasoning(part.thinking)
@@ -245,7 +245,7 @@ async def _events(
     service = request.app.state.service
     async with service.lease(body.model) as lease:
         ask = await open_chat(request, chat, lease)
-        counts, writer, finish = Counts(), _Writer(body), "stop"
+        counts, writer, finish = Usage(), _Writer(body), "stop"
         held: dict[str, Any] = {}
         async with talk.answer(service, lease, ask, counts) as parts:
             for kind in ("response.created", "response.in_progress"):
@@ -269,7 +269,7 @@ async def _events(
         yield writer.event(f"response.{status}", response=done)
 
 
-def _usage(counts: Counts) -> dict[str, Any]:
+def _usage(counts: Usage) -> dict[str, Any]:
     return {
         "input_tokens": counts.prompt,
         "input_tokens_details": {"cached_tokens": counts.cached, "cache_write_tokens": 0},

@@ -35,7 +35,7 @@ ALLOW_HEADERS = (
 )
 
 
-class Guard:
+class SecurityMiddleware:
     """ASGI middleware."""
 
     def __init__(self, app: Any, settings: Settings) -> None:

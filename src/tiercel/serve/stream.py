@@ -68,7 +68,7 @@ class Reply(Response):
             await self._send(message)
 
 
-class Whole(Reply):
+class JSONResponse(Reply):
     """One JSON object, made by `make`."""
 
     def __init__(self, request: Request, make: Callable[[], Awaitable[Any]]) -> None:
@@ -85,7 +85,7 @@ class Whole(Reply):
         await self.write(value, more=False)
 
 
-class Lines(Reply):
+class NDJSONResponse(Reply):
     """A stream of JSON objects, one a line (Ollama)."""
 
     media = "application/x-ndjson"
@@ -144,7 +144,7 @@ class Lines(Reply):
                     await task
 
 
-class SentEvents(Lines):
+class EventSourceResponse(NDJSONResponse):
     """Server-sent events, `data: {…}` (OpenAI); ends with [DONE]."""
 
     media = "text/event-stream"
@@ -157,7 +157,7 @@ class SentEvents(Lines):
         return self.frame(body(True, status_of(error), message_of(error))) + b"data: [DONE]\n\n"
 
 
-class NamedEvents(SentEvents):
+class NamedEvents(EventSourceResponse):
     """Server-sent events with their type before them (OpenAI's Responses)."""
 
     def frame(self, event: Any) -> bytes:
