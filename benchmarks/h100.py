@@ -32,7 +32,7 @@ from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.device_sampler import DeviceSampler
 from tiercel.model.cuda_graphs import CapturedCUDAStep, CUDAGraphRunner
-from tiercel.model.layers import Embedding, Linear, deviation, fresh, hold, initialize
+from tiercel.model.layers import Embedding, Linear, deviation, fresh, set_weight, initialize
 from tiercel.model.gpu_layout import place
 from tiercel.model.state_cache import PAGE, Mamba2Slots, StateCache
 from tiercel.ops.triton.linear import DeviceQTensor, gated
@@ -91,7 +91,7 @@ def network(name: str, kind: str = "bf16") -> Decoder:
             full = f"{owner}.{leaf}" if owner else leaf
             matrix = isinstance(module, (Linear, Embedding)) and leaf == "weight"
             if matrix and kind != "bf16":
-                hold(module, leaf, packed(kind, tuple(p.shape), deviation(full, p.shape, depth)))
+                set_weight(module, leaf, packed(kind, tuple(p.shape), deviation(full, p.shape, depth)))
                 continue
             if matrix:
                 w = torch.empty(p.shape, dtype=torch.bfloat16, device="cuda").normal_(
@@ -100,7 +100,7 @@ def network(name: str, kind: str = "bf16") -> Decoder:
             else:
                 precise = leaf in ("A_log", "D", "dt_bias")
                 w = fresh(full, p.shape, depth, g).to("cuda", torch.float32 if precise else torch.bfloat16)
-            hold(module, leaf, torch.nn.Parameter(w, requires_grad=False))
+            set_weight(module, leaf, torch.nn.Parameter(w, requires_grad=False))
     net._tie()
     place(net)
     return net

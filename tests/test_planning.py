@@ -54,7 +54,7 @@ def test_every_parameter_has_the_shape_the_network_gives_it(name):
 
     layout = from_hf(SHAPES[name])
     assert {part: shape for part, shape, _ in shapes(layout.config)} == parameter_shapes(layout)
-    assert {part: wide for part, _, wide in shapes(layout.config)} == {r.ours: r.precise for r in layout.rows}
+    assert {part: wide for part, _, wide in shapes(layout.config)} == {r.ours: r.keep_fp32 for r in layout.rows}
 
 
 @pytest.mark.parametrize("recipe", ["q4_k_m", "q8_0", "int8", "nf4", "bf16", "f32"])

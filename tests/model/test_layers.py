@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from tiercel.errors import RequestError
-from tiercel.model.layers import hold, named_weights
+from tiercel.model.layers import set_weight, named_weights
 from tiercel.ops import cpu
 from tiercel.ops.linear import QTensor
 
@@ -76,6 +76,6 @@ def test_a_copy_is_one_of_its_own(network):
 def test_quantized_matrices_stay_on_the_cpu(network):
     q = QTensor("Q8_0", (300, 32))
     q.put(0, torch.zeros(300, 34, dtype=torch.uint8))
-    hold(network.embed, "weight", q)
+    set_weight(network.embed, "weight", q)
     with pytest.raises(RequestError, match="run on the CPU"):
         network.to("meta")

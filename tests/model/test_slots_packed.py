@@ -12,7 +12,7 @@ from ops.triton.conftest import DEVICE
 from tiercel import quant
 from tiercel.model.cuda_graphs import CUDAGraphRunner
 from tiercel.model.gpu_layout import place
-from tiercel.model.layers import Embedding, Linear, hold
+from tiercel.model.layers import Embedding, Linear, set_weight
 from tiercel.model.state_cache import StateCache
 from tiercel.ops.linear import QTensor
 from tiercel.ops.triton.linear import on_device
@@ -35,7 +35,7 @@ def networks(request):
             q = QTensor(request.param, tuple(a.weight.shape))
             q.put(0, quant.quantize(request.param, a.weight.detach()))
             a.weight.copy_(q.numbers())
-            hold(b, "weight", on_device(q, DEVICE))
+            set_weight(b, "weight", on_device(q, DEVICE))
     plain._tie(), packed._tie()
     place(packed)
     return plain.to(DEVICE), packed, request.param

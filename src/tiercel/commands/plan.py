@@ -184,7 +184,7 @@ def plan(
     if not 0 < context <= most:
         raise RequestError(f"a context of {context} is asked for; {name} was made for 1 to {most}")
     held = matrices(what.config, what.stored, dtype, quantize)
-    kinds = sorted({m.kind for m in held if not m.precise and len(m.shape) > 1} - {"F16"})
+    kinds = sorted({m.kind for m in held if not m.keep_fp32 and len(m.shape) > 1} - {"F16"})
     on = this_machine(kinds, measure=measure) if device == "this" else machine(device)
     asked: dict[str, Any] = {"stored": what.stored, "dtype": dtype, "quantize": quantize, "tokenizer": what.tokenizer}
 
@@ -216,7 +216,7 @@ def _same_precision(what: Subject, dtype: str, quantize: str | None) -> dict[str
         return {"stored": what.stored if isinstance(what.stored, str) else "BF16", "dtype": dtype, "quantize": quantize}
     held: Counter[str] = Counter()
     for matrix in matrices(what.config, what.stored):
-        held[matrix.kind] += 0 if matrix.precise else matrix.values
+        held[matrix.kind] += 0 if matrix.keep_fp32 else matrix.values
     kind = held.most_common(1)[0][0]
     recipe = {"Q4_K": "q4_k_m", "Q5_K": "q5_k_m", "Q3_K": "q3_k_m"}.get(kind, kind.lower())
     return {"stored": kind} if kind not in PACKED_TYPES else {"quantize": recipe}

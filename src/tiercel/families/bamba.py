@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from tiercel.families.falcon_h1 import read_mamba2
-from tiercel.families.family import Family, Row, attention_rows, mamba2_rows, mlp_rows, norm_rows, top_rows
+from tiercel.families.family import Family, TensorMapping, attention_rows, mamba2_rows, mlp_rows, norm_rows, top_rows
 from tiercel.families.fields import Fields
 from tiercel.families.rope import fixed_length, read_rope
 from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, Mamba2Config, ModelConfig
 
 
-def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
+def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
     f = Fields(dict(hf_config))
     width, heads, depth = (
         f.size("hidden_size"),
@@ -58,7 +58,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
     return config, rows(config)
 
 
-def rows(config: ModelConfig) -> Iterator[Row]:
+def rows(config: ModelConfig) -> Iterator[TensorMapping]:
     yield from top_rows(config, embed="model.embed_tokens.weight", norm="model.final_layernorm.weight")
     for i, layer in enumerate(config.layers):
         hf, mixer = f"model.layers.{i}", layer.mixers[0]

@@ -22,7 +22,7 @@ from tiercel.errors import FormatError
 from tiercel.families.family import (
     Family,
     Metadata,
-    Row,
+    TensorMapping,
     attention_rows,
     mamba2_rows,
     mlp_rows,
@@ -45,7 +45,7 @@ ONES = {
 }
 
 
-def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
+def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
     f = Fields(dict(hf_config))
     width, heads = f.size("hidden_size"), f.size("num_attention_heads")
     context = f.size("max_position_embeddings", 8192)
@@ -115,7 +115,7 @@ def rows(
     m: Mapping[str, float] = ONES,
     ssm: Iterable[float] = (1.0,) * 5,
     mlp: Iterable[float] = (1.0, 1.0),
-) -> Iterator[Row]:
+) -> Iterator[TensorMapping]:
     gate, down = mlp
     ssm = tuple(ssm)
     yield from top_rows(
@@ -138,7 +138,7 @@ def rows(
         yield from mlp_rows(i, layer.feed_forward, f"{hf}.feed_forward", gate=gate, down=down)
 
 
-def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
+def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
     m = Metadata(metadata, "falcon-h1")
     head_dim = m.size("attention.key_length")
     rope = read_gguf_rope(m, tensors, head_dim)

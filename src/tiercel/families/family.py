@@ -1,11 +1,11 @@
 """Which checkpoint is which model: a family reads foreign configs and lists its weights, once, for both directions.
 
-A `Row` says: this tensor of ours is that tensor of a Hugging Face folder and that one of a GGUF file, and what
+A `TensorMapping` says: this tensor of ours is that tensor of a Hugging Face folder and that one of a GGUF file, and what
 happens in between.  Read forwards the rows load a checkpoint, backwards they export it; an unmatched name on
 either side is an error.  Multipliers (muP) are part of the rows: ours = theirs × scale on the Hugging Face side,
 nothing on the GGUF side, where llama.cpp's converter folds them too.
 
-Forms, what a tensor looks like on the other side (applied in `weights.forms`):
+Forms, what a tensor looks like on the other side (applied in `weights.transforms`):
 
     conv       (C, K) here, (C, 1, K) there
     column     (H) here, (H, 1) there
@@ -28,7 +28,7 @@ Runs = tuple[tuple[int, float], ...]  # (how many rows, their multiplier), along
 
 
 @dataclass(frozen=True)
-class Form:
+class Transform:
     """One of the forms above, with the number it needs (groups, heads)."""
 
     name: str
@@ -36,16 +36,16 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorMapping:
     """One tensor of ours and its two foreign lives."""
 
     ours: str
     hf: str | tuple[str, ...]  # a tuple is stacked along a new first axis (experts)
     gguf: str | None
     scale: float | Runs = 1.0  # ours = hf × scale
-    hf_form: Form | None = None
-    gguf_forms: tuple[Form, ...] = ()
-    precise: bool = False  # norms, convolutions, decay: kept wide and never packed
+    hf_form: Transform | None = None
+    gguf_forms: tuple[Transform, ...] = ()
+    keep_fp32: bool = False  # norms, convolutions, decay: kept wide and never packed
     fused: tuple[str, int, int] | None = None  # transformers 5.x in memory: part k of n along dim 1 of that tensor
     aliases: tuple[str, ...] = ()  # other names the Hugging Face tensor goes by
 
@@ -56,11 +56,11 @@ class Layout:
 
     family: Family
     config: ModelConfig
-    table: Iterable[Row]  # made row by row: a config may promise more layers than its file has
+    table: Iterable[TensorMapping]  # made row by row: a config may promise more layers than its file has
     hf_config: Mapping[str, Any] | None = None
 
     @cached_property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[TensorMapping, ...]:
         return tuple(self.table)
 
 
@@ -70,9 +70,9 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], tuple[ModelConfig, Iterable[Row]]]
+    read: Callable[[Mapping[str, Any]], tuple[ModelConfig, Iterable[TensorMapping]]]
     gguf: str | None = None  # llama.cpp's architecture name
-    read_gguf: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[ModelConfig, Iterable[Row]]] | None = None
+    read_gguf: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[ModelConfig, Iterable[TensorMapping]]] | None = None
     write_gguf: Callable[[ModelConfig], dict[str, Any]] | None = None
     write: Callable[[ModelConfig], dict[str, Any]] | None = None
     limits: Callable[[ModelConfig], Iterable[str]] = field(default=lambda config: ())
@@ -92,23 +92,23 @@ class Family:
 
 def top_rows(
     config: ModelConfig, *, embed: str, norm: str, embed_scale: float = 1.0, head_scale: float = 1.0
-) -> Iterator[Row]:
+) -> Iterator[TensorMapping]:
     """Embedding, final norm, output projection (none when tied)."""
-    yield Row("embed.weight", embed, "token_embd.weight", scale=embed_scale)
-    yield Row("norm.weight", norm, "output_norm.weight", precise=True)
+    yield TensorMapping("embed.weight", embed, "token_embd.weight", scale=embed_scale)
+    yield TensorMapping("norm.weight", norm, "output_norm.weight", keep_fp32=True)
     if not config.tied:
-        yield Row("head.weight", "lm_head.weight", "output.weight", scale=head_scale)
+        yield TensorMapping("head.weight", "lm_head.weight", "output.weight", scale=head_scale)
 
 
-def norm_rows(i: int, hf_mixer: str, hf_ffn: str | None, gguf_ffn: str = "ffn_norm.weight") -> Iterator[Row]:
-    yield Row(f"layers.{i}.mixer_norm.weight", hf_mixer, f"blk.{i}.attn_norm.weight", precise=True)
+def norm_rows(i: int, hf_mixer: str, hf_ffn: str | None, gguf_ffn: str = "ffn_norm.weight") -> Iterator[TensorMapping]:
+    yield TensorMapping(f"layers.{i}.mixer_norm.weight", hf_mixer, f"blk.{i}.attn_norm.weight", keep_fp32=True)
     if hf_ffn is not None:
-        yield Row(f"layers.{i}.ffn_norm.weight", hf_ffn, f"blk.{i}.{gguf_ffn}", precise=True)
+        yield TensorMapping(f"layers.{i}.ffn_norm.weight", hf_ffn, f"blk.{i}.{gguf_ffn}", keep_fp32=True)
 
 
 def attention_rows(
     i: int, c: AttentionConfig, hf: str, *, into: float = 1.0, key: float = 1.0, out: float = 1.0, pairs: bool = False
-) -> Iterator[Row]:
+) -> Iterator[TensorMapping]:
     """q, k, v, o under `hf`.  into, key, out: Falcon-H1's multipliers; pairs: GGUF keeps q and k interleaved."""
     ours = f"layers.{i}.mixers.attention"
     for name, gguf, heads, scale in (
@@ -116,70 +116,70 @@ def attention_rows(
         ("k", "attn_k", c.kv_heads, key),
         ("v", "attn_v", 0, 1.0),
     ):
-        forms = (Form("interleave", heads),) if pairs and heads else ()
-        yield Row(
+        transforms = (Transform("interleave", heads),) if pairs and heads else ()
+        yield TensorMapping(
             f"{ours}.{name}.weight",
             f"{hf}.{name}_proj.weight",
             f"blk.{i}.{gguf}.weight",
             into * scale,
-            gguf_forms=forms,
+            gguf_forms=transforms,
         )
         if c.qkv_bias:
-            yield Row(f"{ours}.{name}.bias", f"{hf}.{name}_proj.bias", f"blk.{i}.{gguf}.bias", scale, gguf_forms=forms)
-    yield Row(f"{ours}.o.weight", f"{hf}.o_proj.weight", f"blk.{i}.attn_output.weight", out)
+            yield TensorMapping(f"{ours}.{name}.bias", f"{hf}.{name}_proj.bias", f"blk.{i}.{gguf}.bias", scale, gguf_forms=transforms)
+    yield TensorMapping(f"{ours}.o.weight", f"{hf}.o_proj.weight", f"blk.{i}.attn_output.weight", out)
     if c.out_bias:
-        yield Row(f"{ours}.o.bias", f"{hf}.o_proj.bias", f"blk.{i}.attn_output.bias", out)
+        yield TensorMapping(f"{ours}.o.bias", f"{hf}.o_proj.bias", f"blk.{i}.attn_output.bias", out)
 
 
-def mamba1_rows(i: int, c: Mamba1Config, hf: str) -> Iterator[Row]:
+def mamba1_rows(i: int, c: Mamba1Config, hf: str) -> Iterator[TensorMapping]:
     ours, gguf = f"layers.{i}.mixers.mamba1", f"blk.{i}"
-    yield Row(f"{ours}.in_proj.weight", f"{hf}.in_proj.weight", f"{gguf}.ssm_in.weight")
-    yield Row(f"{ours}.conv", f"{hf}.conv1d.weight", f"{gguf}.ssm_conv1d.weight", hf_form=Form("conv"), precise=True)
+    yield TensorMapping(f"{ours}.in_proj.weight", f"{hf}.in_proj.weight", f"{gguf}.ssm_in.weight")
+    yield TensorMapping(f"{ours}.conv", f"{hf}.conv1d.weight", f"{gguf}.ssm_conv1d.weight", hf_form=Transform("conv"), keep_fp32=True)
     if c.conv_bias:
-        yield Row(f"{ours}.conv_bias", f"{hf}.conv1d.bias", f"{gguf}.ssm_conv1d.bias", precise=True)
-    yield Row(f"{ours}.x_proj.weight", f"{hf}.x_proj.weight", f"{gguf}.ssm_x.weight")
-    yield Row(f"{ours}.dt.weight", f"{hf}.dt_proj.weight", f"{gguf}.ssm_dt.weight")
-    yield Row(f"{ours}.dt_bias", f"{hf}.dt_proj.bias", f"{gguf}.ssm_dt.bias", precise=True)
-    yield Row(f"{ours}.A_log", f"{hf}.A_log", f"{gguf}.ssm_a", gguf_forms=(Form("neg_exp"),), precise=True)
-    yield Row(f"{ours}.D", f"{hf}.D", f"{gguf}.ssm_d", precise=True)
+        yield TensorMapping(f"{ours}.conv_bias", f"{hf}.conv1d.bias", f"{gguf}.ssm_conv1d.bias", keep_fp32=True)
+    yield TensorMapping(f"{ours}.x_proj.weight", f"{hf}.x_proj.weight", f"{gguf}.ssm_x.weight")
+    yield TensorMapping(f"{ours}.dt.weight", f"{hf}.dt_proj.weight", f"{gguf}.ssm_dt.weight")
+    yield TensorMapping(f"{ours}.dt_bias", f"{hf}.dt_proj.bias", f"{gguf}.ssm_dt.bias", keep_fp32=True)
+    yield TensorMapping(f"{ours}.A_log", f"{hf}.A_log", f"{gguf}.ssm_a", gguf_forms=(Transform("neg_exp"),), keep_fp32=True)
+    yield TensorMapping(f"{ours}.D", f"{hf}.D", f"{gguf}.ssm_d", keep_fp32=True)
     if c.inner_norms:
         for name in ("dt", "B", "C"):
             theirs = name.lower()
-            yield Row(
+            yield TensorMapping(
                 f"{ours}.{name}_norm.weight",
                 f"{hf}.{theirs}_layernorm.weight",
                 f"{gguf}.ssm_{theirs}_norm.weight",
-                precise=True,
+                keep_fp32=True,
             )
-    yield Row(f"{ours}.out_proj.weight", f"{hf}.out_proj.weight", f"{gguf}.ssm_out.weight")
+    yield TensorMapping(f"{ours}.out_proj.weight", f"{hf}.out_proj.weight", f"{gguf}.ssm_out.weight")
     if c.proj_bias:
-        yield Row(f"{ours}.in_proj.bias", f"{hf}.in_proj.bias", None)
-        yield Row(f"{ours}.out_proj.bias", f"{hf}.out_proj.bias", None)
+        yield TensorMapping(f"{ours}.in_proj.bias", f"{hf}.in_proj.bias", None)
+        yield TensorMapping(f"{ours}.out_proj.bias", f"{hf}.out_proj.bias", None)
 
 
 def mamba2_rows(
     i: int, c: Mamba2Config, hf: str, *, into: float = 1.0, parts: Iterable[float] = (1.0,) * 5, out: float = 1.0
-) -> Iterator[Row]:
+) -> Iterator[TensorMapping]:
     """parts: Falcon-H1's multipliers of z, x, B, C and dt; the bias of in_proj is scaled by them but not by `into`."""
     ours, gguf = f"layers.{i}.mixers.mamba2", f"blk.{i}"
     GN = c.groups * c.state
     runs = tuple(zip((c.inner, c.inner, GN, GN, c.heads), parts, strict=True))
-    yield Row(f"{ours}.in_proj.weight", f"{hf}.in_proj.weight", f"{gguf}.ssm_in.weight", _runs(runs, into))
+    yield TensorMapping(f"{ours}.in_proj.weight", f"{hf}.in_proj.weight", f"{gguf}.ssm_in.weight", _runs(runs, into))
     if c.in_bias:
-        yield Row(f"{ours}.in_proj.bias", f"{hf}.in_proj.bias", None, _runs(runs, 1.0))
-    yield Row(f"{ours}.conv", f"{hf}.conv1d.weight", f"{gguf}.ssm_conv1d.weight", hf_form=Form("conv"), precise=True)
+        yield TensorMapping(f"{ours}.in_proj.bias", f"{hf}.in_proj.bias", None, _runs(runs, 1.0))
+    yield TensorMapping(f"{ours}.conv", f"{hf}.conv1d.weight", f"{gguf}.ssm_conv1d.weight", hf_form=Transform("conv"), keep_fp32=True)
     if c.conv_bias:
-        yield Row(f"{ours}.conv_bias", f"{hf}.conv1d.bias", f"{gguf}.ssm_conv1d.bias", precise=True)
-    yield Row(f"{ours}.dt_bias", f"{hf}.dt_bias", f"{gguf}.ssm_dt.bias", precise=True)
-    column = Form("column")
-    yield Row(f"{ours}.A_log", f"{hf}.A_log", f"{gguf}.ssm_a", gguf_forms=(Form("neg_exp"), column), precise=True)
-    yield Row(f"{ours}.D", f"{hf}.D", f"{gguf}.ssm_d", gguf_forms=(column,), precise=True)
+        yield TensorMapping(f"{ours}.conv_bias", f"{hf}.conv1d.bias", f"{gguf}.ssm_conv1d.bias", keep_fp32=True)
+    yield TensorMapping(f"{ours}.dt_bias", f"{hf}.dt_bias", f"{gguf}.ssm_dt.bias", keep_fp32=True)
+    column = Transform("column")
+    yield TensorMapping(f"{ours}.A_log", f"{hf}.A_log", f"{gguf}.ssm_a", gguf_forms=(Transform("neg_exp"), column), keep_fp32=True)
+    yield TensorMapping(f"{ours}.D", f"{hf}.D", f"{gguf}.ssm_d", gguf_forms=(column,), keep_fp32=True)
     if c.gated_norm != "none":
-        forms = (Form("groups", c.groups),)
-        yield Row(f"{ours}.out_norm", f"{hf}.norm.weight", f"{gguf}.ssm_norm.weight", gguf_forms=forms, precise=True)
-    yield Row(f"{ours}.out_proj.weight", f"{hf}.out_proj.weight", f"{gguf}.ssm_out.weight", out)
+        transforms = (Transform("groups", c.groups),)
+        yield TensorMapping(f"{ours}.out_norm", f"{hf}.norm.weight", f"{gguf}.ssm_norm.weight", gguf_forms=transforms, keep_fp32=True)
+    yield TensorMapping(f"{ours}.out_proj.weight", f"{hf}.out_proj.weight", f"{gguf}.ssm_out.weight", out)
     if c.out_bias:
-        yield Row(f"{ours}.out_proj.bias", f"{hf}.out_proj.bias", None, out)
+        yield TensorMapping(f"{ours}.out_proj.bias", f"{hf}.out_proj.bias", None, out)
 
 
 def _runs(runs: Runs, factor: float) -> float | Runs:
@@ -188,20 +188,20 @@ def _runs(runs: Runs, factor: float) -> float | Runs:
     return scaled if len({scale for _, scale in scaled}) > 1 else scaled[0][1]
 
 
-def mlp_rows(i: int, c: GatedMLPConfig, hf: str, *, gate: float = 1.0, down: float = 1.0) -> Iterator[Row]:
+def mlp_rows(i: int, c: GatedMLPConfig, hf: str, *, gate: float = 1.0, down: float = 1.0) -> Iterator[TensorMapping]:
     for name, scale in (("gate", gate), ("up", 1.0), ("down", down)):
         ours, gguf = f"layers.{i}.feed_forward.{name}", f"blk.{i}.ffn_{name}"
-        yield Row(f"{ours}.weight", f"{hf}.{name}_proj.weight", f"{gguf}.weight", scale)
+        yield TensorMapping(f"{ours}.weight", f"{hf}.{name}_proj.weight", f"{gguf}.weight", scale)
         if c.bias:
-            yield Row(f"{ours}.bias", f"{hf}.{name}_proj.bias", f"{gguf}.bias", scale)
+            yield TensorMapping(f"{ours}.bias", f"{hf}.{name}_proj.bias", f"{gguf}.bias", scale)
 
 
-def moe_rows(i: int, c: MoEConfig, hf: str, *, router: str, names: tuple[str, str, str], fused: str) -> Iterator[Row]:
+def moe_rows(i: int, c: MoEConfig, hf: str, *, router: str, names: tuple[str, str, str], fused: str) -> Iterator[TensorMapping]:
     """names: what an expert calls gate, up and down; fused: where transformers 5.x keeps them all."""
     ours, gguf = f"layers.{i}.feed_forward", f"blk.{i}"
     other = f"{fused.removesuffix('.experts')}.{router.rpartition('.')[2]}.weight"
-    yield Row(
-        f"{ours}.router.weight", f"{router}.weight", f"{gguf}.ffn_gate_inp.weight", precise=True, aliases=(other,)
+    yield TensorMapping(
+        f"{ours}.router.weight", f"{router}.weight", f"{gguf}.ffn_gate_inp.weight", keep_fp32=True, aliases=(other,)
     )
     places = {
         "gate": (f"{fused}.gate_up_proj", 0, 2),
@@ -210,7 +210,7 @@ def moe_rows(i: int, c: MoEConfig, hf: str, *, router: str, names: tuple[str, st
     }
     for name, theirs in zip(("gate", "up", "down"), names, strict=True):
         experts = tuple(f"{hf}.{e}.{theirs}.weight" for e in range(c.experts))
-        yield Row(f"{ours}.{name}", experts, f"{gguf}.ffn_{name}_exps.weight", fused=places[name])
+        yield TensorMapping(f"{ours}.{name}", experts, f"{gguf}.ffn_{name}_exps.weight", fused=places[name])
 
 
 # ── GGUF metadata that several families share ────────────────────────────────────────────────────────────

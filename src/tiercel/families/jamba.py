@@ -16,7 +16,7 @@ from tiercel.errors import FormatError, UnsupportedError
 from tiercel.families.family import (
     Family,
     Metadata,
-    Row,
+    TensorMapping,
     attention_rows,
     mamba1_rows,
     mlp_rows,
@@ -30,7 +30,7 @@ from tiercel.families.mamba import mamba1_limits, read_gguf_mamba1, write_gguf_m
 from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, Mamba1Config, ModelConfig, MoEConfig
 
 
-def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
+def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
     f = Fields(dict(hf_config))
     width, heads, depth = (
         f.size("hidden_size"),
@@ -92,7 +92,7 @@ def _every(f: Fields, period: str, default_period: int, offset: str, default_off
     return lambda i: i % p == o
 
 
-def rows(config: ModelConfig) -> Iterator[Row]:
+def rows(config: ModelConfig) -> Iterator[TensorMapping]:
     yield from top_rows(config, embed="model.embed_tokens.weight", norm="model.final_layernorm.weight")
     for i, layer in enumerate(config.layers):
         hf, mixer, ffn = f"model.layers.{i}", layer.mixers[0], layer.feed_forward
@@ -111,7 +111,7 @@ def rows(config: ModelConfig) -> Iterator[Row]:
             yield from mlp_rows(i, ffn, hf)
 
 
-def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
+def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
     m = Metadata(metadata, "jamba")
     width, heads, depth = m.size("embedding_length"), m.size("attention.head_count"), m.layers()
     kv_heads = m.sizes("attention.head_count_kv", depth)

@@ -17,7 +17,7 @@ from tiercel.errors import UnsupportedError
 from tiercel.families.family import (
     Family,
     Metadata,
-    Row,
+    TensorMapping,
     attention_rows,
     mlp_rows,
     moe_rows,
@@ -32,7 +32,7 @@ from tiercel.model.config import AttentionConfig, FeedForward, GatedMLPConfig, L
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
-def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
+def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
     f = Fields(dict(hf_config))
     kind = f.data.get("model_type")
     width, heads, depth = (
@@ -101,7 +101,7 @@ def _windowed(attention: AttentionConfig, window: int | None) -> AttentionConfig
     return replace(attention, window=window) if window else attention
 
 
-def rows(config: ModelConfig, *, pairs: bool = True) -> Iterator[Row]:
+def rows(config: ModelConfig, *, pairs: bool = True) -> Iterator[TensorMapping]:
     """pairs: GGUF keeps q and k interleaved (architecture `llama`), not so for qwen2."""
     yield from top_rows(config, embed="model.embed_tokens.weight", norm="model.norm.weight")
     for i, layer in enumerate(config.layers):
@@ -122,7 +122,7 @@ def rows(config: ModelConfig, *, pairs: bool = True) -> Iterator[Row]:
             yield from mlp_rows(i, feed_forward, f"{hf}.mlp")
 
 
-def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
+def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
     arch = metadata["general.architecture"]
     m = Metadata(metadata, arch)
     width, heads, depth = m.size("embedding_length"), m.size("attention.head_count"), m.layers()

@@ -13,14 +13,14 @@ from typing import Any
 
 from tiercel.errors import FormatError
 from tiercel.families.falcon_h1 import mamba2_limits, read_gguf_mamba2, write_gguf_mamba2
-from tiercel.families.family import Family, Metadata, Row, mamba1_rows, mamba2_rows, norm_rows, tensor_shape, top_rows
+from tiercel.families.family import Family, Metadata, TensorMapping, mamba1_rows, mamba2_rows, norm_rows, tensor_shape, top_rows
 from tiercel.families.fields import Fields
 from tiercel.model.config import LayerConfig, Mamba1Config, Mamba2Config, Mixer, ModelConfig
 
 CONTEXT = 1 << 20  # nothing in these models ends at a length; llama.cpp writes the same number
 
 
-def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
+def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
     f = Fields(dict(hf_config))
     width = f.size("hidden_size")
     bias, conv_bias = f.flag("use_bias", False), f.flag("use_conv_bias", True)
@@ -71,7 +71,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
     return config, rows(config)
 
 
-def rows(config: ModelConfig) -> Iterator[Row]:
+def rows(config: ModelConfig) -> Iterator[TensorMapping]:
     for row in top_rows(config, embed="backbone.embeddings.weight", norm="backbone.norm_f.weight"):
         yield replace(row, aliases=("backbone.embedding.weight",)) if row.ours == "embed.weight" else row
     for i, layer in enumerate(config.layers):
@@ -84,7 +84,7 @@ def rows(config: ModelConfig) -> Iterator[Row]:
             yield from mamba2_rows(i, mixer, f"{hf}.mixer")
 
 
-def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
+def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
     m = Metadata(metadata, metadata["general.architecture"])
     mixer: Mixer = read_gguf_mamba2(m, tensors) if m.arch == "mamba2" else read_gguf_mamba1(m, tensors)
     config = ModelConfig(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.errors import FormatError, RequestError
-from tiercel.families.family import Family, Row
+from tiercel.families.family import Family, TensorMapping
 from tiercel.model.config import (
     AttentionConfig,
     FeedForward,
@@ -134,15 +134,15 @@ def from_dict(data: Any, where: str = "pattern") -> ModelConfig:
         raise FormatError(f"{where}: {error}") from error
 
 
-def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Row]]:
+def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
     config = from_dict(dict(hf_config), "config.json")
     return config, rows(config)
 
 
-def rows(config: ModelConfig) -> Iterator[Row]:
+def rows(config: ModelConfig) -> Iterator[TensorMapping]:
     """Our own names on both sides; what they are follows from the configuration."""
-    for name, precise in names(config):
-        yield Row(name, name, None, precise=precise)
+    for name, keep_fp32 in names(config):
+        yield TensorMapping(name, name, None, keep_fp32=keep_fp32)
 
 
 def names(config: ModelConfig) -> Iterator[tuple[str, bool]]:
@@ -154,8 +154,8 @@ def names(config: ModelConfig) -> Iterator[tuple[str, bool]]:
     for i, layer in enumerate(config.layers):
         yield f"layers.{i}.mixer_norm.weight", True
         for mixer in layer.mixers:
-            for name, precise in _mixer_names(mixer):
-                yield f"layers.{i}.mixers.{mixer.kind}.{name}", precise
+            for name, keep_fp32 in _mixer_names(mixer):
+                yield f"layers.{i}.mixers.{mixer.kind}.{name}", keep_fp32
         ffn = layer.feed_forward
         if ffn is not None:
             yield f"layers.{i}.ffn_norm.weight", True

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig
 from tiercel.model.layer_state import AttentionState
-from tiercel.model.layers import NOTHING, Linear, Ready, rounds
+from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, quantizes_input
 from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.attention import attention
 from tiercel.ops.rotary import rotate
@@ -37,11 +37,11 @@ class Attention(nn.Module):
         h_TD: Tensor,
         batch: Batch | VarlenBatch,
         states: Sequence[AttentionState | None],
-        ready: Ready = NOTHING,
+        precomputed: Precomputed = NONE_PRECOMPUTED,
     ) -> Tensor:
         """h: (T, D) → (T, D); every row attends to its own past.  ready: products with h made elsewhere."""
         if not isinstance(batch, VarlenBatch) and batch.native:
-            return self.o(self._natively(h_TD, batch, states, ready))
+            return self.o(self._natively(h_TD, batch, states, precomputed))
         P = self.config.head_dim
         q_HTP = self.q(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
         k_KTP = self.k(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
@@ -61,16 +61,16 @@ class Attention(nn.Module):
         y_HTP = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
         return self.o(y_HTP.transpose(0, 1).flatten(1))
 
-    def _natively(self, h_TD: Tensor, batch: Batch, states: Sequence[AttentionState | None], ready: Ready) -> Tensor:
+    def _natively(self, h_TD: Tensor, batch: Batch, states: Sequence[AttentionState | None], precomputed: Precomputed) -> Tensor:
         c = self.config
         assert states[0] is not None
         return batch.mixers.attention(
             batch.texts_of(states[0]),
-            *(ready[m] if m in ready else m(h_TD) for m in (self.q, self.k, self.v)),
+            *(precomputed[m] if m in precomputed else m(h_TD) for m in (self.q, self.k, self.v)),
             None if c.rope is None else batch.rotary(c.rope, c.head_dim),
             heads=c.heads,
             kv_heads=c.kv_heads,
             scale=self.scale,
             window=c.window,
-            **rounds(self.o),
+            **quantizes_input(self.o),
         )

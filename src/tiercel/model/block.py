@@ -44,13 +44,13 @@ class Block(nn.Module):
     def forward(self, x_TD: Tensor, batch: Batch | VarlenBatch, states: Sequence[Sequence[Any]]) -> Tensor:
         """x: (T, D) → (T, D).  memories: for each mixer, what every row remembers (None: nothing)."""
         h_TD = self.mixer_norm(x_TD)
-        ready = self.joint(h_TD) if self.joint is not None and batch.step and self.joint.holds() else {}
-        given = {"ready": ready} if ready else {}
+        precomputed = self.joint(h_TD) if self.joint is not None and batch.step and self.joint.holds() else {}
+        given = {"ready": precomputed} if precomputed else {}
         runs = [partial(mix, h_TD, batch, m, **given) for mix, m in zip(self.mixers.values(), states, strict=True)]
         mixed = batch.side_by_side(runs)
         if self.feed_forward is None:
             return reduce(add, mixed, x_TD)
         x_TD, h_TD = self.ffn_norm.after(x_TD, mixed)
         if batch.step and isinstance(self.feed_forward, GatedMLP) and not self.feed_forward._forward_hooks:
-            return self.feed_forward.onto(x_TD, h_TD)
+            return self.feed_forward.add_to(x_TD, h_TD)
         return add(x_TD, self.feed_forward(h_TD))

@@ -21,7 +21,7 @@ from tiercel.model.batch import Batch
 from tiercel.model.block import Block
 from tiercel.model.config import ModelConfig
 from tiercel.model.graph_cache import GraphCache
-from tiercel.model.layers import Embedding, Linear, RMSNorm, hold, pack
+from tiercel.model.layers import Embedding, Linear, RMSNorm, set_weight, pack
 from tiercel.model.lora import Adapters
 from tiercel.model.state import State
 from tiercel.model.state_cache import DeviceBatch, StateCache
@@ -189,9 +189,9 @@ class Decoder(nn.Module):
                 matrix = (isinstance(module, (Linear, Embedding)) and name == "weight") or p.dim() == 3
                 packed = pack(p) if matrix else None
                 if packed is not None:
-                    hold(module, name, packed)
+                    set_weight(module, name, packed)
                 elif not matrix and p.dtype == torch.bfloat16:
-                    hold(module, name, nn.Parameter(p.detach().float(), requires_grad=False))
+                    set_weight(module, name, nn.Parameter(p.detach().float(), requires_grad=False))
         self._tie()
         self._graphs.clear()
 
@@ -200,18 +200,18 @@ class Decoder(nn.Module):
         for module in self.modules():
             for name, value in list(vars(module).items()):
                 if isinstance(value, QTensor) and not value.packed and module is not self.head:
-                    hold(module, name, nn.Parameter(value.numbers(), requires_grad=False))
+                    set_weight(module, name, nn.Parameter(value.numbers(), requires_grad=False))
                 elif isinstance(value, list) and value and isinstance(value[0], QTensor) and not value[0].packed:
                     stack = torch.stack([expert.numbers() for expert in value])
-                    hold(module, name, nn.Parameter(stack, requires_grad=False))
+                    set_weight(module, name, nn.Parameter(stack, requires_grad=False))
         if not self.config.tied and isinstance(self.head.weight, QTensor) and not self.head.weight.packed:
-            hold(self.head, "weight", nn.Parameter(self.head.weight.numbers(), requires_grad=False))
+            set_weight(self.head, "weight", nn.Parameter(self.head.weight.numbers(), requires_grad=False))
         self._tie()
         self._graphs.clear()
 
     def _tie(self) -> None:
         if self.config.tied:
-            hold(self.head, "weight", self.embed.weight)
+            set_weight(self.head, "weight", self.embed.weight)
 
     def train(self, mode: bool = True) -> Decoder:
         if mode and not (self.frozen and self.dtype == torch.bfloat16 and not torch_multiplies_bf16()):

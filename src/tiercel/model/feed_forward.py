@@ -21,7 +21,7 @@ class GatedMLP(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down(gated(x_TD, self.gate, self.up, self.activation))
 
-    def onto(self, base_TD: Tensor, x_TD: Tensor) -> Tensor:
+    def add_to(self, base_TD: Tensor, x_TD: Tensor) -> Tensor:
         """base + forward(x), in one product where nobody listens to `down` or has put an adapter there."""
         if type(self.down) is not Linear or self.down._forward_hooks:
             return add(base_TD, self(x_TD))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tiercel.errors import RequestError
 from tiercel.model.attention import Attention
-from tiercel.model.layers import Linear, hold
+from tiercel.model.layers import Linear, set_weight
 from tiercel.model.mamba2 import Mamba2
 from tiercel.ops import triton
 from tiercel.ops.linear import QTensor, linear
@@ -36,7 +36,7 @@ class MergedLinear:
             self.weight = type(weights[0]).joined(weights)
             parts = self.weight.split([w.shape[0] for w in weights])
         for m, part in zip(linears, parts, strict=True):
-            hold(m, "weight", part)
+            set_weight(m, "weight", part)
 
     def holds(self) -> bool:
         """Whether the weights are still these rows, and nobody listens to the parts."""
@@ -67,12 +67,12 @@ def move(network: Decoder, device: str | torch.device) -> None:
             if isinstance(value, QTensor):
                 moved: Any = on_device(value, device)
                 held = moved if isinstance(moved, QTensor) else nn.Parameter(moved, requires_grad=False)
-                hold(module, name, held)
+                set_weight(module, name, held)
             elif isinstance(value, list) and value and isinstance(value[0], QTensor):
                 raise RequestError("packed experts have no kernels for GPUs yet: load the model with dtype='bfloat16'")
             elif isinstance(value, nn.Parameter):
                 kind = torch.float32 if name in PRECISE else plain
-                hold(module, name, nn.Parameter(value.detach().to(device, kind), requires_grad=False))
+                set_weight(module, name, nn.Parameter(value.detach().to(device, kind), requires_grad=False))
     network._tie()
     network._graphs.clear()
 

@@ -22,11 +22,11 @@ from tiercel.ops.linear import QTensor, linear
 from tiercel.ops.norm import add_rms_norm, rms_norm
 
 Matrix = Tensor | QTensor
-Ready = Mapping[nn.Module, Tensor]  # answers of Linears that were computed together with others
-NOTHING: Ready = MappingProxyType({})
+Precomputed = Mapping[nn.Module, Tensor]  # answers of Linears that were computed together with others
+NONE_PRECOMPUTED: Precomputed = MappingProxyType({})
 
 
-def rounds(after: nn.Module) -> dict[str, bool]:
+def quantizes_input(after: nn.Module) -> dict[str, bool]:
     """What to tell a kernel whose answer goes to this Linear on a GPU."""
     return {"round": True} if getattr(after.weight, "meets_rounded", False) else {}
 
@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, added, self.weight, self.eps, round=self.feeds_packed)
 
 
-def hold(module: nn.Module, name: str, weight: nn.Parameter | QTensor | list[QTensor]) -> None:
+def set_weight(module: nn.Module, name: str, weight: nn.Parameter | QTensor | list[QTensor]) -> None:
     """Put a weight in place of another kind of weight."""
     module._parameters.pop(name, None)
     module.__dict__.pop(name, None)

@@ -23,7 +23,7 @@ from tiercel.model.batch import Batch
 from tiercel.model.config import Mamba2Config
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layer_state import Mamba2State
-from tiercel.model.layers import NOTHING, Linear, Ready, rounds
+from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, quantizes_input
 from tiercel.model.varlen import CHUNK, VarlenBatch
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.norm import gated_rms_norm
@@ -50,11 +50,11 @@ class Mamba2(nn.Module):
         u_TD: Tensor,
         batch: Batch | VarlenBatch,
         states: Sequence[Mamba2State | None],
-        ready: Ready = NOTHING,
+        precomputed: Precomputed = NONE_PRECOMPUTED,
     ) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state.  ready: products with u made elsewhere."""
         if not isinstance(batch, VarlenBatch) and batch.native:
-            return self.out_proj(self._natively(u_TD, batch, states, ready))
+            return self.out_proj(self._natively(u_TD, batch, states, precomputed))
         c = self.config
         z_TI, xBC_TC, dt_TH = self.in_proj(u_TD).split((c.inner, c.channels, c.heads), -1)
         dt_TH = F.softplus(dt_TH.float() + self.dt_bias.float()).clamp(*c.dt_limit)
@@ -74,18 +74,18 @@ class Mamba2(nn.Module):
             y_TI = gated_rms_norm(y_TI, z_TI, self.out_norm, self.eps, c.groups, c.gated_norm == "gate_first")
         return self.out_proj(y_TI)
 
-    def _natively(self, u_TD: Tensor, batch: Batch, states: Sequence[Mamba2State | None], ready: Ready) -> Tensor:
+    def _natively(self, u_TD: Tensor, batch: Batch, states: Sequence[Mamba2State | None], precomputed: Precomputed) -> Tensor:
         c, memory = self.config, states[0]
         assert memory is not None
         parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, self.out_norm
         weight_KC, bias_C, dt_bias_H, A_H, D_H, norm_I = self._derived(parameters, self._derive)
-        zxBCdt_TD = ready[self.in_proj] if self.in_proj in ready else self.in_proj(u_TD)
+        zxBCdt_TD = precomputed[self.in_proj] if self.in_proj in precomputed else self.in_proj(u_TD)
         y_TI = batch.mixers.mamba2(
             batch.texts_of(memory), zxBCdt_TD, weight_KC, bias_C, dt_bias_H, A_H, D_H,
             head_dim=c.head_dim, groups=c.groups, state=c.state, chunk=memory.chunk, dt_limit=c.dt_limit,
         )  # fmt: skip
         gate_first = c.gated_norm == "gate_first"
-        return batch.mixers.gated_norm(y_TI, zxBCdt_TD, norm_I, self.eps, c.groups, gate_first, **rounds(self.out_proj))
+        return batch.mixers.gated_norm(y_TI, zxBCdt_TD, norm_I, self.eps, c.groups, gate_first, **quantizes_input(self.out_proj))
 
     def _derive(self) -> tuple[Tensor | None, ...]:
         """The small parameters as the kernels read them."""

@@ -61,7 +61,7 @@ class Pages(Sequence[Page]):
         """Tokens."""
         return len(self.held) * PAGE
 
-    def ready(self, used: int, length: int) -> bool:
+    def precomputed(self, used: int, length: int) -> bool:
         """Whether tokens from `used` up to `length` can be written."""
         return length <= len(self.held) * PAGE and self.shared * PAGE <= used
 

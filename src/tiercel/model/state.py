@@ -150,7 +150,7 @@ class State:
         used = self.length
         for part in self._caches:
             part.cut(used)  # what a forward added that was interrupted
-        if self._caches and not self.pages.ready(used, used + added):
+        if self._caches and not self.pages.precomputed(used, used + added):
             self.pages.reserve(used, used + added)
             self._publish()
 

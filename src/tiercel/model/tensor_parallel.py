@@ -24,7 +24,7 @@ from tiercel.model.attention import Attention
 from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, Mamba2Config
 from tiercel.model.decoder import Decoder
 from tiercel.model.feed_forward import GatedMLP
-from tiercel.model.layers import Linear, hold
+from tiercel.model.layers import Linear, set_weight
 from tiercel.model.mamba2 import Mamba2
 
 
@@ -96,7 +96,7 @@ def _own(t: Tensor, rank: int, size: int, dim: int = 0) -> Tensor:
 
 def _put(module: nn.Module, name: str, value: Tensor | None) -> None:
     if value is not None:
-        hold(module, name, nn.Parameter(value.detach().clone().contiguous(), requires_grad=False))
+        set_weight(module, name, nn.Parameter(value.detach().clone().contiguous(), requires_grad=False))
 
 
 def _plain(weight: object) -> Tensor:

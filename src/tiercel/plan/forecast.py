@@ -56,14 +56,14 @@ class Matrix:
     name: str
     kind: str
     shape: tuple[int, ...]
-    precise: bool
+    keep_fp32: bool
 
     @property
     def values(self) -> int:
         return math.prod(self.shape)
 
     def nbytes(self, panels: bool) -> int:
-        if self.kind in SIZES and (not panels or self.precise or len(self.shape) < 2):
+        if self.kind in SIZES and (not panels or self.keep_fp32 or len(self.shape) < 2):
             return SIZES[self.kind] * self.values
         *experts, N, K = self.shape
         one = held_bytes(self.kind, N, K) if panels else N * row_bytes(self.kind, K)
@@ -93,13 +93,13 @@ def matrices(
     else:
         raise RequestError(f"dtype {dtype!r} is not known; choose auto, float32, bfloat16 or float16")
 
-    def kind(name: str, shape: tuple[int, ...], precise: bool) -> str:
-        if precise or len(shape) < 2:
+    def kind(name: str, shape: tuple[int, ...], keep_fp32: bool) -> str:
+        if keep_fp32 or len(shape) < 2:
             return "F32"
         own = kinds.get(name, plain)
         return own if dtype == "auto" and own in PACKED_TYPES and fits(own, shape[-1]) else plain
 
-    return [Matrix(name, kind(name, shape, precise), shape, precise) for name, shape, precise in all_]
+    return [Matrix(name, kind(name, shape, keep_fp32), shape, keep_fp32) for name, shape, keep_fp32 in all_]
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _state_size(held: list[Matrix]) -> int:
 def _precision(held: list[Matrix]) -> str:
     count: Counter[str] = Counter()
     for matrix in held:
-        if not matrix.precise and len(matrix.shape) > 1:
+        if not matrix.keep_fp32 and len(matrix.shape) > 1:
             count[matrix.kind] += matrix.values
     return " + ".join(kind for kind, values in count.most_common(2) if values > 0.02 * count.total())
 
@@ -289,7 +289,7 @@ def _products(config: ModelConfig, held: list[Matrix], machine: Machine, rows: i
 def _read(config: ModelConfig, held: list[Matrix], rows: int, prompt: bool) -> Iterator[tuple[Matrix, int, float]]:
     """The matrices that are multiplied with, how many rows each meets, and the share of it that is read."""
     for matrix in held:
-        if matrix.precise or len(matrix.shape) < 2 or (matrix.name == "embed.weight" and not config.tied):
+        if matrix.keep_fp32 or len(matrix.shape) < 2 or (matrix.name == "embed.weight" and not config.tied):
             continue  # an embedding is looked up
         if len(matrix.shape) == 3:
             moe = config.layers[int(matrix.name.split(".")[1])].feed_forward

@@ -192,12 +192,12 @@ def shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], bool]]:
     for i, layer in enumerate(config.layers):
         yield f"layers.{i}.mixer_norm.weight", (D,), True
         for mixer in layer.mixers:
-            for name, shape, precise in _mixer_shapes(mixer, D):
-                yield f"layers.{i}.mixers.{mixer.kind}.{name}", shape, precise
+            for name, shape, keep_fp32 in _mixer_shapes(mixer, D):
+                yield f"layers.{i}.mixers.{mixer.kind}.{name}", shape, keep_fp32
         if layer.feed_forward is not None:
             yield f"layers.{i}.ffn_norm.weight", (D,), True
-            for name, shape, precise in _feed_forward_shapes(layer.feed_forward, D):
-                yield f"layers.{i}.feed_forward.{name}", shape, precise
+            for name, shape, keep_fp32 in _feed_forward_shapes(layer.feed_forward, D):
+                yield f"layers.{i}.feed_forward.{name}", shape, keep_fp32
 
 
 Shapes = Iterator[tuple[str, tuple[int, ...], bool]]

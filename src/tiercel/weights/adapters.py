@@ -4,7 +4,7 @@
     export(Merged(source, adapter), out)   W + B A as a checkpoint
 
 The files use the checkpoint's own names and values.  Where a multiplier stands between its values and ours
-(`Row.scale`: ours = theirs × scale, row by row), B takes it: s (W + B A) = s W + (s B) A.  No PEFT is needed here.
+(`TensorMapping.scale`: ours = theirs × scale, row by row), B takes it: s (W + B A) = s W + (s B) A.  No PEFT is needed here.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 from torch import Tensor
 
 from tiercel.errors import FormatError, ModelNotFound, RequestError, UnsupportedError
-from tiercel.families.family import Layout, Row
+from tiercel.families.family import Layout, TensorMapping
 from tiercel.model.lora import Adapter
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import Source, parameter_shapes, read_json
-from tiercel.weights.forms import scaled
+from tiercel.weights.transforms import scaled
 from tiercel.weights.safetensors import open_safetensors
 from tiercel.weights.stored import Stored
 
@@ -43,9 +43,9 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def module_rows(layout: Layout) -> dict[str, Row]:
+def module_rows(layout: Layout) -> dict[str, TensorMapping]:
     """The checkpoint's names of matrices that are modules, such as model.layers.0.self_attn.q_proj → row."""
-    found: dict[str, Row] = {}
+    found: dict[str, TensorMapping] = {}
     for row in layout.rows:
         if isinstance(row.hf, str) and row.ours.endswith(".weight") and row.hf.endswith(".weight"):
             for name in (row.hf, *row.aliases):
@@ -164,21 +164,21 @@ class Merged:
     def layout(self) -> Layout:
         return self.base.layout
 
-    def _pair(self, row: Row) -> tuple[Tensor, Tensor] | None:
+    def _pair(self, row: TensorMapping) -> tuple[Tensor, Tensor] | None:
         return self.adapter.pairs.get(row.ours.removesuffix(".weight"))
 
-    def stored(self, row: Row) -> str:
+    def stored(self, row: TensorMapping) -> str:
         stored = self.base.stored(row)
         return stored if self._pair(row) is None or stored in ("F32", "F64", "BF16", "F16") else "BF16"
 
-    def read(self, row: Row, start: int, stop: int) -> Tensor:
+    def read(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         x, pair = self.base.read(row, start, stop), self._pair(row)
         if pair is None:
             return x
         A, B = pair
         return x.double() + B[start:stop].double() @ A.double()
 
-    def raw(self, row: Row, start: int, stop: int) -> Tensor:
+    def raw(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         assert self._pair(row) is None, f"{row.ours} is merged, and not packed"
         return self.base.raw(row, start, stop)
 

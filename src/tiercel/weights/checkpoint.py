@@ -18,13 +18,13 @@ from torch import Tensor
 
 from tiercel.errors import FormatError, ModelNotFound
 from tiercel.families import from_gguf, from_hf
-from tiercel.families.family import Form, Layout, Row, Runs
+from tiercel.families.family import Transform, Layout, TensorMapping, Runs
 from tiercel.model.decoder import Decoder
 from tiercel.plan import parameter_count
 from tiercel.quant import PACKED_TYPES, PACKINGS, dequantize
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights import packed_folder
-from tiercel.weights.forms import WHOLE, foreign_shape, scaled, scaled_rows, to_ours
+from tiercel.weights.transforms import WHOLE, foreign_shape, scaled, scaled_rows, to_ours
 from tiercel.weights.gguf import GGUFFile
 from tiercel.weights.safetensors import open_safetensors
 from tiercel.weights.stored import Stored
@@ -40,13 +40,13 @@ class Source(Protocol):
     @property
     def layout(self) -> Layout: ...
 
-    def read(self, row: Row, start: int, stop: int) -> Tensor:
+    def read(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         """Rows start … stop as ours, at least as wide as stored."""
 
-    def stored(self, row: Row) -> str:
+    def stored(self, row: TensorMapping) -> str:
         """The type it is stored in: "F32", "BF16", "Q4_K" …"""
 
-    def raw(self, row: Row, start: int, stop: int) -> Tensor:
+    def raw(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         """Rows start … stop as ours where `stored` is a packed type: uint8, the last axis in bytes."""
 
     def text(self) -> Tokenizer | None: ...
@@ -71,7 +71,7 @@ class Checkpoint:
 
     # ── which stored tensor is which ──
 
-    def _stored(self, row: Row) -> list[Stored]:
+    def _stored(self, row: TensorMapping) -> list[Stored]:
         """The tensor of a row; for experts one each, or the one that holds them all."""
         if self.gguf is not None:
             names = [row.gguf or ""]
@@ -86,7 +86,7 @@ class Checkpoint:
             raise FormatError(f"{self.path}: the tensor {missing[0]!r} is missing ({self.layout.family.name})")
         return [self.tensors[name] for name in names]
 
-    def _forms(self, row: Row) -> tuple[Form, ...]:
+    def _forms(self, row: TensorMapping) -> tuple[Transform, ...]:
         if self.gguf is not None:
             return row.gguf_forms
         return (row.hf_form,) if row.hf_form else ()
@@ -121,31 +121,31 @@ class Checkpoint:
 
     # ── Source ──
 
-    def read(self, row: Row, start: int, stop: int) -> Tensor:
-        stored, forms = self._stored(row), self._forms(row)
+    def read(self, row: TensorMapping, start: int, stop: int) -> Tensor:
+        stored, transforms = self._stored(row), self._forms(row)
         if self.gguf is None and row.fused and stored[0].name == row.fused[0]:
             _, part, parts = row.fused
             return stored[0].rows(start, stop).chunk(parts, 1)[part]
         if self.gguf is None and isinstance(row.hf, tuple):
             return torch.stack([tensor.rows() for tensor in stored[start:stop]])
-        if any(form.name in WHOLE for form in forms):
+        if any(form.name in WHOLE for form in transforms):
             x = stored[0].rows()
-            for form in reversed(forms):
+            for form in reversed(transforms):
                 x = to_ours(form, x)
             return x[start:stop]
         x = stored[0].rows(start, stop)
-        for form in forms:
+        for form in transforms:
             x = to_ours(form, x)
         scale = self._scale(row, stored[0])
         if scale != 1.0 and stored[0].type in PACKED_TYPES:  # the values that `raw` stands for
             return dequantize(stored[0].type, self.raw(row, start, stop))
         return scaled(x, scale, start)
 
-    def _scale(self, row: Row, stored: Stored) -> float | Runs:
+    def _scale(self, row: TensorMapping, stored: Stored) -> float | Runs:
         """The multiplier between the file's values and ours."""
         return 1.0 if self.gguf is not None or stored.name in self.folded else row.scale
 
-    def stored(self, row: Row) -> str:
+    def stored(self, row: TensorMapping) -> str:
         return self._stored(row)[0].type
 
     @property
@@ -155,7 +155,7 @@ class Checkpoint:
         packed = any(tensor.type in PACKINGS for tensor in self.tensors.values())
         return found if packed and type(found) is int and 0 <= found < 1 << 16 else None
 
-    def raw(self, row: Row, start: int, stop: int) -> Tensor:
+    def raw(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         stored = self._stored(row)
         assert self.stored(row) in PACKED_TYPES, f"{row.ours} is {self.stored(row)}"
         if self.gguf is None and row.fused and stored[0].name == row.fused[0]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError, UnsupportedError
-from tiercel.families.family import Form, Layout, Row, refuse
+from tiercel.families.family import Transform, Layout, TensorMapping, refuse
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import named_weights
 from tiercel.ops.linear import QTensor
@@ -29,7 +29,7 @@ from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.tokenizer.vocab_gguf import GGUF_TYPES
 from tiercel.weights import packed_folder
 from tiercel.weights.checkpoint import Checkpoint, Source, open_checkpoint, parameter_shapes
-from tiercel.weights.forms import WHOLE, foreign_shape, scaled, scaled_rows, to_foreign
+from tiercel.weights.transforms import WHOLE, foreign_shape, scaled, scaled_rows, to_foreign
 from tiercel.weights.gguf import Typed, write_gguf
 from tiercel.weights.load import STORED, as_dtype
 from tiercel.weights.safetensors import write_safetensors
@@ -47,7 +47,7 @@ class NetworkSource:
     def __post_init__(self) -> None:
         self._state = dict(named_weights(self.network))
 
-    def read(self, row: Row, start: int, stop: int) -> Tensor:
+    def read(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         weight = self._state[row.ours]
         if isinstance(weight, QTensor):
             return weight.numbers(start, stop)
@@ -55,14 +55,14 @@ class NetworkSource:
             return torch.stack([expert.numbers() for expert in weight[start:stop]])
         return weight.detach()[start:stop]
 
-    def raw(self, row: Row, start: int, stop: int) -> Tensor:
+    def raw(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         weight = self._state[row.ours]
         if isinstance(weight, QTensor):
             return weight.raw(start, stop)
         assert isinstance(weight, list), f"{row.ours} is not packed"
         return torch.stack([expert.raw() for expert in weight[start:stop]])
 
-    def stored(self, row: Row) -> str:
+    def stored(self, row: TensorMapping) -> str:
         weight = self._state[row.ours]
         if isinstance(weight, list):
             weight = weight[0]
@@ -106,16 +106,16 @@ def _origin(source: Source) -> Source:
     return getattr(source, "base", source)
 
 
-def _type(source: Source, row: Row, wanted: str | None, packed: Iterable[str]) -> str:
+def _type(source: Source, row: TensorMapping, wanted: str | None, packed: Iterable[str]) -> str:
     """The type a tensor is written in; packed: those the target may hold."""
     stored = source.stored(row)
     if wanted or stored in STORED.values() or stored in packed:
         return wanted or stored
-    return "F32" if stored == "F64" or row.precise else "BF16"
+    return "F32" if stored == "F64" or row.keep_fp32 else "BF16"
 
 
 def _reader(
-    source: Source, row: Row, shape: Sequence[int], forms: Sequence[Form], kind: str, scale: bool
+    source: Source, row: TensorMapping, shape: Sequence[int], transforms: Sequence[Transform], kind: str, scale: bool
 ) -> Callable[[int, int], Tensor]:
     """Rows of the foreign tensor, made from rows of ours; packed ones stay packed."""
     packed = kind in PACKED_TYPES
@@ -127,11 +127,11 @@ def _reader(
             x = scaled_rows(kind, x, row.scale, start, inverse=True)
         elif scale:
             x = scaled(x, row.scale, start, inverse=True)
-        for form in forms:
+        for form in transforms:
             x = to_foreign(form, x)
         return x
 
-    whole = any(form.name in WHOLE for form in (*forms, *row.gguf_forms))
+    whole = any(form.name in WHOLE for form in (*transforms, *row.gguf_forms))
     return _once(lambda: changed(0, shape[0]), shape[0]) if whole else changed
 
 
@@ -193,7 +193,7 @@ def _config_dtype(source: Source, wanted: str | None) -> str:
 
 
 def _foreign(
-    source: Source, row: Row, shape: tuple[int, ...], kind: str, *, unfold: bool
+    source: Source, row: TensorMapping, shape: tuple[int, ...], kind: str, *, unfold: bool
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[int, int], Tensor]]]:
     """The Hugging Face tensors of a row: name, shape, rows."""
     if isinstance(row.hf, tuple):
@@ -201,14 +201,14 @@ def _foreign(
         for e, name in enumerate(row.hf):
             yield name, shape[1:], _once(partial(_expert, read, row, e), shape[1])
         return
-    forms = (row.hf_form,) if row.hf_form else ()
+    transforms = (row.hf_form,) if row.hf_form else ()
     foreign = shape
-    for form in forms:
+    for form in transforms:
         foreign = foreign_shape(form, foreign)
-    yield row.hf, foreign, _reader(source, row, shape, forms, kind, unfold)
+    yield row.hf, foreign, _reader(source, row, shape, transforms, kind, unfold)
 
 
-def _expert(read: Callable[[Row, int, int], Tensor], row: Row, e: int) -> Tensor:
+def _expert(read: Callable[[TensorMapping, int, int], Tensor], row: TensorMapping, e: int) -> Tensor:
     return read(row, e, e + 1)[0]
 
 
@@ -242,7 +242,7 @@ def _export_gguf(source: Source, path: Path, wanted: str | None, name: str | Non
         shape = foreign = shapes[row.ours]
         for form in row.gguf_forms:
             foreign = foreign_shape(form, foreign)
-        kind = "F32" if row.precise or len(shape) < 2 else _type(source, row, wanted, PACKINGS)
+        kind = "F32" if row.keep_fp32 or len(shape) < 2 else _type(source, row, wanted, PACKINGS)
         tensors.append(OutTensor(row.gguf, foreign, kind, _reader(source, row, shape, row.gguf_forms, kind, False)))
     tensors += _extra_gguf(source, tensors)
     metadata: dict[str, Any] = {
@@ -283,5 +283,5 @@ def _extra_gguf(source: Source, tensors: Iterable[OutTensor]) -> Iterator[OutTen
         yield OutTensor("rope_freqs.weight", tuple(divisors.shape), "F32", lambda a, b: divisors[a:b])
 
 
-def _scaled_embedding(source: Source, row: Row, start: int, stop: int) -> Tensor:
+def _scaled_embedding(source: Source, row: TensorMapping, start: int, stop: int) -> Tensor:
     return scaled(source.read(row, start, stop), source.layout.config.logit_scale, 0)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import DoesNotFit, RequestError
-from tiercel.families.family import Layout, Row
+from tiercel.families.family import Layout, TensorMapping
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import named_weights
 from tiercel.quant import PACKED_TYPES
@@ -122,14 +122,14 @@ class _Unpacked:
     def layout(self) -> Layout:
         return self.base.layout
 
-    def stored(self, row: Row) -> str:
+    def stored(self, row: TensorMapping) -> str:
         stored = self.base.stored(row)
         return "F32" if stored in PACKED_TYPES else stored
 
-    def read(self, row: Row, start: int, stop: int) -> Tensor:
+    def read(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         return self.base.read(row, start, stop)
 
-    def raw(self, row: Row, start: int, stop: int) -> Tensor:
+    def raw(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         raise AssertionError("nothing is packed here")
 
     def text(self) -> Tokenizer | None:
@@ -149,7 +149,7 @@ def _network(base: Source) -> tuple[Decoder, str]:
 
 
 @torch.no_grad()
-def _put(network: Decoder, source: Source, rows: Sequence[Row]) -> None:
+def _put(network: Decoder, source: Source, rows: Sequence[TensorMapping]) -> None:
     """The values of these tensors as a source has them."""
     weights = dict(named_weights(network))
     for row in rows:
@@ -172,7 +172,7 @@ def _compare(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return (p.exp() * (p - q)).sum(-1).clamp(min=0), p.argmax(-1) == q.argmax(-1)
 
 
-def _is(row: Row, marks: Sequence[str]) -> bool:
+def _is(row: TensorMapping, marks: Sequence[str]) -> bool:
     return any(mark in row.ours if mark.startswith(".") else row.ours.startswith(mark) for mark in marks)
 
 

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from tiercel.errors import RequestError
-from tiercel.families.family import Layout, Row
+from tiercel.families.family import Layout, TensorMapping
 from tiercel.families.pattern import PATTERN, read_file
 from tiercel.families.pattern import rows as pattern_rows
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import fast_bf16, hold, initialize, named_weights
+from tiercel.model.layers import fast_bf16, set_weight, initialize, named_weights
 from tiercel.ops import cpu
 from tiercel.ops.linear import NUMBERS, QTensor
 from tiercel.plan import check_fits, parameter_count
@@ -31,7 +31,7 @@ from tiercel.quant import PACKED_TYPES, held_bytes, row_bytes
 from tiercel.runtime.workspace import give_back
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import Source, open_checkpoint, outline, parameter_shapes
-from tiercel.weights.forms import WHOLE
+from tiercel.weights.transforms import WHOLE
 from tiercel.weights.stored import PLAIN, torch_dtype
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
@@ -132,15 +132,15 @@ def build(layout: Layout, dtype: torch.dtype, source: Source | None = None, *, p
     check_fits(needed, f"a network of {str(dtype).removeprefix('torch.')} weights")
     for name, shape in shapes.items():
         owner, _, leaf = name.rpartition(".")
-        hold(network.get_submodule(owner), leaf, _empty(kinds[name], shape, name in matrices))
+        set_weight(network.get_submodule(owner), leaf, _empty(kinds[name], shape, name in matrices))
     network._tie()
     return network
 
 
-def _kind(row: Row, shape: tuple[int, ...], dtype: torch.dtype, source: Source | None, packed: bool) -> str:
+def _kind(row: TensorMapping, shape: tuple[int, ...], dtype: torch.dtype, source: Source | None, packed: bool) -> str:
     """The type a tensor is held in.  Norms, convolutions and decays are never held narrower than they are stored."""
     stored = "F32" if source is None else source.stored(row)
-    if row.precise or len(shape) < 2:
+    if row.keep_fp32 or len(shape) < 2:
         exact = dtype == torch.float32 or cpu.there  # the kernels read these in float32
         return "F32" if exact or stored not in STORED.values() else stored
     return stored if packed and stored in PACKED_TYPES else STORED[dtype]
@@ -159,9 +159,9 @@ def _bytes(kind: str, shape: tuple[int, ...], matrix: bool) -> tuple[int, int]:
     return count * held, count * held + plain // count
 
 
-def _is_matrix(row: Row) -> bool:
+def _is_matrix(row: TensorMapping) -> bool:
     """Whether it is multiplied with.  Routers are, precise as they are, by our kernels: however rows are cut."""
-    return not row.precise or row.ours.endswith(".router.weight")
+    return not row.keep_fp32 or row.ours.endswith(".router.weight")
 
 
 def _empty(kind: str, shape: tuple[int, ...], matrix: bool) -> nn.Parameter | QTensor | list[QTensor]:
@@ -196,7 +196,7 @@ def fill(network: Decoder, source: Source, progress: Progress | None = None) -> 
     give_back()
 
 
-def put(target: nn.Parameter | QTensor | list[QTensor], source: Source, row: Row, start: int, stop: int) -> None:
+def put(target: nn.Parameter | QTensor | list[QTensor], source: Source, row: TensorMapping, start: int, stop: int) -> None:
     """Rows start … stop of one tensor from the source into the network."""
     if isinstance(target, nn.Parameter):
         target[start:stop] = source.read(row, start, stop)
@@ -218,7 +218,7 @@ def _rows(weight: nn.Parameter | QTensor | list[QTensor]) -> int:
     return len(weight) if isinstance(weight, list) else weight.shape[0]
 
 
-def row_blocks(target: nn.Parameter | QTensor | list[QTensor], row: Row) -> Iterator[tuple[int, int]]:
+def row_blocks(target: nn.Parameter | QTensor | list[QTensor], row: TensorMapping) -> Iterator[tuple[int, int]]:
     """Row ranges of about BLOCK_BYTES, a multiple of sixteen rows; what has a form that cannot be cut is one range."""
     count = _rows(target)
     step = max(1, BLOCK_BYTES * count // max(_held(target), 1))

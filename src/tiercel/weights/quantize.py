@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from tiercel.errors import RequestError
-from tiercel.families.family import Layout, Row
+from tiercel.families.family import Layout, TensorMapping
 from tiercel.quant import PACKED_TYPES, dequantize
 from tiercel.quant.recipes import RECIPES, find, kinds
 from tiercel.tokenizer.tokenizer import Tokenizer
@@ -44,10 +44,10 @@ class Quantized:
     def layout(self) -> Layout:
         return self.base.layout
 
-    def stored(self, row: Row) -> str:
+    def stored(self, row: TensorMapping) -> str:
         return self.kinds.get(row.ours) or self.base.stored(row)
 
-    def raw(self, row: Row, start: int, stop: int) -> Tensor:
+    def raw(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         kind = self.stored(row)
         assert kind in PACKED_TYPES, f"{row.ours} is {kind}"
         if self.base.stored(row) == kind:
@@ -58,7 +58,7 @@ class Quantized:
         self._saw(x.numel())
         return pack(row.ours, kind, x, self.importance.get(row.ours))
 
-    def read(self, row: Row, start: int, stop: int) -> Tensor:
+    def read(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         if row.ours not in self.kinds:
             return self.base.read(row, start, stop)
         return dequantize(self.kinds[row.ours], self.raw(row, start, stop))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
-from tiercel.families.family import Layout, Row
+from tiercel.families.family import Layout, TensorMapping
 from tiercel.model.layers import deviation, fresh
 from tiercel.quant import BLOCKS, PACKED_TYPES, dequantize, recipes, row_bytes
 from tiercel.quant.nf4 import LEVELS
@@ -96,27 +96,27 @@ class RandomSource:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return parameter_shapes(self.layout)
 
-    def stored(self, row: Row) -> str:
-        plain = "F32" if row.precise or len(self.shapes[row.ours]) < 2 else "BF16"
+    def stored(self, row: TensorMapping) -> str:
+        plain = "F32" if row.keep_fp32 or len(self.shapes[row.ours]) < 2 else "BF16"
         return self.kinds.get(row.ours, plain)
 
     def text(self) -> Tokenizer | None:
         return None
 
-    def read(self, row: Row, start: int, stop: int) -> Tensor:
+    def read(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         """Rows as a file of the stored type would give them: its own dtype, float32 for packed types."""
         kind = self.stored(row)
         if kind in PACKED_TYPES:
             return dequantize(kind, self.raw(row, start, stop))
         shape = self.shapes[row.ours]
-        if row.precise or len(shape) < 2:
+        if row.keep_fp32 or len(shape) < 2:
             depth = len(self.layout.config.layers)
             g = torch.Generator().manual_seed(zlib.crc32(row.ours.encode(), self.seed))
             return fresh(row.ours, shape, depth, g)[start:stop].to(torch_dtype(kind))
         wide = torch.from_numpy(self._tiles(row, start, stop, lambda g, rows: _values(g, (rows, *shape[1:]))))
         return (wide.float() * (self._deviation(row) * math.sqrt(12) / 65536)).to(torch_dtype(kind))
 
-    def raw(self, row: Row, start: int, stop: int) -> Tensor:
+    def raw(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         """The same rows as bytes: uint8, the last axis counted in bytes."""
         kind, shape = self.stored(row), self.shapes[row.ours]
         if kind not in PACKED_TYPES:
@@ -125,10 +125,10 @@ class RandomSource:
         spread = self._deviation(row)
         return torch.from_numpy(self._tiles(row, start, stop, lambda g, rows: _packed(g, kind, (rows, *inner), spread)))
 
-    def _deviation(self, row: Row) -> float:
+    def _deviation(self, row: TensorMapping) -> float:
         return deviation(row.ours, self.shapes[row.ours], len(self.layout.config.layers))
 
-    def _tiles(self, row: Row, start: int, stop: int, make: _Make) -> np.ndarray:
+    def _tiles(self, row: TensorMapping, start: int, stop: int, make: _Make) -> np.ndarray:
         """Rows start … stop, cut out of the tiles that hold them."""
         shape = self.shapes[row.ours]
         size = max(1, TILE_VALUES // math.prod(shape[1:]))
@@ -144,7 +144,7 @@ def kinds_of(layout: Layout, recipe: str) -> dict[str, str]:
     """`RandomSource.kinds` of a recipe: a name of `quant.recipes`, or f32, bf16, f16."""
     shapes = parameter_shapes(layout)
     if recipe in FLOATS:
-        matrices = [row.ours for row in layout.rows if not row.precise and len(shapes[row.ours]) > 1]
+        matrices = [row.ours for row in layout.rows if not row.keep_fp32 and len(shapes[row.ours]) > 1]
         return dict.fromkeys(matrices, recipe.upper())
     if (known := recipes.find(recipe)) is None:
         raise RequestError(f"no recipe {recipe!r}; known: {', '.join((*recipes.RECIPES, *FLOATS))}")

@@ -202,7 +202,7 @@ class DeviceQTensor(QTensor):
         return sum(t.nbytes for t in self.parts)
 
     @property
-    def meets_rounded(self) -> bool:
+    def takes_q8(self) -> bool:
         """Whether few rows are rounded to eight bits to be multiplied with it."""
         return self.type in ROUNDED and not self.exact and self.shape[1] % 64 == 0
 
@@ -286,9 +286,9 @@ class DeviceQTensor(QTensor):
             y_TN = y_TN * scale if scale != 1.0 else y_TN
             y_TN = y_TN if bias_N is None else y_TN + bias_N.to(y_TN.dtype)
             return y_TN.view(*x.shape[:-1], N)
-        if self.meets_rounded and T <= FEW:
+        if self.takes_q8 and T <= FEW:
             return self.meet_rounded(x, bias_N, scale)
-        if self.meets_rounded:
+        if self.takes_q8:
             y_TN = tiled.product(x_TK, self.type, (N, K), self.bytes, bias_N=bias_N, scale=scale)
             return y_TN.view(*x.shape[:-1], N)
         y_TN = torch.empty(T, N, dtype=x.dtype, device=x.device)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tiercel.families.family import Form, Runs
+from tiercel.families.family import Transform, Runs
 
 WHOLE = ("interleave", "groups", "column", "neg_exp")  # forms that cannot be cut into row blocks
 
 
-def foreign_shape(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
+def foreign_shape(form: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in the file of a tensor that has `shape` here."""
     if form.name == "conv":
         return (shape[0], 1, *shape[1:])
@@ -21,7 +21,7 @@ def foreign_shape(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def to_ours(form: Form, x: Tensor) -> Tensor:
+def to_ours(form: Transform, x: Tensor) -> Tensor:
     """From the file's form to ours; neg_exp answers in float64."""
     if form.name == "conv":
         return x.squeeze(1)
@@ -35,7 +35,7 @@ def to_ours(form: Form, x: Tensor) -> Tensor:
     return x.unflatten(0, (form.n, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def to_foreign(form: Form, x: Tensor) -> Tensor:
+def to_foreign(form: Transform, x: Tensor) -> Tensor:
     """From our form to the file's; neg_exp answers in float64."""
     if form.name == "conv":
         return x.unsqueeze(1)
