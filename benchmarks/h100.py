@@ -29,11 +29,11 @@ from tiercel.families import from_hf
 from tiercel.families.pattern import pattern
 from tiercel.families.shapes import shape
 from tiercel.model.config import ModelConfig
+from tiercel.model.cuda_graphs import CapturedCUDAStep, CUDAGraphRunner
 from tiercel.model.decoder import Decoder
 from tiercel.model.device_sampler import DeviceSampler
-from tiercel.model.cuda_graphs import CapturedCUDAStep, CUDAGraphRunner
-from tiercel.model.layers import Embedding, Linear, deviation, fresh, set_weight, initialize
 from tiercel.model.gpu_layout import place
+from tiercel.model.layers import Embedding, Linear, deviation, fresh, initialize, set_weight
 from tiercel.model.state_cache import PAGE, Mamba2Slots, StateCache
 from tiercel.ops.triton.linear import DeviceQTensor, gated
 from tiercel.ops.triton.tiled import Tile, tile

@@ -18,7 +18,8 @@ import json
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence as GenericSequence
+from collections.abc import Callable
+from collections.abc import Sequence as GenericSequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

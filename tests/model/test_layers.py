@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from tiercel.errors import RequestError
-from tiercel.model.layers import set_weight, named_weights
+from tiercel.model.layers import named_weights, set_weight
 from tiercel.ops import cpu
 from tiercel.ops.linear import QTensor
 

@@ -14,7 +14,7 @@ from tiercel.commands.options import Json, ModelName, print_json
 from tiercel.errors import RequestError
 
 if TYPE_CHECKING:
-    from tiercel.commands.chat import Prompt, ChatBackend
+    from tiercel.commands.chat import ChatBackend, Prompt
     from tiercel.sampling.params import SamplingParams
 
 DEFAULT_MODEL = "reasoner"  # it comes with the package: `hub.BUNDLED`

@@ -2,7 +2,7 @@
 
 from tiercel.engine.engine import Engine
 from tiercel.engine.loop import AsyncEngine, Stream
-from tiercel.engine.request import Sequence, Request, Update
+from tiercel.engine.request import Request, Sequence, Update
 from tiercel.engine.session import Session
 
 __all__ = ["AsyncEngine", "Choice", "Engine", "Request", "Session", "Stream", "Update"]

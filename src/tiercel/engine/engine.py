@@ -23,7 +23,8 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence as GenericSequence
+from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Sequence as GenericSequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ from torch import Tensor
 from tiercel.engine import snapshot_policy as marks
 from tiercel.engine.async_scheduling import InFlightStep, PendingTokens
 from tiercel.engine.prefix_cache import PrefixCache
-from tiercel.engine.request import Sequence, Request, Update, SampleController
+from tiercel.engine.request import Request, SampleController, Sequence, Update
 from tiercel.engine.scheduler import PATIENCE, ScheduledSequence, Scheduler
 from tiercel.engine.speculative import FIRST_STEPS, LENGTHS, MOST, Drafter, Speculation, StepCosts
 from tiercel.engine.structured_output import Grammar, GrammarCompiler
@@ -477,7 +478,9 @@ class Engine:
             raise
         yield from self._chosen(rows, logits, began)
 
-    def _chosen(self, rows: list[ScheduledSequence], logits: GenericSequence[Tensor], began: float) -> Iterator[tuple[ScheduledSequence, Tensor]]:
+    def _chosen(
+        self, rows: list[ScheduledSequence], logits: GenericSequence[Tensor], began: float
+    ) -> Iterator[tuple[ScheduledSequence, Tensor]]:
         """Each row with its logits; what a device chooses itself is chosen, and its next forward begun."""
         if isinstance(self.network, GPURunner):
             try:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence as GenericSequence
+from collections.abc import Callable
+from collections.abc import Sequence as GenericSequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 

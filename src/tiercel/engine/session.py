@@ -11,11 +11,12 @@ a turn taken back, thoughts dropped from the history.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence as GenericSequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as GenericSequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tiercel.engine.request import Sequence, Request
+from tiercel.engine.request import Request, Sequence
 from tiercel.errors import FormatError, RequestError
 from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece

@@ -17,7 +17,9 @@ from tiercel.engine.scheduler import ScheduledSequence
 
 PROMPT_SHARE = 4  # one prompt's snapshots on the way take at most this part of the cache
 MIN_INTERVAL = 128  # tokens between them, at least
-MAX_BYTES_PER_TOKEN = 128 << 10  # and bytes of one for each token since the one before, at most: about a Transformer's cache
+MAX_BYTES_PER_TOKEN = (
+    128 << 10
+)  # and bytes of one for each token since the one before, at most: about a Transformer's cache
 
 
 def mark(choice: Sequence, shared: int, cache: PrefixCache) -> None:

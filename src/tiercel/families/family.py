@@ -72,7 +72,9 @@ class Family:
     model_types: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], tuple[ModelConfig, Iterable[TensorMapping]]]
     gguf: str | None = None  # llama.cpp's architecture name
-    read_gguf: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[ModelConfig, Iterable[TensorMapping]]] | None = None
+    read_gguf: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[ModelConfig, Iterable[TensorMapping]]] | None = (
+        None
+    )
     write_gguf: Callable[[ModelConfig], dict[str, Any]] | None = None
     write: Callable[[ModelConfig], dict[str, Any]] | None = None
     limits: Callable[[ModelConfig], Iterable[str]] = field(default=lambda config: ())
@@ -125,7 +127,9 @@ def attention_rows(
             gguf_forms=transforms,
         )
         if c.qkv_bias:
-            yield TensorMapping(f"{ours}.{name}.bias", f"{hf}.{name}_proj.bias", f"blk.{i}.{gguf}.bias", scale, gguf_forms=transforms)
+            yield TensorMapping(
+                f"{ours}.{name}.bias", f"{hf}.{name}_proj.bias", f"blk.{i}.{gguf}.bias", scale, gguf_forms=transforms
+            )
     yield TensorMapping(f"{ours}.o.weight", f"{hf}.o_proj.weight", f"blk.{i}.attn_output.weight", out)
     if c.out_bias:
         yield TensorMapping(f"{ours}.o.bias", f"{hf}.o_proj.bias", f"blk.{i}.attn_output.bias", out)
@@ -134,13 +138,17 @@ def attention_rows(
 def mamba1_rows(i: int, c: Mamba1Config, hf: str) -> Iterator[TensorMapping]:
     ours, gguf = f"layers.{i}.mixers.mamba1", f"blk.{i}"
     yield TensorMapping(f"{ours}.in_proj.weight", f"{hf}.in_proj.weight", f"{gguf}.ssm_in.weight")
-    yield TensorMapping(f"{ours}.conv", f"{hf}.conv1d.weight", f"{gguf}.ssm_conv1d.weight", hf_form=Transform("conv"), keep_fp32=True)
+    yield TensorMapping(
+        f"{ours}.conv", f"{hf}.conv1d.weight", f"{gguf}.ssm_conv1d.weight", hf_form=Transform("conv"), keep_fp32=True
+    )
     if c.conv_bias:
         yield TensorMapping(f"{ours}.conv_bias", f"{hf}.conv1d.bias", f"{gguf}.ssm_conv1d.bias", keep_fp32=True)
     yield TensorMapping(f"{ours}.x_proj.weight", f"{hf}.x_proj.weight", f"{gguf}.ssm_x.weight")
     yield TensorMapping(f"{ours}.dt.weight", f"{hf}.dt_proj.weight", f"{gguf}.ssm_dt.weight")
     yield TensorMapping(f"{ours}.dt_bias", f"{hf}.dt_proj.bias", f"{gguf}.ssm_dt.bias", keep_fp32=True)
-    yield TensorMapping(f"{ours}.A_log", f"{hf}.A_log", f"{gguf}.ssm_a", gguf_forms=(Transform("neg_exp"),), keep_fp32=True)
+    yield TensorMapping(
+        f"{ours}.A_log", f"{hf}.A_log", f"{gguf}.ssm_a", gguf_forms=(Transform("neg_exp"),), keep_fp32=True
+    )
     yield TensorMapping(f"{ours}.D", f"{hf}.D", f"{gguf}.ssm_d", keep_fp32=True)
     if c.inner_norms:
         for name in ("dt", "B", "C"):
@@ -167,16 +175,22 @@ def mamba2_rows(
     yield TensorMapping(f"{ours}.in_proj.weight", f"{hf}.in_proj.weight", f"{gguf}.ssm_in.weight", _runs(runs, into))
     if c.in_bias:
         yield TensorMapping(f"{ours}.in_proj.bias", f"{hf}.in_proj.bias", None, _runs(runs, 1.0))
-    yield TensorMapping(f"{ours}.conv", f"{hf}.conv1d.weight", f"{gguf}.ssm_conv1d.weight", hf_form=Transform("conv"), keep_fp32=True)
+    yield TensorMapping(
+        f"{ours}.conv", f"{hf}.conv1d.weight", f"{gguf}.ssm_conv1d.weight", hf_form=Transform("conv"), keep_fp32=True
+    )
     if c.conv_bias:
         yield TensorMapping(f"{ours}.conv_bias", f"{hf}.conv1d.bias", f"{gguf}.ssm_conv1d.bias", keep_fp32=True)
     yield TensorMapping(f"{ours}.dt_bias", f"{hf}.dt_bias", f"{gguf}.ssm_dt.bias", keep_fp32=True)
     column = Transform("column")
-    yield TensorMapping(f"{ours}.A_log", f"{hf}.A_log", f"{gguf}.ssm_a", gguf_forms=(Transform("neg_exp"), column), keep_fp32=True)
+    yield TensorMapping(
+        f"{ours}.A_log", f"{hf}.A_log", f"{gguf}.ssm_a", gguf_forms=(Transform("neg_exp"), column), keep_fp32=True
+    )
     yield TensorMapping(f"{ours}.D", f"{hf}.D", f"{gguf}.ssm_d", gguf_forms=(column,), keep_fp32=True)
     if c.gated_norm != "none":
         transforms = (Transform("groups", c.groups),)
-        yield TensorMapping(f"{ours}.out_norm", f"{hf}.norm.weight", f"{gguf}.ssm_norm.weight", gguf_forms=transforms, keep_fp32=True)
+        yield TensorMapping(
+            f"{ours}.out_norm", f"{hf}.norm.weight", f"{gguf}.ssm_norm.weight", gguf_forms=transforms, keep_fp32=True
+        )
     yield TensorMapping(f"{ours}.out_proj.weight", f"{hf}.out_proj.weight", f"{gguf}.ssm_out.weight", out)
     if c.out_bias:
         yield TensorMapping(f"{ours}.out_proj.bias", f"{hf}.out_proj.bias", None, out)
@@ -196,7 +210,9 @@ def mlp_rows(i: int, c: GatedMLPConfig, hf: str, *, gate: float = 1.0, down: flo
             yield TensorMapping(f"{ours}.bias", f"{hf}.{name}_proj.bias", f"{gguf}.bias", scale)
 
 
-def moe_rows(i: int, c: MoEConfig, hf: str, *, router: str, names: tuple[str, str, str], fused: str) -> Iterator[TensorMapping]:
+def moe_rows(
+    i: int, c: MoEConfig, hf: str, *, router: str, names: tuple[str, str, str], fused: str
+) -> Iterator[TensorMapping]:
     """names: what an expert calls gate, up and down; fused: where transformers 5.x keeps them all."""
     ours, gguf = f"layers.{i}.feed_forward", f"blk.{i}"
     other = f"{fused.removesuffix('.experts')}.{router.rpartition('.')[2]}.weight"

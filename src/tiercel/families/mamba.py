@@ -13,7 +13,16 @@ from typing import Any
 
 from tiercel.errors import FormatError
 from tiercel.families.falcon_h1 import mamba2_limits, read_gguf_mamba2, write_gguf_mamba2
-from tiercel.families.family import Family, Metadata, TensorMapping, mamba1_rows, mamba2_rows, norm_rows, tensor_shape, top_rows
+from tiercel.families.family import (
+    Family,
+    Metadata,
+    TensorMapping,
+    mamba1_rows,
+    mamba2_rows,
+    norm_rows,
+    tensor_shape,
+    top_rows,
+)
 from tiercel.families.fields import Fields
 from tiercel.model.config import LayerConfig, Mamba1Config, Mamba2Config, Mixer, ModelConfig
 

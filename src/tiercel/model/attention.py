@@ -61,7 +61,9 @@ class Attention(nn.Module):
         y_HTP = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
         return self.o(y_HTP.transpose(0, 1).flatten(1))
 
-    def _natively(self, h_TD: Tensor, batch: Batch, states: Sequence[AttentionState | None], precomputed: Precomputed) -> Tensor:
+    def _natively(
+        self, h_TD: Tensor, batch: Batch, states: Sequence[AttentionState | None], precomputed: Precomputed
+    ) -> Tensor:
         c = self.config
         assert states[0] is not None
         return batch.mixers.attention(

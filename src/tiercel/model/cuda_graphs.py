@@ -30,7 +30,9 @@ class CapturedCUDAStep:
     draws: how the next tokens are chosen; they are left in `tokens`, so the step may be run again at once.
     """
 
-    def __init__(self, network: Decoder, slots: StateCache, rows: int, pool: Any = None, draws: DeviceSampler | None = None) -> None:
+    def __init__(
+        self, network: Decoder, slots: StateCache, rows: int, pool: Any = None, draws: DeviceSampler | None = None
+    ) -> None:
         self.network, self.slots, self.draws = network, slots, draws
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=slots.device)
         self.slot_B = torch.full((rows,), -1, dtype=torch.int32, device=slots.device)

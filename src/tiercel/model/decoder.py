@@ -21,7 +21,7 @@ from tiercel.model.batch import Batch
 from tiercel.model.block import Block
 from tiercel.model.config import ModelConfig
 from tiercel.model.graph_cache import GraphCache
-from tiercel.model.layers import Embedding, Linear, RMSNorm, set_weight, pack
+from tiercel.model.layers import Embedding, Linear, RMSNorm, pack, set_weight
 from tiercel.model.lora import Adapters
 from tiercel.model.state import State
 from tiercel.model.state_cache import DeviceBatch, StateCache

@@ -85,7 +85,11 @@ class Adapters:
     """The adapters of a network by name, like a dict; its Linears know theirs."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._network, self._worn, self._held = [network], ActiveAdapters(), dict[str, Adapter]()  # a list: no submodule
+        self._network, self._worn, self._held = (
+            [network],
+            ActiveAdapters(),
+            dict[str, Adapter](),
+        )  # a list: no submodule
 
     def __setitem__(self, name: str, adapter: Adapter) -> None:
         if name in self._held:

@@ -74,7 +74,9 @@ class Mamba2(nn.Module):
             y_TI = gated_rms_norm(y_TI, z_TI, self.out_norm, self.eps, c.groups, c.gated_norm == "gate_first")
         return self.out_proj(y_TI)
 
-    def _natively(self, u_TD: Tensor, batch: Batch, states: Sequence[Mamba2State | None], precomputed: Precomputed) -> Tensor:
+    def _natively(
+        self, u_TD: Tensor, batch: Batch, states: Sequence[Mamba2State | None], precomputed: Precomputed
+    ) -> Tensor:
         c, memory = self.config, states[0]
         assert memory is not None
         parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, self.out_norm
@@ -85,7 +87,9 @@ class Mamba2(nn.Module):
             head_dim=c.head_dim, groups=c.groups, state=c.state, chunk=memory.chunk, dt_limit=c.dt_limit,
         )  # fmt: skip
         gate_first = c.gated_norm == "gate_first"
-        return batch.mixers.gated_norm(y_TI, zxBCdt_TD, norm_I, self.eps, c.groups, gate_first, **quantizes_input(self.out_proj))
+        return batch.mixers.gated_norm(
+            y_TI, zxBCdt_TD, norm_I, self.eps, c.groups, gate_first, **quantizes_input(self.out_proj)
+        )
 
     def _derive(self) -> tuple[Tensor | None, ...]:
         """The small parameters as the kernels read them."""

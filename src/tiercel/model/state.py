@@ -81,7 +81,12 @@ class State:
     LENGTH, PARTIALS, SEGMENTS, TABLE, HEADER = 0, 1, 2, 3, 4
 
     def __init__(
-        self, mixers: Sequence[Sequence[Mixer]], dtype: torch.dtype, device: torch.device, model: str, pool: CachingAllocator
+        self,
+        mixers: Sequence[Sequence[Mixer]],
+        dtype: torch.dtype,
+        device: torch.device,
+        model: str,
+        pool: CachingAllocator,
     ) -> None:
         self.mixers, self.dtype, self.device, self.model, self.pool = mixers, dtype, device, model, pool
         self.layers = [[layer_state(config, dtype, device, pool) for config in layer] for layer in mixers]

@@ -340,7 +340,9 @@ class Running:
 
 
 @asynccontextmanager
-async def answer(service: Service, lease: Lease, ask: GenerationRequest, counts: Usage) -> AsyncIterator[AsyncIterator[OutputDelta]]:
+async def answer(
+    service: Service, lease: Lease, ask: GenerationRequest, counts: Usage
+) -> AsyncIterator[AsyncIterator[OutputDelta]]:
     """The parts of an answer; leaving the block cancels what still runs.  Raises Busy, RequestError at once."""
     if service.over is not None:
         raise service.over
@@ -362,7 +364,9 @@ async def answer(service: Service, lease: Lease, ask: GenerationRequest, counts:
         service.metrics.answered(lease.loaded.name, counts)
 
 
-async def _parts(running: Running, ask: GenerationRequest, counts: Usage, service: Service) -> AsyncIterator[OutputDelta]:
+async def _parts(
+    running: Running, ask: GenerationRequest, counts: Usage, service: Service
+) -> AsyncIterator[OutputDelta]:
     choices = [_Choice(ask) for _ in range(ask.params.n)]
     async for update in _counted(running, counts, service):
         yield choices[update.choice].part(update, counts)
@@ -371,7 +375,9 @@ async def _parts(running: Running, ask: GenerationRequest, counts: Usage, servic
     raise APIError(500, "the answer broke off")
 
 
-async def _votes(running: Running, voter: Voter, ask: GenerationRequest, counts: Usage, service: Service) -> AsyncIterator[OutputDelta]:
+async def _votes(
+    running: Running, voter: Voter, ask: GenerationRequest, counts: Usage, service: Service
+) -> AsyncIterator[OutputDelta]:
     """How it stands whenever an answer has ended, then the answer with the vote."""
     choices: dict[int, _Choice] = {}  # they count the tokens of thoughts
     async for update in _counted(running, counts, service):

@@ -24,7 +24,7 @@ from tiercel.serve import generation as talk
 from tiercel.serve.errors import APIError
 from tiercel.serve.ollama import details, stamp
 from tiercel.serve.requests import Body, read
-from tiercel.serve.stream import NDJSONResponse, JSONResponse
+from tiercel.serve.stream import JSONResponse, NDJSONResponse
 
 
 class Named(Body):

@@ -23,10 +23,10 @@ from tiercel.serve import generation as talk
 from tiercel.serve.duration import seconds_of
 from tiercel.serve.embed import embed, normalized
 from tiercel.serve.errors import APIError
-from tiercel.serve.generation import GenerationRequest, Usage, OutputDelta
+from tiercel.serve.generation import GenerationRequest, OutputDelta, Usage
 from tiercel.serve.models import Lease, Loaded, Named
 from tiercel.serve.requests import Body, VoteField, read
-from tiercel.serve.stream import NDJSONResponse, Reply, JSONResponse
+from tiercel.serve.stream import JSONResponse, NDJSONResponse, Reply
 
 if TYPE_CHECKING:
     from tiercel.tokenizer.tools import ToolDelta
@@ -273,7 +273,9 @@ def _answering(request: Request, body: OllamaRequest, say: ResponseWriter, raw: 
     return JSONResponse(request, whole)
 
 
-async def _events(request: Request, body: OllamaRequest, say: ResponseWriter, raw: bool) -> AsyncGenerator[dict[str, Any], None]:
+async def _events(
+    request: Request, body: OllamaRequest, say: ResponseWriter, raw: bool
+) -> AsyncGenerator[dict[str, Any], None]:
     service = request.app.state.service
     streaming = body.stream is not False
     began = time.perf_counter()

@@ -25,7 +25,7 @@ from starlette.responses import Response
 from tiercel.serve import generation as talk
 from tiercel.serve.embed import embed, normalized
 from tiercel.serve.errors import APIError
-from tiercel.serve.generation import GenerationRequest, Usage, OutputDelta, Think
+from tiercel.serve.generation import GenerationRequest, OutputDelta, Think, Usage
 from tiercel.serve.models import Lease
 from tiercel.serve.ollama import tagged
 from tiercel.serve.requests import Body, VoteField, read
@@ -150,7 +150,9 @@ def check_chat(body: ChatCompletion, settings: Any) -> None:
     talk.check_schema([body.tools, body.response_format, body.structured_outputs], settings.schema_bytes)
 
 
-async def _open(request: Request, body: Sampled, prompt: Any, given: dict[str, Any], lease: Lease, **more: Any) -> GenerationRequest:
+async def _open(
+    request: Request, body: Sampled, prompt: Any, given: dict[str, Any], lease: Lease, **more: Any
+) -> GenerationRequest:
     """The Ask of one prompt, made in a thread."""
     merged = talk.base_params(lease, ollama=False) | given
     ask = await asyncio.to_thread(talk.prepare, lease, prompt, merged, **more)

@@ -17,10 +17,10 @@ from starlette.responses import Response
 
 from tiercel.serve import generation as talk
 from tiercel.serve.errors import APIError
-from tiercel.serve.generation import Usage, OutputDelta
+from tiercel.serve.generation import OutputDelta, Usage
 from tiercel.serve.openai import ChatCompletion, open_chat
 from tiercel.serve.requests import Body, VoteField, read
-from tiercel.serve.stream import NamedEvents, JSONResponse
+from tiercel.serve.stream import JSONResponse, NamedEvents
 
 if TYPE_CHECKING:
     from tiercel.tokenizer.tools import ToolDelta

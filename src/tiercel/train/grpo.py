@@ -118,7 +118,9 @@ def loss(rules: Rules) -> Callable[[Decoder, Rows], Tensor]:
 class Player:
     """The network as the engine runs it: a twin with packed weights, made again after every update."""
 
-    def __init__(self, network: Decoder, text: Tokenizer | None, *, slots: int = 32, dtype: torch.dtype = torch.bfloat16):
+    def __init__(
+        self, network: Decoder, text: Tokenizer | None, *, slots: int = 32, dtype: torch.dtype = torch.bfloat16
+    ):
         self.text, self.max_length, self.dtype = text, network.config.max_length, dtype
         self.network: Any = Decoder(network.config).eval().requires_grad_(False)
         self.take(network)

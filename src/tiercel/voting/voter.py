@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tiercel.engine.request import Sequence, Request
+    from tiercel.engine.request import Request, Sequence
 
 
 class Voter:

@@ -24,9 +24,9 @@ from tiercel.families.family import Layout, TensorMapping
 from tiercel.model.lora import Adapter
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import Source, parameter_shapes, read_json
-from tiercel.weights.transforms import scaled
 from tiercel.weights.safetensors import open_safetensors
 from tiercel.weights.stored import Stored
+from tiercel.weights.transforms import scaled
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 MOST_RANK = 512

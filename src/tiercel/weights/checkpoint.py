@@ -18,16 +18,16 @@ from torch import Tensor
 
 from tiercel.errors import FormatError, ModelNotFound
 from tiercel.families import from_gguf, from_hf
-from tiercel.families.family import Transform, Layout, TensorMapping, Runs
+from tiercel.families.family import Layout, Runs, TensorMapping, Transform
 from tiercel.model.decoder import Decoder
 from tiercel.plan import parameter_count
 from tiercel.quant import PACKED_TYPES, PACKINGS, dequantize
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights import packed_folder
-from tiercel.weights.transforms import WHOLE, foreign_shape, scaled, scaled_rows, to_ours
 from tiercel.weights.gguf import GGUFFile
 from tiercel.weights.safetensors import open_safetensors
 from tiercel.weights.stored import Stored
+from tiercel.weights.transforms import WHOLE, foreign_shape, scaled, scaled_rows, to_ours
 
 MOST_PARAMETERS = 1 << 45
 # Buffers some checkpoints carry along; they follow from the config.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError, UnsupportedError
-from tiercel.families.family import Transform, Layout, TensorMapping, refuse
+from tiercel.families.family import Layout, TensorMapping, Transform, refuse
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import named_weights
 from tiercel.ops.linear import QTensor
@@ -29,11 +29,11 @@ from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.tokenizer.vocab_gguf import GGUF_TYPES
 from tiercel.weights import packed_folder
 from tiercel.weights.checkpoint import Checkpoint, Source, open_checkpoint, parameter_shapes
-from tiercel.weights.transforms import WHOLE, foreign_shape, scaled, scaled_rows, to_foreign
 from tiercel.weights.gguf import Typed, write_gguf
 from tiercel.weights.load import STORED, as_dtype
 from tiercel.weights.safetensors import write_safetensors
 from tiercel.weights.stored import OutTensor
+from tiercel.weights.transforms import WHOLE, foreign_shape, scaled, scaled_rows, to_foreign
 
 
 @dataclass

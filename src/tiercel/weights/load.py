@@ -23,7 +23,7 @@ from tiercel.families.pattern import PATTERN, read_file
 from tiercel.families.pattern import rows as pattern_rows
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import fast_bf16, set_weight, initialize, named_weights
+from tiercel.model.layers import fast_bf16, initialize, named_weights, set_weight
 from tiercel.ops import cpu
 from tiercel.ops.linear import NUMBERS, QTensor
 from tiercel.plan import check_fits, parameter_count
@@ -31,8 +31,8 @@ from tiercel.quant import PACKED_TYPES, held_bytes, row_bytes
 from tiercel.runtime.workspace import give_back
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import Source, open_checkpoint, outline, parameter_shapes
-from tiercel.weights.transforms import WHOLE
 from tiercel.weights.stored import PLAIN, torch_dtype
+from tiercel.weights.transforms import WHOLE
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -196,7 +196,9 @@ def fill(network: Decoder, source: Source, progress: Progress | None = None) -> 
     give_back()
 
 
-def put(target: nn.Parameter | QTensor | list[QTensor], source: Source, row: TensorMapping, start: int, stop: int) -> None:
+def put(
+    target: nn.Parameter | QTensor | list[QTensor], source: Source, row: TensorMapping, start: int, stop: int
+) -> None:
     """Rows start … stop of one tensor from the source into the network."""
     if isinstance(target, nn.Parameter):
         target[start:stop] = source.read(row, start, stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tiercel.families.family import Transform, Runs
+from tiercel.families.family import Runs, Transform
 
 WHOLE = ("interleave", "groups", "column", "neg_exp")  # forms that cannot be cut into row blocks
 
