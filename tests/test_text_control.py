@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as HFTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from small_tokenizers import CONTROL, TAGS, byte_level, sentencepiece
@@ -73,7 +74,7 @@ ALL = [*CONTROL, *TAGS, *MORE]
 
 
 def make(folder: Path, template: str | None, base: dict[str, Any] | None = None, flagged: bool = True) -> Tokenizer:
-    tokenizer = Tokenizer.from_str(json.dumps(base or byte_level("llama-bpe")))
+    tokenizer = HFTokenizer.from_str(json.dumps(base or byte_level("llama-bpe")))
     add = tokenizer.add_special_tokens if flagged else tokenizer.add_tokens
     add([AddedToken(token, normalized=False) for token in MORE])
     folder.mkdir(exist_ok=True)

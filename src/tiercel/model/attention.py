@@ -67,7 +67,7 @@ class Attention(nn.Module):
         c = self.config
         assert states[0] is not None
         return batch.mixers.attention(
-            batch.texts_of(states[0]),
+            batch.metadata_for(states[0]),
             *(precomputed[m] if m in precomputed else m(h_TD) for m in (self.q, self.k, self.v)),
             None if c.rope is None else batch.rotary(c.rope, c.head_dim),
             heads=c.heads,

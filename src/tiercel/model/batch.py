@@ -61,7 +61,7 @@ class Batch:
         """What native kernels need to know of the rows and of the layer part at this word of their states."""
         return mixers.Texts(self.rows.data_ptr(), len(self.lengths), part, self.half, self.tokens)
 
-    def texts_of(self, memory: LayerState) -> mixers.Texts:
+    def metadata_for(self, memory: LayerState) -> mixers.Texts:
         """The same, for what one mixer remembers."""
         return self.texts(memory.at)
 

@@ -83,7 +83,7 @@ class Mamba2(nn.Module):
         weight_KC, bias_C, dt_bias_H, A_H, D_H, norm_I = self._derived(parameters, self._derive)
         zxBCdt_TD = precomputed[self.in_proj] if self.in_proj in precomputed else self.in_proj(u_TD)
         y_TI = batch.mixers.mamba2(
-            batch.texts_of(memory), zxBCdt_TD, weight_KC, bias_C, dt_bias_H, A_H, D_H,
+            batch.metadata_for(memory), zxBCdt_TD, weight_KC, bias_C, dt_bias_H, A_H, D_H,
             head_dim=c.head_dim, groups=c.groups, state=c.state, chunk=memory.chunk, dt_limit=c.dt_limit,
         )  # fmt: skip
         gate_first = c.gated_norm == "gate_first"

@@ -303,7 +303,7 @@ class DeviceBatch:
 
         return mixers
 
-    def texts_of(self, memory: AttentionSlots | Mamba2Slots) -> Texts:
+    def metadata_for(self, memory: AttentionSlots | Mamba2Slots) -> Texts:
         return Texts(memory, self)
 
     def side_by_side(self, runs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:

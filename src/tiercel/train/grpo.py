@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tiercel.engine.engine import Engine
 from tiercel.errors import RequestError, TiercelError
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import hold
+from tiercel.model.layers import set_weight
 from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.train import start
@@ -133,7 +133,9 @@ class Player:
         for ours, theirs in zip(self.network.modules(), network.modules(), strict=True):
             for name, p in theirs._parameters.items():
                 if p is not None:
-                    hold(ours, name, nn.Parameter(p.detach().to("cpu", self.dtype, copy=True), requires_grad=False))
+                    set_weight(
+                        ours, name, nn.Parameter(p.detach().to("cpu", self.dtype, copy=True), requires_grad=False)
+                    )
         self.network.pack()  # also ties the head, and forgets recorded steps
         self.network.__dict__.pop("_fingerprint", None)
 

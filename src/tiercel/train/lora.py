@@ -112,7 +112,7 @@ def matched(layout: Layout, targets: Sequence[str]) -> list[str]:
     for target in targets:
         names = {leaf[name] for name in layers if target in (ours[name], leaf[name])}
         if not names and tuple(targets) != TARGETS:
-            known = ", ".join(sorted({leaf[name] for name in layers if not modules[name].precise}))
+            known = ", ".join(sorted({leaf[name] for name in layers if not modules[name].keep_fp32}))
             raise RequestError(f"the target {target!r} matches nothing in this network; it has {known}")
         found |= names
     if not found:

@@ -35,7 +35,7 @@ class Trace:
 
 
 @dataclass
-class Row:
+class TableRow:
     """One answer in the table of a vote."""
 
     answer: str
@@ -61,7 +61,7 @@ class Vote:
     text: str = ""
     thinking: str = ""
     chosen: int = 0
-    table: list[Row] = field(default_factory=list)
+    table: list[TableRow] = field(default_factory=list)
     traces: list[Trace] = field(default_factory=list)
     counted: int = 0
     stopped: int = 0
@@ -111,15 +111,15 @@ def voters(traces: Sequence[Trace], settings: VoteSettings, s: float | None = No
     return having
 
 
-def tally(traces: Sequence[Trace], weight: str, equal: Equal | None = None) -> list[Row]:
+def tally(traces: Sequence[Trace], weight: str, equal: Equal | None = None) -> list[TableRow]:
     """V(a) = Σ weight of the traces that answer a, heaviest first; ties go to what came first."""
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for trace in traces:
         if trace.answer is None:
             continue
         row = next((row for row in rows if _same(row.answer, trace.answer, equal)), None)
         if row is None:
-            rows.append(row := Row(trace.answer))
+            rows.append(row := TableRow(trace.answer))
         row.votes += 1
         row.weight += trace.confidence[weight]
     total = sum(row.weight for row in rows)
@@ -158,7 +158,7 @@ class Count:
         elif settings.consensus and len(self.traces) >= settings.warmup and self._agreed(settings.consensus):
             self.decided, self.consensus = len(self.traces), True
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TableRow]:
         return tally(voters(self.traces, self.settings, self.s), str(self.settings.weight), self.equal)
 
     def _agreed(self, share: float) -> bool:

@@ -19,7 +19,7 @@ from tiercel.sampling.params import SamplingParams
 from tiercel.voting.answers import final_answer
 from tiercel.voting.confidence import Running, token_confidence_of
 from tiercel.voting.settings import VoteSettings
-from tiercel.voting.tally import Answer, Count, Equal, ScheduledSequence, Trace, Vote
+from tiercel.voting.tally import Answer, Count, Equal, TableRow, Trace, Vote
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as GenericSequence
@@ -92,7 +92,7 @@ class Voter:
                 "leader": leader.answer if leader else None, "share": leader.share if leader else 0.0}  # fmt: skip
 
     @property
-    def leader(self) -> ScheduledSequence | None:
+    def leader(self) -> TableRow | None:
         rows = self.count.rows()
         return rows[0] if rows else None
 

@@ -12,7 +12,7 @@ namespace {
 // (address of the rows, how many, the part's offset in the words, whether kept as bf16, new tokens in all)
 using TextsTuple = std::tuple<at, i64, i64, int, i64>;
 
-Texts texts_of(const TextsTuple& t) { return {ptr<Row>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)}; }
+Texts metadata_for(const TextsTuple& t) { return {ptr<Row>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)}; }
 i64 tokens_of(const TextsTuple& t) { return std::get<4>(t); }
 
 // Stands for all that a layer part remembers: ops on the same part run one after another.
@@ -33,12 +33,12 @@ void bind_mixers(nb::module_& m) {
 
     m.def("rotary", [](const TextsTuple& t, at f, at cos, at sin, i64 half, float scale) {
         const i64 T = tokens_of(t);
-        go(kernels().rotary, Rotary{texts_of(t), ptr<float>(f), ptr<float>(cos), ptr<float>(sin), half, scale},
+        go(kernels().rotary, Rotary{metadata_for(t), ptr<float>(f), ptr<float>(cos), ptr<float>(sin), half, scale},
            T * half < 1024, {}, {values(cos, T, half), values(sin, T, half)});
     });
     m.def("remember", [](const TextsTuple& t, at k, at v, at cos, at sin, i64 stride, i64 half, i64 K, i64 P) {
         const i64 T = tokens_of(t);
-        const Texts texts = texts_of(t);
+        const Texts texts = metadata_for(t);
         go(kernels().remember,
            Remember{texts, ptr<float>(k), ptr<float>(v), ptr<float>(cos), ptr<float>(sin), stride, half, K, P},
            T * K * P < SMALL,
@@ -48,7 +48,7 @@ void bind_mixers(nb::module_& m) {
     m.def("attend", [](const TextsTuple& t, at q, at cos, at sin, at y, i64 stride, i64 half, i64 H, i64 K, i64 P,
                        i64 window, float scale) {
         const i64 T = tokens_of(t);
-        const Texts texts = texts_of(t);
+        const Texts texts = metadata_for(t);
         go(kernels().attend,
            Attend{texts, ptr<float>(q), ptr<float>(cos), ptr<float>(sin), ptr<float>(y), stride, half, H, K, P, window, scale},
            false, {memory(texts), values(q, T, H * P, stride), values(cos, T, half), values(sin, T, half)},
@@ -57,7 +57,7 @@ void bind_mixers(nb::module_& m) {
     m.def("conv", [](const TextsTuple& t, at x, at weight, at bias, at dt, at dt_bias, at y, at dts, i64 stride, i64 C,
                      i64 taps, i64 H, float low, float high) {
         const i64 T = tokens_of(t);
-        const Texts texts = texts_of(t);
+        const Texts texts = metadata_for(t);
         go(kernels().conv,
            Conv{texts, ptr<float>(x), ptr<float>(weight), ptr<float>(bias), ptr<float>(dt), ptr<float>(dt_bias),
                 ptr<float>(y), ptr<float>(dts), stride, C, taps, H, low, high},
@@ -67,7 +67,7 @@ void bind_mixers(nb::module_& m) {
     m.def("ssd", [](const TextsTuple& t, at xBC, at dt, at A, at D, at columns, at y, i64 stride, i64 H, i64 P, i64 G,
                     i64 N, i64 taps, i64 chunk) {
         const i64 T = tokens_of(t), C = H * P + 2 * G * N;
-        const Texts texts = texts_of(t);
+        const Texts texts = metadata_for(t);
         go(kernels().ssd,
            Ssd{texts, ptr<float>(xBC), ptr<float>(dt), ptr<float>(A), ptr<float>(D), ptr<float>(columns), ptr<float>(y),
                stride, H, P, G, N, taps, chunk},
@@ -84,7 +84,7 @@ void bind_mixers(nb::module_& m) {
     m.def("scan", [](const TextsTuple& t, at x, at dt, at dt_bias, at B, at C, at A, at D, at z, at columns, at y,
                      i64 stride, i64 I, i64 N, i64 taps, i64 chunk) {
         const i64 T = tokens_of(t);
-        const Texts texts = texts_of(t);
+        const Texts texts = metadata_for(t);
         go(kernels().scan,
            Scan{texts, ptr<float>(x), ptr<float>(dt), ptr<float>(dt_bias), ptr<float>(B), ptr<float>(C), ptr<float>(A),
                 ptr<float>(D), ptr<float>(z), ptr<float>(columns), ptr<float>(y), stride, I, N, taps, chunk},

@@ -14,7 +14,7 @@ from tiercel.ops.triton.conv1d import conv1d, remember_columns
 from tiercel.ops.triton.norm import gated_norm
 from tiercel.ops.triton.ssd import ssd, ssd_step
 
-Texts = tuple[Any, Any]  # what `model.slots.DeviceBatch.texts_of` returns: one part's memory, and the batch
+Texts = tuple[Any, Any]  # what `model.slots.DeviceBatch.metadata_for` returns: one part's memory, and the batch
 
 __all__ = ["attention", "gated_norm", "mamba2"]
 
