@@ -38,7 +38,7 @@ Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class ScheduledSequence:
+class TableRow:
     """One line: value(result of its case), and what it must reach.  lower: less is better."""
 
     case: str
@@ -83,21 +83,21 @@ def both(peer: str, what: str) -> Callable[[Result], str]:
     return text
 
 
-def versus(case: str, peer: str, what: str, label: str, floor: float | None, goal: float | None) -> ScheduledSequence:
-    return ScheduledSequence(case, label, ratio(peer, what), both(peer, what), floor, goal)
+def versus(case: str, peer: str, what: str, label: str, floor: float | None, goal: float | None) -> TableRow:
+    return TableRow(case, label, ratio(peer, what), both(peer, what), floor, goal)
 
 
 P, D, L, T = "prefill 512", "decode", "llama.cpp", "transformers"
 ROWS = {
     "7b-prefill": versus("7b", L, P, "Falcon-H1 7B Q4_K_M prefill 512, over llama.cpp", 1.5, 2.5),
     "7b-decode": versus("7b", L, D, "7B Q4_K_M decode, over llama.cpp", 1.0, 1.15),
-    "7b-bandwidth": ScheduledSequence("7b", "7B Q4_K_M decode: share of the measured read bandwidth", lambda r: r["read_share"],
+    "7b-bandwidth": TableRow("7b", "7B Q4_K_M decode: share of the measured read bandwidth", lambda r: r["read_share"],
                         lambda r: f"{r['read_gb_s']:.1f} of {r['bandwidth_gb_s']:.1f} GB/s", None, 0.9, unit="%"),
-    "7b-memory": ScheduledSequence("7b", "7B Q4_K_M resident memory", lambda r: r["peak_rss_bytes"] / 1e9,
+    "7b-memory": TableRow("7b", "7B Q4_K_M resident memory", lambda r: r["peak_rss_bytes"] / 1e9,
                      lambda r: f"file {r['file_bytes'] / 1e9:.2f}, "
                                f"llama.cpp {r['peers'][L]['peak_rss_bytes'] / 1e9:.2f} GB",
                      5.6, lambda r: 1.1 * r["file_bytes"] / 1e9, unit="GB", lower=True),
-    "7b-first-token": ScheduledSequence("first-token", "7B Q4_K_M: process start to first token", lambda r: r["ours"]["median"],
+    "7b-first-token": TableRow("first-token", "7B Q4_K_M: process start to first token", lambda r: r["ours"]["median"],
                           lambda r: f"llama.cpp {r['theirs']['median']:.2f} s", 15.0,
                           lambda r: r["theirs"]["median"], unit="s", lower=True),
     "0.5b-prefill": versus("0.5b", L, P, "Falcon-H1 0.5B Q4_K_M prefill 512, over llama.cpp", 1.8, 3.0),
@@ -106,9 +106,9 @@ ROWS = {
     "smollm2-decode": versus("smollm2", L, D, "SmolLM2-135M Q4_1 decode, over llama.cpp", 1.0, 1.6),
     "bf16-prefill": versus("bf16", T, P, "0.5B bf16 prefill 512, over transformers", None, None),
     "bf16-decode": versus("bf16", T, D, "0.5B bf16 decode, over transformers", 4.0, 5.0),
-    "8-rows": ScheduledSequence("8-rows", "0.5B Q4_K_M decode of 8 rows, over one row", lambda r: r["ratio"]["median"],
+    "8-rows": TableRow("8-rows", "0.5B Q4_K_M decode of 8 rows, over one row", lambda r: r["ratio"]["median"],
                   lambda r: f"{r['eight']['median']:.1f} and {r['one']['median']:.1f} tok/s", 3.0, 5.0),
-    "16k": ScheduledSequence("16k", "0.5B Q4_K_M decode after 16,384 tokens: time over bytes / bandwidth",
+    "16k": TableRow("16k", "0.5B Q4_K_M decode after 16,384 tokens: time over bytes / bandwidth",
                lambda r: 1 / r["read_share"],
                lambda r: f"{r['decode_tok_s']:.1f} tok/s, {r['bytes_per_token'] / 1e6:.0f} MB each",
                1.4, 1.15, lower=True),

@@ -58,7 +58,7 @@ def test_defaults_are_vllms() -> None:
 
 
 def test_importing_the_parameters_does_not_import_torch() -> None:
-    code = "import sys; from tiercel.sampling.params import SamplingParams; SamplingParams(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from tiercel import SamplingParams; SamplingParams(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

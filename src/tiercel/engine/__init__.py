@@ -5,4 +5,4 @@ from tiercel.engine.loop import AsyncEngine, Stream
 from tiercel.engine.request import Request, Sequence, Update
 from tiercel.engine.session import Session
 
-__all__ = ["AsyncEngine", "Sequence", "Engine", "Request", "Session", "Stream", "Update"]
+__all__ = ["AsyncEngine", "Engine", "Request", "Sequence", "Session", "Stream", "Update"]

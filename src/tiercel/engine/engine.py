@@ -254,8 +254,7 @@ class Engine:
         return self.scheduler.slots * state.nbytes, LEFT * self.scheduler.slots * state.own_nbytes
 
     def _rehearse(self) -> None:
-        """One text with guesses, then one to all slots without: the first steps of a kind are slow (model/graph_cache.py),
-        and then it is known what they cost."""
+        """Capture the graphs of one sequence with draft tokens, then of one to all slots; and time them."""
         guesses = () if self.drafter is None else LENGTHS
         kinds = [[1 + length] for length in (0, *guesses)]
         if self.network.native:

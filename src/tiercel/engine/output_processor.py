@@ -1,7 +1,7 @@
 """One answer as it grows: logits → token → text.
 
-`OutputProcessor` is what stands between the network and whoever reads: it samples, counts, finds the end (end token, stop
-token, stop string, length), turns tokens into pieces with the thoughts apart, and keeps what is known of the answer.
+`OutputProcessor` samples, counts, finds the end (end token, stop token, stop string, length), turns tokens into pieces
+with the reasoning apart, and keeps what is known of the answer.
 The loop that feeds it is by hand in `generate.py`, and for many at once in `engine/`.
 """
 
@@ -30,8 +30,8 @@ class OutputProcessor:
                    circles, and that was asked about), "abort", "error", None while it grows
     stop_reason:   the stop string or stop token id of the caller that ended it, else None
 
-    grammar: `params.structured`, compiled (engine/structured_output.py).  shown: control tokens that appear as their text, the
-    markers of tool calls.
+    grammar: `params.structured`, compiled (engine/structured_output.py).
+    shown: control tokens that appear as their text, the markers of tool calls.
     Raises ContextOverflow, RequestError: the prompt and the parameters are checked before anything is read.
     """
 

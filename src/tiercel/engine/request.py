@@ -1,6 +1,6 @@
 """One prompt, and its answers on their way.
 
-`Request` is what a caller holds; a `Sequence` is one of its `n` answers, with the state that belongs to it while it runs.
+`Request` is what a caller holds; a `Sequence` is one of its `n` answers, with its state while it runs.
 """
 
 from __future__ import annotations

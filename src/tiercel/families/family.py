@@ -1,7 +1,7 @@
 """Which checkpoint is which model: a family reads foreign configs and lists its weights, once, for both directions.
 
-A `TensorMapping` says: this tensor of ours is that tensor of a Hugging Face folder and that one of a GGUF file, and what
-happens in between.  Read forwards the rows load a checkpoint, backwards they export it; an unmatched name on
+A `TensorMapping` says: this tensor of ours is that tensor of a Hugging Face folder and that one of a GGUF file,
+and what happens in between.  Read forwards the rows load a checkpoint, backwards they export it; an unmatched name on
 either side is an error.  Multipliers (muP) are part of the rows: ours = theirs × scale on the Hugging Face side,
 nothing on the GGUF side, where llama.cpp's converter folds them too.
 

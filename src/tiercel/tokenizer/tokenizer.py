@@ -28,7 +28,7 @@ from tiercel.tokenizer.stream import Piece, TextStream
 from tiercel.tokenizer.template import check_messages, render, with_mark
 from tiercel.tokenizer.vocab import ENDS, Recipe, kinds, space_prefix, steps_of
 
-__all__ = ["Piece", "Tokenizer", "TextStream"]
+__all__ = ["Piece", "TextStream", "Tokenizer"]
 
 TAIL = 16  # ids at the end of a prompt in which an open think tag is looked for
 

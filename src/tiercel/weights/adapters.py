@@ -4,7 +4,8 @@
     export(Merged(source, adapter), out)   W + B A as a checkpoint
 
 The files use the checkpoint's own names and values.  Where a multiplier stands between its values and ours
-(`TensorMapping.scale`: ours = theirs × scale, row by row), B takes it: s (W + B A) = s W + (s B) A.  No PEFT is needed here.
+(`TensorMapping.scale`: ours = theirs × scale, row by row), B takes it: s (W + B A) = s W + (s B) A.
+No PEFT is needed here.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 An extension module does the work (`module.cpp`); where it was not built, or TIERCEL_ISA=torch asks for it, the
 network runs on the torch references.  TIERCEL_ISA=avx512 | avx2 | portable forces an instruction set.
 
-Everything here is float32 between ops and without gradients.  While a `CapturedGraph` records, every call is noted with its
-addresses, and outputs come from memory that stays: the step can then be run again without Python.
+Everything here is float32 between ops and without gradients.  While a `CapturedGraph` records, every call is noted with
+its addresses, and outputs come from memory that stays: the step can then be run again without Python.
 """
 
 from __future__ import annotations
