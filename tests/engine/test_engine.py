@@ -11,7 +11,7 @@ from tiercel.engine.engine import Engine
 from tiercel.engine.scheduler import BESIDE, Scheduler
 from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
-from tiercel.model.graph_cache import Step
+from tiercel.model.graph_cache import CapturedStep
 from tiercel.ops import cpu
 from tiercel.runtime.allocator import CachingAllocator
 from tiercel.sampling.params import SamplingParams
@@ -203,7 +203,7 @@ def test_an_engine_that_was_warmed_up_has_recorded_the_steps_of_any_number_of_an
     network = tiny.network("attention+mamba2 mamba2")
     e = Engine(SimpleNamespace(network=network, text=None, max_length=512), slots=slots)
     e.warm_up()
-    known = {key for key, step in network._steps.seen.items() if isinstance(step, Step)}
+    known = {key for key, step in network._steps.seen.items() if isinstance(step, CapturedStep)}
     for i in range(slots):
         e.add(ids(20, seed=i), greedy(4 + i))
     run(e)
