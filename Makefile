@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help install test slow fuzz isas sanitize lint format bench goldens ci
+.PHONY: help install test slow fuzz isas sanitize lint format docs bench goldens ci
 
 help:     ## this list
 	@grep -E '^[a-z]+: ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,10 @@ lint:     ## ruff and mypy
 format:   ## what lint would complain about, mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs:     ## the documentation site in site/ (make docs, then open site/index.html)
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	$(BIN)/mkdocs build --strict
 
 bench:    ## the table of the README: against llama.cpp and transformers, in turn (an hour)
 	$(BIN)/python benchmarks/cpu.py
