@@ -20,6 +20,12 @@ ROOT_PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "se
 SOURCE_URL = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"]
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s]+)(?=\))")
 PICTURES = (".svg", ".png")
+COMMAND_LINE_INTRO = """\
+`tiercel COMMAND --help` prints the same. `--json` prints one JSON value instead of text, an error included.
+Exit codes: 0 ok, 1 failed, 2 usage, 3 model not found, 4 does not fit, 130 interrupted."""
+SETTINGS_INTRO = """\
+Each is an environment variable (`TIERCEL_QUEUE=16`) and an option of `tiercel serve` (`--set queue=16`; the common ones
+have a name of their own, see [tiercel serve](command-line.md#tiercel-serve)). Options win. Bytes and seconds are numbers."""
 
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -34,9 +40,9 @@ def on_files(files: Files, config: Any) -> Files:
     for page in list(files.documentation_pages()):
         for link in LINK.findall(page.content_string):
             path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.src_uri), link))
-            if path.endswith(PICTURES) and not path.startswith("docs/") and (ROOT / path).is_file():
-                if files.get_file_from_path(path) is None:
-                    files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+            outside = path.endswith(PICTURES) and not path.startswith("docs/") and (ROOT / path).is_file()
+            if outside and files.get_file_from_path(path) is None:
+                files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
 
 
@@ -71,9 +77,7 @@ def command_line() -> str:
 
     from tiercel.commands.cli import app
 
-    lines = ["# Command line", "", "`tiercel COMMAND --help` prints the same. `--json` prints one JSON value instead of "
-             "text, an error included. Exit codes: 0 ok, 1 failed, 2 usage, 3 model not found, 4 does not fit, "
-             "130 interrupted.", ""]  # fmt: skip
+    lines = ["# Command line", "", COMMAND_LINE_INTRO, ""]
     for name, command in _commands(get_command(app), "tiercel"):
         lines += [f"## {name}", "", *_help(command), "```sh", _usage(name, command), "```", ""]
         rows = [row for row in map(_row, command.params) if row]
@@ -123,10 +127,7 @@ def settings() -> str:
     from tiercel.serve import settings as module
 
     comments = _comments(Path(module.__file__))
-    lines = ["# Server settings", "", "Each is an environment variable (`TIERCEL_QUEUE=16`) and an option of `tiercel "
-             "serve` (`--set queue=16`; the common ones have a name of their own, see [tiercel serve]"
-             "(command-line.md#tiercel-serve)). Options win. Bytes and seconds are plain numbers.", "",
-             "| setting | type | default | |", "|---|---|---|---|"]  # fmt: skip
+    lines = ["# Server settings", "", SETTINGS_INTRO, "", "| setting | type | default | |", "|---|---|---|---|"]
     for part in dataclasses.fields(module.Settings):
         default = "" if part.default in ("", (), None) else f"`{part.default}`"
         lines.append(
