@@ -25,7 +25,7 @@ COMMAND_LINE_INTRO = """\
 Exit codes: 0 ok, 1 failed, 2 usage, 3 model not found, 4 does not fit, 130 interrupted."""
 SETTINGS_INTRO = """\
 Each is an environment variable (`TIERCEL_QUEUE=16`) and an option of `tiercel serve` (`--set queue=16`; the common ones
-have a name of their own, see [tiercel serve](command-line.md#tiercel-serve)). Options win. Bytes and seconds are numbers."""
+have a name of their own, see [tiercel serve](command-line.md#tiercel-serve)). Options win."""
 
 sys.path.insert(0, str(ROOT / "src"))
 
