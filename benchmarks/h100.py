@@ -415,8 +415,8 @@ def scan() -> None:
 
 def training_scan() -> None:
     """The packed scan both ways under autocast, 16 rows of 1,024 tokens in documents of 200, beside torch."""
+    from tiercel.mixers.mamba2.varlen import ssd_varlen
     from tiercel.model.varlen import VarlenBatch
-    from tiercel.ops.ssd_varlen import ssd_varlen
 
     H, P, N, rows, L = 24, 64, 128, 16, 1024
     starts = (torch.arange(L, device="cuda") % 200 == 0).expand(rows, L)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiercel.mixers.mamba1.reference import selective_scan_reference
+from tiercel.mixers.mamba2.chunked import ssd_reference
 from tiercel.model import layer_state, pages
 from tiercel.model import state as state_module
 from tiercel.model.batch import Batch
@@ -25,8 +27,6 @@ from tiercel.ops.attention import attention_reference
 from tiercel.ops.conv1d import conv1d_reference
 from tiercel.ops.norm import gated_rms_norm
 from tiercel.ops.rotary import frequencies, rotate
-from tiercel.ops.scan import selective_scan_reference
-from tiercel.ops.ssd import ssd_reference
 from tiercel.runtime import allocator as pool
 from tiercel.runtime.allocator import CachingAllocator
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiercel.ops.scan import selective_scan, selective_scan_reference
+from tiercel.mixers.mamba1.reference import selective_scan, selective_scan_reference
 
 
 def inputs(L, I, N, seed=0, decay=1.0):

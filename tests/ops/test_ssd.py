@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tiercel.ops.ssd import ssd, ssd_reference
+from tiercel.mixers.mamba2.chunked import ssd, ssd_reference
 
 SHAPES = [  # L, H, P, G, N, chunk
     (1, 1, 1, 1, 1, 1),

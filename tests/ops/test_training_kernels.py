@@ -6,13 +6,13 @@ What they are for is tested where it is used: scans, convolutions and attention 
 import pytest
 import torch
 
+from tiercel.mixers.mamba2.varlen import Chunks, ssd_varlen
 from tiercel.ops import cpu
 from tiercel.ops.attention_varlen import Products
 from tiercel.ops.conv1d_varlen import PastRows, conv1d_silu_varlen
 from tiercel.ops.cpu import training as native
 from tiercel.ops.norm import Normed
 from tiercel.ops.pointwise import Gate, add
-from tiercel.ops.ssd_varlen import Chunks, ssd_varlen
 
 pytestmark = pytest.mark.skipif(not cpu.there, reason="no kernels here")
 HALF, TOLERANCE = torch.bfloat16, {torch.float32: 2e-6, torch.bfloat16: 8e-3}

@@ -6,9 +6,9 @@ from torch import Tensor
 
 import tiny
 from families import nasty
+from tiercel.mixers.mamba1.reference import selective_scan_reference
+from tiercel.mixers.mamba2.chunked import ssd_reference
 from tiercel.model.varlen import LinearScan, VarlenBatch
-from tiercel.ops.scan import selective_scan_reference
-from tiercel.ops.ssd import ssd_reference
 from tiercel.weights.load import load
 
 LENGTHS = [[5, 40, 1, 1, 29, 14], [90], [64, 26]]

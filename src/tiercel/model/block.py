@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tiercel.model.attention import Attention
+from tiercel.feed_forward.gated_mlp.layer import GatedMLP
+from tiercel.feed_forward.moe.layer import MoE
+from tiercel.mixers.attention.layer import Attention
+from tiercel.mixers.mamba1.layer import Mamba1
+from tiercel.mixers.mamba2.layer import Mamba2
 from tiercel.model.batch import Batch
 from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, Mamba2Config, Mixer
-from tiercel.model.feed_forward import GatedMLP
 from tiercel.model.layers import RMSNorm
-from tiercel.model.mamba1 import Mamba1
-from tiercel.model.mamba2 import Mamba2
-from tiercel.model.moe import MoE
 from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.pointwise import add
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tiercel.feed_forward.moe.layer import MoE
 from tiercel.model.device_sampler import DeviceSampler
-from tiercel.model.moe import MoE
 from tiercel.model.state_cache import DeviceBatch, StateCache
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tiercel.errors import RequestError
-from tiercel.model.attention import Attention
+from tiercel.mixers.attention.layer import Attention
+from tiercel.mixers.mamba2.layer import Mamba2
 from tiercel.model.layers import Linear, set_weight
-from tiercel.model.mamba2 import Mamba2
 from tiercel.ops import triton
 from tiercel.ops.linear import QTensor, linear
 

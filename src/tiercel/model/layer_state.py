@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tiercel.mixers.mamba1.reference import selective_scan
 from tiercel.model.config import LARGEST, AttentionConfig, Mamba1Config, Mamba2Config, Mixer
 from tiercel.model.pages import PAGE, Pages
-from tiercel.ops.scan import selective_scan
 from tiercel.runtime.allocator import CachingAllocator, memory
 
 TILE = 32  # keys that kernels read together: pages are whole tiles

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tiercel.errors import RequestError
-from tiercel.model.attention import Attention
+from tiercel.feed_forward.gated_mlp.layer import GatedMLP
+from tiercel.mixers.attention.layer import Attention
+from tiercel.mixers.mamba2.layer import Mamba2
 from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, Mamba2Config
 from tiercel.model.decoder import Decoder
-from tiercel.model.feed_forward import GatedMLP
 from tiercel.model.layers import Linear, set_weight
-from tiercel.model.mamba2 import Mamba2
 
 
 class RowParallelLinear(Linear):

@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiercel.mixers.mamba2.varlen import Chunks, ssd_varlen
 from tiercel.model.batch import frequencies_of
 from tiercel.model.config import RopeConfig
 from tiercel.ops import triton
 from tiercel.ops.attention_varlen import Documents, attention_varlen
 from tiercel.ops.conv1d_varlen import PastRows, conv1d_silu_varlen, takes
-from tiercel.ops.ssd_varlen import Chunks, ssd_varlen
 
 CHUNK = 64  # a chunk's matrices cost Q for each token, its state N · P: for heads and states of 64 they meet here
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from tiercel.errors import FormatError, RequestError
 from tiercel.families.family import Layout
+from tiercel.feed_forward.moe.layer import MoE
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import Linear
-from tiercel.model.moe import MoE
 from tiercel.weights.checkpoint import parameter_shapes
 from tiercel.weights.safetensors import open_safetensors, write_safetensors_file
 from tiercel.weights.stored import OutTensor

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="pip install triton")
 
 from ops.triton.conftest import DEVICE
+from tiercel.mixers.mamba2.chunked import ssd_reference
 from tiercel.model.config import AttentionConfig, Mamba2Config
 from tiercel.model.state_cache import AttentionSlots, Mamba2Slots
 from tiercel.ops.attention import attention_reference
@@ -16,7 +17,6 @@ from tiercel.ops.conv1d import conv1d_reference
 from tiercel.ops.norm import gated_rms_norm, rms_norm_reference
 from tiercel.ops.pointwise import gate_reference
 from tiercel.ops.rotary import rotate
-from tiercel.ops.ssd import ssd_reference
 from tiercel.ops.triton import attention as attention_kernels
 from tiercel.ops.triton import conv1d as conv_kernels
 from tiercel.ops.triton import norm as norm_kernels

@@ -1,4 +1,4 @@
-// The Mamba-2 scan: y_t = exp(a_t) C_t S + Σ_{j≤t} exp(a_t − a_j) dt_j (C_t · B_j) x_j + D x_t, see ops/ssd.py.
+// The Mamba-2 scan: y_t = exp(a_t) C_t S + Σ_{j≤t} exp(a_t − a_j) dt_j (C_t · B_j) x_j + D x_t, see mixers/mamba2/chunked.py.
 //
 // Every output is the same chain of operations whether its token comes alone or with a whole prompt: n in order, then
 // j in order from the start of the chunk; C_t · B_j in sixteen lanes over n.  One token reads S where it lies; more

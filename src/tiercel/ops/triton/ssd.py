@@ -3,7 +3,7 @@
     committed S (slots, H, N, P) float32, before token `base` · rings of R open inputs: x (slots, H, R, P),
     B (slots, G, R, N), dt (slots, H, R) float32; the input of position p is number p mod R
 
-Formulas and letters: `ops/ssd.py`.  Decays are float64 sums, as differences of long sums are taken.
+Formulas and letters: `mixers/mamba2/chunked.py`.  Decays are float64 sums, as differences of long sums are taken.
 """
 
 from __future__ import annotations

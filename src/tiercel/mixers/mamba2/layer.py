@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiercel.mixers.mamba2.chunked import ssd
 from tiercel.model.batch import Batch
 from tiercel.model.config import Mamba2Config
 from tiercel.model.derived import Derived, float32
@@ -28,7 +29,6 @@ from tiercel.model.varlen import CHUNK, VarlenBatch
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.norm import gated_rms_norm
 from tiercel.ops.pointwise import gate
-from tiercel.ops.ssd import ssd
 
 
 class Mamba2(nn.Module):

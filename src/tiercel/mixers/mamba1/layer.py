@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiercel.mixers.mamba1.reference import selective_scan
 from tiercel.model.batch import Batch
 from tiercel.model.config import Mamba1Config
 from tiercel.model.derived import Derived, float32
@@ -26,7 +27,6 @@ from tiercel.model.layers import Linear, RMSNorm
 from tiercel.model.varlen import VarlenBatch, wide
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.cpu import mixers
-from tiercel.ops.scan import selective_scan
 
 
 class Mamba1(nn.Module):
