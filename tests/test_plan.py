@@ -9,17 +9,13 @@ import psutil
 import pytest
 
 from tiercel.errors import DoesNotFit
-from tiercel.model.config import (
-    AttentionConfig,
-    GatedMLPConfig,
-    LayerConfig,
-    Mamba1Config,
-    Mamba2Config,
-    Mixer,
-    ModelConfig,
-    MoEConfig,
-    RopeConfig,
-)
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
+from tiercel.feed_forward.moe.config import MoEConfig
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.attention.rope import RopeConfig
+from tiercel.mixers.mamba1.config import Mamba1Config
+from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.model.config import LayerConfig, Mixer, ModelConfig
 from tiercel.plan import check_fits, human_bytes, kv_bytes_per_token, parameter_count, pattern, state_bytes
 
 

@@ -12,14 +12,12 @@ import pytest
 from tiercel.errors import FormatError, RequestError, UnsupportedError
 from tiercel.families import from_gguf, from_hf
 from tiercel.families.pattern import names, pattern, read_file
-from tiercel.model.config import (
-    AttentionConfig,
-    GatedMLPConfig,
-    Mamba1Config,
-    Mamba2Config,
-    ModelConfig,
-    MoEConfig,
-)
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
+from tiercel.feed_forward.moe.config import MoEConfig
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.mamba1.config import Mamba1Config
+from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.model.config import ModelConfig
 from tiercel.plan import parameter_count
 
 SEVEN_B = {

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import tiny
+from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.model.batch import Batch
-from tiercel.model.config import AttentionConfig
 from tiercel.model.pages import PAGE
 from tiercel.model.state import State, nbytes_together
 from tiercel.ops import cpu

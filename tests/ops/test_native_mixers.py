@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.attention.rope import RopeConfig
+from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba1.reference import selective_scan_reference
 from tiercel.mixers.mamba2.chunked import ssd_reference
+from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.model import layer_state, pages
 from tiercel.model import state as state_module
 from tiercel.model.batch import Batch
-from tiercel.model.config import AttentionConfig, Mamba1Config, Mamba2Config, RopeConfig
 from tiercel.model.state import State
 from tiercel.ops import cpu
 from tiercel.ops.attention import attention_reference

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiercel.model.config import RopeConfig
+from tiercel.mixers.attention.rope import RopeConfig
 from tiercel.ops.conv1d import conv1d, conv1d_reference
 from tiercel.ops.moe import moe, moe_reference, route
 from tiercel.ops.norm import gated_rms_norm, rms_norm, rms_norm_reference

@@ -9,7 +9,8 @@ nothing: one token's keys and values, and inputs of the open chunk (the state it
 
 from __future__ import annotations
 
-from tiercel.model.config import AttentionConfig, MoEConfig
+from tiercel.feed_forward.moe.config import MoEConfig
+from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import named_weights
 from tiercel.plan import state_bytes

@@ -13,7 +13,10 @@ from typing import Any
 
 from tiercel.errors import FormatError
 from tiercel.hub.fetch import read_json, shards_of
-from tiercel.model.config import AttentionConfig, Mamba1Config, Mamba2Config, ModelConfig
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.mamba1.config import Mamba1Config
+from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.model.config import ModelConfig
 from tiercel.plan import human_bytes, kv_bytes_per_token, parameter_count, pattern, state_bytes
 
 HEADER_LIMIT = 100 << 20  # the safetensors format's own

@@ -13,7 +13,10 @@ from tiercel.families.falcon_h1 import read_mamba2
 from tiercel.families.family import Family, TensorMapping, attention_rows, mamba2_rows, mlp_rows, norm_rows, top_rows
 from tiercel.families.fields import Fields
 from tiercel.families.rope import fixed_length, read_rope
-from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, Mamba2Config, ModelConfig
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.model.config import LayerConfig, ModelConfig
 
 
 def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:

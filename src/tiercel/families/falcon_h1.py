@@ -32,7 +32,10 @@ from tiercel.families.family import (
 )
 from tiercel.families.fields import Fields
 from tiercel.families.rope import fixed_length, gguf_rope_limits, read_gguf_rope, read_rope, write_gguf_rope, write_rope
-from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, Mamba2Config, ModelConfig
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.model.config import LayerConfig, ModelConfig
 
 ONES = {
     "embedding": 1.0,

@@ -22,7 +22,12 @@ from functools import cached_property
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
-from tiercel.model.config import AttentionConfig, GatedMLPConfig, Mamba1Config, Mamba2Config, ModelConfig, MoEConfig
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
+from tiercel.feed_forward.moe.config import MoEConfig
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.mamba1.config import Mamba1Config
+from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.model.config import ModelConfig
 
 Runs = tuple[tuple[int, float], ...]  # (how many rows, their multiplier), along dim 0
 

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
-from tiercel.model.config import LARGEST
+from tiercel.mixers.checks import LARGEST
 
 REQUIRED: Any = object()
 

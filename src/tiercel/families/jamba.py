@@ -27,7 +27,11 @@ from tiercel.families.family import (
 )
 from tiercel.families.fields import Fields
 from tiercel.families.mamba import mamba1_limits, read_gguf_mamba1, write_gguf_mamba1
-from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, Mamba1Config, ModelConfig, MoEConfig
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
+from tiercel.feed_forward.moe.config import MoEConfig
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.mamba1.config import Mamba1Config
+from tiercel.model.config import LayerConfig, ModelConfig
 
 
 def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:

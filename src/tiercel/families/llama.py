@@ -27,7 +27,10 @@ from tiercel.families.family import (
 )
 from tiercel.families.fields import Fields
 from tiercel.families.rope import fixed_length, gguf_rope_limits, read_gguf_rope, read_rope, write_gguf_rope, write_rope
-from tiercel.model.config import AttentionConfig, FeedForward, GatedMLPConfig, LayerConfig, ModelConfig, MoEConfig
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
+from tiercel.feed_forward.moe.config import MoEConfig
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.model.config import FeedForward, LayerConfig, ModelConfig
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 

@@ -24,7 +24,9 @@ from tiercel.families.family import (
     top_rows,
 )
 from tiercel.families.fields import Fields
-from tiercel.model.config import LayerConfig, Mamba1Config, Mamba2Config, Mixer, ModelConfig
+from tiercel.mixers.mamba1.config import Mamba1Config
+from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.model.config import LayerConfig, Mixer, ModelConfig
 
 CONTEXT = 1 << 20  # nothing in these models ends at a length; llama.cpp writes the same number
 

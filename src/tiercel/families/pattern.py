@@ -19,18 +19,13 @@ from typing import Any
 
 from tiercel.errors import FormatError, RequestError
 from tiercel.families.family import Family, TensorMapping
-from tiercel.model.config import (
-    AttentionConfig,
-    FeedForward,
-    GatedMLPConfig,
-    LayerConfig,
-    Mamba1Config,
-    Mamba2Config,
-    Mixer,
-    ModelConfig,
-    MoEConfig,
-    RopeConfig,
-)
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
+from tiercel.feed_forward.moe.config import MoEConfig
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.attention.rope import RopeConfig
+from tiercel.mixers.mamba1.config import Mamba1Config
+from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.model.config import FeedForward, LayerConfig, Mixer, ModelConfig
 
 LAYERS_AT_MOST = 100_000
 

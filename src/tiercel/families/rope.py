@@ -14,7 +14,7 @@ from typing import Any
 from tiercel.errors import FormatError, UnsupportedError
 from tiercel.families.family import Metadata
 from tiercel.families.fields import Fields
-from tiercel.model.config import RopeConfig
+from tiercel.mixers.attention.rope import RopeConfig
 
 TYPES = {name: name for name in ("none", "linear", "dynamic", "llama3", "yarn", "longrope")}
 TYPES |= {"default": "none", "su": "longrope"}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiercel.model.config import RopeConfig
+from tiercel.mixers.attention.rope import RopeConfig
 from tiercel.model.layer_state import LayerState
 from tiercel.model.state import State
 from tiercel.ops import cpu

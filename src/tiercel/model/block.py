@@ -11,13 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
 from tiercel.feed_forward.gated_mlp.layer import GatedMLP
 from tiercel.feed_forward.moe.layer import MoE
+from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.attention.layer import Attention
 from tiercel.mixers.mamba1.layer import Mamba1
+from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.mixers.mamba2.layer import Mamba2
 from tiercel.model.batch import Batch
-from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, Mamba2Config, Mixer
+from tiercel.model.config import LayerConfig, Mixer
 from tiercel.model.layers import RMSNorm
 from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.pointwise import add

@@ -31,8 +31,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.checks import LARGEST
+from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba1.reference import selective_scan
-from tiercel.model.config import LARGEST, AttentionConfig, Mamba1Config, Mamba2Config, Mixer
+from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.model.config import Mixer
 from tiercel.model.pages import PAGE, Pages
 from tiercel.runtime.allocator import CachingAllocator, memory
 

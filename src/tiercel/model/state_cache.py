@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
-from tiercel.model.config import AttentionConfig, Mamba2Config, Mixer, RopeConfig
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.attention.rope import RopeConfig
+from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.model.config import Mixer
 from tiercel.model.layer_state import LONGEST_CHUNK
 from tiercel.model.pages import PAGE
 from tiercel.ops.rotary import frequencies

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tiercel
 from tiercel.errors import FormatError
-from tiercel.model.config import LARGEST
+from tiercel.mixers.checks import LARGEST
 from tiercel.model.pages import PAGE
 from tiercel.model.state import Snapshot, State
 

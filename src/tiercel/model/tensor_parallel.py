@@ -20,10 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tiercel.errors import RequestError
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
 from tiercel.feed_forward.gated_mlp.layer import GatedMLP
+from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.attention.layer import Attention
+from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.mixers.mamba2.layer import Mamba2
-from tiercel.model.config import AttentionConfig, GatedMLPConfig, LayerConfig, Mamba2Config
+from tiercel.model.config import LayerConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import Linear, set_weight
 

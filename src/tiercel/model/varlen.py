@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiercel.mixers.attention.rope import RopeConfig
 from tiercel.mixers.mamba2.varlen import Chunks, ssd_varlen
 from tiercel.model.batch import frequencies_of
-from tiercel.model.config import RopeConfig
 from tiercel.ops import triton
 from tiercel.ops.attention_varlen import Documents, attention_varlen
 from tiercel.ops.conv1d_varlen import PastRows, conv1d_silu_varlen, takes

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from tiercel.model.config import RopeConfig
+from tiercel.mixers.attention.rope import RopeConfig
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

@@ -21,16 +21,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiercel.errors import RequestError
-from tiercel.model.config import (
-    AttentionConfig,
-    GatedMLPConfig,
-    LayerConfig,
-    Mamba1Config,
-    Mamba2Config,
-    ModelConfig,
-    MoEConfig,
-    RopeConfig,
-)
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
+from tiercel.feed_forward.moe.config import MoEConfig
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.attention.rope import RopeConfig
+from tiercel.mixers.mamba1.config import Mamba1Config
+from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.model.config import LayerConfig, ModelConfig
 from tiercel.plan.machines import Machine, Product
 from tiercel.plan.sizes import PAGE, kv_bytes_per_token, open_bytes, parameter_count, shapes, state_bytes
 from tiercel.quant import PACKED_TYPES, fits, held_bytes, recipes, row_bytes

@@ -12,17 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tiercel.errors import DoesNotFit
-from tiercel.model.config import (
-    AttentionConfig,
-    FeedForward,
-    GatedMLPConfig,
-    LayerConfig,
-    Mamba1Config,
-    Mamba2Config,
-    Mixer,
-    ModelConfig,
-    MoEConfig,
-)
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
+from tiercel.feed_forward.moe.config import MoEConfig
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.mamba1.config import Mamba1Config
+from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.model.config import FeedForward, LayerConfig, Mixer, ModelConfig
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="pip install triton")
 
 from ops.triton.conftest import DEVICE
+from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.mamba2.chunked import ssd_reference
-from tiercel.model.config import AttentionConfig, Mamba2Config
+from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.model.state_cache import AttentionSlots, Mamba2Slots
 from tiercel.ops.attention import attention_reference
 from tiercel.ops.conv1d import conv1d_reference

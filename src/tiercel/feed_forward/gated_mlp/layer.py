@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tiercel.model.config import GatedMLPConfig
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
 from tiercel.model.layers import Linear
 from tiercel.ops.linear import gated, linear_onto
 from tiercel.ops.pointwise import add

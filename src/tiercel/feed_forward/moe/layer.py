@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tiercel.model.config import MoEConfig
+from tiercel.feed_forward.moe.config import MoEConfig
 from tiercel.model.layers import Linear
 from tiercel.ops.moe import moe, route
 

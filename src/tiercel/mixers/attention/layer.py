@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.model.batch import Batch
-from tiercel.model.config import AttentionConfig
 from tiercel.model.layer_state import AttentionState
 from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, quantizes_input
 from tiercel.model.varlen import VarlenBatch

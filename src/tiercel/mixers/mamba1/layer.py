@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba1.reference import selective_scan
 from tiercel.model.batch import Batch
-from tiercel.model.config import Mamba1Config
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layer_state import Mamba1State
 from tiercel.model.layers import Linear, RMSNorm

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiercel.mixers.mamba2.chunked import ssd
+from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.model.batch import Batch
-from tiercel.model.config import Mamba2Config
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layer_state import Mamba2State
 from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, quantizes_input

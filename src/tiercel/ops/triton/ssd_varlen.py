@@ -1,7 +1,7 @@
 """The Mamba-2 scan of rows full of documents, forwards and backwards.
 
-Formulas and letters: `mixers/mamba2/varlen.py`.  A program has one chunk of one head (for dB and dC: of one group), whose
-Q × Q matrices never leave it; between the kernels go
+Formulas and letters: `mixers/mamba2/varlen.py`.  A program has one chunk of one head (for dB and dC: of one group),
+whose Q × Q matrices never leave it; between the kernels go
 
     Z (K, H, N, P) float32    the state that a chunk begins with; on the way back dS, the gradient of what it leaves
     through (K, H) float32    the decay of a whole chunk, zero where a document begins in it
