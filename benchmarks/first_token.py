@@ -89,7 +89,7 @@ def with_words(shape: str, folder: Path) -> Path:
 
 def measure(path: str, rounds: int) -> None:
     model = tiercel.load(path)
-    assert model.text is not None, "a model with a tokenizer is needed"
+    assert model.tokenizer is not None, "a model with a tokenizer is needed"
     process, port = served(path)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.connect()
@@ -105,9 +105,9 @@ def measure(path: str, rounds: int) -> None:
                 {"role": "user", "content": text},
             ]
             found = {
-                "its network": bare(model.network, model.text.encode(text)),
+                "its network": bare(model.network, model.tokenizer.encode(text)),
                 "completions": over_http(connection, "/v1/completions", {"model": name, "prompt": text}),
-                "chat's network": bare(model.network, model.text.chat(messages)),
+                "chat's network": bare(model.network, model.tokenizer.chat(messages)),
                 "chat": over_http(connection, "/v1/chat/completions", {"model": name, "messages": messages}),
             }
             for what, seconds in found.items():

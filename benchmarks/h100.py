@@ -188,7 +188,7 @@ def decode_in_engine(net: Decoder, rows: int, steps: int) -> float:
 
     from tiercel.engine.engine import Engine
 
-    model: Any = SimpleNamespace(network=net, text=None, max_length=512)
+    model: Any = SimpleNamespace(network=net, tokenizer=None, max_length=512)
     engine = Engine(model, slots=rows, cache_bytes=0)
     params = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, max_tokens=steps + 16, ignore_eos=True)
     requests = [engine.add(list(range(8 + i, 72 + i)), params) for i in range(rows)]

@@ -158,7 +158,7 @@ def parting(model: tiercel.Model, prompt: str, ours: str, theirs: str) -> dict[s
         return {"one_ends_after": min(len(ours), len(theirs))}
     row = model.logits(a[:at])[-1].log_softmax(-1)
     together, lead = at - len(model.encode(prompt, raw=True)), float(row[a[at]] - row[b[at]])
-    tokens = [model.text.decode([ids[at]]) for ids in (a, b)]
+    tokens = [model.tokenizer.decode([ids[at]]) for ids in (a, b)]
     return {"tokens_in_common": together, "lead_of_ours": lead, "tokens": tokens}
 
 

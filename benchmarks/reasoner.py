@@ -29,7 +29,7 @@ def answers(model: Any, problems: Iterable[Problem], most: int = 512) -> list[tu
     requests = []
     for problem in problems:
         ids = model.encode([{"role": "user", "content": problem.question}])
-        starts = model.text.opens_thinking(ids)
+        starts = model.tokenizer.opens_thinking(ids)
         requests.append(engine.prepare(ids, greedy, thinking="auto", starts_in_thinking=starts))
     for request in requests:
         engine.queue(request)

@@ -126,8 +126,8 @@ def main() -> None:
     except ModelNotFound:
         pass
     else:
-        assert model.text is not None
-        prompt = model.text.chat([{"role": "user", "content": f"Repeat this text word for word:\n\n{TEXT}"}])
+        assert model.tokenizer is not None
+        prompt = model.tokenizer.chat([{"role": "user", "content": f"Repeat this text word for word:\n\n{TEXT}"}])
         result["smollm2"] = measure(model, prompt, min(options.tokens, 110), options.rounds)
     print(json.dumps(result, indent=1))
 

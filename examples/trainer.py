@@ -26,7 +26,7 @@ def examples(model: tiercel.Model) -> list[dict[str, list[int]]]:
     found = []
     for question in QUESTIONS:
         asked = model.encode([{"role": "user", "content": question}])
-        said = model.text.encode("Polly wants a cracker!")  # type: ignore[union-attr]
+        said = model.tokenizer.encode("Polly wants a cracker!")  # type: ignore[union-attr]
         found.append({"input_ids": asked + said, "labels": [-100] * len(asked) + said})
     return found
 

@@ -29,7 +29,7 @@ PART = {
     "chart": "cli",
     "__main__": "cli",
 }
-# families need only configs; a state writes files; the text side reads and writes them
+# families need only configs; a state writes files; the tokenizer reads and writes them
 ALLOWED = {("model", "weights"), ("text", "weights")}
 
 

@@ -32,13 +32,13 @@ def test_generate_answers_with_a_string_that_knows_more(model):
 
 
 def test_text_is_a_users_message_where_there_is_a_template_and_raw_is_raw(model):
-    bot, user = model.text.encode("<|bot|>", special=True), model.text.encode("<|user|>", special=True)
+    bot, user = model.tokenizer.encode("<|bot|>", special=True), model.tokenizer.encode("<|user|>", special=True)
     assert (
         model.encode("Hi")
-        == [*user, *model.text.encode("Hi"), *bot]
+        == [*user, *model.tokenizer.encode("Hi"), *bot]
         == model.encode([{"role": "user", "content": "Hi"}])
     )
-    assert model.encode("Hi", raw=True) == model.text.encode("Hi")
+    assert model.encode("Hi", raw=True) == model.tokenizer.encode("Hi")
     assert model.encode([5, 6]) == [5, 6]
 
 
@@ -53,8 +53,8 @@ def test_logits_are_what_scorers_need(model):
 
 def test_the_tokens_are_the_networks_own(model):
     out = model.generate("abc", GREEDY, raw=True)
-    assert out.token_ids == generate_reference(model.network, model.text.encode("abc"), 20)
-    assert out == model.text.decode(out.token_ids)
+    assert out.token_ids == generate_reference(model.network, model.tokenizer.encode("abc"), 20)
+    assert out == model.tokenizer.decode(out.token_ids)
 
 
 def test_a_stop_string_is_found_across_tokens_and_cut_off(model):
@@ -77,7 +77,9 @@ def test_half_a_stop_string_at_the_end_is_text(model):
 
 def test_thoughts_are_kept_apart_in_a_chat(tmp_path):
     model = tiercel.load(tiny.checkpoint(tmp_path, template=tiny.TEMPLATE))
-    said = iter([*model.text.encode("<think>why</think>Because"), *model.text.encode("<|end|>", special=True)])
+    said = iter(
+        [*model.tokenizer.encode("<think>why</think>Because"), *model.tokenizer.encode("<|end|>", special=True)]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tiercel.sampling.params.Sampler.sample", lambda self, logits: next(said))
         out = model.generate("Hi", SamplingParams(max_tokens=99))
@@ -95,7 +97,7 @@ def test_a_checkpoint_without_a_tokenizer_scores_and_generates_ids(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     model = tiercel.load(folder)
-    assert model.text is None and model.logits([1, 2]).shape == (2, 300)
+    assert model.tokenizer is None and model.logits([1, 2]).shape == (2, 300)
     out = model.generate([1, 2, 3], GREEDY)
     assert out == "" and out.token_ids == generate_reference(model.network, [1, 2, 3], 20)
     with pytest.raises(RequestError, match="no tokenizer"):

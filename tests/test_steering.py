@@ -36,38 +36,38 @@ def grammars():
 class Model:
     """Says what it is told to, and random tokens elsewhere; a row of logits depends on what was said so far."""
 
-    def __init__(self, text, script=(), seed=0):
-        self.V, self.script, self.seed, self.text = text.vocab_size + 9, list(script), seed, text
+    def __init__(self, tokenizer, script=(), seed=0):
+        self.V, self.script, self.seed, self.tokenizer = tokenizer.vocab_size + 9, list(script), seed, tokenizer
 
     def logits(self, said):
         dice = torch.Generator().manual_seed(hash((self.seed, tuple(said))) % 2**63)
         row = torch.randn(self.V, generator=dice)
-        row[self.text.vocab_size :] = 5.0  # padding likes to be said
+        row[self.tokenizer.vocab_size :] = 5.0  # padding likes to be said
         if len(said) < len(self.script):
             row[self.script[len(said)]] += 50
         return row
 
 
-def steered(text, params, grammars=None, **options):
+def steered(tokenizer, params, grammars=None, **options):
     grammar = grammars.compile(params.structured) if params.structured is not None else None
-    return TokenConstraints.of(text, params, grammar=grammar, **options)
+    return TokenConstraints.of(tokenizer, params, grammar=grammar, **options)
 
 
-def run(text, model, params, grammars=None, draft=None, **options):
+def run(tokenizer, model, params, grammars=None, draft=None, **options):
     """(ids, thoughts, answer, steering); draft: guesses, as a function of what was said."""
-    steering = steered(text, params, grammars, **options)
-    sampler = Sampler(params, [1], model.V, eos=text.eos, steering=steering)
+    steering = steered(tokenizer, params, grammars, **options)
+    sampler = Sampler(params, [1], model.V, eos=tokenizer.eos, steering=steering)
     said = []
     while len(said) < params.max_tokens:
         guess = draft(said) if draft else []
         rows = [model.logits(said + guess[:k]) for k in range(len(guess) + 1)]
         for token in accepted(torch.stack(rows), guess, sampler):
             said.append(token)
-            if token in text.eos or (steering and steering.finish_reason) or len(said) == params.max_tokens:
+            if token in tokenizer.eos or (steering and steering.finish_reason) or len(said) == params.max_tokens:
                 break
-        if said[-1] in text.eos or (steering and steering.finish_reason):
+        if said[-1] in tokenizer.eos or (steering and steering.finish_reason):
             break
-    stream = text.stream(
+    stream = tokenizer.stream(
         thinking=options.get("thinking", "off"), starts_in_thinking=options.get("starts_in_thinking", False)
     )
     pieces = [p for id in said for p in stream.push(id)] + stream.finish()
@@ -82,46 +82,52 @@ AUTO = {"thinking": "auto", "starts_in_thinking": True}
 @pytest.mark.parametrize("budget", [0, 1, 7])
 @pytest.mark.parametrize("opened", ["by the prompt", "by the model"])
 def test_thoughts_end_at_their_budget_and_the_answer_follows(kind, budget, opened):
-    text = make(kind)
+    tokenizer = make(kind)
     for seed in range(10):
         params = SamplingParams(thinking_budget=budget, seed=seed, max_tokens=60, ignore_eos=True)
-        script = [] if opened == "by the prompt" else open_tag(text)
+        script = [] if opened == "by the prompt" else open_tag(tokenizer)
         said, thoughts, answer, steering = run(
-            text, Model(text, script, seed), params, thinking="auto", starts_in_thinking=opened == "by the prompt"
+            tokenizer,
+            Model(tokenizer, script, seed),
+            params,
+            thinking="auto",
+            starts_in_thinking=opened == "by the prompt",
         )
         assert answer and steering.thinking_tokens <= budget
         assert steering.thinking_tokens == budget or len(thoughts) < 60
         if kind != "untagged":
-            assert text.id_of("</think>") in said
+            assert tokenizer.id_of("</think>") in said
 
 
-def open_tag(text):
-    return [text.id_of("<think>")] if text.id_of("<think>") is not None else spell(text, "<think>")
+def open_tag(tokenizer):
+    return [tokenizer.id_of("<think>")] if tokenizer.id_of("<think>") is not None else spell(tokenizer, "<think>")
 
 
 def test_a_second_block_of_thoughts_does_not_start_the_budget_again():
-    text = make("llama-bpe")
-    a = spell(text, "a")
-    script = [*a * 3, text.id_of("</think>"), *a, text.id_of("<think>"), *a * 20]
+    tokenizer = make("llama-bpe")
+    a = spell(tokenizer, "a")
+    script = [*a * 3, tokenizer.id_of("</think>"), *a, tokenizer.id_of("<think>"), *a * 20]
     params = SamplingParams(thinking_budget=5, temperature=0, max_tokens=26)
-    _, thoughts, answer, _ = run(text, Model(text, script), params, **AUTO)
+    _, thoughts, answer, _ = run(tokenizer, Model(tokenizer, script), params, **AUTO)
     assert thoughts == "aaaaa" and answer.startswith("aaaaa")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("opened", ["by the prompt", "by the model", "not at all", "not asked for"])
 def test_thoughts_are_free_and_the_answer_has_its_form(kind, opened, grammars):
-    text = make(kind)
-    script = {"by the model": open_tag(text)}.get(opened, [])
+    tokenizer = make(kind)
+    script = {"by the model": open_tag(tokenizer)}.get(opened, [])
     options = {
         "thinking": "off" if opened == "not asked for" else "auto",
         "starts_in_thinking": opened == "by the prompt",
     }
     for seed in range(12):
         params = SamplingParams(structured=FORM, thinking_budget=9, seed=seed, max_tokens=200)
-        said, thoughts, answer, steering = run(text, Model(text, script, seed), params, grammars[kind], **options)
+        said, thoughts, answer, steering = run(
+            tokenizer, Model(tokenizer, script, seed), params, grammars[kind], **options
+        )
         assert json.loads(answer)["a"] in ("x", "yy")
-        assert steering.finish_reason == "stop" or said[-1] in text.eos
+        assert steering.finish_reason == "stop" or said[-1] in tokenizer.eos
         assert bool(thoughts) == (opened in ("by the prompt", "by the model")) or (opened == "not at all")
 
 
@@ -138,31 +144,31 @@ def test_an_answer_may_begin_like_the_tag_of_thoughts(grammars):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_guesses_change_nothing_where_a_form_and_a_budget_hold(kind, grammars):
-    text, dice = make(kind), random.Random(3)
+    tokenizer, dice = make(kind), random.Random(3)
     for seed in range(15):
         params = SamplingParams(
             structured=FORM, thinking_budget=6, seed=seed, max_tokens=80, logprobs=1, repetition_penalty=1.3
         )
-        model = Model(text, [], seed)
-        truth = run(text, model, params, grammars[kind], **AUTO)[0]
+        model = Model(tokenizer, [], seed)
+        truth = run(tokenizer, model, params, grammars[kind], **AUTO)[0]
 
-        def guess(said, truth=truth, V=text.vocab_size):
+        def guess(said, truth=truth, V=tokenizer.vocab_size):
             k = dice.randrange(6)
             good = dice.randrange(k + 1)
             wrong = [dice.randrange(V) for _ in range(k)]
             return (truth[len(said) : len(said) + good] + wrong)[:k]
 
-        assert run(text, model, params, grammars[kind], draft=guess, **AUTO)[0] == truth
+        assert run(tokenizer, model, params, grammars[kind], draft=guess, **AUTO)[0] == truth
 
 
 def test_an_answer_in_circles_ends_and_thoughts_in_circles_are_closed():
-    text = make("llama-bpe")
-    round_ = spell(text, "over and ")
+    tokenizer = make("llama-bpe")
+    round_ = spell(tokenizer, "over and ")
     params = SamplingParams(temperature=0, repetition_detection={"min_count": 3, "min_tokens": 20}, max_tokens=300)
-    said, _, _, steering = run(text, Model(text, round_ * 20), params)
+    said, _, _, steering = run(tokenizer, Model(tokenizer, round_ * 20), params)
     assert steering.finish_reason == "loop" and len(said) == 27
-    said, thoughts, answer, steering = run(text, Model(text, round_ * 4), params, **AUTO)
-    assert thoughts == "over and " * 3 and answer and said[27] == text.id_of("</think>")
+    said, thoughts, answer, steering = run(tokenizer, Model(tokenizer, round_ * 4), params, **AUTO)
+    assert thoughts == "over and " * 3 and answer and said[27] == tokenizer.id_of("</think>")
 
 
 def test_circles_are_runs_of_any_length_within_bounds_and_nothing_else():

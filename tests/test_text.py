@@ -39,10 +39,10 @@ def write(folder: Path, tokenizer: dict[str, Any], **files: Any) -> Path:
     return folder
 
 
-def text_of(folder: Path, tokenizer: dict[str, Any], **files: Any) -> Tokenizer:
-    text = Tokenizer.from_folder(write(folder, tokenizer, **files))
-    assert text is not None
-    return text
+def text_of(folder: Path, source: dict[str, Any], **files: Any) -> Tokenizer:
+    tokenizer = Tokenizer.from_folder(write(folder, source, **files))
+    assert tokenizer is not None
+    return tokenizer
 
 
 # Equal to the originals
@@ -50,24 +50,24 @@ def text_of(folder: Path, tokenizer: dict[str, Any], **files: Any) -> Tokenizer:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_and_text_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
-    text = text_of(tmp_path, table(kind), tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer = text_of(tmp_path, table(kind), tokenizer_config={"bos_token": "<s>", "eos_token": "</s>"})
     original = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     for string in HARD:
-        ids = text.encode(string, special=True, bos=False)
+        ids = tokenizer.encode(string, special=True, bos=False)
         assert ids == original.encode(string, add_special_tokens=False), string
-        plain = text.encode(string, bos=False)
+        plain = tokenizer.encode(string, bos=False)
         if not any(tag in string for tag in TAGS):  # transformers finds unflagged tags in anybody's text
             assert plain == original.encode(string, add_special_tokens=False, split_special_tokens=True), string
-        assert text.decode(ids, special=True) == original.decode(ids, clean_up_tokenization_spaces=False), string
+        assert tokenizer.decode(ids, special=True) == original.decode(ids, clean_up_tokenization_spaces=False), string
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "qwen2"])
 def test_what_is_encoded_comes_back(kind: str, tmp_path: Path) -> None:
-    text = text_of(tmp_path, table(kind))
+    tokenizer = text_of(tmp_path, table(kind))
     for string in HARD:
         if kind == "first" and string.startswith(" "):
             continue  # this kind adds a space only where there is none, and so cannot tell
-        assert text.decode(text.encode(string, bos=False)) == string
+        assert tokenizer.decode(tokenizer.encode(string, bos=False)) == string
 
 
 def test_smollm2_gives_the_ids_of_llama_cpp() -> None:
@@ -76,25 +76,25 @@ def test_smollm2_gives_the_ids_of_llama_cpp() -> None:
     if not found:
         pytest.skip("TIERCEL_TEST_SMOLLM2 does not name the SmolLM2-135M-Instruct GGUF file")
     fields = gguf.GGUFReader(found).fields.items()
-    text = Tokenizer.from_gguf({key: field.contents() for key, field in fields if key.startswith("tokenizer.")})
-    assert text is not None
+    tokenizer = Tokenizer.from_gguf({key: field.contents() for key, field in fields if key.startswith("tokenizer.")})
+    assert tokenizer is not None
     rows = json.loads((GOLDEN / "smollm2_tokens.json").read_text())["rows"]
     assert len(rows) == len(HARD)
     for row in rows:
-        assert text.encode(row["text"]) == row["plain"], row["text"]
-        assert text.encode(row["text"], special=True) == row["special"], row["text"]
-        assert text.decode(row["plain"]) == row["text"]
+        assert tokenizer.encode(row["text"]) == row["plain"], row["text"]
+        assert tokenizer.encode(row["text"], special=True) == row["special"], row["text"]
+        assert tokenizer.decode(row["plain"]) == row["text"]
 
 
 @pytest.mark.parametrize("name", ["tiny_bpe", "tiny_spm"])
 def test_a_tiny_gguf_written_by_us_means_the_same_to_llama_cpp(name: str) -> None:
     golden = json.loads((GOLDEN / "tiny_tokens.json").read_text())[name]
-    text = Tokenizer.from_gguf(golden["metadata"])
-    assert text is not None
+    tokenizer = Tokenizer.from_gguf(golden["metadata"])
+    assert tokenizer is not None
     assert len(golden["rows"]) == len(HARD)
     for row in golden["rows"]:
-        assert text.encode(row["text"], bos=False) == row["plain"], row["text"]
-        assert text.encode(row["text"], special=True, bos=False) == row["special"], row["text"]
+        assert tokenizer.encode(row["text"], bos=False) == row["plain"], row["text"]
+        assert tokenizer.encode(row["text"], special=True, bos=False) == row["special"], row["text"]
 
 
 # What is put around a text, and what ends one
@@ -121,10 +121,10 @@ def test_bos_and_eos_are_added_as_the_files_say(tmp_path: Path) -> None:
 
 
 def test_every_end_that_the_files_name_ends_an_answer(tmp_path: Path) -> None:
-    text = text_of(
+    tokenizer = text_of(
         tmp_path, table("llama-bpe"), tokenizer_config={"eos_token": "</s>"}, generation_config={"eos_token_id": [5, 4]}
     )
-    assert text.eos == {1, 4, 5}  # </s>, <|im_end|> (also by its name), 5
+    assert tokenizer.eos == {1, 4, 5}  # </s>, <|im_end|> (also by its name), 5
     older = text_of(tmp_path / "old", table("gpt-2"), config={"eos_token_id": 1, "bos_token_id": 0})
     assert older.eos == {1, 4} and older.bos == 0
 
@@ -150,15 +150,17 @@ def test_tokens_only_the_config_calls_special_are_special(tmp_path: Path) -> Non
 
 
 def test_bad_ids_and_bad_text_are_said(tmp_path: Path) -> None:
-    text = text_of(tmp_path, table("gpt-2"))
-    assert text.decode([text.vocab_size, text.vocab_size + 10**6]) == "", "rows that only pad a network have no text"
+    tokenizer = text_of(tmp_path, table("gpt-2"))
+    assert tokenizer.decode([tokenizer.vocab_size, tokenizer.vocab_size + 10**6]) == "", (
+        "rows that only pad a network have no text"
+    )
     for ids in ([-1], ["a"], [1.5]):
         with pytest.raises(RequestError):
-            text.decode(ids)  # type: ignore[arg-type]
+            tokenizer.decode(ids)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="surrogate"):
-        text.encode("a\ud800")
+        tokenizer.encode("a\ud800")
     with pytest.raises(RequestError, match="begins a text"):
-        text.encode("a", bos=True)
+        tokenizer.encode("a", bos=True)
 
 
 def test_truncation_padding_and_dropout_of_training_are_not_applied(tmp_path: Path) -> None:
@@ -172,20 +174,20 @@ def test_truncation_padding_and_dropout_of_training_are_not_applied(tmp_path: Pa
 
 
 def test_a_tokenizer_of_words_works_too(tmp_path: Path) -> None:
-    tokenizer = HFTokenizer(models.WordPiece({}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.train_from_iterator(
+    words = HFTokenizer(models.WordPiece({}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.decoder = decoders.WordPiece()
+    words.train_from_iterator(
         HARD, trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[UNK]"], show_progress=False)
     )
-    text = text_of(tmp_path, json.loads(tokenizer.to_str()))
+    tokenizer = text_of(tmp_path, json.loads(words.to_str()))
     string = "leading spaces inside , text and newline"
-    ids = text.encode(string)
-    assert ids == tokenizer.encode(string).ids
-    assert text.decode(ids) == tokenizer.decode(ids, skip_special_tokens=False)
-    stream = text.stream()
+    ids = tokenizer.encode(string)
+    assert ids == words.encode(string).ids
+    assert tokenizer.decode(ids) == words.decode(ids, skip_special_tokens=False)
+    stream = tokenizer.stream()
     pieces = [piece for id in ids for piece in stream.push(id)] + stream.finish()
-    assert "".join(piece.text for piece in pieces) == text.decode(ids)
+    assert "".join(piece.text for piece in pieces) == tokenizer.decode(ids)
     assert len(pieces) > 3
 
 
@@ -199,20 +201,20 @@ def test_saved_and_opened_again_it_is_the_same(kind: str, tmp_path: Path) -> Non
         {"name": "default", "template": "{{ bos_token }}D"},
         {"name": "tool_use", "template": "T"},
     ]  # type: ignore[assignment]
-    text = text_of(tmp_path / "a", table(kind), tokenizer_config=config)
-    text.save(tmp_path / "b")
+    tokenizer = text_of(tmp_path / "a", table(kind), tokenizer_config=config)
+    tokenizer.save(tmp_path / "b")
     again = Tokenizer.from_folder(tmp_path / "b")
     assert again is not None
     assert (again.eos, again.bos, again.vocab_size, again.templates) == (
-        text.eos,
-        text.bos,
-        text.vocab_size,
-        text.templates,
+        tokenizer.eos,
+        tokenizer.bos,
+        tokenizer.vocab_size,
+        tokenizer.templates,
     )
     original = PreTrainedTokenizerFast.from_pretrained(tmp_path / "b")
     for string in HARD:
-        assert again.encode(string) == text.encode(string)
-        assert again.encode(string, special=True) == text.encode(string, special=True) == original.encode(string)
+        assert again.encode(string) == tokenizer.encode(string)
+        assert again.encode(string, special=True) == tokenizer.encode(string, special=True) == original.encode(string)
     assert not [path for path in (tmp_path / "b").iterdir() if path.name.startswith(".")]
     assert original.chat_template == {"default": "{{ bos_token }}D", "tool_use": "T"}
 
@@ -226,17 +228,17 @@ def test_through_gguf_and_back_it_is_the_same(kind: str, tmp_path: Path) -> None
         "add_bos_token": True,
         "chat_template": "x",
     }
-    text = text_of(tmp_path, table(kind), tokenizer_config=config)
-    metadata = text.to_gguf(text.vocab_size + 5)
-    assert len(metadata["tokenizer.ggml.tokens"]) == text.vocab_size + 5
+    tokenizer = text_of(tmp_path, table(kind), tokenizer_config=config)
+    metadata = tokenizer.to_gguf(tokenizer.vocab_size + 5)
+    assert len(metadata["tokenizer.ggml.tokens"]) == tokenizer.vocab_size + 5
     assert metadata["tokenizer.ggml.token_type"][3] in (3, 6)
     again = Tokenizer.from_gguf(metadata)
     assert again is not None
-    assert (again.eos, again.bos, again.templates) == (text.eos, text.bos, text.templates)
+    assert (again.eos, again.bos, again.templates) == (tokenizer.eos, tokenizer.bos, tokenizer.templates)
     for string in HARD:
-        assert again.encode(string) == text.encode(string), string
-        assert again.encode(string, special=True) == text.encode(string, special=True), string
-        assert again.decode(again.encode(string)) == text.decode(text.encode(string))
+        assert again.encode(string) == tokenizer.encode(string), string
+        assert again.encode(string, special=True) == tokenizer.encode(string, special=True), string
+        assert again.decode(again.encode(string)) == tokenizer.decode(tokenizer.encode(string))
     assert again.to_gguf() == metadata
 
 
@@ -244,8 +246,8 @@ def test_through_gguf_and_back_it_is_the_same(kind: str, tmp_path: Path) -> None
     "pre", sorted({next(n for n in PRE_TOKENIZERS if PRE_TOKENIZERS[n] == r) for r in PRE_TOKENIZERS.values()})
 )
 def test_every_pre_tokenizer_is_recognized_by_its_rules(pre: str, tmp_path: Path) -> None:
-    text = text_of(tmp_path, byte_level(pre))
-    assert PRE_TOKENIZERS[text.to_gguf()["tokenizer.ggml.pre"]] == PRE_TOKENIZERS[pre]
+    tokenizer = text_of(tmp_path, byte_level(pre))
+    assert PRE_TOKENIZERS[tokenizer.to_gguf()["tokenizer.ggml.pre"]] == PRE_TOKENIZERS[pre]
 
 
 def test_the_usual_spellings_of_the_rules_are_recognized(tmp_path: Path) -> None:
@@ -379,9 +381,9 @@ def test_two_thousand_mutated_files_meet_format_errors_only(tmp_path: Path, capf
             data = data[: source.randrange(len(data))]
         (tmp_path / f"{name}.json").write_bytes(data)
         try:
-            text = Tokenizer.from_folder(tmp_path)
-            assert text is not None
-            text.decode(text.encode("a <s> b\n", special=True))
+            tokenizer = Tokenizer.from_folder(tmp_path)
+            assert tokenizer is not None
+            tokenizer.decode(tokenizer.encode("a <s> b\n", special=True))
         except FormatError:
             refused += 1
         (tmp_path / f"{name}.json").write_text(json.dumps(files[name]))

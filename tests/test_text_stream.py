@@ -24,36 +24,38 @@ OPEN, CLOSE = "<think>", "</think>"
 @cache
 def make(kind: str) -> Tokenizer:
     """ "llama-bpe": tags are tokens, not flagged; "flagged"; "untagged": tags are letters like others."""
-    tokenizer = json.loads(json.dumps(sentencepiece(kind) if kind in ("always", "first", "never") else byte_level()))
+    source = json.loads(json.dumps(sentencepiece(kind) if kind in ("always", "first", "never") else byte_level()))
     if kind == "flagged":
-        tokenizer["added_tokens"] = [entry | {"special": True} for entry in tokenizer["added_tokens"]]
+        source["added_tokens"] = [entry | {"special": True} for entry in source["added_tokens"]]
     if kind == "untagged":
-        tokenizer["added_tokens"] = [entry for entry in tokenizer["added_tokens"] if entry["content"] not in TAGS]
+        source["added_tokens"] = [entry for entry in source["added_tokens"] if entry["content"] not in TAGS]
     with TemporaryDirectory() as folder:
-        Path(folder, "tokenizer.json").write_text(json.dumps(tokenizer))
-        text = Tokenizer.from_folder(folder)
-    assert text is not None
-    return text
+        Path(folder, "tokenizer.json").write_text(json.dumps(source))
+        tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer is not None
+    return tokenizer
 
 
-def spell(text: Tokenizer, string: str) -> list[int]:
+def spell(tokenizer: Tokenizer, string: str) -> list[int]:
     """One id per byte: every border that tokens could have."""
-    return [id for byte in string.encode() for id in [_byte(text, byte)]]
+    return [id for byte in string.encode() for id in [_byte(tokenizer, byte)]]
 
 
 @cache
 def _bytes(kind: str) -> dict[bytes, int]:
-    text = make(kind)
-    return {text.piece(id): id for id in reversed(range(text.vocab_size)) if len(text.piece(id)) == 1}
+    tokenizer = make(kind)
+    return {tokenizer.piece(id): id for id in reversed(range(tokenizer.vocab_size)) if len(tokenizer.piece(id)) == 1}
 
 
-def _byte(text: Tokenizer, byte: int) -> int:
-    return next(_bytes(k)[bytes([byte])] for k in ("untagged", "llama-bpe", "flagged", "always") if make(k) is text)
+def _byte(tokenizer: Tokenizer, byte: int) -> int:
+    return next(
+        _bytes(k)[bytes([byte])] for k in ("untagged", "llama-bpe", "flagged", "always") if make(k) is tokenizer
+    )
 
 
-def run(text: Tokenizer, ids: list[int], **options: Any) -> tuple[str, str]:
+def run(tokenizer: Tokenizer, ids: list[int], **options: Any) -> tuple[str, str]:
     """(thoughts, answer)."""
-    stream = text.stream(**options)
+    stream = tokenizer.stream(**options)
     pieces = [piece for id in ids for piece in stream.push(id)] + stream.finish()
     assert all(piece.text for piece in pieces)
     joined = {kind: "".join(p.text for p in pieces if p.kind == kind) for kind in ("thinking", "text")}
@@ -63,28 +65,28 @@ def run(text: Tokenizer, ids: list[int], **options: Any) -> tuple[str, str]:
 
 @pytest.mark.parametrize("kind", ["llama-bpe", "flagged", "untagged", "always", "first", "never"])
 def test_a_stream_gives_what_decode_gives(kind: str) -> None:
-    text = make(kind)
+    tokenizer = make(kind)
     for string in HARD:
         for special in (False, True):
-            ids = text.encode(string, special=special)
-            assert run(text, ids, thinking="off") == ("", text.decode(ids))
+            ids = tokenizer.encode(string, special=special)
+            assert run(tokenizer, ids, thinking="off") == ("", tokenizer.decode(ids))
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 699), max_size=40))
 def test_any_ids_at_all_stream_as_they_decode(ids: list[int]) -> None:
-    text = make("llama-bpe")
-    assert run(text, ids, thinking="off") == ("", text.decode(ids))
+    tokenizer = make("llama-bpe")
+    assert run(tokenizer, ids, thinking="off") == ("", tokenizer.decode(ids))
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=20), st.data())
 def test_however_a_text_is_split_no_half_character_comes_out(string: str, data: st.DataObject) -> None:
-    text = make("untagged")
+    tokenizer = make("untagged")
     cuts = sorted(data.draw(st.lists(st.integers(0, len(string)), max_size=4)))
     parts = [string[a:b] for a, b in zip([0, *cuts], [*cuts, len(string)], strict=True)]
-    ids = [id for n, part in enumerate(parts) for id in (spell(text, part) if n % 2 else text.encode(part))]
-    stream, seen = text.stream(thinking="off"), ""
+    ids = [id for n, part in enumerate(parts) for id in (spell(tokenizer, part) if n % 2 else tokenizer.encode(part))]
+    stream, seen = tokenizer.stream(thinking="off"), ""
     for id in ids:
         for piece in stream.push(id):
             seen += piece.text
@@ -93,16 +95,16 @@ def test_however_a_text_is_split_no_half_character_comes_out(string: str, data: 
 
 
 def test_an_emoji_appears_when_its_last_byte_is_there() -> None:
-    text = make("untagged")
-    stream = text.stream()
-    counts = [len(stream.push(id)) for id in spell(text, "🙂")]
+    tokenizer = make("untagged")
+    stream = tokenizer.stream()
+    counts = [len(stream.push(id)) for id in spell(tokenizer, "🙂")]
     assert counts == [0, 0, 0, 1]
 
 
 def test_an_unfinished_character_ends_as_a_replacement() -> None:
-    text = make("untagged")
-    ids = spell(text, "a🙂")[:-1]
-    assert run(text, ids) == ("", "a\ufffd") == ("", text.decode(ids))
+    tokenizer = make("untagged")
+    ids = spell(tokenizer, "a🙂")[:-1]
+    assert run(tokenizer, ids) == ("", "a\ufffd") == ("", tokenizer.decode(ids))
 
 
 # thoughts
@@ -156,14 +158,14 @@ def test_any_thoughts_and_answer_are_told_apart(thoughts: str, answer: str) -> N
 
 
 def test_text_is_not_held_back_without_need() -> None:
-    text = make("untagged")
-    stream = text.stream()
-    assert [p.text for id in spell(text, "Hi <b> ") for p in stream.push(id)] == list("Hi <b> ")
-    stream = text.stream(starts_in_thinking=True)
-    shown = "".join(p.text for id in spell(text, "a < b </th") for p in stream.push(id))
+    tokenizer = make("untagged")
+    stream = tokenizer.stream()
+    assert [p.text for id in spell(tokenizer, "Hi <b> ") for p in stream.push(id)] == list("Hi <b> ")
+    stream = tokenizer.stream(starts_in_thinking=True)
+    shown = "".join(p.text for id in spell(tokenizer, "a < b </th") for p in stream.push(id))
     assert shown == "a < b "
     assert stream.in_thinking
-    assert "".join(p.text for id in spell(text, "ink>c") for p in stream.push(id)) == "c"
+    assert "".join(p.text for id in spell(tokenizer, "ink>c") for p in stream.push(id)) == "c"
     assert not stream.in_thinking
 
 
@@ -176,17 +178,17 @@ def test_a_stream_that_goes_on_with_a_text_keeps_its_first_space() -> None:
 
 def test_whether_the_prompt_opened_the_thoughts_is_seen_in_its_ids() -> None:
     for kind in ("untagged", "llama-bpe", "flagged", "always"):
-        text = make(kind)
-        assert text.opens_thinking(text.encode("assistant\n<think>\n", special=True))
-        assert not text.opens_thinking(text.encode("assistant\n<think>x", special=True))
-        assert not text.opens_thinking([])
+        tokenizer = make(kind)
+        assert tokenizer.opens_thinking(tokenizer.encode("assistant\n<think>\n", special=True))
+        assert not tokenizer.opens_thinking(tokenizer.encode("assistant\n<think>x", special=True))
+        assert not tokenizer.opens_thinking([])
 
 
 def test_wrong_use_is_said() -> None:
-    text = make("untagged")
+    tokenizer = make("untagged")
     with pytest.raises(RequestError, match="'auto' or 'off'"):
-        text.stream(thinking="maybe")
-    stream = text.stream()
+        tokenizer.stream(thinking="maybe")
+    stream = tokenizer.stream()
     assert stream.finish() == [] == stream.finish()
     with pytest.raises(RequestError, match="finished"):
         stream.push(1)
@@ -194,11 +196,11 @@ def test_wrong_use_is_said() -> None:
 
 @pytest.mark.parametrize("words", ["x", " ", "<", "</think", "é"])
 def test_a_token_costs_the_same_late_as_early(words: str) -> None:
-    text = make("untagged")
+    tokenizer = make("untagged")
 
     def seconds(count: int) -> float:
-        ids = spell(text, words) * count
-        stream = text.stream(starts_in_thinking="think" in words)
+        ids = spell(tokenizer, words) * count
+        stream = tokenizer.stream(starts_in_thinking="think" in words)
         begin = time.process_time()
         for id in ids:
             stream.push(id)

@@ -142,9 +142,9 @@ def test_hostile_output_costs_its_length(unit):
 
 
 def test_markers_that_are_control_tokens_reach_the_parser_when_shown():
-    text = make("flagged")
-    ids = [text._ids["<tool_call>"], *spell(text, '{"name": "f", "arguments": {}}')]
-    assert run(text, ids)[1] == '{"name": "f", "arguments": {}}'
-    stream = text.stream(thinking="off", shown=HERMES.markers)
+    tokenizer = make("flagged")
+    ids = [tokenizer._ids["<tool_call>"], *spell(tokenizer, '{"name": "f", "arguments": {}}')]
+    assert run(tokenizer, ids)[1] == '{"name": "f", "arguments": {}}'
+    stream = tokenizer.stream(thinking="off", shown=HERMES.markers)
     written = [piece.text for id in ids for piece in stream.push(id)]
     assert read(HERMES, written) == ("", [("f", "{}", True)])

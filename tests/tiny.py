@@ -80,7 +80,7 @@ class Counting:
 
 def engine(network, max_length, **options):
     """An engine without words, on a network that counts."""
-    made = Engine(SimpleNamespace(network=network, text=None, max_length=max_length), **options)
+    made = Engine(SimpleNamespace(network=network, tokenizer=None, max_length=max_length), **options)
     made.network = made.cache.network = Counting(network)
     return made
 

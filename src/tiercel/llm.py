@@ -72,10 +72,10 @@ class Answer(str):
 
 
 class Model:
-    """A network with its words: made by `load`.
+    """A network and its tokenizer: made by `load`.
 
-    network: the Decoder, a torch module · text: tokenizer and chat template, or None · config: what it is, as data
-    max_length: the context in tokens · adapter: worn where none is named
+    network: the Decoder, a torch module · tokenizer: with the chat template; None without one · config: as data
+    max_length: the context in tokens · adapter: the one that is used where none is named · text: alias of tokenizer
     """
 
     adapter: str | None = None
@@ -83,20 +83,29 @@ class Model:
     def __init__(
         self,
         network: Decoder,
-        text: Tokenizer | None,
+        tokenizer: Tokenizer | None,
         layout: Layout,
         *,
         name: str,
         max_length: int | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        self.network, self.text, self.layout, self.name = network, text, layout, name
+        self.network, self.tokenizer, self.layout, self.name = network, tokenizer, layout, name
         self.defaults = dict(defaults or {})
         self.max_length = self.config.max_length if max_length is None else max_length
         if not 0 < self.max_length <= self.config.max_length:
             raise RequestError(
                 f"a context of {self.max_length} is asked for; {name} was made for 1 to {self.config.max_length}"
             )
+
+    @property
+    def text(self) -> Tokenizer | None:
+        """Alias of `tokenizer`, its name in version 0.1."""
+        return self.tokenizer
+
+    @text.setter
+    def text(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer = tokenizer
 
     @property
     def config(self) -> ModelConfig:
@@ -151,12 +160,12 @@ class Model:
         """
         if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
             return list(prompt)  # type: ignore[arg-type]
-        if self.text is None:
+        if self.tokenizer is None:
             raise RequestError(f"{self.name} has no tokenizer: give it token ids")
-        if isinstance(prompt, str) and (raw or not self.text.has_template):
-            return self.text.encode(prompt)
+        if isinstance(prompt, str) and (raw or not self.tokenizer.has_template):
+            return self.tokenizer.encode(prompt)
         messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.text.chat(messages, **template)
+        return self.tokenizer.chat(messages, **template)
 
     def default_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends, else temperature 0.8, top_p 0.9, top_k 40."""
@@ -178,9 +187,9 @@ class Model:
         think: asks the template for thoughts or against them (`enable_thinking`, the name templates use).
         """
         ids = self.encode(prompt, raw=raw, **({} if think is None else {"enable_thinking": think}))
-        chat = not raw and self.text is not None and self.text.has_template and not _is_ids(prompt)
+        chat = not raw and self.tokenizer is not None and self.tokenizer.has_template and not _is_ids(prompt)
         session = session or Session(self.engine, "", adapter or self.adapter)  # remembered with all others
-        starts = chat and self.text is not None and self.text.opens_thinking(ids)
+        starts = chat and self.tokenizer is not None and self.tokenizer.opens_thinking(ids)
         thinking = "auto" if chat else "off"
         return session.generate(
             ids, params or self.default_params(), thinking=thinking, starts_in_thinking=starts, **more
@@ -215,14 +224,14 @@ class Model:
     ) -> Vote:
         """Many answers to one prompt, and the one that they agree on; see `voting.vote` for the further arguments."""
         ids = self.encode(prompt, raw=raw, **({} if think is None else {"enable_thinking": think}))
-        chat = not raw and self.text is not None and self.text.has_template and not _is_ids(prompt)
-        starts = chat and self.text is not None and self.text.opens_thinking(ids)
+        chat = not raw and self.tokenizer is not None and self.tokenizer.has_template and not _is_ids(prompt)
+        starts = chat and self.tokenizer is not None and self.tokenizer.opens_thinking(ids)
         more.setdefault("adapter", self.adapter)
         return vote(self, ids, settings, params, thinking="auto" if chat else "off", starts_in_thinking=starts, **more)
 
     def export(self, out: str | Path, *, dtype: str | None = None) -> Path:
         """Write the network as it is now: a .gguf file or a Hugging Face folder."""
-        return export(NetworkSource(self.network, self.layout, self.text), out, dtype=dtype, name=self.name)
+        return export(NetworkSource(self.network, self.layout, self.tokenizer), out, dtype=dtype, name=self.name)
 
 
 def _is_ids(prompt: Prompt) -> bool:
@@ -252,11 +261,11 @@ def load(
     Raises ModelNotFound, FormatError, UnsupportedError, DoesNotFit, Offline.
     """
     path = hub.resolve(name, pull=True)
-    network, text, layout = weights.load(path, dtype=dtype, quantize=quantize, exact=exact, progress=progress)
+    network, tokenizer, layout = weights.load(path, dtype=dtype, quantize=quantize, exact=exact, progress=progress)
     if device != "cpu":
         move(network, device)
     defaults = generation_defaults(path)
-    model = Model(network, text, layout, name=str(name), max_length=max_length, defaults=defaults)
+    model = Model(network, tokenizer, layout, name=str(name), max_length=max_length, defaults=defaults)
     for adapter, folder in (adapters or {}).items():
         model.load_adapter(adapter, folder)
     own = hub.adapter_of(name)  # what a Modelfile put on
@@ -342,11 +351,11 @@ class LLM:
             warnings.warn("; ".join(f"{name}: {ELSEWHERE[name]}" for name in idle), stacklevel=2)
         self.model = load(model, dtype=dtype, max_length=max_model_len)
         if tokenizer is not None and str(tokenizer) != str(model):
-            self.model.text = Tokenizer.from_folder(hub.resolve(tokenizer, pull=True))
+            self.model.tokenizer = Tokenizer.from_folder(hub.resolve(tokenizer, pull=True))
         self.seed, self._count = seed, 0
 
     def get_tokenizer(self) -> Tokenizer | None:
-        return self.model.text
+        return self.model.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         return self.model.default_params()
@@ -372,10 +381,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """messages: one conversation or a list of them; rendered with the model's chat template."""
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        text = self.model.text
-        if text is None:
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
             raise RequestError(f"{self.model.name} has no tokenizer: use generate with prompt_token_ids")
-        read = [(text.render(list(talk), **template), text.chat(list(talk), **template)) for talk in conversations]
+        read = [
+            (tokenizer.render(list(talk), **template), tokenizer.chat(list(talk), **template)) for talk in conversations
+        ]
         return self._all(read, sampling_params, use_tqdm)
 
     def _read(self, prompt: Any) -> tuple[str | None, list[int]]:

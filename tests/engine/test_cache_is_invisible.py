@@ -82,7 +82,7 @@ class Life:
         self.dice = dice = random.Random(seed)
         self.network = network
         self.engine = Engine(
-            SimpleNamespace(network=network, text=None, max_length=LONGEST + 60),
+            SimpleNamespace(network=network, tokenizer=None, max_length=LONGEST + 60),
             slots=dice.choice([1, 2, 4]),
             step_tokens=dice.choice([4, 16, 64, 512]),
             cache_bytes=dice.choice([0, 200_000, 1 << 20, 1 << 26, 1 << 26]),

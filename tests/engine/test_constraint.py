@@ -41,18 +41,18 @@ def grammars():
 def say(grammars, structured, seed, most=400):
     """What a model without any opinion says."""
     matcher, dice, out = grammars.compile(structured).start(), random.Random(seed), []
-    V = grammars.text.vocab_size + 20
+    V = grammars.tokenizer.vocab_size + 20
     while not matcher.complete and len(out) < most:
         allowed = matcher.mask(V).nonzero()[:, 0].tolist()
-        assert allowed and max(allowed) < grammars.text.vocab_size
+        assert allowed and max(allowed) < grammars.tokenizer.vocab_size
         token = dice.choice(allowed)
-        if token in grammars.text.eos:
+        if token in grammars.tokenizer.eos:
             break
-        assert token not in grammars.text.control_ids
+        assert token not in grammars.tokenizer.control_ids
         matcher.accept(token)
         out.append(token)
     assert matcher.accepting or len(out) == most
-    return grammars.text.decode(out, special=True)
+    return grammars.tokenizer.decode(out, special=True)
 
 
 def test_every_answer_follows_the_schema(grammars):
@@ -80,13 +80,13 @@ def test_choices_and_grammars_and_any_object(grammars):
 
 def test_an_answer_of_that_form_may_end_and_no_sooner(grammars):
     matcher = grammars.compile(Structured(regex="ab?")).start()
-    end = next(iter(grammars.text.eos))
-    (a,), (b,) = grammars.text.encode("a", bos=False), grammars.text.encode("b", bos=False)
+    end = next(iter(grammars.tokenizer.eos))
+    (a,), (b,) = grammars.tokenizer.encode("a", bos=False), grammars.tokenizer.encode("b", bos=False)
     assert matcher.mask(900)[a] and not matcher.mask(900)[end]
     matcher.accept(a)
     assert matcher.mask(900)[end] and matcher.mask(900)[b] and matcher.accepting and not matcher.complete
     matcher.accept(b)
-    assert matcher.complete and matcher.mask(900).nonzero()[:, 0].tolist() == sorted(grammars.text.eos)
+    assert matcher.complete and matcher.mask(900).nonzero()[:, 0].tolist() == sorted(grammars.tokenizer.eos)
 
 
 def test_texts_of_sentencepiece_follow_a_form_too():
@@ -157,10 +157,10 @@ def test_a_form_and_limits_that_contradict_it_are_refused_when_it_shows(grammars
     from tiercel.sampling.constraints import TokenConstraints
 
     params = SamplingParams(structured=Structured(regex="a+"), allowed_token_ids=[5], max_tokens=9)
-    steering = TokenConstraints.of(grammars.text, params, grammar=grammars.compile(params.structured))
-    sampler = Sampler(params, [1], grammars.text.vocab_size, steering=steering)
+    steering = TokenConstraints.of(grammars.tokenizer, params, grammar=grammars.compile(params.structured))
+    sampler = Sampler(params, [1], grammars.tokenizer.vocab_size, steering=steering)
     with pytest.raises(RequestError, match="no token is left"):
-        sampler.sample(torch.zeros(grammars.text.vocab_size))
+        sampler.sample(torch.zeros(grammars.tokenizer.vocab_size))
 
 
 def test_the_process_that_tries_grammars_goes_with_who_asked_for_it():

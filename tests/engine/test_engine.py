@@ -201,7 +201,7 @@ def test_a_hint_where_the_last_turn_began(net, monkeypatch):
 def test_an_engine_that_was_warmed_up_has_recorded_the_steps_of_any_number_of_answers(slots):
     """The first two of a kind are slow: eight answers that end one after another would meet eight kinds."""
     network = tiny.network("attention+mamba2 mamba2")
-    e = Engine(SimpleNamespace(network=network, text=None, max_length=512), slots=slots)
+    e = Engine(SimpleNamespace(network=network, tokenizer=None, max_length=512), slots=slots)
     e.warm_up()
     known = {key for key, step in network._steps.seen.items() if isinstance(step, CapturedStep)}
     for i in range(slots):

@@ -22,7 +22,7 @@ LONG = SamplingParams(temperature=0, max_tokens=4000, ignore_eos=True)  # second
 
 def engine(net, **changes):
     return AsyncEngine(
-        Engine(SimpleNamespace(network=net, text=None, max_length=8192), **({"cache_bytes": 1 << 26} | changes))
+        Engine(SimpleNamespace(network=net, tokenizer=None, max_length=8192), **({"cache_bytes": 1 << 26} | changes))
     )
 
 

@@ -27,7 +27,7 @@ def net():
 def engine(net, slots=2, **more):
     on_device = GPURunner(net, slots, 200)
     return Engine(
-        SimpleNamespace(network=on_device, text=None, max_length=200),
+        SimpleNamespace(network=on_device, tokenizer=None, max_length=200),
         slots=slots,
         **({"cache_bytes": 1 << 24, "step_tokens": 64} | more),
     )

@@ -19,7 +19,7 @@ from tiny import GREEDY, ids
 
 
 def conversation(net):
-    return Session(Engine(SimpleNamespace(network=net, text=None, max_length=512), cache_bytes=1 << 28))
+    return Session(Engine(SimpleNamespace(network=net, tokenizer=None, max_length=512), cache_bytes=1 << 28))
 
 
 def answer(session, prompt, params=GREEDY):

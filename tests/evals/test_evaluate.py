@@ -86,7 +86,7 @@ def test_choices_are_judged_by_likelihood(model, tmp_path):
     assert result.majority == {"answer": "A", "score": pytest.approx(1 / 3)}
     for record in result.items[:3]:
         for text, found in zip(record["continuations"], record["logprobs"], strict=True):
-            context, whole = (model.text.encode(t) for t in (record["prompt"], record["prompt"] + text))
+            context, whole = (model.tokenizer.encode(t) for t in (record["prompt"], record["prompt"] + text))
             logprobs = model.logits(whole).log_softmax(-1)
             wanted = sum(float(logprobs[i - 1, whole[i]]) for i in range(len(context), len(whole)))
             assert found == pytest.approx(wanted, abs=1e-4)

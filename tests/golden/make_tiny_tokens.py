@@ -29,9 +29,9 @@ def write(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as source:
             Path(source, "tokenizer.json").write_text(json.dumps(table))
             Path(source, "tokenizer_config.json").write_text(json.dumps(config))
-            text = Tokenizer.from_folder(source)
-        assert text is not None
-        metadata = text.to_gguf()
+            tokenizer = Tokenizer.from_folder(source)
+        assert tokenizer is not None
+        metadata = tokenizer.to_gguf()
         Path(folder, f"{name}.json").write_text(json.dumps(metadata))
         writer = gguf.GGUFWriter(folder / f"{name}.gguf", "llama")
         for key in ("context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count"):

@@ -66,7 +66,7 @@ def test_a_prompt_is_scored_as_evaluations_do_it(server):
     """The logprob of each token of the prompt is that of the same token when it was the answer."""
     said = server.ask("POST", TEXT, {"model": "tiny", "prompt": "abc", "max_tokens": 6, "temperature": 0, "logprobs": 1,
                                      "ignore_eos": True, "skip_special_tokens": False})[1]["choices"][0]  # fmt: skip
-    ids = server.service.models.loaded[next(iter(server.service.models.loaded))].model.text.encode
+    ids = server.service.models.loaded[next(iter(server.service.models.loaded))].model.tokenizer.encode
     prompt = [*ids("abc"), *(ids(said["text"], special=True))]
     for tokens in (0, 1):
         body = {"model": "tiny", "prompt": [prompt, prompt], "max_tokens": tokens, "echo": True, "logprobs": 1}

@@ -122,7 +122,7 @@ def test_the_answer_alone_is_learned_or_what_was_asked_for(tmp_path):
     model = tiny.checkpoint(tmp_path / "model", "mamba2/-", template=tiny.TEMPLATE)
     from tiercel.tokenizer.tokenizer import Tokenizer
 
-    text = Tokenizer.from_folder(model)
+    tokenizer = Tokenizer.from_folder(model)
     messages = [
         {"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["hi", "ho", "he", "ha"], strict=True)
     ]
@@ -130,8 +130,8 @@ def test_the_answer_alone_is_learned_or_what_was_asked_for(tmp_path):
     path.write_text(json.dumps({"messages": messages}) + "\n")
 
     def learned(*roles: str) -> str:
-        found = read_documents(path, text, learn=roles)
-        return text.decode(found.tokens[found.mask == 1].tolist(), special=True)
+        found = read_documents(path, tokenizer, learn=roles)
+        return tokenizer.decode(found.tokens[found.mask == 1].tolist(), special=True)
 
     assert learned("assistant") == "ho<|end|>ha<|end|>"
     assert learned("assistant", "user") == "<|user|>hi" + "ho<|end|>" + "<|user|>he" + "ha<|end|>"

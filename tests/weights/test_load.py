@@ -35,11 +35,11 @@ def edit_config(folder, **fields):
 
 
 def test_a_saved_pattern_is_a_checkpoint_like_any_other(folder):
-    network, text, layout = load(folder)
+    network, tokenizer, layout = load(folder)
     network.unpack()
     tokens = torch.arange(40)
     assert torch.equal(network(tokens), tiny.network(native=False)(tokens))
-    assert text is not None and layout.family.name == "pattern"
+    assert tokenizer is not None and layout.family.name == "pattern"
 
 
 @pytest.mark.parametrize(

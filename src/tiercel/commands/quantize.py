@@ -63,13 +63,13 @@ def _importance(source: Checkpoint, path: Path, progress: Bar) -> tuple[importan
 
 def _tokens(source: Checkpoint, path: Path) -> list[int]:
     """A text file as the model's tokens."""
-    words: Tokenizer | None = source.text()
-    if words is None:
+    tokenizer: Tokenizer | None = source.tokenizer()
+    if tokenizer is None:
         raise RequestError(f"{source.path} has no tokenizer, and {path} is a text")
     try:
         if path.stat().st_size > LONGEST_TEXT:
             raise RequestError(f"{path} has more than {LONGEST_TEXT >> 20} MiB; take a part of it")
-        return words.encode(path.read_text(encoding="utf-8"))
+        return tokenizer.encode(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

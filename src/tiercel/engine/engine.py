@@ -66,7 +66,7 @@ class Model(Protocol):
     """What an engine needs of a `tiercel.Model`."""
 
     network: Decoder
-    text: Tokenizer | None
+    tokenizer: Tokenizer | None
     max_length: int
 
 
@@ -188,7 +188,7 @@ class Engine:
 
         def choice(index: int) -> Sequence:
             return Sequence(
-                request, self.model.text, V, prompt, params, self.model.max_length,
+                request, self.model.tokenizer, V, prompt, params, self.model.max_length,
                 index=index, thinking=thinking, starts_in_thinking=starts_in_thinking, grammar=constraint, shown=shown,
             )  # fmt: skip
 
@@ -209,7 +209,7 @@ class Engine:
     @cached_property
     def grammars(self) -> GrammarCompiler | None:
         """Compiles forms of answers; from any thread."""
-        return None if self.model.text is None else GrammarCompiler(self.model.text)
+        return None if self.model.tokenizer is None else GrammarCompiler(self.model.tokenizer)
 
     @cached_property
     def grid(self) -> int:

@@ -1,6 +1,6 @@
 """Answers of a given form: JSON schema, JSON, regular expression, Lark grammar, one of several texts.
 
-    grammars = Grammars(text)                     one for each tokenizer
+    compiler = GrammarCompiler(tokenizer)                     one for each tokenizer
     grammar = grammars.compile(structured)        RequestError for what is no grammar, or too big; cached
     matcher = grammar.start()                     one for each answer
     matcher.mask(V)                               (V,) bool: what may come next
@@ -56,25 +56,25 @@ class Vocabulary:
 
     is_tokenizer_wrapper = True
 
-    def __init__(self, text: Tokenizer, words: dict[str, Any]) -> None:
-        self.text, self.tokens = text, [bytes.fromhex(piece) for piece in words["pieces"]]
+    def __init__(self, tokenizer: Tokenizer, words: dict[str, Any]) -> None:
+        self.tokenizer, self.tokens = tokenizer, [bytes.fromhex(piece) for piece in words["pieces"]]
         self.special_token_ids, self.eos_token_id, self.bos_token_id = words["special"], words["ends"][0], None
 
     def __call__(self, text: str) -> list[int]:
         """Tokens of text that a grammar forces: those that the model would have used."""
-        return self.text.encode_inside(text)
+        return self.tokenizer.encode_inside(text)
 
 
 class GrammarCompiler:
     """Compiles and keeps grammars for one tokenizer."""
 
-    def __init__(self, text: Tokenizer) -> None:
-        if not text.spells:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if not tokenizer.spells:
             raise RequestError(
                 "structured answers need a tokenizer whose tokens are pieces of text; this one's are words"
             )
-        self.text = text
-        self.ends = sorted(id for id in text.eos if id < text.vocab_size)
+        self.tokenizer = tokenizer
+        self.ends = sorted(id for id in tokenizer.eos if id < tokenizer.vocab_size)
         self._lock = threading.Lock()
         self._cache: OrderedDict[str, Grammar] = OrderedDict()
         self._held = 0  # characters of their texts
@@ -120,7 +120,7 @@ class GrammarCompiler:
 
         if self._tokenizer is None:
             words = self._words()
-            vocabulary: Any = Vocabulary(self.text, words)
+            vocabulary: Any = Vocabulary(self.tokenizer, words)
             self._tokenizer = LLTokenizer(vocabulary, n_vocab=len(words["pieces"]), eos_token=words["ends"])
         matcher = LLMatcher(self._tokenizer, source, log_level=0)
         refuse(matcher.get_error())
@@ -128,16 +128,16 @@ class GrammarCompiler:
 
     def _words(self) -> dict[str, Any]:
         """The vocabulary; where no token ends a text one is added that the network does not have."""
-        text = self.text
-        pieces = [b"" if id in text.control_ids else text.piece(id) for id in range(text.vocab_size)]
-        names = {id: f"<control {id}>".encode() for id in text.control_ids}
+        tokenizer = self.tokenizer
+        pieces = [b"" if id in tokenizer.control_ids else tokenizer.piece(id) for id in range(tokenizer.vocab_size)]
+        names = {id: f"<control {id}>".encode() for id in tokenizer.control_ids}
         spelled = [names.get(id, piece) for id, piece in enumerate(pieces)]
         ends = self.ends or [len(spelled)]
         if not self.ends:
             spelled.append(b"<end>")
         return {
             "pieces": [piece.hex() for piece in spelled],
-            "special": sorted({*text.control_ids, *ends}),
+            "special": sorted({*tokenizer.control_ids, *ends}),
             "ends": ends,
         }
 

@@ -39,9 +39,9 @@ class TiercelLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.model = tiercel.load(model, **loading) if isinstance(model, str) else model
-        if self.model.text is None:
+        if self.model.tokenizer is None:
             raise RequestError(f"{self.model.name} has no tokenizer")
-        self.text = self.model.text
+        self.tokenizer = self.model.tokenizer
         self.slots = slots
         self.truncated = 0  # contexts that were cut on the left because they do not fit, as lm-eval's own models do
 
@@ -49,29 +49,31 @@ class TiercelLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return min(self.text.eos)
+        return min(self.tokenizer.eos)
 
     @property
     def prefix_token_id(self) -> int:
         """What an empty context is."""
-        return self.text.bos if self.text.bos is not None else self.eot_token_id
+        return self.tokenizer.bos if self.tokenizer.bos is not None else self.eot_token_id
 
     @property
     def max_length(self) -> int:
         return int(self.model.max_length)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return list(self.text.encode(string, special=True, bos=None if add_special_tokens in (None, True) else False))
+        return list(
+            self.tokenizer.encode(string, special=True, bos=None if add_special_tokens in (None, True) else False)
+        )
 
     @property
     def tokenizer_name(self) -> str:
         return str(self.model.name).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        return str(self.text.templates.get("default", "")) if chat_template else ""
+        return str(self.tokenizer.templates.get("default", "")) if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return str(self.text.render(chat_history, add_generation_prompt=add_generation_prompt))
+        return str(self.tokenizer.render(chat_history, add_generation_prompt=add_generation_prompt))
 
     # ── likelihoods ──
 

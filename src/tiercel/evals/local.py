@@ -31,7 +31,7 @@ class LocalModel:
 
     def __init__(self, model: Model) -> None:
         self.model, self.name = model, model.name
-        self.has_template = model.text is not None and model.text.has_template
+        self.has_template = model.tokenizer is not None and model.tokenizer.has_template
 
     def about(self) -> dict[str, Any]:
         from tiercel import plan
@@ -79,11 +79,11 @@ class LocalModel:
 
     def _requests(self, engine: Any, question: Question, ask: Ask, together: int) -> list[Request]:
         """One request for every `together` samples.  Their seeds differ, and so do choices of one request."""
-        text = self.model.text
-        if text is None:
+        tokenizer = self.model.tokenizer
+        if tokenizer is None:
             raise RequestError(f"{self.name} has no tokenizer")
         ids = self.prompt_ids(question.prompt, ask)
-        starts = ask.chat and text.opens_thinking(ids)
+        starts = ask.chat and tokenizer.opens_thinking(ids)
         thinking = "auto" if ask.chat else "off"
         requests = []
         for group, first in enumerate(range(0, 1 if ask.vote else ask.samples, together)):
@@ -118,13 +118,13 @@ class LocalModel:
 def encode_pair(model: Model, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Token ids of both, as lm-eval cuts them: spaces at the end of the context belong to the continuation, and the
     continuation is what the whole text has more tokens than the context."""
-    if model.text is None:
+    if model.tokenizer is None:
         raise RequestError(f"{model.name} has no tokenizer")
     bare = context.rstrip()
     continuation = context[len(bare) :] + continuation
     if not bare:
-        first = [model.text.bos] if model.text.bos is not None else []
-        ids = model.text.encode(continuation, bos=False)
+        first = [model.tokenizer.bos] if model.tokenizer.bos is not None else []
+        ids = model.tokenizer.encode(continuation, bos=False)
         return (first, ids) if first and first[0] != ids[0] else (ids[:1], ids[1:])
     ids = model.encode(bare, raw=True)
     return ids, model.encode(bare + continuation, raw=True)[len(ids) :]

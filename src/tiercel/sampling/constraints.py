@@ -1,6 +1,6 @@
 """What one answer is held to, token by token: thoughts within their budget, then its form, and no circles.
 
-    steering = Steering.of(text, params, grammar=…, thinking="auto", starts_in_thinking=…)      None: nothing to do
+    constraints = TokenConstraints.of(tokenizer, params, grammar=…, thinking="auto", starts_in_thinking=…)      None: nothing to do
     Sampler(…, steering=steering)
     steering.finish_reason                after every accepted token: "stop" (the form is complete), "loop", or None
 
@@ -34,7 +34,7 @@ SPACE = b" \t\r\n"
 class TokenConstraints:
     def __init__(
         self,
-        text: Tokenizer | None,
+        tokenizer: Tokenizer | None,
         *,
         grammar: Grammar | None = None,
         budget: int | None = None,
@@ -42,14 +42,14 @@ class TokenConstraints:
         thinking: str = "off",
         starts_in_thinking: bool = False,
     ) -> None:
-        self.text, self.budget = text, budget
+        self.tokenizer, self.budget = tokenizer, budget
         self.matcher = grammar.start() if grammar is not None else None
         self.circles = RepetitionDetector(repetition) if repetition is not None else None
         self.thinking_tokens = 0
         self.finish_reason: str | None = None
         self._stream: TextStream | None = None
-        if text is not None and thinking != "off":
-            self._stream = text.stream(thinking=thinking, starts_in_thinking=starts_in_thinking)
+        if tokenizer is not None and thinking != "off":
+            self._stream = tokenizer.stream(thinking=thinking, starts_in_thinking=starts_in_thinking)
         self._forced: list[int] = []
         self._matching = True  # whether what came since the start of the answer has the form
         self._close_if_spent()
@@ -57,7 +57,7 @@ class TokenConstraints:
     @classmethod
     def of(
         cls,
-        text: Tokenizer | None,
+        tokenizer: Tokenizer | None,
         params: SamplingParams,
         *,
         grammar: Grammar | None = None,
@@ -65,16 +65,16 @@ class TokenConstraints:
         starts_in_thinking: bool = False,
     ) -> TokenConstraints | None:
         """What these params need, None for nothing.  grammar: `params.structured`, compiled."""
-        if params.structured is not None and grammar is None and text is not None:
+        if params.structured is not None and grammar is None and tokenizer is not None:
             raise RequestError("structured answers come from an engine: model.generate, LLM or Engine.add")
         if params.structured is not None and grammar is None:
             raise RequestError("structured answers need a tokenizer, and this model has none")
-        if params.thinking_budget is not None and text is None:
+        if params.thinking_budget is not None and tokenizer is None:
             raise RequestError("thinking_budget needs a tokenizer, and this model has none")
         if grammar is None and params.thinking_budget is None and params.repetition_detection is None:
             return None
         return cls(
-            text,
+            tokenizer,
             grammar=grammar,
             budget=params.thinking_budget,
             repetition=params.repetition_detection,  # type: ignore[arg-type]  # verified: a Repetition
@@ -135,39 +135,39 @@ class TokenConstraints:
             self._close()
 
     def _close(self) -> None:
-        assert self.text is not None and self._stream is not None
-        self._forced = self.text.end_of_thinking(self._stream.held)
+        assert self.tokenizer is not None and self._stream is not None
+        self._forced = self.tokenizer.end_of_thinking(self._stream.held)
         if self.circles is not None:
             self.circles.clear()
 
     def _opening(self, V: int) -> Tensor:
         """Tokens that begin, or go on with, the tag that opens the thoughts."""
-        assert self.text is not None and self._stream is not None
-        return _as_mask(opening_tokens(self.text, self._stream.held), V)
+        assert self.tokenizer is not None and self._stream is not None
+        return _as_mask(opening_tokens(self.tokenizer, self._stream.held), V)
 
     def _thoughts_end_clean(self, V: int) -> Tensor:
         """Thoughts lead to an answer: they do not end the text, and their tag brings no letters of the answer along."""
-        assert self.text is not None and self._stream is not None
-        banned = list(self.text.eos)
+        assert self.tokenizer is not None and self._stream is not None
+        banned = list(self.tokenizer.eos)
         if self._stream.held:
-            after = tokens_from(self.text, THINK_TAGS[1][len(self._stream.held) :])
+            after = tokens_from(self.tokenizer, THINK_TAGS[1][len(self._stream.held) :])
             banned += [id for id, piece in after if piece.strip(SPACE)]
         return ~_as_mask(banned, V)
 
 
-def opening_tokens(text: Tokenizer, held: str) -> list[int]:
+def opening_tokens(tokenizer: Tokenizer, held: str) -> list[int]:
     """Tokens after which the text is `<think>` or a beginning of it; `held` has come already."""
     rest = THINK_TAGS[0][len(held) :].encode()
-    whole = [id for id, piece in tokens_from(text, rest.decode()) if not piece.strip(SPACE)]
-    parts = [id for id in text.starting_with(rest[0]) if rest.startswith(text.piece(id))]
-    tag = text.id_of(THINK_TAGS[0])
+    whole = [id for id, piece in tokens_from(tokenizer, rest.decode()) if not piece.strip(SPACE)]
+    parts = [id for id in tokenizer.starting_with(rest[0]) if rest.startswith(tokenizer.piece(id))]
+    tag = tokenizer.id_of(THINK_TAGS[0])
     return [*whole, *parts, *([tag] if tag is not None and not held else [])]
 
 
-def tokens_from(text: Tokenizer, beginning: str) -> list[tuple[int, bytes]]:
+def tokens_from(tokenizer: Tokenizer, beginning: str) -> list[tuple[int, bytes]]:
     """(token, what follows) of all that begin so."""
     begin = beginning.encode()
-    found = [(id, text.piece(id)) for id in text.starting_with(begin[0])]
+    found = [(id, tokenizer.piece(id)) for id in tokenizer.starting_with(begin[0])]
     return [(id, piece[len(begin) :]) for id, piece in found if piece.startswith(begin)]
 
 

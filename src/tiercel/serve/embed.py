@@ -36,9 +36,9 @@ async def embed(
 
 def _ids(lease: Lease, text: Input, truncate: bool) -> list[int]:
     model = lease.loaded.model
-    if isinstance(text, str) and model.text is None:
+    if isinstance(text, str) and model.tokenizer is None:
         raise APIError(400, f"{lease.named.name} has no tokenizer: give it token ids")
-    ids = model.text.encode(text) if isinstance(text, str) else list(text)
+    ids = model.tokenizer.encode(text) if isinstance(text, str) else list(text)
     check_ids(model, ids)
     if len(ids) > model.max_length and not truncate:
         raise ContextOverflow("the input length exceeds the context length")

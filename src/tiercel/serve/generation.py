@@ -89,16 +89,16 @@ class Usage:
 def capabilities(model: Any) -> list[str]:
     """As /api/show lists them."""
     found = ["completion", "embedding"]
-    if model.text is not None:
-        if tool_form(model.text) is not None:
+    if model.tokenizer is not None:
+        if tool_form(model.tokenizer) is not None:
             found.append("tools")
-        if thinks(model.text):
+        if thinks(model.tokenizer):
             found.append("thinking")
     return found
 
 
-def thinks(text: Any) -> bool:
-    return can_think("\n".join(text.templates.values()))
+def thinks(tokenizer: Any) -> bool:
+    return can_think("\n".join(tokenizer.templates.values()))
 
 
 def can_think(template: str) -> bool:
@@ -106,10 +106,10 @@ def can_think(template: str) -> bool:
     return "<think>" in template or "enable_thinking" in template
 
 
-def tool_form(text: Any) -> Any:
+def tool_form(tokenizer: Any) -> Any:
     from tiercel.tokenizer.tools import ToolForm
 
-    written = "\n".join(text.templates.values())
+    written = "\n".join(tokenizer.templates.values())
     return ToolForm.of(written) if "tools" in written else None
 
 
@@ -180,19 +180,19 @@ def prepare(
     given = dict(given)
     kwargs = dict(template or {})
     chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], dict)
-    if model.text is None and (chat or isinstance(prompt, str)):
+    if model.tokenizer is None and (chat or isinstance(prompt, str)):
         raise RequestError(f"{lease.named.name} has no tokenizer: give it token ids")
-    form = tool_form(model.text) if tools else None
+    form = tool_form(model.tokenizer) if tools else None
     if tools and form is None:
         raise RequestError(f'"{lease.named.name}" does not support tools')
     if chat:
         _thinking(model, given, kwargs, think)
         kwargs |= {"tools": list(tools)} if tools else {}
-        ids = model.text.chat(prompt, continue_final=continue_final, **kwargs)
+        ids = model.tokenizer.chat(prompt, continue_final=continue_final, **kwargs)
         grid = lease.loaded.engine.engine.grid  # a shorter text can be cut back to any length as it is
-        turn = _turn(model.text, prompt, ids, kwargs) if 0 < grid < len(ids) else None
+        turn = _turn(model.tokenizer, prompt, ids, kwargs) if 0 < grid < len(ids) else None
     else:
-        ids = model.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         turn = None
         check_ids(model, ids)
     if forced and tools:
@@ -217,7 +217,7 @@ def prepare(
     if params.max_tokens is None or params.max_tokens > room:
         params.max_tokens = room
         params.min_tokens = min(params.min_tokens, room)
-    starts = chat and model.text.opens_thinking(ids)
+    starts = chat and model.tokenizer.opens_thinking(ids)
     grammar = None
     if params.structured is not None:  # compiled here: it may take two seconds, and a hostile one is refused
         grammars = lease.loaded.engine.engine.grammars
@@ -225,7 +225,7 @@ def prepare(
             raise RequestError(f"{lease.named.name} has no tokenizer: its answers cannot be given a form")
         grammar = grammars.compile(params.structured)
     # a form binds the answer from its first token, unless the model's template knows thoughts, which come before it
-    apart = chat and (grammar is None or thinks(model.text))
+    apart = chat and (grammar is None or thinks(model.tokenizer))
     return GenerationRequest(ids, params, "auto" if apart else "off", starts, turn, form, grammar, vote)
 
 
@@ -262,7 +262,7 @@ def check_ids(model: Any, ids: Sequence[int]) -> None:
 
 def _thinking(model: Any, given: dict[str, Any], kwargs: dict[str, Any], think: Think) -> None:
     """Switch thoughts on or off by the name templates use; an effort is also a budget in tokens."""
-    if think is None or not thinks(model.text):
+    if think is None or not thinks(model.tokenizer):
         return
     kwargs.setdefault("enable_thinking", think not in (False, "none"))
     budget = EFFORTS.get(think) if isinstance(think, str) else 0 if think is False else None
@@ -275,12 +275,12 @@ def check_schema(value: Any, limit: int) -> None:
         raise APIError(400, f"schemas and tools may be {limit} bytes together")
 
 
-def _turn(text: Any, messages: list[dict[str, Any]], ids: list[int], kwargs: dict[str, Any]) -> int | None:
+def _turn(tokenizer: Any, messages: list[dict[str, Any]], ids: list[int], kwargs: dict[str, Any]) -> int | None:
     """Where the last user turn begins: the ids shared with the prompt without it."""
     if len(messages) < 2:
         return None
     try:
-        before = text.chat(messages[:-1], add_generation_prompt=False, **kwargs)
+        before = tokenizer.chat(messages[:-1], add_generation_prompt=False, **kwargs)
     except RequestError:  # a template that wants the user to have the last word
         return None
     shared = 0

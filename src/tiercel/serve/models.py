@@ -190,7 +190,7 @@ class Models:
                     raise
                 await self._make_room()
         if template := named.extras.get("template"):
-            model.text.templates["default"] = template
+            model.tokenizer.templates["default"] = template
         model.name = named.name
         engine.start()
         log.info("loaded %s", named.name)

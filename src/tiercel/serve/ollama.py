@@ -169,8 +169,8 @@ class ResponseWriter:
         self.body = body
 
     def prompt(self, lease: Lease) -> Any:
-        text = lease.loaded.model.text
-        if self.body.raw or text is None or not text.has_template:
+        tokenizer = lease.loaded.model.tokenizer
+        if self.body.raw or tokenizer is None or not tokenizer.has_template:
             return self.body.prompt
         system = lease.named.extras.get("system") if self.body.system is None else self.body.system
         first = [{"role": "system", "content": system}] if system else []
@@ -300,7 +300,7 @@ async def _events(
                     continue
                 line: dict[str, Any] = {"model": body.model, "created_at": now(), **say.words(part), "done": False}
                 if part.logprobs:
-                    line["logprobs"] = logprobs(lease.loaded.model.text, part, body.top_logprobs or 0)
+                    line["logprobs"] = logprobs(lease.loaded.model.tokenizer, part, body.top_logprobs or 0)
                 if part.vote:
                     line["vote"] = part.vote
                 if not streaming:
@@ -353,19 +353,19 @@ def format_of(value: Any) -> dict[str, Any] | None:
     raise APIError(400, f'format must be "json" or a JSON schema, not {value[:40]!r}')
 
 
-def logprobs(text: Any, part: OutputDelta, top: int) -> list[dict[str, Any]]:
+def logprobs(tokenizer: Any, part: OutputDelta, top: int) -> list[dict[str, Any]]:
     found = []
     for token, entries in part.logprobs:
-        entry = _token(text, token, entries[token].logprob)
+        entry = _token(tokenizer, token, entries[token].logprob)
         if top:
             best = sorted(entries.items(), key=lambda item: item[1].rank)[:top]
-            entry["top_logprobs"] = [_token(text, id, logprob.logprob) for id, logprob in best]
+            entry["top_logprobs"] = [_token(tokenizer, id, logprob.logprob) for id, logprob in best]
         found.append(entry)
     return found
 
 
-def _token(text: Any, id: int, logprob: float) -> dict[str, Any]:
-    raw = text.piece(id) if text is not None else b""
+def _token(tokenizer: Any, id: int, logprob: float) -> dict[str, Any]:
+    raw = tokenizer.piece(id) if tokenizer is not None else b""
     return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
 
 

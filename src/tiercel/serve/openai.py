@@ -329,14 +329,14 @@ async def _chat(request: Request, body: ChatCompletion) -> dict[str, Any]:
         counts = Usage()
         async with talk.answer(service, lease, ask, counts) as parts:
             done = await talk.whole(parts, ask.params.n)
-        text = lease.loaded.model.text
-        choices = [_choice(part, text, body) for part in done]
+        tokenizer = lease.loaded.model.tokenizer
+        choices = [_choice(part, tokenizer, body) for part in done]
     return _head("chatcmpl", "chat.completion", body.model) | {
         "choices": choices, "usage": usage(counts), "timings": timings(counts),
     } | ({"vote": done[0].vote} if ask.vote is not None else {})  # fmt: skip
 
 
-def _choice(part: OutputDelta, text: Any, body: ChatCompletion) -> dict[str, Any]:
+def _choice(part: OutputDelta, tokenizer: Any, body: ChatCompletion) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": part.text or (None if part.calls else ""),
                                "refusal": None}  # fmt: skip
     if part.thinking:
@@ -347,7 +347,7 @@ def _choice(part: OutputDelta, text: Any, body: ChatCompletion) -> dict[str, Any
             for call in part.calls
         ]
     return {"index": part.choice, "message": message, "finish_reason": part.finish,
-            "logprobs": chat_logprobs(text, part, body.top_logprobs or 0) if body.logprobs else None}  # fmt: skip
+            "logprobs": chat_logprobs(tokenizer, part, body.top_logprobs or 0) if body.logprobs else None}  # fmt: skip
 
 
 async def _chat_events(request: Request, body: ChatCompletion) -> AsyncGenerator[Any, None]:
@@ -370,7 +370,9 @@ async def _chat_events(request: Request, body: ChatCompletion) -> AsyncGenerator
                     yield chunk(part.choice, {"role": "assistant", "content": ""})
                 if part.thinking:
                     yield chunk(part.choice, {"reasoning_content": part.thinking})
-                more = chat_logprobs(lease.loaded.model.text, part, body.top_logprobs or 0) if part.logprobs else None
+                more = (
+                    chat_logprobs(lease.loaded.model.tokenizer, part, body.top_logprobs or 0) if part.logprobs else None
+                )
                 if part.text or more:
                     yield chunk(part.choice, {"content": part.text}, more=more)
                 for call in part.calls:
@@ -413,17 +415,17 @@ def timings(counts: Usage) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _token(text: Any, id: int, logprob: float) -> dict[str, Any]:
-    raw = text.piece(id) if text is not None else b""
+def _token(tokenizer: Any, id: int, logprob: float) -> dict[str, Any]:
+    raw = tokenizer.piece(id) if tokenizer is not None else b""
     return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
 
 
-def chat_logprobs(text: Any, part: OutputDelta, top: int) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Any, part: OutputDelta, top: int) -> dict[str, Any]:
     content = []
     for token, entries in part.logprobs:
         best = sorted(entries.items(), key=lambda item: item[1].rank)[:top]
-        likeliest = [_token(text, id, entry.logprob) for id, entry in best]
-        content.append(_token(text, token, entries[token].logprob) | {"top_logprobs": likeliest})
+        likeliest = [_token(tokenizer, id, entry.logprob) for id, entry in best]
+        content.append(_token(tokenizer, token, entries[token].logprob) | {"top_logprobs": likeliest})
     return {"content": content, "refusal": None}
 
 
@@ -472,7 +474,7 @@ async def _completions(request: Request, body: Completion, prompts: list[str | l
     service = request.app.state.service
     n, total, choices = body.n or 1, Usage(), []
     async with service.lease(body.model) as lease:
-        text = lease.loaded.model.text
+        tokenizer = lease.loaded.model.tokenizer
 
         async def one(number: int, prompt: str | list[int]) -> tuple[Usage, list[dict[str, Any]]]:
             ask = await _open(request, body, prompt, _completion_given(body), lease)
@@ -483,7 +485,7 @@ async def _completions(request: Request, body: Completion, prompts: list[str | l
             else:
                 async with talk.answer(service, lease, ask, counts) as parts:
                     done = await talk.whole(parts, n)
-            return counts, [_completion_choice(number * n, part, text, body, echo) for part in done]
+            return counts, [_completion_choice(number * n, part, tokenizer, body, echo) for part in done]
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -511,26 +513,26 @@ class Echo:
 async def _echo(lease: Lease, body: Completion, prompt: str | list[int], ask: GenerationRequest) -> Echo:
     if not body.echo:
         return Echo()
-    text = lease.loaded.model.text
-    words = prompt if isinstance(prompt, str) else "" if text is None else text.decode(prompt)
+    tokenizer = lease.loaded.model.tokenizer
+    words = prompt if isinstance(prompt, str) else "" if tokenizer is None else tokenizer.decode(prompt)
     return Echo(words, [] if body.logprobs is None else await score(lease, ask.ids, body.logprobs, ask.tenant))
 
 
-def _completion_choice(first: int, part: OutputDelta, text: Any, body: Completion, echo: Echo) -> dict[str, Any]:
+def _completion_choice(first: int, part: OutputDelta, tokenizer: Any, body: Completion, echo: Echo) -> dict[str, Any]:
     logprobs = None
     if body.logprobs is not None:
-        logprobs = _completion_logprobs(text, [*echo.tokens, *part.logprobs], body.logprobs)
+        logprobs = _completion_logprobs(tokenizer, [*echo.tokens, *part.logprobs], body.logprobs)
     return {"text": echo.text + part.text, "index": first + part.choice, "finish_reason": part.finish,
             "stop_reason": part.stop_reason, "logprobs": logprobs}  # fmt: skip
 
 
-def _completion_logprobs(text: Any, found: list[tuple[int, Any]], top: int) -> dict[str, Any]:
+def _completion_logprobs(tokenizer: Any, found: list[tuple[int, Any]], top: int) -> dict[str, Any]:
     tokens: list[str] = []
     values: list[float | None] = []
     best: list[dict[str, float] | None] = []
     offsets, offset = [], 0
     for token, entries in found:
-        word = _token(text, token, 0.0)["token"]
+        word = _token(tokenizer, token, 0.0)["token"]
         tokens.append(word)
         offsets.append(offset)
         offset += len(word)
@@ -540,14 +542,14 @@ def _completion_logprobs(text: Any, found: list[tuple[int, Any]], top: int) -> d
             continue
         values.append(max(entries[token].logprob, -9999.0))
         likeliest = sorted(entries.items(), key=lambda item: item[1].rank)[: max(top, 1)]
-        best.append({_token(text, id, 0.0)["token"]: max(entry.logprob, -9999.0) for id, entry in likeliest})
+        best.append({_token(tokenizer, id, 0.0)["token"]: max(entry.logprob, -9999.0) for id, entry in likeliest})
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}
 
 
 async def _completion_events(request: Request, body: Completion, prompt: str | list[int]) -> AsyncGenerator[Any, None]:
     service = request.app.state.service
     async with service.lease(body.model) as lease:
-        text = lease.loaded.model.text
+        tokenizer = lease.loaded.model.tokenizer
         ask = await _open(request, body, prompt, _completion_given(body), lease)
         counts, head = Usage(), _head("cmpl", "text_completion", body.model)
         wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
@@ -555,11 +557,11 @@ async def _completion_events(request: Request, body: Completion, prompt: str | l
         echo = await _echo(lease, body, prompt, ask)
         async with talk.answer(service, lease, ask, counts) as parts:
             for choice in range(ask.params.n if body.echo else 0):
-                yield head | {"choices": [_completion_choice(0, OutputDelta(choice), text, body, echo)]} | extra
+                yield head | {"choices": [_completion_choice(0, OutputDelta(choice), tokenizer, body, echo)]} | extra
             async for part in parts:
                 if part.empty:
                     continue
-                yield head | {"choices": [_completion_choice(0, part, text, body, Echo())]} | extra
+                yield head | {"choices": [_completion_choice(0, part, tokenizer, body, Echo())]} | extra
         if wants_usage:
             yield head | {"choices": [], "usage": usage(counts), "timings": timings(counts)}
         yield "[DONE]"

@@ -1,7 +1,7 @@
 """Tool calls, told apart from the answer's text while it comes.
 
     form = ToolForm.of(template)                         how this model writes calls; None: its template knows no tools
-    stream = text.stream(..., shown=form.markers)        markers that are control tokens must reach the text
+    stream = tokenizer.stream(..., shown=form.markers)        markers that are control tokens must reach the text
     parser = ToolParser(form)
     for part in parser.push(piece.text): ...             str: answer text · ToolDelta: the beginning or more of a call
     for part in parser.finish(): ...

@@ -86,7 +86,7 @@ def _check_messages(messages: Any, where: str) -> None:
 
 def read_documents(
     path: str | Path,
-    text: Tokenizer | None,
+    tokenizer: Tokenizer | None,
     *,
     learn: Sequence[str] = ("assistant",),
     progress: Callable[[int], None] | None = None,
@@ -99,7 +99,7 @@ def read_documents(
     def made() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
         for number, example in numbered(path):
             try:
-                yield tokenize(example, text, learn)
+                yield tokenize(example, tokenizer, learn)
             except (RequestError, FormatError) as error:
                 raise FormatError(f"{path}:{number}: {error}") from None
             if progress is not None:
@@ -108,23 +108,25 @@ def read_documents(
     return Documents.of(made(), str(path))
 
 
-def tokenize(example: dict[str, Any], text: Tokenizer | None, learn: Sequence[str]) -> tuple[list[int], list[int]]:
+def tokenize(example: dict[str, Any], tokenizer: Tokenizer | None, learn: Sequence[str]) -> tuple[list[int], list[int]]:
     """Tokens of an example, and for each 1 where it is learned."""
     if "tokens" in example:
         return example["tokens"], list(map(int, example.get("mask") or [1] * len(example["tokens"])))
-    if text is None:
+    if tokenizer is None:
         raise RequestError("text needs a tokenizer: name one with --tokenizer, or give the lines as tokens")
     if "text" in example:
-        tokens = text.encode(example["text"], bos=None)
-        end = text.id_of(text.names.get("eos_token", ""))
+        tokens = tokenizer.encode(example["text"], bos=None)
+        end = tokenizer.id_of(tokenizer.names.get("eos_token", ""))
         tokens = tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
         return tokens, [1] * len(tokens)
-    return _conversation(example["messages"], text, learn)
+    return _conversation(example["messages"], tokenizer, learn)
 
 
-def _conversation(messages: list[dict[str, Any]], text: Tokenizer, learn: Sequence[str]) -> tuple[list[int], list[int]]:
+def _conversation(
+    messages: list[dict[str, Any]], tokenizer: Tokenizer, learn: Sequence[str]
+) -> tuple[list[int], list[int]]:
     """What the template makes of it; a message's words are what it adds after the words that announce it."""
-    tokens = text.chat(messages, add_generation_prompt=False)
+    tokens = tokenizer.chat(messages, add_generation_prompt=False)
     if "all" in learn:
         return tokens, [1] * len(tokens)
     mask = [0] * len(tokens)
@@ -132,8 +134,8 @@ def _conversation(messages: list[dict[str, Any]], text: Tokenizer, learn: Sequen
         if message["role"] not in learn:
             continue
         before = messages[:i]
-        start = text.chat(before, add_generation_prompt=message["role"] == "assistant") if before else []
-        stop = tokens if i + 1 == len(messages) else text.chat(messages[: i + 1], add_generation_prompt=False)
+        start = tokenizer.chat(before, add_generation_prompt=message["role"] == "assistant") if before else []
+        stop = tokens if i + 1 == len(messages) else tokenizer.chat(messages[: i + 1], add_generation_prompt=False)
         if tokens[: len(start)] != start or tokens[: len(stop)] != stop:
             raise RequestError(
                 f"the chat template writes message {i + 1} differently when others follow: give one answer an example"

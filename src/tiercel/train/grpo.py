@@ -119,9 +119,9 @@ class Player:
     """The network as the engine runs it: a twin with packed weights, made again after every update."""
 
     def __init__(
-        self, network: Decoder, text: Tokenizer | None, *, slots: int = 32, dtype: torch.dtype = torch.bfloat16
+        self, network: Decoder, tokenizer: Tokenizer | None, *, slots: int = 32, dtype: torch.dtype = torch.bfloat16
     ):
-        self.text, self.max_length, self.dtype = text, network.config.max_length, dtype
+        self.tokenizer, self.max_length, self.dtype = tokenizer, network.config.max_length, dtype
         self.network: Any = Decoder(network.config).eval().requires_grad_(False)
         self.take(network)
         # no prefix cache: what it holds would be of older weights, and the answers of a group fork without it
@@ -145,7 +145,7 @@ class Player:
         for i, task in enumerate(tasks):
             ids, starts = self._prompt(task)
             one = params if not seeds else replace(params, seed=seeds[i])
-            thinking = "off" if self.text is None else "auto"
+            thinking = "off" if self.tokenizer is None else "auto"
             requests.append(self.engine.prepare(ids, one, thinking=thinking, starts_in_thinking=starts))
         for request in requests:
             self.engine.queue(request)
@@ -159,8 +159,8 @@ class Player:
             for said in request.choices:
                 drawn = zip(said.token_ids, said.logprobs or [], strict=False)
                 logprobs = [entry[token].logprob for token, entry in drawn]
-                words = said.text if self.text is not None else " ".join(map(str, said.token_ids))
-                ended = said.finish_reason == "stop" or self.text is None  # without words nothing says: the end
+                words = said.text if self.tokenizer is not None else " ".join(map(str, said.token_ids))
+                ended = said.finish_reason == "stop" or self.tokenizer is None  # without words nothing says: the end
                 reward = task.reward(words) if ended else 0.0
                 group.append(Sample(request.prompt_ids, said.token_ids, logprobs, reward))
             groups.append(group)
@@ -169,12 +169,12 @@ class Player:
     def _prompt(self, task: Task) -> tuple[list[int], bool]:
         if not isinstance(task.question, str):
             return list(task.question), False
-        if self.text is None:
+        if self.tokenizer is None:
             raise RequestError("questions need a tokenizer, and this model has none")
-        if not self.text.has_template:
-            return self.text.encode(task.question), False
-        ids = self.text.chat([{"role": "user", "content": task.question}])
-        return ids, self.text.opens_thinking(ids)
+        if not self.tokenizer.has_template:
+            return self.tokenizer.encode(task.question), False
+        ids = self.tokenizer.chat([{"role": "user", "content": task.question}])
+        return ids, self.tokenizer.opens_thinking(ids)
 
     def score(self, tasks: Sequence[Task], most: int) -> dict[str, float]:
         """Mean reward and length of greedy answers."""
@@ -279,8 +279,8 @@ def grpo(
     if settings.device != "cpu":
         raise RequestError("rollouts run on the CPU's engine, and GRPO beside it: leave --device out")
     start.prepare(settings.out, settings.resume)
-    network, text, layout = start.open_network(config, tokenizer, seed=rules.seed)
-    player = Player(network, text, slots=max(slots, rules.answers))
+    network, model_tokenizer, layout = start.open_network(config, tokenizer, seed=rules.seed)
+    player = Player(network, model_tokenizer, slots=max(slots, rules.answers))
     steps = {name: getattr(settings, name) * rules.updates for name in ("steps", "save_every", "eval_every", "warmup")}
     settings = replace(settings, **steps)
 
@@ -291,7 +291,7 @@ def grpo(
     stream = Rollouts(network, player, tasks, rules, settings.accumulate)
     result = fit(network, stream, settings, loss(rules), test=test if tests else None)
     if settings.out is not None:
-        start.finish(network, text, layout, settings.out)
+        start.finish(network, model_tokenizer, layout, settings.out)
     tested = [line["test_reward"] for line in result.log if "test_reward" in line]
     ends = {"before": tested[0], "after": tested[-1]} if tested else {}
     return start.report(result, settings.out) | ends

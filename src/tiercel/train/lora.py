@@ -56,11 +56,11 @@ def lora(
     Other arguments and the answer: as of `sft`; "coverage" tells which part learns.
     """
     start.prepare(settings.out, settings.resume)
-    network, text, layout = load(hub.resolve(model, pull=True), quantize=quantize)
+    network, tokenizer, layout = load(hub.resolve(model, pull=True), quantize=quantize)
     torch.manual_seed(seed)
     adapted = adapt(network, layout, rank=rank, alpha=alpha, dropout=dropout, targets=targets, name=str(model))
     documents, batches, evaluation = start.read(
-        data, held_out, text, loss_on, rows=rows, length=length, cut=False, seed=seed
+        data, held_out, tokenizer, loss_on, rows=rows, length=length, cut=False, seed=seed
     )
     settings = start.counted_steps(batches, settings, epochs)
     covered = coverage(adapted)

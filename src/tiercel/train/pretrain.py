@@ -30,12 +30,12 @@ def pretrain(
     rows, length: of a micro-batch.  epochs: instead of settings.steps.  → what was reached; see `start.report`.
     """
     start.prepare(settings.out, settings.resume)
-    network, text, layout = start.open_network(config, tokenizer, seed=seed)
+    network, model_tokenizer, layout = start.open_network(config, tokenizer, seed=seed)
     documents, batches, evaluation = start.read(
-        data, held_out, text, ("all",), rows=rows, length=length, cut=True, seed=seed
+        data, held_out, model_tokenizer, ("all",), rows=rows, length=length, cut=True, seed=seed
     )
     settings = start.counted_steps(batches, settings, epochs)
     result = fit(network, batches, settings, held_out=evaluation)
     if settings.out is not None:
-        start.finish(network, text, layout, settings.out)
+        start.finish(network, model_tokenizer, layout, settings.out)
     return start.report(result, settings.out) | {"documents": len(documents)}

@@ -32,12 +32,12 @@ def sft(
     stop in the middle.  Other arguments and the answer: as of `pretrain`.
     """
     start.prepare(settings.out, settings.resume)
-    network, text, layout = start.open_network(config, tokenizer, seed=seed)
+    network, model_tokenizer, layout = start.open_network(config, tokenizer, seed=seed)
     documents, batches, evaluation = start.read(
-        data, held_out, text, loss_on, rows=rows, length=length, cut=False, seed=seed
+        data, held_out, model_tokenizer, loss_on, rows=rows, length=length, cut=False, seed=seed
     )
     settings = start.counted_steps(batches, settings, epochs)
     result = fit(network, batches, settings, held_out=evaluation)
     if settings.out is not None:
-        start.finish(network, text, layout, settings.out)
+        start.finish(network, model_tokenizer, layout, settings.out)
     return start.report(result, settings.out) | {"documents": len(documents), "left_out": documents.left_out}

@@ -32,28 +32,28 @@ Start = tuple[Decoder, Tokenizer | None, Layout]
 Evaluation = Callable[[], Iterator[Rows]]  # all of the held-out batches, anew at every call
 
 
-def open_network(config: str | Path, tokenizer: str | Path | None = None, *, seed: int = 0) -> Start:
+def open_network(config: str | Path, tokenizer_path: str | Path | None = None, *, seed: int = 0) -> Start:
     """Fresh weights for a pattern file or a config.json; a checkpoint's (folder, .gguf, short name) as they are.
 
     Float32, to be trained.  RequestError for packed weights, or a tokenizer with more tokens than the network.
     """
     path = Path(config)
     if path.suffix in (".json", ".toml") and path.is_file():
-        network, text, layout = _fresh(path, seed)
+        network, tokenizer, layout = _fresh(path, seed)
     else:
-        network, text, layout = _stored(hub.resolve(config, pull=True))
-    if tokenizer is not None:
-        path = Path(tokenizer)
+        network, tokenizer, layout = _stored(hub.resolve(config, pull=True))
+    if tokenizer_path is not None:
+        path = Path(tokenizer_path)
         folder = path if path.is_dir() else path.parent
-        text = Tokenizer.from_folder(folder)
-        if text is None:
-            raise RequestError(f"--tokenizer {tokenizer}: {Tokenizer.why_none(folder)}")
-    if text is not None and text.vocab_size > network.config.vocab_size:
+        tokenizer = Tokenizer.from_folder(folder)
+        if tokenizer is None:
+            raise RequestError(f"--tokenizer {tokenizer_path}: {Tokenizer.why_none(folder)}")
+    if tokenizer is not None and tokenizer.vocab_size > network.config.vocab_size:
         raise RequestError(
-            f"the tokenizer has {text.vocab_size} tokens, the network {network.config.vocab_size}: "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the network {network.config.vocab_size}: "
             "raise vocab_size in the config"
         )
-    return network.train().requires_grad_(True), text, layout
+    return network.train().requires_grad_(True), tokenizer, layout
 
 
 def _fresh(path: Path, seed: int) -> Start:
@@ -90,7 +90,7 @@ def prepare(out: Path | None, resume: bool) -> None:
 def read(
     data: str | Path,
     held_out: str | Path | None,
-    text: Tokenizer | None,
+    tokenizer: Tokenizer | None,
     learn: Sequence[str],
     *,
     rows: int,
@@ -103,7 +103,7 @@ def read(
     cut: whether documents longer than `length` are cut into pieces, or left out and counted.
     """
     documents, others = (
-        None if file is None else read_documents(file, text, learn=learn).fit_rows(length, cut=cut)
+        None if file is None else read_documents(file, tokenizer, learn=learn).fit_rows(length, cut=cut)
         for file in (data, held_out)
     )
     assert documents is not None
@@ -122,14 +122,14 @@ def evaluation(documents: Documents, rows: int, length: int) -> Evaluation:
     return lambda: Batches(documents, rows=rows, length=length, shuffle=False).once()
 
 
-def finish(network: Decoder, text: Tokenizer | None, layout: Layout, out: Path) -> None:
+def finish(network: Decoder, tokenizer: Tokenizer | None, layout: Layout, out: Path) -> None:
     """The folder: config.json, model.safetensors, the tokenizer; and the curves, where matplotlib is there."""
     network = parallel.gathered(network)
     if not parallel.ranks().first:
         return
     network.eval().to("cpu")
     with torch.no_grad():
-        export(NetworkSource(network, layout, text), out)
+        export(NetworkSource(network, layout, tokenizer), out)
     from tiercel.train.plot import plot
 
     with contextlib.suppress(RequestError):  # no matplotlib, no picture

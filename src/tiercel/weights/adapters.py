@@ -183,8 +183,8 @@ class Merged:
         assert self._pair(row) is None, f"{row.ours} is merged, and not packed"
         return self.base.raw(row, start, stop)
 
-    def text(self) -> Tokenizer | None:
-        return self.base.text()
+    def tokenizer(self) -> Tokenizer | None:
+        return self.base.tokenizer()
 
 
 def merge(model: str | Path, adapter: str | Path, out: str | Path, *, dtype: str | None = None) -> Path:

@@ -49,7 +49,7 @@ class Source(Protocol):
     def raw(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         """Rows start … stop as ours where `stored` is a packed type: uint8, the last axis in bytes."""
 
-    def text(self) -> Tokenizer | None: ...
+    def tokenizer(self) -> Tokenizer | None: ...
 
 
 @dataclass
@@ -170,7 +170,7 @@ class Checkpoint:
             return x[start:stop].contiguous()
         return scaled_rows(stored[0].type, stored[0].raw(start, stop), self._scale(row, stored[0]), start)
 
-    def text(self) -> Tokenizer | None:
+    def tokenizer(self) -> Tokenizer | None:
         if self.gguf is not None:
             return Tokenizer.from_gguf(dict(self.gguf))
         return Tokenizer.from_folder(self.path if self.path.is_dir() else self.path.parent)

@@ -42,7 +42,7 @@ class NetworkSource:
 
     network: Decoder
     layout: Layout
-    words: Tokenizer | None = None
+    own_tokenizer: Tokenizer | None = None
 
     def __post_init__(self) -> None:
         self._state = dict(named_weights(self.network))
@@ -68,8 +68,8 @@ class NetworkSource:
             weight = weight[0]
         return weight.type if isinstance(weight, QTensor) else STORED[weight.dtype]
 
-    def text(self) -> Tokenizer | None:
-        return self.words
+    def tokenizer(self) -> Tokenizer | None:
+        return self.own_tokenizer
 
 
 def export(
@@ -227,8 +227,8 @@ def _write_text(source: Source, folder: Path) -> None:
         for found in sorted(path for name in names for path in origin.glob(name) if path.is_file()):
             if found.resolve() != (folder / found.name).resolve():
                 shutil.copyfile(found, folder / found.name)
-    elif (text := source.text()) is not None:
-        text.save(folder)
+    elif (tokenizer := source.tokenizer()) is not None:
+        tokenizer.save(folder)
 
 
 def _export_gguf(source: Source, path: Path, wanted: str | None, name: str | None) -> None:
@@ -253,9 +253,9 @@ def _export_gguf(source: Source, path: Path, wanted: str | None, name: str | Non
     }
     metadata |= {f"{family.gguf}.{key}": value for key, value in family.write_gguf(layout.config).items()}
     metadata[f"{family.gguf}.vocab_size"] = layout.config.vocab_size
-    text = source.text()
-    words = {"tokenizer.ggml.model": "no_vocab"} if text is None else text.to_gguf(layout.config.vocab_size)
-    metadata |= {key: Typed(GGUF_TYPES[key], value) if key in GGUF_TYPES else value for key, value in words.items()}
+    tokenizer = source.tokenizer()
+    fields = {"tokenizer.ggml.model": "no_vocab"} if tokenizer is None else tokenizer.to_gguf(layout.config.vocab_size)
+    metadata |= {key: Typed(GGUF_TYPES[key], value) if key in GGUF_TYPES else value for key, value in fields.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_gguf(path, metadata, tensors)
 

@@ -132,8 +132,8 @@ class _Unpacked:
     def raw(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         raise AssertionError("nothing is packed here")
 
-    def text(self) -> Tokenizer | None:
-        return self.base.text()
+    def tokenizer(self) -> Tokenizer | None:
+        return self.base.tokenizer()
 
 
 def _network(base: Source) -> tuple[Decoder, str]:

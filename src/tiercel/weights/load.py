@@ -54,7 +54,7 @@ def load(
     exact: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Decoder, Tokenizer | None, Layout]:
-    """The network (in eval mode), its text side if it has one, and the layout it came in.
+    """The network (in eval mode), its tokenizer if it has one, and the layout it came in.
 
     dtype: "auto" (as stored, packed types packed; float16 becomes what this CPU multiplies well), or a float type.
     quantize: a recipe such as "q4_k_m", "int8", "nf4": packed on the way in, a few rows at a time.
@@ -74,7 +74,7 @@ def load(
         if dtype != "auto":
             raise RequestError(f"choose one: dtype={dtype!r} or quantize={quantize!r}")
         source = quantized(checkpoint, quantize)
-    return of_source(source, dtype, progress, exact=exact), checkpoint.text(), checkpoint.layout
+    return of_source(source, dtype, progress, exact=exact), checkpoint.tokenizer(), checkpoint.layout
 
 
 def of_source(

@@ -63,8 +63,8 @@ class Quantized:
             return self.base.read(row, start, stop)
         return dequantize(self.kinds[row.ours], self.raw(row, start, stop))
 
-    def text(self) -> Tokenizer | None:
-        return self.base.text()
+    def tokenizer(self) -> Tokenizer | None:
+        return self.base.tokenizer()
 
     def _saw(self, values: int) -> None:
         if self.seen is not None:

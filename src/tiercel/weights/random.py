@@ -100,7 +100,7 @@ class RandomSource:
         plain = "F32" if row.keep_fp32 or len(self.shapes[row.ours]) < 2 else "BF16"
         return self.kinds.get(row.ours, plain)
 
-    def text(self) -> Tokenizer | None:
+    def tokenizer(self) -> Tokenizer | None:
         return None
 
     def read(self, row: TensorMapping, start: int, stop: int) -> Tensor:
