@@ -1,7 +1,7 @@
 """Answers of a given form: JSON schema, JSON, regular expression, Lark grammar, one of several texts.
 
-    compiler = GrammarCompiler(tokenizer)                     one for each tokenizer
-    grammar = grammars.compile(structured)        RequestError for what is no grammar, or too big; cached
+    compiler = GrammarCompiler(tokenizer)         one for each tokenizer
+    grammar = compiler.compile(structured)        RequestError for what is no grammar, or too big; cached
     matcher = grammar.start()                     one for each answer
     matcher.mask(V)                               (V,) bool: what may come next
     matcher.accept(token)

@@ -1,6 +1,6 @@
 """What one answer is held to, token by token: thoughts within their budget, then its form, and no circles.
 
-    constraints = TokenConstraints.of(tokenizer, params, grammar=…, thinking="auto", starts_in_thinking=…)      None: nothing to do
+    constraints = TokenConstraints.of(tokenizer, params, grammar=…, thinking="auto")    None: nothing to constrain
     Sampler(…, steering=steering)
     steering.finish_reason                after every accepted token: "stop" (the form is complete), "loop", or None
 

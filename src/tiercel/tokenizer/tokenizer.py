@@ -1,10 +1,10 @@
-"""Text: what turns words into token ids, and ids back into words.
+"""Tokenizer: text to token ids and back, chat templates included.
 
-    tokenizer = Tokenizer.from_folder(folder)  or Tokenizer.from_gguf(metadata); None: the checkpoint has no tokenizer
-    tokenizer.encode("Hello")                       ids; `<|im_end|>` in it stays ten characters
-    tokenizer.chat([{"role": "user", …}])           ids of a prompt: control tokens from the template, never from a message
-    tokenizer.decode(ids)                           text without control tokens
-    tokenizer.stream()                              the same, id by id
+    tokenizer = Tokenizer.from_folder(folder)    or Tokenizer.from_gguf(metadata); None: the checkpoint has no tokenizer
+    tokenizer.encode("Hello")                    ids; `<|im_end|>` in it stays ten characters
+    tokenizer.chat([{"role": "user", …}])        ids of a prompt: control tokens from the template, never from a message
+    tokenizer.decode(ids)                        text without control tokens
+    tokenizer.stream()                           the same, id by id
 
 Merging and cutting are done by the `tokenizers` library.  Ours is what it leaves open: control tokens
 (`control.py`), templates (`template.py`), streams (`stream.py`), and reading and writing the files (`vocab*.py`).
