@@ -65,23 +65,23 @@ TEMPLATE = (
 
 
 class Counting:
-    """The network, with a note of every forward: how many tokens each row had."""
+    """A runner, with a note of every forward: how many tokens each sequence had."""
 
-    def __init__(self, network):
-        self.network, self.calls = network, []
+    def __init__(self, runner):
+        self.runner, self.calls = runner, []
 
     def __getattr__(self, name):
-        return getattr(self.network, name)
+        return getattr(self.runner, name)
 
-    def __call__(self, rows, states, **more):
-        self.calls.append([len(row) for row in rows])
-        return self.network(rows, states, **more)
+    def forward(self, tokens, states, **more):
+        self.calls.append([len(row) for row in tokens])
+        return self.runner.forward(tokens, states, **more)
 
 
 def engine(network, max_length, **options):
     """An engine without words, on a network that counts."""
     made = Engine(SimpleNamespace(network=network, tokenizer=None, max_length=max_length), **options)
-    made.network = made.cache.network = Counting(network)
+    made.runner = made.cache.runner = Counting(made.runner)
     return made
 
 

@@ -33,7 +33,7 @@ def engine(network, **changes):
 
 def read(engine):
     """Tokens that went through the network."""
-    return sum(map(sum, engine.network.calls))
+    return sum(map(sum, engine.runner.calls))
 
 
 def test_where_the_kernels_run_torch_has_one_thread_in_a_step_and_all_of_its_own_after_it():
@@ -44,11 +44,11 @@ def test_where_the_kernels_run_torch_has_one_thread_in_a_step_and_all_of_its_own
         for native in (True, False):
             e = engine(tiny.network(native=native))
             request, seen = e.add(ids(40), greedy(3)), []
-            e.network.calls = SimpleNamespace(append=lambda call, seen=seen: seen.append(torch.get_num_threads()))
+            e.runner.calls = SimpleNamespace(append=lambda call, seen=seen: seen.append(torch.get_num_threads()))
             while not request.finished:
                 e.step()
                 assert torch.get_num_threads() == 3
-            assert set(seen) == {1 if e.network.native else 3} and e.network.native is (native and cpu.there)
+            assert set(seen) == {1 if e.runner.native else 3} and e.runner.native is (native and cpu.there)
     finally:
         torch.set_num_threads(before)
 
@@ -67,7 +67,7 @@ def test_a_long_prompt_does_not_stop_a_stream(net):
         if not stream.finished:
             between.append(len(news))
     assert min(between) == 1  # a token in every step
-    assert max(sum(call) for call in e.network.calls if len(call) > 1) <= BESIDE + 1
+    assert max(sum(call) for call in e.runner.calls if len(call) > 1) <= BESIDE + 1
 
 
 def test_beside_a_stream_as_much_is_read_as_its_patience_allows_and_never_less_than_is_worth_a_step():
@@ -121,7 +121,7 @@ def test_step_tokens_bound_a_step(net):
     for i in range(6):
         e.add(ids(200, seed=i), greedy(2))
     run(e)
-    assert max(sum(call) for call in e.network.calls) <= 50
+    assert max(sum(call) for call in e.runner.calls) <= 50
 
 
 # ── nothing is read twice ──
@@ -165,7 +165,7 @@ def test_a_conversation_is_read_once_with_its_branches(words):
 def test_where_two_prompts_part_the_third_goes_on(net, monkeypatch):
     """The second visit leaves a snapshot at the place, also where none of those on the way is near."""
     e = engine(net)
-    monkeypatch.setattr(marks, "DEAREST", 1)  # so costly that a prompt gets none on the way
+    monkeypatch.setattr(marks, "MAX_BYTES_PER_TOKEN", 1)  # so costly that a prompt gets none on the way
     system = ids(700)
     for i in range(3):
         request = e.add(system + ids(300, seed=i + 1), greedy(1))
@@ -177,7 +177,7 @@ def test_snapshots_on_the_way_are_no_closer_than_they_are_worth(net, monkeypatch
     """As many bytes for each token as a Transformer would keep, at most: large states leave few."""
     own = net.new_state().own_nbytes
     for tokens, places in ((64, [128, 256, 384, 512]), (256, [256, 512]), (300, [304])):
-        monkeypatch.setattr(marks, "DEAREST", own / tokens)
+        monkeypatch.setattr(marks, "MAX_BYTES_PER_TOKEN", own / tokens)
         e = engine(net)
         e.add(ids(600), greedy(1))
         run(e)
@@ -187,7 +187,7 @@ def test_snapshots_on_the_way_are_no_closer_than_they_are_worth(net, monkeypatch
 
 def test_a_hint_where_the_last_turn_began(net, monkeypatch):
     e = engine(net)
-    monkeypatch.setattr(marks, "DEAREST", 1)
+    monkeypatch.setattr(marks, "MAX_BYTES_PER_TOKEN", 1)
     history, question = ids(700), ids(300, seed=1)
     e.add(history + question, greedy(1), turn=700)
     run(e)
@@ -203,11 +203,11 @@ def test_an_engine_that_was_warmed_up_has_recorded_the_steps_of_any_number_of_an
     network = tiny.network("attention+mamba2 mamba2")
     e = Engine(SimpleNamespace(network=network, tokenizer=None, max_length=512), slots=slots)
     e.warm_up()
-    known = {key for key, step in network._steps.seen.items() if isinstance(step, CapturedStep)}
+    known = {key for key, step in network._graphs.seen.items() if isinstance(step, CapturedStep)}
     for i in range(slots):
         e.add(ids(20, seed=i), greedy(4 + i))
     run(e)
-    met = {key for key in network._steps.seen if set(key[0]) == {1}}
+    met = {key for key in network._graphs.seen if set(key[0]) == {1}}
     assert met and met <= known and e.stats.requests == slots
 
 
@@ -296,15 +296,15 @@ def test_an_abort_of_many_answers_frees_all_of_them(net):
 
 def test_a_row_of_nan_ends_with_an_error_and_its_neighbours_go_on(net):
     e = engine(net)
-    forward = e.network.network
+    forward = e.runner.forward
 
-    def poisoned(rows, states, **more):
+    def poisoned_forward(rows, states, **more):
         logits = forward(rows, states, **more)
         return [
             torch.full_like(row, torch.nan) if 99 in tokens else row for row, tokens in zip(logits, rows, strict=True)
         ]
 
-    e.network = poisoned_network(net, poisoned)
+    e.runner = poisoned(e.runner, poisoned_forward)
     good = e.add([token for token in ids(40) if token != 99], greedy(6))
     bad = e.add([5, 99], greedy(6))
     updates = run(e)
@@ -314,13 +314,13 @@ def test_a_row_of_nan_ends_with_an_error_and_its_neighbours_go_on(net):
     assert e.stats.failed == 1 and e.stats.kv_bytes == 0
 
 
-def poisoned_network(net, call):
+def poisoned(runner, forward):
     class Poisoned:
         def __getattr__(self, name):
-            return getattr(net, name)
+            return getattr(runner, name)
 
-        def __call__(self, rows, states, **more):
-            return call(rows, states, **more)
+        def forward(self, rows, states, **more):
+            return forward(rows, states, **more)
 
     return Poisoned()
 
@@ -330,10 +330,11 @@ def test_a_row_that_raises_ends_alone(net, place):
     def raising(rows, states, **more):
         if any(299 in row for row in rows):
             raise RuntimeError("bad row")
-        return net(rows, states, **more)
+        return forward(rows, states, **more)
 
     e = engine(net, step_tokens=64)
-    e.network = poisoned_network(net, raising)
+    forward = e.runner.forward
+    e.runner = poisoned(e.runner, raising)
     good = [e.add(ids(50, seed=i), greedy(20)) for i in range(3)]
     for _ in range(4):
         e.step()
@@ -431,4 +432,4 @@ def test_no_more_memory_is_at_hand_than_slots_and_cache_may_take():
     off = engine(tiny.network(), slots=3, cache_bytes=0)
     while off.look_ahead():
         pass
-    assert running <= off.network.pool.nbytes <= running + slack
+    assert running <= off.runner.allocator.nbytes <= running + slack

@@ -27,8 +27,9 @@ def net():
 def engine(net, slots=2, **more):
     on_device = GPURunner(net, slots, 200)
     return Engine(
-        SimpleNamespace(network=on_device, tokenizer=None, max_length=200),
+        SimpleNamespace(network=net, tokenizer=None, max_length=200),
         slots=slots,
+        runner=on_device,
         **({"cache_bytes": 1 << 24, "step_tokens": 64} | more),
     )
 
@@ -72,7 +73,7 @@ def test_answers_that_fork_and_slots_that_come_back(net):
     run(e)
     assert answer(request, 0) != answer(request, 1)
     assert answer(one) == expected(net, ids(19), greedy(3))
-    slots = e.network.slots
+    slots = e.runner.slots
     assert len(slots.free) == slots.count and not any(slots.pages)
 
 
@@ -107,21 +108,21 @@ def test_who_comes_leaves_or_is_sent_back_while_a_forward_is_under_way_changes_n
     again = e.add(ids(30, 1) + answer(leaves), greedy(2))
     run(e)
     assert again.cached_tokens >= 30 and answer(again) == expected(net, ids(30, 1) + answer(leaves), greedy(2))
-    assert len(e.network.slots.free) == e.network.slots.count
+    assert len(e.runner.slots.free) == e.runner.slots.count
 
 
 def test_a_forward_that_fails_ahead_is_made_again(net, monkeypatch):
     e = engine(net)
     request = e.add(ids(9), greedy(4))
     e.step()
-    real, fails = GPURunner.__call__, [True]
+    real, fails = GPURunner.forward, [True]
 
     def call(self, *given, **more):
         if fails and fails.pop():
             raise RuntimeError("out of memory")
         return real(self, *given, **more)
 
-    monkeypatch.setattr(GPURunner, "__call__", call)
+    monkeypatch.setattr(GPURunner, "forward", call)
     run(e)
     assert not fails and answer(request) == expected(net, ids(9), greedy(4))
 
@@ -142,10 +143,10 @@ def test_a_conversation_is_saved_and_goes_on_in_another_process(net, tmp_path):
     first, second = (GPURunner(net, 1, 200) for _ in range(2))
     text = torch.tensor(ids(75), device=DEVICE)
     state = first.new_state()
-    first([text[:70]], [state])
+    first.forward([text[:70]], [state])
     state.save(tmp_path / "state", text[:70].tolist())
     back = second.load_state(tmp_path / "state")
     assert back.length == 70 and back.oldest == state.oldest
     for i in range(70, 75):
-        a, b = first([text[i : i + 1]], [state])[0], second([text[i : i + 1]], [back])[0]
+        a, b = first.forward([text[i : i + 1]], [state])[0], second.forward([text[i : i + 1]], [back])[0]
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -249,7 +249,7 @@ def test_a_server_guesses_what_comes_next_and_says_how_often(start):
     body = {"model": "tiny", "prompt": ids, "max_tokens": 60, "temperature": 0, "ignore_eos": True}
     assert server.ask("POST", "/v1/completions", body)[0] == 200
     engine = next(iter(server.service.models.loaded.values())).engine.engine
-    assert (engine.drafter is not None) == engine.network.native
+    assert (engine.drafter is not None) == engine.runner.native
     page = server.raw("GET", "/metrics", None)[2].decode()
     assert "tiercel_engine_drafts_proposed" in page and "tiercel_engine_drafts_accepted" in page
 

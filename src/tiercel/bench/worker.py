@@ -87,17 +87,20 @@ class Tiercel:
     def __init__(self, order: dict[str, Any]) -> None:
         import tiercel
         from tiercel.bench.traffic import weight_bytes
+        from tiercel.model.cpu_runner import CPURunner
         from tiercel.plan import parameter_count
 
         began = time.perf_counter()
-        self.network, self.states = self._load(order), None
+        self.network = self._load(order)
         self.device = order.get("device", "cpu")
         if self.device != "cpu":
             from tiercel.model.gpu_layout import move
             from tiercel.model.gpu_runner import GPURunner
 
             move(self.network, self.device)
-            self.states = GPURunner(self.network, 2 * order["rows"], order["longest"])
+            self.runner: Any = GPURunner(self.network, 2 * order["rows"], order["longest"])
+        else:
+            self.runner = CPURunner(self.network)
         loaded = time.perf_counter()
         config = self.network.config
         self.vocabulary = config.vocab_size
@@ -126,10 +129,10 @@ class Tiercel:
         return load.of_source(source, order["dtype"])
 
     def empty(self, rows: int) -> list[Any]:
-        return [(self.states or self.network).new_state() for _ in range(rows)]
+        return [self.runner.new_state() for _ in range(rows)]
 
     def feed(self, tokens_BL: torch.Tensor, memory: list[Any]) -> list[Any]:
-        (self.states or self.network)(list(tokens_BL.to(self.device)), memory, keep=1)
+        self.runner.forward(list(tokens_BL.to(self.device)), memory)
         return memory
 
     def fork(self, memory: list[Any]) -> list[Any]:

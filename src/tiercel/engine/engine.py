@@ -28,7 +28,7 @@ from collections.abc import Sequence as GenericSequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,10 +42,8 @@ from tiercel.engine.speculative import FIRST_STEPS, LENGTHS, MOST, Drafter, Spec
 from tiercel.engine.structured_output import Grammar, GrammarCompiler
 from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
-from tiercel.model.gpu_runner import GPURunner
-from tiercel.model.graph_cache import MOST_TOKENS
-from tiercel.model.pages import PAGE
-from tiercel.model.state import State, nbytes_together
+from tiercel.model.runner import Runner, SequenceState, runner_for
+from tiercel.model.state import nbytes_together
 from tiercel.ops import cpu
 from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece
@@ -56,8 +54,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("tiercel.engine")
 
 CACHE_SHARE, LARGEST_CACHE = 1 / 8, 4 << 30  # of the free memory when the engine starts
-PAGES = 8  # of a text, for which memory is at hand
-LEFT = 2  # snapshots of it: of the prompt's end and of its own
 READY = 3.0  # seconds that a start waits for that; the rest comes while nobody asks
 REHEARSAL = 2.0  # and for steps of every kind, which else an answer would wait for
 
@@ -114,18 +110,16 @@ class Engine:
         state_bytes: int | None = None,
         drafter: Callable[[Sequence], Drafter] | None = None,
         patience: float = PATIENCE,
+        runner: Runner | None = None,
     ) -> None:
         if slots < 1 or step_tokens < slots:
             raise RequestError(f"an engine needs slots, and as many step tokens, not {slots} and {step_tokens}")
-        self.model, self.network, self.max_queue, self.state_bytes = model, model.network, max_queue, state_bytes
-        if isinstance(self.network, Decoder) and self.network.embed.weight.device.type == "cuda":
-            # what an engine asks of a Decoder and its states it answers too
-            self.network = cast(Decoder, GPURunner(self.network, slots, model.max_length))
-        if isinstance(self.network, GPURunner) and state_bytes is None:
-            self.state_bytes = self.network.state_bytes
+        self.model, self.max_queue = model, max_queue
+        self.runner = runner_for(model.network, slots, model.max_length) if runner is None else runner
+        self.state_bytes = self.runner.state_bytes if state_bytes is None else state_bytes
         self.drafter, self.costs = drafter, StepCosts()
         self.scheduler = Scheduler(slots, step_tokens, patience)
-        self.cache = PrefixCache(self.network, _cache_budget() if cache_bytes is None else cache_bytes, spill)
+        self.cache = PrefixCache(self.runner, _cache_budget() if cache_bytes is None else cache_bytes, spill)
         self._stats = Stats()
         self._arrivals: deque[Sequence] = deque()  # filled by `add` from any thread, emptied by `step`
         self._news: list[Update] = []
@@ -178,7 +172,7 @@ class Engine:
         params.verify()
         if params.structured is not None and constraint is None and self.grammars is not None:
             constraint = self.grammars.compile(params.structured)
-        prompt, V = list(ids), self.network.config.vocab_size
+        prompt, V = list(ids), self.runner.config.vocab_size
         if wrong := next((token for token in prompt if not 0 <= token < V), None):
             raise RequestError(f"token id {wrong} is outside the vocabulary of {V}")
         if watch is not None and params.n != 1:
@@ -199,7 +193,7 @@ class Engine:
 
     def key_of(self, key: str, adapter: str | None) -> str:
         """Under which the cache keeps texts of a key; RequestError where there is no such adapter."""
-        return key if adapter is None else f"\0adapter {self.network.adapters[adapter].id}\0{key}"
+        return key if adapter is None else f"\0adapter {self.runner.adapters[adapter].id}\0{key}"
 
     def wears(self, adapter: str) -> bool:
         """Whether a request that has not ended wears it."""
@@ -214,7 +208,7 @@ class Engine:
     @cached_property
     def grid(self) -> int:
         """Tokens that a state can always be cut back by; 0: by any number."""
-        return self.network.new_state().grid
+        return self.runner.new_state().grid
 
     def queue(self, request: Request) -> None:
         self._arrivals.append(request.choices[0])
@@ -238,7 +232,7 @@ class Engine:
         """Have some more memory at hand for the answers to come, if there is not enough; whether that was done.
         For who has nothing else to do: it takes milliseconds."""
         with self._lock, contextlib.suppress(OSError):  # the system has none
-            (running, left), pool = self._at_hand, self.network.pool
+            (running, left), pool = self._at_hand, self.runner.allocator
             wanted = running + max(0, min(left, self.cache.budget - self.cache.nbytes))
             pool.keep = wanted + pool.SLAB  # a whole one goes back, or none
             return pool.ahead(wanted)
@@ -247,27 +241,22 @@ class Engine:
     @cached_property
     def _at_hand(self) -> tuple[int, int]:
         """Bytes of all slots' states with some pages each, and of the snapshots that they leave."""
-        if isinstance(self.network, GPURunner):
-            return self.network.pool.KEEP, 0
-        state = self.network.new_state()
-        state.reserve(PAGES * PAGE)
-        return self.scheduler.slots * state.nbytes, LEFT * self.scheduler.slots * state.own_nbytes
+        return self.runner.memory_targets(self.scheduler.slots)
 
     def _rehearse(self) -> None:
         """Capture the graphs of one sequence with draft tokens, then of one to all slots; and time them."""
         guesses = () if self.drafter is None else LENGTHS
         kinds = [[1 + length] for length in (0, *guesses)]
-        if self.network.native:
-            kinds += [[1] * texts for texts in range(2, min(self.scheduler.slots, MOST_TOKENS) + 1)]
-        states: list[State] = []
+        kinds += [[1] * texts for texts in range(2, min(self.scheduler.slots, self.runner.max_captured_tokens) + 1)]
+        states: list[SequenceState] = []
         until = time.perf_counter() + REHEARSAL
-        with self._lock, cpu.alone(self.network.native):
+        with self._lock, cpu.alone(self.runner.native):
             for kind in itertools.takewhile(lambda _: time.perf_counter() < until, kinds):
-                states += [self.network.new_state() for _ in kind[len(states) :]]
-                tokens = [torch.zeros(rows, dtype=torch.long, device=self.network.embed.weight.device) for rows in kind]
+                states += [self.runner.new_state() for _ in kind[len(states) :]]
+                tokens = [torch.zeros(rows, dtype=torch.long, device=self.runner.device) for rows in kind]
                 for _ in range(FIRST_STEPS + 1):
                     began = time.perf_counter()
-                    self.network(tokens, states[: len(kind)], keep=max(kind))
+                    self.runner.forward(tokens, states[: len(kind)], logits_to_keep=max(kind))
                     if len(kind) == 1:
                         self.costs.note(kind[0], time.perf_counter() - began)
                     for state in states:
@@ -343,7 +332,7 @@ class Engine:
 
     def step(self) -> list[Update]:
         """One forward, and what came of it; [] when there was nothing to do."""
-        with self._lock, cpu.alone(self.network.native):
+        with self._lock, cpu.alone(self.runner.native):
             self._arrive()
             self._make_room()
             self._open_choices(first=True)
@@ -400,7 +389,7 @@ class Engine:
         """Give it a state that holds as much of its text as is remembered."""
         request, tokens = choice.request, choice.tokens
         request.started_now()
-        choice.state = self.network.new_state(request.adapter)
+        choice.state = self.runner.new_state(request.adapter)
         found = self.cache.find(request.key, tokens, len(tokens) - 1)
         if found.snapshot is not None:
             choice.state.restore(found.snapshot)
@@ -463,12 +452,12 @@ class Engine:
 
     def _forward(self, rows: list[ScheduledSequence]) -> Iterator[tuple[ScheduledSequence, Tensor]]:
         """Each row with the logits of its last tokens: as many as were drafted, and one."""
-        device = self.network.embed.weight.device
+        device = self.runner.device
         tokens = [torch.tensor(row.tokens, device=device) for row in rows]
         keep = 1 + max(len(row.drafts) for row in rows)
         began = time.perf_counter()
         try:
-            logits = self.network(tokens, [_its(row) for row in rows], keep=keep)
+            logits = self.runner.forward(tokens, [_its(row) for row in rows], logits_to_keep=keep)
         except Exception as error:
             self._forward_failed(rows, error)
             return
@@ -481,7 +470,7 @@ class Engine:
         self, rows: list[ScheduledSequence], logits: GenericSequence[Tensor], began: float
     ) -> Iterator[tuple[ScheduledSequence, Tensor]]:
         """Each row with its logits; what a device chooses itself is chosen, and its next forward begun."""
-        if isinstance(self.network, GPURunner):
+        if self.runner.supports_async:
             try:
                 chosen = PendingTokens(rows, logits)
                 if len(chosen) == len(rows) and self._may_begin(rows):
@@ -516,7 +505,7 @@ class Engine:
         ahead = [ScheduledSequence(row.choice, 1) for row in rows]
         marks.keep(ahead, self.cache)
         states = [_its(row) for row in ahead]
-        self._begun = InFlightStep(ahead, list(states), self.network(tokens_B.clamp(min=0).split(1), states))
+        self._begun = InFlightStep(ahead, list(states), self.runner.forward(tokens_B.clamp(min=0).split(1), states))
 
     def _forward_failed(self, rows: list[ScheduledSequence], error: Exception) -> None:
         """Whose fault it was is not known: everybody of this step starts again from what is remembered, alone.
@@ -674,7 +663,7 @@ class Engine:
         return min(max(sum(choice.pending for choice in list(self.scheduler.waiting)) / self._speed, 1.0), 60.0)
 
 
-def _its(row: ScheduledSequence) -> State:
+def _its(row: ScheduledSequence) -> SequenceState:
     assert row.choice.state is not None
     return row.choice.state
 

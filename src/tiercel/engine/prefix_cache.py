@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tiercel.errors import FormatError, TiercelError
-from tiercel.model.decoder import Decoder
 from tiercel.model.pages import Page
+from tiercel.model.runner import Runner
 from tiercel.model.state import Snapshot
 
 PLACE = 8.0  # how much likelier it is that somebody comes back to the end of a text than to its middle
@@ -83,8 +83,8 @@ class Found:
 class PrefixCache:
     """budget: bytes of snapshots in memory; 0 keeps none.  spill: a folder for those that do not fit."""
 
-    def __init__(self, network: Decoder, budget: int, spill: Path | None = None) -> None:
-        self.network, self.budget, self.spill = network, budget, spill
+    def __init__(self, runner: Runner, budget: int, spill: Path | None = None) -> None:
+        self.runner, self.budget, self.spill = runner, budget, spill
         self.roots: dict[str, Node] = {}
         self.nodes: set[Node] = set()  # those with an entry
         self.nbytes = self.disk_bytes = 0
@@ -251,7 +251,7 @@ class PrefixCache:
         entry = node.entry
         assert entry is not None and entry.snapshot is not None
         file = folder / f"{secrets.token_hex(8)}.state"
-        state = self.network.new_state()
+        state = self.runner.new_state()
         state.restore(entry.snapshot)
         try:
             state.save(file)
@@ -269,7 +269,7 @@ class PrefixCache:
         assert entry is not None
         if entry.snapshot is None and entry.file is not None:
             try:
-                snapshot = self.network.load_state(entry.file).snapshot(ending=True)
+                snapshot = self.runner.load_state(entry.file).snapshot(ending=True)
             except FormatError:
                 return None
             self._forget_file(entry)

@@ -22,7 +22,7 @@ from tiercel.tokenizer.stream import Piece
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tiercel.model.state import State
+    from tiercel.model.runner import SequenceState
 
 
 class SampleController(Protocol):
@@ -72,7 +72,7 @@ class Request:
     looked_up: bool = False  # cached_tokens and why_not_cached are known
     inbox: deque[Update] = field(default_factory=deque)  # for `Engine.run`
     watch: SampleController | None = None
-    origin: tuple[State, Tensor] | None = None
+    origin: tuple[SequenceState, Tensor] | None = None
     spawn: Callable[[int], Sequence] | None = None  # the choice number i, not yet running
 
     @property
@@ -109,7 +109,7 @@ class Sequence(OutputProcessor):
         super().__init__(*arguments, **named)
         self.request = request
         self.tokens = list(request.prompt_ids)
-        self.state: State | None = None
+        self.state: SequenceState | None = None
         self.asleep = self.index > 0
         self.alone = False  # runs in a step of its own: it was there when a forward failed
         self.overtaken = 0  # prompt tokens of others that were read while this one had some to read

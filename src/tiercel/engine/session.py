@@ -54,7 +54,7 @@ class Session:
             snapshots = self.engine.cache.along(self._key, tokens)
             if not snapshots:
                 raise RequestError("there is nothing to save: no answer of this conversation is remembered")
-            state = self.engine.network.new_state(self.adapter)
+            state = self.engine.runner.new_state(self.adapter)
             state.restore(snapshots[-1])
             state.save(path, tokens[: state.length], snapshots[-1 - EARLIER : -1])
 
@@ -64,7 +64,7 @@ class Session:
         Raises FormatError: damaged, or of another model, dtype or version; RequestError: the cache has no room.
         """
         with self.engine.between_steps():
-            state, cache = self.engine.network.new_state(self.adapter), self.engine.cache
+            state, cache = self.engine.runner.new_state(self.adapter), self.engine.cache
             tokens, earlier = state.load(path)
             if len(tokens) != state.length:
                 raise FormatError(f"{path} is a saved state without its text, not a conversation")

@@ -31,6 +31,8 @@ class GPURunner:
     given as many as they may need, or as fit the GPU."""
 
     native = False
+    supports_async = True
+    max_captured_tokens = 0  # steps are captured by `CUDAGraphRunner`
 
     def __init__(self, network: Decoder, count: int, max_length: int, pages: int | None = None) -> None:
         place(network)
@@ -49,7 +51,15 @@ class GPURunner:
                 raise RequestError(f"{count} slots do not fit this GPU: serve fewer at once")
         self.slots = StateCache(network, count, max_length, wanted if pages is None else pages)
         self.graphs = CUDAGraphRunner(network, self.slots, sorted({n for n in CAPTURE_SIZES if n < count} | {count}))
-        self.pool = CachingAllocator()
+        self.allocator = CachingAllocator()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def memory_targets(self, slots: int) -> tuple[int, int]:
+        """See `Runner.memory_targets`: slots have their memory, only snapshots need some."""
+        return self.allocator.KEEP, 0
 
     @property
     def fingerprint(self) -> str:
@@ -78,18 +88,20 @@ class GPURunner:
         state.load(path)
         return state
 
-    def __call__(self, rows: Sequence[Tensor], states: Sequence[SlotHandle], *, keep: int = 1) -> list[Tensor]:
-        """Logits of the last `keep` tokens of every row, float32; the states grow."""
-        out: list[Tensor | None] = [None] * len(rows)
-        steps = [i for i, row in enumerate(rows) if len(row) == 1]
+    def forward(
+        self, tokens: Sequence[Tensor], states: Sequence[SlotHandle], *, logits_to_keep: int = 1
+    ) -> list[Tensor]:
+        """See `Runner.forward`."""
+        out: list[Tensor | None] = [None] * len(tokens)
+        steps = [i for i, row in enumerate(tokens) if len(row) == 1]
         with torch.no_grad():
             if steps:
-                logits_BV = self.graphs.step([states[i].slot for i in steps], torch.cat([rows[i] for i in steps]))
+                logits_BV = self.graphs.step([states[i].slot for i in steps], torch.cat([tokens[i] for i in steps]))
                 for i, logits_V in zip(steps, logits_BV.clone(), strict=True):
                     out[i] = logits_V.unsqueeze(0)
-            for i, row in enumerate(rows):
+            for i, row in enumerate(tokens):
                 if len(row) > 1:
-                    out[i] = self.slots.prefill(self.network, [states[i].slot], [row], keep=keep)
+                    out[i] = self.slots.prefill(self.network, [states[i].slot], [row], keep=logits_to_keep)
         return [logits for logits in out if logits is not None]
 
 
@@ -155,7 +167,7 @@ class SlotHandle:
             return []
         numbers = torch.tensor([self.slots.pages[self.slot][i] for i in which], device=self.slots.device)
         flat = torch.cat([torch.stack((m.k[numbers], m.v[numbers]), 1).flatten(1) for m in caches], 1).cpu()
-        pool = self.owner.pool
+        pool = self.owner.allocator
         return [Page(pool.one(len(row), dtype=row.dtype, device=row.device).copy_(row)) for row in flat]
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -202,7 +214,7 @@ class SlotHandle:
     def _on_host(self) -> State:
         owner = self.owner
         mixers = [layer.mixers for layer in owner.config.layers]
-        return State(mixers, self.slots.dtype, torch.device("cpu"), owner.fingerprint, owner.pool)
+        return State(mixers, self.slots.dtype, torch.device("cpu"), owner.fingerprint, owner.allocator)
 
 
 def _parts(slots: StateCache) -> list[AttentionSlots | Mamba2Slots]:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from tiercel.model.config import Mixer
 from tiercel.model.layer_state import AttentionState, LayerState, RecurrentState, layer_state
 from tiercel.model.pages import Page, Pages
 from tiercel.runtime.allocator import CachingAllocator, memory
+
+if TYPE_CHECKING:
+    from tiercel.model.runner import SequenceState
 
 SEGMENT = 1024  # keys of one partial sum, where few queries meet many keys (SEGMENT in ops/cpu/kernels.h)
 SPLIT = 8  # new tokens up to which that is done
@@ -59,7 +63,7 @@ class Snapshot:
         return self.own_nbytes + sum(page.nbytes for page in self.pages)
 
 
-def nbytes_together(held: Iterable[State | Snapshot]) -> int:
+def nbytes_together(held: Iterable[SequenceState | Snapshot]) -> int:
     """What several states and snapshots take, pages that they share counted once.  Free pages in pools do not count."""
     pages: set[Page] = set()
     own = 0

@@ -28,11 +28,11 @@ class Scores:
         """On the engine's thread.  The last one leaves the text in the cache: the answer does not read it again."""
         import torch
 
-        network = self.engine.network
-        self.state = self.state or network.new_state()
+        runner = self.engine.runner
+        self.state = self.state or runner.new_state()
         chunk = self.ids[self.read : self.read + CHUNK]
-        tokens_L = torch.tensor(chunk, device=network.embed.weight.device)
-        logits_LV = network(tokens_L, self.state, keep=len(chunk))
+        tokens_L = torch.tensor(chunk, device=runner.device)
+        (logits_LV,) = runner.forward([tokens_L], [self.state], logits_to_keep=len(chunk))
         following = self.ids[self.read + 1 : self.read + 1 + len(chunk)]
         for logits_V, token in zip(logits_LV, following, strict=False):
             self.entries.append(top_logprobs(logits_V, token, self.top))
