@@ -48,7 +48,7 @@ class Block(nn.Module):
         """x: (T, D) → (T, D).  memories: for each mixer, what every row remembers (None: nothing)."""
         h_TD = self.mixer_norm(x_TD)
         precomputed = self.joint(h_TD) if self.joint is not None and batch.step and self.joint.holds() else {}
-        given = {"ready": precomputed} if precomputed else {}
+        given = {"precomputed": precomputed} if precomputed else {}
         runs = [partial(mix, h_TD, batch, m, **given) for mix, m in zip(self.mixers.values(), states, strict=True)]
         mixed = batch.side_by_side(runs)
         if self.feed_forward is None:
