@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGE, PLOT = HERE.parent / "docs" / "long-context.md", HERE.parent / "docs" / "long-context.svg"
+PAGE, PLOT = HERE.parent / "docs" / "long-context.md", HERE.parent / "docs" / "assets" / "long-context.svg"
 LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 CHUNK, STEPS, TRIES = 512, 16, 2
 OURS, THEIRS = "falcon-h1", "llama"
@@ -131,7 +131,7 @@ def page(kept: dict[str, Any]) -> str:
     seven = random_layout("falcon-h1:7b").config
     ha, hb = (forecast(c, machine("h100"), context=32_768) for c in (seven, transformer_of(seven)))
     out += [
-        "", "![prefill, decode and cache against context](long-context.svg)", "",
+        "", "![prefill, decode and cache against context](assets/long-context.svg)", "",
         "## Beside the popular description of Falcon-H1R", "",
         f"| claim | measured at {n:,} | what the arithmetic says of the 7B in bf16 at 32K |", "|---|---:|---|",
         f"| 33 % faster prefill | {faster:+.0%} | the products are the same for equal parameters; the scan costs some, "
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--keep", type=Path, default=HERE / "results" / "long_context.json")
     parser.add_argument("--again", action="store_true", help="measure --lengths again, and keep what is faster")
-    parser.add_argument("--write", action="store_true", help="measure nothing: docs/long-context.md and .svg")
+    parser.add_argument("--write", action="store_true", help="measure nothing: docs/long-context.md and its plot")
     args = parser.parse_args()
     from tiercel.bench import cores
     from tiercel.commands.doctor import cpu_name

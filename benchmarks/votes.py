@@ -8,7 +8,7 @@ Problems are `tiercel.problems`' held-out ones, of the sizes that the reasoner w
 temperature 0.6 and at 1.5) and larger (--larger of a family); the families' own checkers say what is right.  Each is
 answered --pool times in full, in one vote of the engine, so that its prompt is read once; votes of K are then drawn
 from these traces (voting/pool.py), and every method sees the same draws.  Each problem is a line of --traces as soon
-as it is done: started again, the script goes on.  Prints the tables, and writes docs/votes.svg and docs/votes.json.
+as it is done: started again, the script goes on.  Prints the tables, and writes docs/assets/votes.svg and votes.json.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--traces", type=Path, default=Path(tempfile.gettempdir()) / "tiercel-votes.jsonl")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "votes")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "assets" / "votes")
     args = parser.parse_args()
     make(args)
     sets = {name: counted(args, name, part) for name, part in problems(args.each, args.larger).items() if part}

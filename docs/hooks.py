@@ -19,6 +19,7 @@ ROOT_PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "se
               "changelog.md": "CHANGELOG.md"}  # fmt: skip
 SOURCE_URL = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Source"]
 LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)\s]+)(?=\))")
+SOURCE_PAGES = {"src/tiercel/serve/settings.py": "settings.md", "src/tiercel/commands/cli.py": "command-line.md"}
 PICTURES = (".svg", ".png")
 COMMAND_LINE_INTRO = """\
 `tiercel COMMAND --help` prints the same. `--json` prints one JSON value instead of text, an error included.
@@ -52,7 +53,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def _moved(markdown: str, folder: str, files: Files) -> str:
-    pages = {source: page for page, source in ROOT_PAGES.items()}
+    pages = SOURCE_PAGES | {source: page for page, source in ROOT_PAGES.items()}
 
     def target(match: re.Match[str]) -> str:
         path, mark, anchor = match[1].partition("#")

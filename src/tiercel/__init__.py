@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # torch's OpenMP threads wait for one another by spinning, 300,000 turns by default.  Where another program wants the
-# cores too, each wait costs a time slice: two decoders on two cores, 0.5 tokens/s in place of 20 (docs/log.md).  Three
+# cores too, each wait costs a time slice: two decoders on two cores, 0.5 tokens/s in place of 20 (docs/history.md).  Three
 # thousand turns cost nothing measurable when it is quiet.  Read when torch is loaded, hence here; a set value is kept.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 

@@ -37,7 +37,7 @@ def read(engine):
 
 
 def test_where_the_kernels_run_torch_has_one_thread_in_a_step_and_all_of_its_own_after_it():
-    """Its loops on two threads wait for a core each, which stops a busy machine (docs/log.md, 2026-11-28)."""
+    """Its loops on two threads wait for a core each, which stops a busy machine (docs/history.md, 2026-11-28)."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -401,7 +401,7 @@ def touched(pool):
 
 @pytest.mark.usefixtures("slabs_for_small_things")
 def test_memory_for_all_slots_and_what_they_leave_is_there_before_they_come():
-    """The system gives it slowly: an answer's first token came 50 ms late for that (docs/log.md, 2026-11-28)."""
+    """The system gives it slowly: an answer's first token came 50 ms late for that (docs/history.md, 2026-11-28)."""
     network = tiny.network()
     e = engine(network, slots=3)
     e.add(ids(4, seed=9), greedy(2)), run(e)  # a first one makes what lasts

@@ -131,7 +131,7 @@ def from_probe(name: str, memory: int, free: int, seconds: Mapping[str, float]) 
 
 # ── the table
 
-# Operations per core and clock of our kernels where eight-bit products are AVX2's or AVX-512 VNNI's: docs/log.md,
+# Operations per core and clock of our kernels where eight-bit products are AVX2's or AVX-512 VNNI's: docs/history.md,
 # "packed products": Q4_K, two threads, 512 rows 340 GOP/s at 2.8 GHz (AVX2) and 700 at 2.6 GHz (VNNI), eight rows
 # 250 and 355.  bf16 and float32 there: 32 lanes of FMA at three quarters.
 PACKED = {"avx2": (45.0, 61.0), "vnni": (68.0, 130.0), "neon": (12.0, 16.0)}
@@ -148,11 +148,11 @@ def _cpu(name: str, gb: int, bandwidth: float, cores: int, ghz: float, isa: str,
     few, many = (rate * hz for rate in PACKED[isa])
     slow_few, slow_many = (rate * hz for rate in FLOATS[isa])
     floats = Product(read * SHARE, slow_few, slow_many)
-    one = min(read * SHARE, 0.2 * few)  # docs/log.md: from the cache 50 GB/s where eight rows reach 250 GOP/s
+    one = min(read * SHARE, 0.2 * few)  # docs/history.md: from the cache 50 GB/s where eight rows reach 250 GOP/s
     return Machine(
         name, gb << 30, (gb << 30) - (3 << 30),
         {"packed": Product(one, few, many), "BF16": floats, "F32": floats},
-        # shares of the clock from bench/probe.py on the two AVX2 cores of docs/log.md
+        # shares of the clock from bench/probe.py on the two AVX2 cores of docs/history.md
         attend=15 * hz, attend_read=0.6 * read, scan=1.2 * hz, scan_read=0.6 * read, scan1=0.07 * hz,
         scan1_read=0.22 * hz, layer_s=2e-5, read=read, source=source,
         flow=min(2 * hz, 0.5 * read),  # the same on two Zen-5 cores
