@@ -78,3 +78,34 @@ def test_commands_exist(page):
 
 def test_the_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").exists()
+
+
+MIXERS = {"falcon_h1": "attention+mamba2", "llama": "attention", "qwen2": "attention", "mamba": "mamba1/-",
+          "mamba2": "mamba2/-", "bamba": "mamba2 attention", "jamba": "mamba1 attention",
+          "pattern": "attention mamba2"}  # fmt: skip
+
+
+def runs_on_gpu(family: str) -> bool:
+    import tiny
+    from tiercel.errors import RequestError
+    from tiercel.model.state_cache import StateCache
+
+    try:
+        StateCache(tiny.network(MIXERS[family], native=False), 1, 64)
+    except RequestError:
+        return False
+    return True
+
+
+def test_the_matrix_of_the_readme_is_true():
+    """GPU, GGUF in and GGUF out as the code has them; CPU, quantized, LoRA and served hold for every family."""
+    from tiercel.families import FAMILIES
+
+    table = re.search(r"<!-- matrix.*?<!-- end -->", (ROOT / "README.md").read_text(), flags=re.DOTALL)[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")][2:]
+    assert [row[0] for row in rows] == [family.name for family in FAMILIES]
+    for family, row in zip(FAMILIES, rows, strict=True):
+        assert set(family.model_types) <= set(re.findall(r"`(\w+)`", row[1])), row
+        marks = [cell.startswith("✓") for cell in row[2:]]
+        gguf = [family.read_gguf is not None, family.write_gguf is not None]
+        assert marks == [True, runs_on_gpu(family.name), *gguf, True, True, True], row

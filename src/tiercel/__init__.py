@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# torch's OpenMP threads wait for one another by spinning, 300,000 turns by default.  Where another program wants the
-# cores too, each wait costs a time slice: two decoders on two cores, 0.5 tokens/s in place of 20 (docs/history.md).  Three
-# thousand turns cost nothing measurable when it is quiet.  Read when torch is loaded, hence here; a set value is kept.
+# OpenMP threads spin 300,000 turns before they sleep.  Where another program wants the cores, each wait costs a time
+# slice: two decoders on two cores, 0.5 tokens/s in place of 20 (docs/history.md).  Three thousand turns cost nothing
+# measurable on a quiet machine.  Read when torch is loaded, hence here; a value that is set is kept.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 _HOME = {
