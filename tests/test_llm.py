@@ -81,7 +81,7 @@ def test_thoughts_are_kept_apart_in_a_chat(tmp_path):
         [*model.tokenizer.encode("<think>why</think>Because"), *model.tokenizer.encode("<|end|>", special=True)]
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tiercel.sampling.params.Sampler.sample", lambda self, logits: next(said))
+        patch.setattr("tiercel.sampling.sampler.Sampler.sample", lambda self, logits: next(said))
         out = model.generate("Hi", SamplingParams(max_tokens=99))
     assert (out, out.thinking, out.finish_reason) == ("Because", "why", "stop")
 

@@ -12,16 +12,9 @@ import pytest
 import torch
 
 from tiercel.errors import RequestError, TiercelError
-from tiercel.sampling.params import (
-    Repetition,
-    Sampler,
-    SamplingParams,
-    Structured,
-    bad_word_ids,
-    draw,
-    top_logprobs,
-    uniform,
-)
+from tiercel.sampling.logprobs import top_logprobs
+from tiercel.sampling.params import Repetition, SamplingParams, Structured
+from tiercel.sampling.sampler import Sampler, bad_word_ids, draw, uniform
 
 V = 50
 
@@ -218,7 +211,7 @@ def test_the_draw_never_takes_a_token_that_is_out() -> None:
 
 
 def text_of(seed: int | None, steps: int = 40, choice: int = 0) -> list[int]:
-    sampler = Sampler(SamplingParams(seed=seed), [], V, choice=choice)
+    sampler = Sampler(SamplingParams(seed=seed), [], V, index=choice)
     for step in range(steps):
         sampler.accept(sampler.sample(logits(step)))
     return sampler.output_ids

@@ -33,7 +33,8 @@ from tiercel.hub import hub
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import move
-from tiercel.sampling.params import Logprob, SamplingParams
+from tiercel.sampling.logprobs import Logprob
+from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.voting import Vote, VoteSettings, vote

@@ -16,7 +16,8 @@ import torch
 from test_text_stream import make
 from tiercel.engine.structured_output import GrammarCompiler
 from tiercel.errors import RequestError
-from tiercel.sampling.params import Sampler, SamplingParams, Structured
+from tiercel.sampling.params import SamplingParams, Structured
+from tiercel.sampling.sampler import Sampler
 
 SCHEMA = {
     "type": "object",
@@ -157,8 +158,8 @@ def test_a_form_and_limits_that_contradict_it_are_refused_when_it_shows(grammars
     from tiercel.sampling.constraints import TokenConstraints
 
     params = SamplingParams(structured=Structured(regex="a+"), allowed_token_ids=[5], max_tokens=9)
-    steering = TokenConstraints.of(grammars.tokenizer, params, grammar=grammars.compile(params.structured))
-    sampler = Sampler(params, [1], grammars.tokenizer.vocab_size, steering=steering)
+    constraints = TokenConstraints.of(grammars.tokenizer, params, grammar=grammars.compile(params.structured))
+    sampler = Sampler(params, [1], grammars.tokenizer.vocab_size, constraints=constraints)
     with pytest.raises(RequestError, match="no token is left"):
         sampler.sample(torch.zeros(grammars.tokenizer.vocab_size))
 

@@ -45,7 +45,7 @@ def test_a_schema_asked_for_by_any_name_is_followed(model):
 def test_thoughts_within_a_budget_and_then_the_form(model):
     params = SamplingParams(structured={"json": SCHEMA}, thinking_budget=5, max_tokens=200, seed=1)
     (choice,) = answers(Engine(model), [(PROMPT, params, {"thinking": "auto", "starts_in_thinking": True})])
-    assert choice.steering.thinking_tokens == 5 and choice.thoughts
+    assert choice.constraints.thinking_tokens == 5 and choice.thoughts
     assert json.loads(choice.text)["a"] in ("x", "yy")
 
 

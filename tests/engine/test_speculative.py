@@ -10,7 +10,8 @@ import torch
 
 import tiny
 from tiercel.engine.speculative import ModelDrafter, NgramDrafter, Speculation, StepCosts
-from tiercel.sampling.params import Sampler, SamplingParams
+from tiercel.sampling.params import SamplingParams
+from tiercel.sampling.sampler import Sampler
 from tiny import ids
 
 KINDS = [tiny.EVERY_KIND, "mamba1/-", "mamba2", "attention", "attention+mamba2"]
@@ -34,7 +35,7 @@ class SpeculativeRun:
 
     def __init__(self, net, prompt, params, choice=0):
         self.tokens, self.start, self.state = list(prompt), len(prompt), net.new_state()
-        self.sampler = Sampler(params, prompt, V, choice=choice)
+        self.sampler = Sampler(params, prompt, V, index=choice)
         self.logprobs = []
         logits = net(torch.tensor(prompt), self.state, keep=1)
         self.take(accepted(logits, [], self.sampler))

@@ -5,7 +5,8 @@ import torch
 
 from tiercel.model.device_sampler import DeviceSampler
 from tiercel.ops.sampling import choose
-from tiercel.sampling.params import Sampler, SamplingParams
+from tiercel.sampling.params import SamplingParams
+from tiercel.sampling.sampler import Sampler
 
 V = 3000
 PARAMS = [

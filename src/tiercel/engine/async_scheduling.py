@@ -42,7 +42,7 @@ class PendingTokens:
         free = [
             (row.choice.sampler, row_logits[-1])
             for row, row_logits in zip(rows, logits, strict=True)
-            if row.choice.length == len(row.choice.tokens) and not row.drafts and row.choice.sampler.free
+            if row.choice.length == len(row.choice.tokens) and not row.drafts and row.choice.sampler.device_sampled
         ]
         self.samplers = [sampler for sampler, _ in free]
         if not free:
@@ -50,9 +50,12 @@ class PendingTokens:
         logits_BV = torch.stack([logits_V for _, logits_V in free])
         params = [sampler.params for sampler in self.samplers]
         columns = [
-            [0.0 if p.greedy else p.temperature for p in params], [p.min_p for p in params],
-            [float(max(p.top_k, 0)) for p in params], [p.top_p for p in params], [s.u for s in self.samplers],
-        ]  # fmt: skip
+            [0.0 if p.greedy else p.temperature for p in params],
+            [p.min_p for p in params],
+            [float(max(p.top_k, 0)) for p in params],
+            [p.top_p for p in params],
+            [sampler.next_uniform for sampler in self.samplers],
+        ]
         t, min_p, k, top_p, u = torch.tensor(columns, dtype=torch.float64).to(logits_BV.device, non_blocking=True)
         self.tokens_B = choose(logits_BV, t.float(), min_p, k.long(), top_p, u)
         finite = logits_BV.amax(1).isfinite()  # the sampler says what is wrong with the others
@@ -75,4 +78,4 @@ class PendingTokens:
         if self.there is not None:
             self.there.synchronize()
         for sampler, token in zip(self.samplers, self.told_B.tolist(), strict=True):
-            sampler.ahead = token if token >= 0 else None
+            sampler.device_token = token if token >= 0 else None

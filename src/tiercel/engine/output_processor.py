@@ -14,7 +14,9 @@ from torch import Tensor
 
 from tiercel.errors import ContextOverflow, RequestError
 from tiercel.sampling.constraints import TokenConstraints
-from tiercel.sampling.params import Logprob, Sampler, SamplingParams, bad_word_ids
+from tiercel.sampling.logprobs import Logprob
+from tiercel.sampling.params import SamplingParams
+from tiercel.sampling.sampler import Sampler, bad_word_ids
 from tiercel.tokenizer.stream import Piece
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class OutputProcessor:
         self.logprobs: list[dict[int, Logprob]] | None = [] if wanted else None
         self.cumulative_logprob: float | None = 0.0 if wanted else None
         self.eos = tokenizer.eos if tokenizer is not None else frozenset()
-        self.steering = TokenConstraints.of(
+        self.constraints = TokenConstraints.of(
             tokenizer, params, grammar=grammar, thinking=thinking, starts_in_thinking=starts_in_thinking
         )
         self.sampler = self._sampler(vocab_size)
@@ -102,8 +104,8 @@ class OutputProcessor:
             vocab_size,
             eos=eos,
             bad_words=words,
-            choice=self.index,
-            steering=self.steering,
+            index=self.index,
+            constraints=self.constraints,
         )
 
     def _note(self, token: int) -> None:
@@ -117,8 +119,8 @@ class OutputProcessor:
             self.finish_reason = "stop"
         elif token in (self.params.stop_token_ids or ()):
             self.finish_reason, self.stop_reason = "stop", token
-        elif self.steering is not None and self.steering.finish_reason is not None:
-            self.finish_reason = self.steering.finish_reason
+        elif self.constraints is not None and self.constraints.finish_reason is not None:
+            self.finish_reason = self.constraints.finish_reason
         elif len(self.token_ids) >= self.room:
             self.finish_reason = "length"
 

@@ -16,7 +16,8 @@ from tiercel.engine.output_processor import OutputProcessor
 from tiercel.engine.speculative import Speculation
 from tiercel.errors import TiercelError
 from tiercel.generate import Times
-from tiercel.sampling.params import Logprob, SamplingParams
+from tiercel.sampling.logprobs import Logprob
+from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece
 
 if TYPE_CHECKING:

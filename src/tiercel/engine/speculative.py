@@ -29,7 +29,7 @@ from torch import Tensor
 
 from tiercel.model.decoder import Decoder
 from tiercel.model.state import Snapshot
-from tiercel.sampling.params import Sampler, draw, uniform
+from tiercel.sampling.sampler import Sampler, draw, uniform
 
 LENGTHS = (1, 3, 7)  # guesses in one step: a few kinds of step, because each is recorded once (model/graph_cache.py)
 MOST = LENGTHS[-1]
@@ -143,7 +143,7 @@ class ModelDrafter:
             return int(logits_V.argmax())
         params, position = self.sampler.params, len(self.sampler.output_ids) + ahead
         scaled_V = (logits_V - logits_V.max()).cpu() / params.temperature
-        return draw(scaled_V, uniform(self.sampler.seed, self.sampler.choice, position))
+        return draw(scaled_V, uniform(self.sampler.seed, self.sampler.index, position))
 
     def _step(self, tokens: Sequence[int]) -> Tensor:
         device = self.network.embed.weight.device

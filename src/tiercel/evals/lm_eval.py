@@ -22,7 +22,7 @@ import tiercel
 from tiercel.errors import RequestError
 from tiercel.evals.answers import Ask, Question
 from tiercel.evals.local import LocalModel, Scorer
-from tiercel.sampling.params import LONGEST_STRING, MOST_STRINGS
+from tiercel.sampling.fields import MAX_STRING_BYTES, MAX_STRINGS
 
 NEW_TOKENS = 256  # lm-eval's own default
 
@@ -126,7 +126,7 @@ class TiercelLM(TemplateLM):
             until = [kwargs["until"]] if isinstance(kwargs.get("until"), str) else list(kwargs.get("until") or [])
             new = int(kwargs.get("max_gen_toks", kwargs.get("max_new_tokens", NEW_TOKENS)))
             sampled = kwargs.get("do_sample", float(kwargs.get("temperature") or 0) > 0)
-            stops = [stop for stop in until if 0 < len(stop.encode()) <= LONGEST_STRING][:MOST_STRINGS]
+            stops = [stop for stop in until if 0 < len(stop.encode()) <= MAX_STRING_BYTES][:MAX_STRINGS]
             ask = Ask(
                 chat=False, samples=1, max_tokens=new,
                 temperature=float(kwargs.get("temperature") or 1) if sampled else 0.0,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tiercel.ops.sampling import choose
-from tiercel.sampling.params import SamplingParams, uniform
+from tiercel.sampling.params import SamplingParams
+from tiercel.sampling.sampler import uniform
 
 AHEAD = 64  # numbers that a slot has; `refill` before they are used up
 

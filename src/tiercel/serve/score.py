@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tiercel.sampling.params import Logprob, top_logprobs
+from tiercel.sampling.logprobs import Logprob, top_logprobs
 from tiercel.serve.models import Lease
 
 CHUNK = 64  # tokens of logits at once: a vocabulary of 128K is 32 MB of them

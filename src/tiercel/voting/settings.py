@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tiercel.errors import RequestError
-from tiercel.sampling.params import is_integer, is_real, refuse
+from tiercel.sampling.fields import is_integer, is_real, refuse
 from tiercel.voting.confidence import TOP, WEIGHTS, WINDOW
 
 KEEP = {"majority": 100.0, "weighted": 100.0, "filtered-low": 10.0, "filtered-high": 90.0, "deepconf-low": 10.0,

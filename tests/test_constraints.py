@@ -13,7 +13,8 @@ from test_text_stream import make, spell
 from tiercel.engine.structured_output import GrammarCompiler
 from tiercel.errors import RequestError
 from tiercel.sampling.constraints import RepetitionDetector, TokenConstraints
-from tiercel.sampling.params import Repetition, Sampler, SamplingParams, Structured
+from tiercel.sampling.params import Repetition, SamplingParams, Structured
+from tiercel.sampling.sampler import Sampler
 
 KINDS = ["llama-bpe", "flagged", "untagged"]  # tags are tokens; special tokens; letters
 SCHEMA = {
@@ -48,31 +49,31 @@ class Model:
         return row
 
 
-def steered(tokenizer, params, grammars=None, **options):
+def constrained(tokenizer, params, grammars=None, **options):
     grammar = grammars.compile(params.structured) if params.structured is not None else None
     return TokenConstraints.of(tokenizer, params, grammar=grammar, **options)
 
 
 def run(tokenizer, model, params, grammars=None, draft=None, **options):
-    """(ids, thoughts, answer, steering); draft: guesses, as a function of what was said."""
-    steering = steered(tokenizer, params, grammars, **options)
-    sampler = Sampler(params, [1], model.V, eos=tokenizer.eos, steering=steering)
+    """(ids, thoughts, answer, constraints); draft: guesses, as a function of what was said."""
+    constraints = constrained(tokenizer, params, grammars, **options)
+    sampler = Sampler(params, [1], model.V, eos=tokenizer.eos, constraints=constraints)
     said = []
     while len(said) < params.max_tokens:
         guess = draft(said) if draft else []
         rows = [model.logits(said + guess[:k]) for k in range(len(guess) + 1)]
         for token in accepted(torch.stack(rows), guess, sampler):
             said.append(token)
-            if token in tokenizer.eos or (steering and steering.finish_reason) or len(said) == params.max_tokens:
+            if token in tokenizer.eos or (constraints and constraints.finish_reason) or len(said) == params.max_tokens:
                 break
-        if said[-1] in tokenizer.eos or (steering and steering.finish_reason):
+        if said[-1] in tokenizer.eos or (constraints and constraints.finish_reason):
             break
     stream = tokenizer.stream(
         thinking=options.get("thinking", "off"), starts_in_thinking=options.get("starts_in_thinking", False)
     )
     pieces = [p for id in said for p in stream.push(id)] + stream.finish()
     joined = {kind: "".join(p.text for p in pieces if p.kind == kind) for kind in ("thinking", "text")}
-    return said, joined["thinking"], joined["text"], steering
+    return said, joined["thinking"], joined["text"], constraints
 
 
 AUTO = {"thinking": "auto", "starts_in_thinking": True}
@@ -86,15 +87,15 @@ def test_thoughts_end_at_their_budget_and_the_answer_follows(kind, budget, opene
     for seed in range(10):
         params = SamplingParams(thinking_budget=budget, seed=seed, max_tokens=60, ignore_eos=True)
         script = [] if opened == "by the prompt" else open_tag(tokenizer)
-        said, thoughts, answer, steering = run(
+        said, thoughts, answer, constraints = run(
             tokenizer,
             Model(tokenizer, script, seed),
             params,
             thinking="auto",
             starts_in_thinking=opened == "by the prompt",
         )
-        assert answer and steering.thinking_tokens <= budget
-        assert steering.thinking_tokens == budget or len(thoughts) < 60
+        assert answer and constraints.thinking_tokens <= budget
+        assert constraints.thinking_tokens == budget or len(thoughts) < 60
         if kind != "untagged":
             assert tokenizer.id_of("</think>") in said
 
@@ -123,11 +124,11 @@ def test_thoughts_are_free_and_the_answer_has_its_form(kind, opened, grammars):
     }
     for seed in range(12):
         params = SamplingParams(structured=FORM, thinking_budget=9, seed=seed, max_tokens=200)
-        said, thoughts, answer, steering = run(
+        said, thoughts, answer, constraints = run(
             tokenizer, Model(tokenizer, script, seed), params, grammars[kind], **options
         )
         assert json.loads(answer)["a"] in ("x", "yy")
-        assert steering.finish_reason == "stop" or said[-1] in tokenizer.eos
+        assert constraints.finish_reason == "stop" or said[-1] in tokenizer.eos
         assert bool(thoughts) == (opened in ("by the prompt", "by the model")) or (opened == "not at all")
 
 
@@ -165,16 +166,16 @@ def test_an_answer_in_circles_ends_and_thoughts_in_circles_are_closed():
     tokenizer = make("llama-bpe")
     round_ = spell(tokenizer, "over and ")
     params = SamplingParams(temperature=0, repetition_detection={"min_count": 3, "min_tokens": 20}, max_tokens=300)
-    said, _, _, steering = run(tokenizer, Model(tokenizer, round_ * 20), params)
-    assert steering.finish_reason == "loop" and len(said) == 27
-    said, thoughts, answer, steering = run(tokenizer, Model(tokenizer, round_ * 4), params, **AUTO)
+    said, _, _, constraints = run(tokenizer, Model(tokenizer, round_ * 20), params)
+    assert constraints.finish_reason == "loop" and len(said) == 27
+    said, thoughts, answer, constraints = run(tokenizer, Model(tokenizer, round_ * 4), params, **AUTO)
     assert thoughts == "over and " * 3 and answer and said[27] == tokenizer.id_of("</think>")
 
 
 def test_circles_are_runs_of_any_length_within_bounds_and_nothing_else():
     def first(tokens, **rule):
-        circles = RepetitionDetector(Repetition(**rule))
-        return next((n for n, token in enumerate(tokens, 1) if circles.add(token)), None)
+        detector = RepetitionDetector(Repetition(**rule))
+        return next((n for n, token in enumerate(tokens, 1) if detector.add(token)), None)
 
     assert first([5] * 300) == 96 and first(list(range(60)) * 5) == 240 and first(list(range(256)) * 5) == 1024
     assert first(list(range(257)) * 6) is None and first([1, 2] * 40 + [3] + [1, 2] * 40) is None
