@@ -13,7 +13,7 @@ later block has what the earlier ones left of the budget.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,10 +25,34 @@ from tiercel.tokenizer.control import THINK_TAGS
 from tiercel.tokenizer.stream import TextStream
 from tiercel.tokenizer.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from tiercel.engine.structured_output import Grammar
-
 WHITESPACE = b" \t\r\n"
+
+
+class Matcher(Protocol):
+    """Where an answer is in its grammar (engine/structured_output.py)."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the form is complete: only the end can follow."""
+
+    def mask(self, V: int) -> Tensor:
+        """Return which tokens may come next, (V,) bool."""
+
+    def allows(self, token: int) -> bool:
+        """Whether a token may come next."""
+
+    def accept(self, token: int) -> None:
+        """Append a token."""
+
+    def restart(self) -> None:
+        """Go back to the start of the grammar."""
+
+
+class Grammar(Protocol):
+    """A compiled grammar."""
+
+    def start(self) -> Matcher:
+        """Return a matcher at its start."""
 
 
 class TokenConstraints:
