@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 import tiny
-from tiercel.serve.app import Server, Service
+from tiercel.serve.app import Server
+from tiercel.serve.service import Service
 from tiercel.serve.settings import Settings
 
 THINKS = (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiercel
-from tiercel.serve.app import Service
+from tiercel.serve.service import Service
 from tiercel.train.lora import adapt, save
 from tiercel.weights import load as weights
 

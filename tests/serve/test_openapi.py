@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tiercel.serve.app import routes
+from tiercel.serve.routes import routes
 
 
 def test_every_route_is_described(server):

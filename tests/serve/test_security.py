@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from tiercel.errors import RequestError
-from tiercel.serve.app import routes
+from tiercel.serve.routes import routes
 from tiercel.serve.settings import Settings
 
 KEY = "a-long-secret"

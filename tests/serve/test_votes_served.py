@@ -110,10 +110,10 @@ def test_the_page_describes_it(server):
 def test_the_command_line_asks_a_running_server(server):
     from tiercel.sampling.params import SamplingParams
     from tiercel.serve.client import Client
-    from tiercel.serve.remote import ServerTalker
+    from tiercel.serve.remote import RemoteBackend
     from tiercel.voting import VoteSettings
 
-    talker, seen = ServerTalker(Client("127.0.0.1", server.port), "tiny"), []
+    talker, seen = RemoteBackend(Client("127.0.0.1", server.port), "tiny"), []
     params = SamplingParams(max_tokens=9, temperature=9, seed=3)
     told = talker.vote(HI, params, VoteSettings(k=5), seen.append)
     assert told["traces"] == 5 and told["text"] and seen and seen[-1]["k"] == 5

@@ -158,9 +158,9 @@ def _open(name: str, dtype: str, context: int | None, **packing: Any) -> ChatBac
     from tiercel.commands.chat import waiting
 
     if dtype == "auto" and context is None and not packing:
-        from tiercel.serve.remote import ServerTalker
+        from tiercel.serve.remote import RemoteBackend
 
-        if (talker := ServerTalker.find(name)) is not None:
+        if (talker := RemoteBackend.find(name)) is not None:
             return talker
     with waiting(f"loading {name}") as report:
         return open_talker(name, dtype, context, report, **packing)

@@ -1,7 +1,8 @@
-"""The engine over HTTP: Ollama's API, OpenAI's API, and a page to chat on.
+"""The engine over HTTP: OpenAI's API, Ollama's API, and a page to chat on.
 
-app.py        routes, drain, the server's life        security.py   who may call
-ollama.py     /api/…      library.py  its models      openai.py     /v1/…        responses.py  /v1/responses
-talk.py       a question → its answer, no dialect     stream.py     bytes to a client
-models.py     what is in memory, and for how long     settings.py   every limit
+app.py         the application and its server    routes.py      the table of routes    security.py  who may call
+openai/        /v1/…                             ollama/        /api/…                 page/        the chat page
+body.py        a request's body, checked         stream.py      bytes to a client      errors.py    status and body
+prompt.py      messages → a request              generation.py  a request → deltas     types.py     what both are
+models.py      which models are in memory        service.py     what routes share      settings.py  every limit
 """

@@ -1,4 +1,4 @@
-"""The command line's own client: is a server running here, and what does it say.  Standard library only."""
+"""The command line's own client.  Standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from tiercel.errors import ModelNotFound, RequestError, TiercelError
 from tiercel.serve.settings import address
 
-QUICK = 0.5  # seconds to find out whether anybody listens
+PROBE_SECONDS = 0.5  # to find out whether a server listens
 
 
 class Client:
@@ -29,26 +29,29 @@ class Client:
         host = "127.0.0.1" if host in ("0.0.0.0", "::") else host
         client = cls(host, port, os.environ.get("TIERCEL_API_KEY", ""))
         try:
-            status, body = client._whole("GET", "/health", None, QUICK)
+            status, body = client._exchange("GET", "/health", None, PROBE_SECONDS)
         except (OSError, http.client.HTTPException, ValueError):
             return None
         return client if status == 200 and body.get("server") == "tiercel" else None
 
     @classmethod
     def running(cls) -> Client:
+        """As `find`; raises TiercelError where there is none."""
         client = cls.find()
         if client is None:
             raise TiercelError("no server is running; start one with: tiercel serve")
         return client
 
     def get(self, path: str) -> Any:
-        return self._asked("GET", path, None)
+        """The body of a GET.  Raises TiercelError."""
+        return self._request("GET", path, None)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        return self._asked("POST", path, {"stream": False, **body})
+        """The body of a POST that is not streamed.  Raises TiercelError."""
+        return self._request("POST", path, {"stream": False, **body})
 
     def unload(self, model: str) -> None:
-        """No error where it is not loaded, or not there."""
+        """Unload a model; no error where it is not loaded, or not there."""
         try:
             self.post("/api/generate", {"model": model, "keep_alive": 0})
         except (ModelNotFound, RequestError):
@@ -72,16 +75,16 @@ class Client:
         finally:
             connection.close()
 
-    def _asked(self, method: str, path: str, body: Any) -> Any:
+    def _request(self, method: str, path: str, body: Any) -> Any:
         try:
-            status, found = self._whole(method, path, body, None)
+            status, found = self._exchange(method, path, body, None)
         except (OSError, http.client.HTTPException) as error:
             raise TiercelError(f"the server at {self.host}:{self.port} does not answer ({error})") from None
         if status != 200:
             raise _error(status, found)
         return found
 
-    def _whole(self, method: str, path: str, body: Any, timeout: float | None) -> tuple[int, Any]:
+    def _exchange(self, method: str, path: str, body: Any, timeout: float | None) -> tuple[int, Any]:
         connection = self._connect(timeout)
         try:
             self._send(connection, method, path, body)

@@ -1,7 +1,7 @@
-"""Embeddings: the mean over a text's tokens of what the network's last norm gives out.
+"""Embeddings: the mean of the last hidden states over the tokens of a text.
 
-These are vectors of a model that was trained to continue texts: fit for finding what is similar, below a model that
-was trained to embed.
+These are vectors of a model that was trained to continue texts: fit for finding what is similar, but below a
+model that was trained to embed.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiercel.errors import ContextOverflow
 from tiercel.serve.errors import APIError
-from tiercel.serve.generation import check_ids
 from tiercel.serve.models import Lease
+from tiercel.serve.prompt import check_ids
 from tiercel.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from tiercel.model.decoder import Decoder
 
 Input = str | list[int]
 
@@ -23,21 +26,26 @@ Input = str | list[int]
 async def embed(
     lease: Lease, inputs: Sequence[Input], settings: Settings, *, truncate: bool
 ) -> tuple[list[list[float]], int]:
-    """A vector of the model's width for each text, and how many tokens they have together.
+    """Embed texts.
 
-    truncate: cut what is longer than the context, as asked for; otherwise refuse it (ContextOverflow).
+    Args:
+        truncate: cut what is longer than the context; otherwise ContextOverflow is raised.
+    Returns:
+        A vector of the model's width for each text, and the number of their tokens together.
+    Raises:
+        APIError 400, RequestError, ContextOverflow.
     """
     if len(inputs) > settings.embed_inputs:
         raise APIError(400, f"up to {settings.embed_inputs} inputs at once, not {len(inputs)}")
     ids = await asyncio.to_thread(lambda: [_ids(lease, text, truncate) for text in inputs])
-    lease.take(sum(map(len, ids)))
+    lease.reserve(sum(map(len, ids)))
     return [await _run(lease, row) for row in ids], sum(map(len, ids))
 
 
 def _ids(lease: Lease, text: Input, truncate: bool) -> list[int]:
     model = lease.loaded.model
     if isinstance(text, str) and model.tokenizer is None:
-        raise APIError(400, f"{lease.named.name} has no tokenizer: give it token ids")
+        raise APIError(400, f"{lease.served.name} has no tokenizer: give it token ids")
     ids = model.tokenizer.encode(text) if isinstance(text, str) else list(text)
     check_ids(model, ids)
     if len(ids) > model.max_length and not truncate:
@@ -46,7 +54,7 @@ def _ids(lease: Lease, text: Input, truncate: bool) -> list[int]:
 
 
 async def _run(lease: Lease, ids: list[int]) -> list[float]:
-    """Chunk by chunk between the engine's steps, so that running answers wait for one chunk at most."""
+    """Chunk by chunk between the engine's steps: running requests wait for one chunk at most."""
     run = Mean(lease.loaded.model.network, ids, lease.adapter)
     while not run.done:
         await lease.loaded.engine.call(run.step)
@@ -56,16 +64,18 @@ async def _run(lease: Lease, ids: list[int]) -> list[float]:
 class Mean:
     """The mean hidden state of a text, a chunk at a time."""
 
-    def __init__(self, network: Any, ids: Sequence[int], adapter: str | None = None) -> None:
+    def __init__(self, network: Decoder, ids: Sequence[int], adapter: str | None = None) -> None:
         self.network, self.ids, self.read, self.state, self.adapter = network, ids, 0, None, adapter
         self.total_D: Any = 0.0
         self.mean: list[float] = []
 
     @property
     def done(self) -> bool:
+        """Whether the whole text was read."""
         return self.read == len(self.ids)
 
     def step(self) -> None:
+        """Read a chunk; on the engine's thread."""
         import torch
 
         from tiercel.generate import PREFILL

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import time
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-TIMES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+from tiercel.serve.models import Loaded
+from tiercel.serve.types import Usage
+
+BUCKET_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
 class Metrics:
+    """What /metrics shows."""
+
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)  # memory, processor time, descriptors
@@ -18,9 +25,9 @@ class Metrics:
         self.cached_tokens = self._counter("cached_tokens", "Prompt tokens that were not read again", "model")
         self.generated_tokens = self._counter("generated_tokens", "Tokens generated", "model")
         self.ttft = Histogram("tiercel_time_to_first_token_seconds", "From the request to its first token",
-                              buckets=TIMES, registry=self.registry)  # fmt: skip
+                              buckets=BUCKET_SECONDS, registry=self.registry)  # fmt: skip
         self.duration = Histogram("tiercel_answer_seconds", "From the request to its last token",
-                                  buckets=TIMES, registry=self.registry)  # fmt: skip
+                                  buckets=BUCKET_SECONDS, registry=self.registry)  # fmt: skip
         self.in_flight = Gauge("tiercel_requests_in_flight", "Answers being made", registry=self.registry)
         self.loaded = Gauge("tiercel_models_loaded", "Models in memory", registry=self.registry)
         self.tasks = Gauge("tiercel_tasks", "Of the event loop", registry=self.registry)
@@ -30,25 +37,25 @@ class Metrics:
         return Counter(f"tiercel_{name}", text, labels, registry=self.registry)
 
     def first_token(self, seconds: float) -> None:
+        """Record the time from a request to its first token."""
         self.ttft.observe(seconds)
 
-    def answered(self, model: str, counts: Any) -> None:
-        import time
+    def answered(self, model: str, usage: Usage) -> None:
+        """Record a request that has ended."""
+        self.prompt_tokens.labels(model).inc(usage.prompt_tokens)
+        self.cached_tokens.labels(model).inc(usage.cached_tokens)
+        self.generated_tokens.labels(model).inc(usage.completion_tokens)
+        self.duration.observe(time.perf_counter() - usage.started)
 
-        self.prompt_tokens.labels(model).inc(counts.prompt)
-        self.cached_tokens.labels(model).inc(counts.cached)
-        self.generated_tokens.labels(model).inc(counts.said)
-        self.duration.observe(time.perf_counter() - counts.began)
-
-    def text(self, service: Any) -> bytes:
-        """The page; figures of the engines are read when it is asked for."""
-        import asyncio
-
+    def render(self, in_flight: int, models: Iterable[Loaded]) -> bytes:
+        """The page; the engines' figures are read when it is asked for."""
+        models = list(models)
         self.tasks.set(len(asyncio.all_tasks()))
-        self.in_flight.set(len(service.running))
-        self.loaded.set(len(service.models.loaded))
-        for loaded in service.models.loaded.values():
-            for name, value in vars(getattr(loaded.engine, "stats", None) or object.__new__(_Empty)).items():
+        self.in_flight.set(in_flight)
+        self.loaded.set(len(models))
+        for loaded in models:
+            stats = getattr(loaded.engine, "stats", None)
+            for name, value in (vars(stats) if stats is not None else {}).items():
                 if isinstance(value, (int, float)) and not name.startswith("_"):
                     if name not in self.engine:
                         self.engine[name] = Gauge(
@@ -56,7 +63,3 @@ class Metrics:
                         )
                     self.engine[name].labels(loaded.name).set(value)
         return generate_latest(self.registry)
-
-
-class _Empty:
-    pass

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiercel.errors import DoesNotFit, ModelNotFound
 from tiercel.hub import hub
@@ -24,10 +24,16 @@ from tiercel.hub.fetch import read_json
 from tiercel.serve.errors import BUSY, APIError, log
 from tiercel.serve.settings import Settings
 
-Opener = Callable[[Path, Settings], tuple[Any, Any]]  # → (Model, AsyncEngine not yet started)
+if TYPE_CHECKING:
+    from tiercel.engine import AsyncEngine
+    from tiercel.llm import Model
+
+Opener = Callable[[Path, Settings], "tuple[Model, AsyncEngine]"]  # the engine is not started yet
+Key = tuple[int, int, int, "str | None"]  # device, inode, mtime and template: what makes two names one model
 
 
-def open_model(path: Path, settings: Settings) -> tuple[Any, Any]:
+def open_model(path: Path, settings: Settings) -> tuple[Model, AsyncEngine]:
+    """Load a model and make its engine, sized to this machine's memory.  Raises DoesNotFit, FormatError."""
     import tiercel
     from tiercel.commands.plan import fit
     from tiercel.engine import AsyncEngine, Engine
@@ -53,161 +59,179 @@ def open_model(path: Path, settings: Settings) -> tuple[Any, Any]:
 
 
 @dataclass
-class Named:
-    """A name that may be asked for: the file behind it, and what its Modelfile added (`create`)."""
+class ServedModel:
+    """A name that may be asked for: the file behind it, and what its Modelfile added (`create`).
+
+    extras: parameters, system, template, messages, license.  adapter: a folder in PEFT's form.
+    """
 
     name: str
     local: hub.LocalModel
-    extras: dict[str, Any] = field(default_factory=dict)  # parameters, system, template, messages, license
-    adapter: Path | None = None  # a folder in PEFT's form that it wears
+    extras: dict[str, Any] = field(default_factory=dict)
+    adapter: Path | None = None
 
 
 @dataclass(eq=False)
 class Loaded:
-    """A model in memory.  expires: seconds on the monotonic clock, inf for ever."""
+    """A model in memory.
+
+    expires, last_used: seconds on the monotonic clock; inf for ever.  users: leases that are held.
+    tokens: prompt tokens of the requests in flight.  size: bytes.
+    adapters: digest, which is the name in the network → the name a client asks for.
+    """
 
     name: str
     path: Path
-    model: Any
-    engine: Any
+    model: Model
+    engine: AsyncEngine
     expires: float = math.inf
     users: int = 0
-    tokens: int = 0  # prompt tokens of the requests in flight
-    used: float = field(default_factory=time.monotonic)
+    tokens: int = 0
+    last_used: float = field(default_factory=time.monotonic)
     size: int = 0
-    adapters: dict[str, str] = field(default_factory=dict)  # digest, the name in the network → the name asked for
+    adapters: dict[str, str] = field(default_factory=dict)
 
-    def wear(self, named: Named) -> str | None:
-        """The adapter of a name, loaded if it is not yet, by its digest: what its files hold now."""
-        if named.adapter is None:
+    def load_adapter(self, served: ServedModel) -> str | None:
+        """Load the adapter of a name, if it has one, and give its digest: of what its files hold now."""
+        if served.adapter is None:
             return None
         from tiercel.weights.adapters import digest
 
-        known = digest(named.adapter)
-        if known not in self.adapters:
-            self.model.load_adapter(known, named.adapter, lock=self.engine.engine.between_steps())
-            self.adapters[known] = named.name
-        return known
+        key = digest(served.adapter)
+        if key not in self.adapters:
+            self.model.load_adapter(key, served.adapter, lock=self.engine.engine.between_steps())
+            self.adapters[key] = served.name
+        return key
 
 
 class Lease:
-    """One request's hold on a loaded model."""
+    """One request's hold on a loaded model.
 
-    def __init__(self, models: Models, named: Named, loaded: Loaded, load: float) -> None:
-        self.models, self.named, self.loaded, self.load = models, named, loaded, load
+    load_seconds: how long loading took, 0 where it was in memory.  adapter: its name in the network.
+    """
+
+    def __init__(self, models: Models, served: ServedModel, loaded: Loaded, load_seconds: float) -> None:
+        self.models, self.served, self.loaded, self.load_seconds = models, served, loaded, load_seconds
         self._held, self._tokens = True, 0
-        self.adapter: str | None = None  # by its name in the network
+        self.adapter: str | None = None
         loaded.users += 1
 
-    def take(self, tokens: int) -> None:
-        """Count a prompt; raises Refusal when the prompts in flight are more than the queue may hold."""
+    def reserve(self, tokens: int) -> None:
+        """Count a prompt.  Raises APIError 503 when the prompts in flight are more than the queue may hold."""
         loaded, settings = self.loaded, self.models.settings
-        most = settings.queue_contexts * loaded.model.max_length
-        if loaded.tokens and loaded.tokens + tokens > most:
+        max_tokens = settings.queue_contexts * loaded.model.max_length
+        if loaded.tokens and loaded.tokens + tokens > max_tokens:
             raise APIError(503, BUSY, code="busy", retry=2)
         loaded.tokens += tokens
         self._tokens += tokens
 
     def release(self, keep_alive: float | None = None) -> None:
+        """Give the model back; it may be unloaded after `keep_alive` seconds (None: the server's default)."""
         if not self._held:
             return
         self._held = False
         self.loaded.users -= 1
         self.loaded.tokens -= self._tokens
-        self.loaded.used = time.monotonic()
+        self.loaded.last_used = time.monotonic()
         if keep_alive is None:
             keep_alive = math.inf if self.loaded.name in self.models.pinned else self.models.settings.keep_alive
-        self.loaded.expires = self.loaded.used + keep_alive
+        self.loaded.expires = self.loaded.last_used + keep_alive
         self.models.wake.set()
 
 
 class Models:
+    """The models of a server: which names there are, and which models are in memory.
+
+    paths: names given on the command line for files.  adapters: "base:name" of the command line → base, folder.
+    pinned: names that stay loaded unless a request says otherwise.  lock: one model is loaded at a time.
+    """
+
     def __init__(self, settings: Settings, opener: Opener = open_model) -> None:
         self.settings, self.opener = settings, opener
-        self.loaded: dict[tuple[Any, ...], Loaded] = {}
-        self.paths: dict[str, Path] = {}  # names given on the command line for files of one's own
-        self.adapters: dict[str, tuple[str, Path]] = {}  # "base:name" of the command line → base, folder
-        self.pinned: set[str] = set()  # names that stay for ever unless a request says otherwise
-        self.lock = asyncio.Lock()  # one model is loaded at a time
+        self.loaded: dict[Key, Loaded] = {}
+        self.paths: dict[str, Path] = {}
+        self.adapters: dict[str, tuple[str, Path]] = {}
+        self.pinned: set[str] = set()
+        self.lock = asyncio.Lock()
         self.wake = asyncio.Event()
         self._sweeper: asyncio.Task[None] | None = None
 
     # ── names
 
-    def find(self, name: str) -> Named:
-        """Raises Refusal 404.  A client's name is never a path."""
+    def find(self, name: str) -> ServedModel:
+        """The model of a name.  A client's name is never a path.  Raises APIError 404."""
         short = name.removesuffix(":latest")
         if short in self.adapters:
             base, folder = self.adapters[short]
             below = self.find(base)
-            return Named(short, below.local, {**below.extras, "from": base, "adapter": folder.name}, folder)
+            return ServedModel(short, below.local, {**below.extras, "from": base, "adapter": folder.name}, folder)
         if path := self.paths.get(short):
-            return Named(short, hub.LocalModel(short, path, _bytes(path), "", path.stat().st_mtime, "path"))
+            return ServedModel(short, hub.LocalModel(short, path, _bytes(path), "", path.stat().st_mtime, "path"))
         try:
             known = not hub.is_path(name) and (hub.short_name(name) or hub.repo_name(name))
-            local_ = hub.find(name) if known else None
+            local = hub.find(name) if known else None
         except ModelNotFound:
-            local_ = None
-        if local_ is None or local_.source == "path":
+            local = None
+        if local is None or local.source == "path":
             raise APIError(404, f"model '{name[:200]}' not found", param="model")
-        return Named(name, local_, extras_of(local_), hub.adapter_of(local_.name))
+        return ServedModel(name, local, extras_of(local), hub.adapter_of(local.name))
 
-    def all(self) -> list[Named]:
+    def all(self) -> list[ServedModel]:
         here = hub.list_models()
-        found = [Named(local.name, local, extras_of(local), hub.adapter_of(local.name)) for local in here]
+        found = [ServedModel(local.name, local, extras_of(local), hub.adapter_of(local.name)) for local in here]
         return [*(self.find(name) for name in (*self.paths, *self.adapters)), *found]
 
     # ── memory
 
     async def lease(self, name: str) -> Lease:
-        """Raises Refusal 404, DoesNotFit, FormatError."""
-        named = self.find(name)  # a few looks at the disk: a thread would take longer to begin
-        key = _key(named)
+        """Load a model if need be, and hold it.  Raises APIError 404, DoesNotFit, FormatError."""
+        served = self.find(name)  # a few looks at the disk: a thread would take longer to begin
+        key = _key(served)
         began = time.monotonic()
         if key not in self.loaded:
             async with self.lock:
                 if key not in self.loaded:
-                    self.loaded[key] = await self._load(named)
-        elif named.adapter is None:
-            return Lease(self, named, self.loaded[key], 0.0)
-        lease = Lease(self, named, self.loaded[key], time.monotonic() - began)
+                    self.loaded[key] = await self._load(served)
+        elif served.adapter is None:
+            return Lease(self, served, self.loaded[key], 0.0)
+        lease = Lease(self, served, self.loaded[key], time.monotonic() - began)
         try:
-            lease.adapter = await asyncio.to_thread(lease.loaded.wear, named)
+            lease.adapter = await asyncio.to_thread(lease.loaded.load_adapter, served)
         except BaseException:
             lease.release()
             raise
         return lease
 
-    async def _load(self, named: Named) -> Loaded:
+    async def _load(self, served: ServedModel) -> Loaded:
         while len(self.loaded) >= self.settings.models:
             await self._make_room()
         while True:
             try:
-                model, engine = await asyncio.to_thread(self.opener, named.local.path, self.settings)
+                model, engine = await asyncio.to_thread(self.opener, served.local.path, self.settings)
                 break
             except DoesNotFit:
                 if not self.loaded:
                     raise
                 await self._make_room()
-        if template := named.extras.get("template"):
+        if template := served.extras.get("template"):
             model.tokenizer.templates["default"] = template
-        model.name = named.name
+        model.name = served.name
         engine.start()
-        log.info("loaded %s", named.name)
-        return Loaded(named.name, named.local.path, model, engine, size=named.local.bytes)
+        log.info("loaded %s", served.name)
+        return Loaded(served.name, served.local.path, model, engine, size=served.local.bytes)
 
     async def _make_room(self) -> None:
-        """Unload the model that was idle longest; raises Refusal when all are at work."""
+        """Unload the model that was idle longest; raises APIError 503 when all are at work."""
         idle = [item for item in self.loaded.items() if item[1].users == 0 and item[1].name not in self.pinned]
         if not idle:
             raise APIError(503, "all models in memory are at work; try again, or raise --models", retry=5)
-        await self._unload(min(idle, key=lambda item: item[1].used)[0])
+        await self._unload(min(idle, key=lambda item: item[1].last_used)[0])
 
-    async def _unload(self, key: tuple[Any, ...]) -> None:
+    async def _unload(self, key: Key) -> None:
         loaded = self.loaded.pop(key)
         await loaded.engine.close(0)
         log.info("unloaded %s", loaded.name)
-        loaded.model = loaded.engine = None
+        del loaded.model, loaded.engine
         await asyncio.to_thread(_let_go)
 
     async def unload(self, name: str) -> bool:
@@ -262,10 +286,10 @@ def extras_of(local: hub.LocalModel) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _key(named: Named) -> tuple[Any, ...]:
+def _key(served: ServedModel) -> Key:
     """What makes two names one model: the same bytes and the same template."""
-    stat = named.local.path.stat()
-    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, named.extras.get("template")
+    stat = served.local.path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, served.extras.get("template")
 
 
 def _bytes(path: Path) -> int:

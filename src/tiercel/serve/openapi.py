@@ -10,13 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import tiercel
-from tiercel.serve import library, ollama, openai, responses
-from tiercel.serve.errors import plain
+from tiercel.serve.errors import to_json
+from tiercel.serve.ollama import schemas as ollama
+from tiercel.serve.openai import schemas as openai
 
 # path, method, what it does, body, its own statuses, media types of its answer
-Row = tuple[str, str, str, type[BaseModel] | None, tuple[int, ...], tuple[str, ...]]
+RouteInfo = tuple[str, str, str, type[BaseModel] | None, tuple[int, ...], tuple[str, ...]]
 JSON, NDJSON, SSE = "application/json", "application/x-ndjson", "text/event-stream"
-TABLE: list[Row] = [
+TABLE: list[RouteInfo] = [
     ("/", "get", "The chat page, or `Ollama is running`", None, (), ("text/html", "text/plain")),
     ("/health", "get", "ok, or draining: answered without a key", None, (), (JSON,)),
     ("/metrics", "get", "Prometheus' figures", None, (), ("text/plain",)),
@@ -35,16 +36,16 @@ TABLE: list[Row] = [
     ("/api/chat", "post", "Answer a conversation", ollama.Chat, (404, 504), (JSON, NDJSON)),
     ("/api/embed", "post", "Vectors of texts, of length one", ollama.Embed, (404,), (JSON,)),
     ("/api/embeddings", "post", "The vector of a text (older form)", ollama.Embeddings, (404,), (JSON,)),
-    ("/api/show", "post", "What a model is", library.Show, (404,), (JSON,)),
-    ("/api/pull", "post", "Bring a model here", library.Pull, (404, 502), (JSON, NDJSON)),
-    ("/api/push", "post", "Not supported", library.Pull, (), (JSON,)),
-    ("/api/create", "post", "A model under a name of one's own", library.Create, (404,), (JSON, NDJSON)),
-    ("/api/copy", "post", "Another name for a model", library.Copy, (404,), (JSON,)),
-    ("/api/delete", "delete", "Remove a model", library.Named, (404,), (JSON,)),
+    ("/api/show", "post", "What a model is", ollama.Show, (404,), (JSON,)),
+    ("/api/pull", "post", "Bring a model here", ollama.Pull, (404, 502), (JSON, NDJSON)),
+    ("/api/push", "post", "Not supported", ollama.Pull, (), (JSON,)),
+    ("/api/create", "post", "A model under a name of one's own", ollama.Create, (404,), (JSON, NDJSON)),
+    ("/api/copy", "post", "Another name for a model", ollama.Copy, (404,), (JSON,)),
+    ("/api/delete", "delete", "Remove a model", ollama.ModelBody, (404,), (JSON,)),
     ("/v1/chat/completions", "post", "Chat", openai.ChatCompletion, (404, 429, 504), (JSON, SSE)),
     ("/v1/completions", "post", "Completions", openai.Completion, (404, 429, 504), (JSON, SSE)),
     ("/v1/embeddings", "post", "Embeddings", openai.EmbeddingsRequest, (404, 429), (JSON,)),
-    ("/v1/responses", "post", "Responses, without storage", responses.ResponsesRequest, (404, 429, 504), (JSON, SSE)),
+    ("/v1/responses", "post", "Responses, without storage", openai.ResponsesRequest, (404, 429, 504), (JSON, SSE)),
     ("/v1/models", "get", "The models that are here", None, (), (JSON,)),
 ]
 COMMON = {400: "the request is refused; the body says why", 401: "an API key is needed", 403: "Host, Origin or this "
@@ -55,10 +56,11 @@ COMMON = {400: "the request is refused; the body says why", 401: "an API key is 
 
 @cache
 def table() -> dict[str, Any]:
+    """The whole document."""
     schemas: dict[str, Any] = {"Error": {"type": "object", "required": ["error"], "properties": {"error": {}}}}
     paths: dict[str, Any] = {}
-    for path, method, words, body, statuses, media in TABLE:
-        entry: dict[str, Any] = {"summary": words, "responses": _responses(path, statuses, media)}
+    for path, method, summary, body, statuses, media in TABLE:
+        entry: dict[str, Any] = {"summary": summary, "responses": _responses(path, statuses, media)}
         if body is not None:
             schema = body.model_json_schema(ref_template="#/components/schemas/{model}", by_alias=True)
             schemas |= schema.pop("$defs", {})
@@ -104,4 +106,5 @@ def _responses(path: str, statuses: tuple[int, ...], media: tuple[str, ...]) -> 
 
 
 async def document(request: Request) -> Response:
-    return Response(plain(table()), media_type="application/json")
+    """Send the document."""
+    return Response(to_json(table()), media_type="application/json")

@@ -1,4 +1,4 @@
-"""`tiercel run` with a running server: a Talker (console.py) that asks over HTTP, so that nothing is loaded twice."""
+"""`tiercel run` with a running server: a chat backend that asks over HTTP, so that no model is loaded twice."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ from tiercel.errors import ModelNotFound, RequestError
 from tiercel.hub import hub
 from tiercel.sampling.params import SamplingParams
 from tiercel.serve.client import Client
+from tiercel.serve.ollama.options import OPTION_OF_PARAM
 
 if TYPE_CHECKING:
     from tiercel.voting.settings import VoteSettings
-
-OPTIONS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "seed": "seed",
-           "stop": "stop", "max_tokens": "num_predict", "repetition_penalty": "repeat_penalty",
-           "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty"}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -36,7 +32,7 @@ class Times:
 
 @dataclass
 class Answer:
-    """What the server told; ids are not known here, only how many there were."""
+    """What the server said; of token ids only their number is known here."""
 
     text: str = ""
     thoughts: str = ""
@@ -47,14 +43,14 @@ class Answer:
     times: Times = field(default_factory=Times)
 
 
-class ServerTalker:
+class RemoteBackend:
     def __init__(self, client: Client, model: str) -> None:
         self.client, self.model = client, model
         self._last: Answer | None = None
         self._base = SamplingParams(max_tokens=None)
 
     @classmethod
-    def find(cls, model: str) -> ServerTalker | None:
+    def find(cls, model: str) -> RemoteBackend | None:
         """Where a server runs that has this model; a path is for this process to load."""
         if hub.is_path(model) or (client := Client.find()) is None:
             return None
@@ -89,15 +85,15 @@ class ServerTalker:
         think: bool | None = None,
     ) -> dict[str, Any]:
         path, body = self._request(prompt, params, raw, think)
-        told: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for line in self.client.stream(path, body | {"vote": dataclasses.asdict(settings)}):
             message = line.get("message", line)
             if line["done"]:
-                told = {"text": message.get("content", message.get("response", "")),
+                result = {"text": message.get("content", message.get("response", "")),
                         "thinking": message.get("thinking", ""), **line["vote"]}  # fmt: skip
             elif "vote" in line:
                 progress(line["vote"])
-        return told
+        return result
 
     def _request(
         self, prompt: Any, params: SamplingParams, raw: bool, think: bool | None
@@ -115,10 +111,10 @@ class ServerTalker:
             for part in dataclasses.fields(params)
             if getattr(params, part.name) != getattr(self._base, part.name)
         }
-        unknown = next((name for name in changed if name not in OPTIONS), None)
+        unknown = next((name for name in changed if name not in OPTION_OF_PARAM), None)
         if unknown:
             raise RequestError(f"{unknown} cannot be asked of a server; stop it (or set TIERCEL_HOST) to run here")
-        return {OPTIONS[name]: value for name, value in changed.items()}
+        return {OPTION_OF_PARAM[name]: value for name, value in changed.items()}
 
     def _pieces(self, path: str, body: dict[str, Any], answer: Answer) -> Iterator[Piece]:
         began = time.perf_counter()

@@ -21,7 +21,7 @@ import re
 import socket
 from typing import Any
 
-from tiercel.serve.errors import reply
+from tiercel.serve.errors import error_response
 from tiercel.serve.settings import Settings, is_loopback
 
 HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)(:[0-9]{1,5})?")
@@ -50,17 +50,17 @@ class SecurityMiddleware:
             return
         path, headers = scope["path"], scope["headers"]
         if sum(len(name) + len(value) for name, value in headers) > self.settings.header_bytes:
-            await reply(path, 431, "the headers are too large")(scope, receive, send)
+            await error_response(path, 431, "the headers are too large")(scope, receive, send)
             return
         if path in OPEN:
             await self.app(scope, receive, send)
             return
         hosts, origins = _values(headers, b"host"), _values(headers, b"origin")
         if len(hosts) != 1 or not self.knows_host(hosts[0]):
-            await reply(path, 403, "this Host is not served; see --allow-host")(scope, receive, send)
+            await error_response(path, 403, "this Host is not served; see --allow-host")(scope, receive, send)
             return
         if len(origins) > 1 or (origins and not self.knows_origin(origins[0], hosts[0])):
-            await reply(path, 403, "this Origin may not call; see --allow-origin")(scope, receive, send)
+            await error_response(path, 403, "this Origin may not call; see --allow-origin")(scope, receive, send)
             return
         cors = _cors(origins[0]) if origins else []
         send = _with_headers(send, cors)
@@ -108,7 +108,7 @@ class SecurityMiddleware:
     async def _ask_for_key(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         browser = any("text/html" in value for value in _values(scope["headers"], b"accept"))
         scheme = 'Basic realm="tiercel: the API key is the password"' if browser else "Bearer"
-        response = reply(scope["path"], 401, "an API key is needed, as Authorization: Bearer KEY")
+        response = error_response(scope["path"], 401, "an API key is needed, as Authorization: Bearer KEY")
         response.headers["www-authenticate"] = scheme
         await response(scope, receive, send)
 

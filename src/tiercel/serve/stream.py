@@ -1,8 +1,8 @@
-"""Bytes to a client: whole answers, lines of JSON, server-sent events.
+"""Responses that end their work when the client hangs up: one JSON object, lines of JSON, server-sent events.
 
-Each response watches its client: when it hangs up, what was being made is cancelled at once (queued, reading the
-prompt, or in the middle of the answer).  A reader that takes nothing for `stall_timeout` is cut off.  An error
-before the first byte is a response of its own; after it, it is the stream's last event.
+What is being made is cancelled at once (queued, in prefill, or in the middle of the answer).  A reader that takes
+nothing for `stall_timeout` is cut off.  An error before the first byte is a response of its own; after it, it is the
+stream's last event.
 """
 
 from __future__ import annotations
@@ -14,25 +14,27 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
-from tiercel.serve.errors import body, log, message_of, plain, reply_to, status_of
+from tiercel.serve.errors import error_body, log, message_of, response_to, status_of, to_json
+from tiercel.serve.settings import Settings
 
-Source = AsyncGenerator[Any, None]
+Json = dict[str, Any]
+Events = AsyncGenerator[Json | str, None]
 
 
-class Reply(Response):
-    """Runs `work` while watching the client."""
+class WatchedResponse(Response):
+    """Runs `_work` while watching the client."""
 
     def __init__(self, request: Request) -> None:
         self.request, self.status_code = request, 200
-        self.settings = request.app.state.settings
+        self.settings: Settings = request.app.state.settings
         self.background = None
-        self.started = False
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send, self._scope, self._receive = send, scope, receive
         work = asyncio.create_task(self._work())
-        watch = asyncio.create_task(_hang_up(receive))
+        watch = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -48,59 +50,58 @@ class Reply(Response):
     async def _work(self) -> None:
         raise NotImplementedError
 
-    async def fail(self, error: Exception) -> None:
-        """Before the first byte."""
-        self.request.state.status = status_of(error)
-        await reply_to(error, self._scope["path"])(self._scope, self._receive, self._send)
+    async def _fail(self, error: Exception) -> None:
+        """Answer with an error; before the first byte."""
+        await response_to(error, self._scope["path"])(self._scope, self._receive, self._send)
 
-    async def start(self, media: str) -> None:
-        headers = [(b"content-type", media.encode()), (b"cache-control", b"no-store")]
+    async def _start(self, media_type: str) -> None:
+        headers = [(b"content-type", media_type.encode()), (b"cache-control", b"no-store")]
         if ignored := getattr(self.request.state, "ignored", None):
             headers.append((b"x-tiercel-ignored", ", ".join(ignored).encode()))
-        self.started = True
         await self._put({"type": "http.response.start", "status": self.status_code, "headers": headers})
 
-    async def write(self, data: bytes, more: bool = True) -> None:
+    async def _write(self, data: bytes, more: bool = True) -> None:
         await self._put({"type": "http.response.body", "body": data, "more_body": more})
 
-    async def _put(self, message: dict[str, Any]) -> None:
+    async def _put(self, message: Message) -> None:
         async with asyncio.timeout(self.settings.stall_timeout):
             await self._send(message)
 
 
-class JSONResponse(Reply):
+class JSONResponse(WatchedResponse):
     """One JSON object, made by `make`."""
 
-    def __init__(self, request: Request, make: Callable[[], Awaitable[Any]]) -> None:
+    def __init__(self, request: Request, make: Callable[[], Awaitable[Json]]) -> None:
         super().__init__(request)
         self.make = make
 
     async def _work(self) -> None:
         try:
-            value = plain(await self.make())
+            data = to_json(await self.make())
         except Exception as error:
-            await self.fail(error)
+            await self._fail(error)
             return
-        await self.start("application/json")
-        await self.write(value, more=False)
+        await self._start("application/json")
+        await self._write(data, more=False)
 
 
-class NDJSONResponse(Reply):
+class NDJSONResponse(WatchedResponse):
     """A stream of JSON objects, one a line (Ollama)."""
 
-    media = "application/x-ndjson"
+    media_type = "application/x-ndjson"
+    ping = b""  # what is sent while nothing else comes
 
-    def __init__(self, request: Request, events: Source) -> None:
+    def __init__(self, request: Request, events: Events | AsyncGenerator[Json, None]) -> None:
         super().__init__(request)
         self.events = events
 
-    def frame(self, event: Any) -> bytes:
-        return plain(event) + b"\n"
+    def frame(self, event: Json | str) -> bytes:
+        """The bytes of an event."""
+        return to_json(event) + b"\n"
 
-    def last_words(self, error: Exception) -> bytes:
-        return self.frame(body(False, status_of(error), message_of(error)))
-
-    ping = b""
+    def error_frame(self, error: Exception) -> bytes:
+        """The bytes of an error that ends the stream."""
+        return self.frame(error_body(self._scope["path"], status_of(error), message_of(error)))
 
     async def _work(self) -> None:
         try:
@@ -115,27 +116,27 @@ class NDJSONResponse(Reply):
             log.error("a stream ended before it began")
             return
         except Exception as error:
-            await self.fail(error)
+            await self._fail(error)
             return
-        await self.start(self.media)
+        await self._start(self.media_type)
         while True:
-            await self.write(self.frame(event))
+            await self._write(self.frame(event))
             try:
                 event = await self._next()
             except StopAsyncIteration:
                 break
             except Exception as error:
-                await self.write(self.last_words(error))
+                await self._write(self.error_frame(error))
                 break
-        await self.write(b"", more=False)
+        await self._write(b"", more=False)
 
-    async def _next(self) -> Any:
+    async def _next(self) -> Json | str:
         if not self.ping:
             return await anext(self.events)
         task = asyncio.ensure_future(anext(self.events))
         try:
             while not (await asyncio.wait({task}, timeout=self.settings.ping))[0]:
-                await self.write(self.ping)
+                await self._write(self.ping)
             return task.result()
         finally:
             if not task.done():
@@ -145,29 +146,26 @@ class NDJSONResponse(Reply):
 
 
 class EventSourceResponse(NDJSONResponse):
-    """Server-sent events, `data: {…}` (OpenAI); ends with [DONE]."""
+    """Server-sent events, `data: {…}`; a text is sent as it is."""
 
-    media = "text/event-stream"
+    media_type = "text/event-stream"
     ping = b": ping\n\n"
 
-    def frame(self, event: Any) -> bytes:
-        return b"data: " + (event.encode() if isinstance(event, str) else plain(event)) + b"\n\n"
+    def frame(self, event: Json | str) -> bytes:
+        return b"data: " + (event.encode() if isinstance(event, str) else to_json(event)) + b"\n\n"
 
-    def last_words(self, error: Exception) -> bytes:
-        return self.frame(body(True, status_of(error), message_of(error))) + b"data: [DONE]\n\n"
-
-
-class NamedEvents(EventSourceResponse):
-    """Server-sent events with their type before them (OpenAI's Responses)."""
-
-    def frame(self, event: Any) -> bytes:
-        return b"event: " + event["type"].encode() + b"\ndata: " + plain(event) + b"\n\n"
-
-    def last_words(self, error: Exception) -> bytes:
-        return self.frame({"type": "error", "code": str(status_of(error)), "message": message_of(error),
-                           "param": None, "sequence_number": 1 << 30})  # fmt: skip
+    def error_frame(self, error: Exception) -> bytes:
+        return super().error_frame(error) + b"data: [DONE]\n\n"
 
 
-async def _hang_up(receive: Any) -> None:
+class NamedEventSourceResponse(EventSourceResponse):
+    """Server-sent events with their type before them."""
+
+    def frame(self, event: Json | str) -> bytes:
+        assert isinstance(event, dict)
+        return b"event: " + event["type"].encode() + b"\ndata: " + to_json(event) + b"\n\n"
+
+
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,17 +19,20 @@ from tiercel.serve.errors import APIError
 from tiercel.serve.settings import Settings
 from tiercel.voting.settings import VoteSettings
 
+HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+MAX_IGNORED_NAMES = 16
 VoteMethod = Literal[
     "majority", "weighted", "filtered-low", "filtered-high", "deepconf-low", "deepconf-high", "deepconf"
 ]
 
 
 class Body(BaseModel):
-    """Base of every request body: no conversion of types (a number is no string), unknown fields are kept aside."""
+    """Base of every request body: types are not converted (a number is no string), unknown fields are kept apart."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
     def ignored(self) -> list[str]:
+        """Names of the fields that this server does not read."""
         return sorted(self.model_extra or ())
 
 
@@ -36,11 +40,13 @@ class VoteField(Body):
     """Many answers to the prompt, and the one that they agree on: `vote`, an extension of ours.
 
     usage counts the tokens of all answers; the response's own `vote` has the table and what each answer did.
-    In a stream the text comes when the vote is decided; until then `vote` tells how it stands.
+    In a stream the text comes when the vote is decided; until then `vote` has the standings.
     """
 
     k: int = Field(default=16, ge=1, description="answers at most")
-    method: VoteMethod = Field(default="majority", description="how they are counted, and which are stopped early")
+    method: HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+MAX_IGNORED_NAMES = 16
+VoteMethod = Field(default="majority", description="how they are counted, and which are stopped early")
     keep: float | None = Field(default=None, gt=0, le=100, description="percent of the answers that stay")
     weight: Literal["one", "mean", "lowest", "bottom", "tail"] | None = Field(default=None, description="confidence")
     window: int = Field(default=2048, ge=1, le=1 << 20, description="tokens of a group")
@@ -49,7 +55,7 @@ class VoteField(Body):
     consensus: float | None = Field(default=None, ge=0, le=1, description="share that ends the vote; 0: none does")
 
     def settings(self, limits: Settings) -> VoteSettings:
-        """Raises Refusal, RequestError."""
+        """The checked settings.  Raises APIError 400, RequestError."""
         if self.k > limits.vote_traces:
             raise APIError(400, f"vote.k may be {limits.vote_traces} on this server, not {self.k}", param="vote")
         return VoteSettings.of(self.model_dump() | (self.model_extra or {}))
@@ -59,7 +65,7 @@ B = TypeVar("B", bound=Body)
 
 
 async def read(request: Request, kind: type[B]) -> B:
-    """The checked body; raises Refusal 400, 408, 413."""
+    """The checked body; raises APIError 400, 408, 413."""
     settings: Settings = request.app.state.settings
     raw = await read_bytes(request, settings.body_bytes, settings.body_timeout)
     if not raw.strip():
@@ -70,12 +76,20 @@ async def read(request: Request, kind: type[B]) -> B:
     try:
         body = kind.model_validate(value)
     except ValidationError as error:
-        raise _refused(error) from None
-    request.state.ignored = [name for name in body.ignored() if re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name)][:16]
+        raise _error(error) from None
+    ignore(request, body.ignored())
     return body
 
 
+def ignore(request: Request, names: Iterable[str]) -> None:
+    """Name fields in the response header `x-tiercel-ignored`: those that can stand there, 16 at most."""
+    known = getattr(request.state, "ignored", [])
+    written = [name for name in names if HEADER_NAME.fullmatch(name) and name not in known]
+    request.state.ignored = [*known, *written][:MAX_IGNORED_NAMES]
+
+
 async def read_bytes(request: Request, limit: int, seconds: float) -> bytes:
+    """The raw body, at most `limit` bytes within `seconds`.  Raises APIError 408, 413."""
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced[:20]) > limit:
         raise APIError(413, f"the request body is larger than {limit} bytes")
@@ -93,20 +107,20 @@ async def read_bytes(request: Request, limit: int, seconds: float) -> bytes:
 
 
 def parse(raw: bytes, depth: int) -> Any:
-    """JSON as the standard has it: no NaN, no endless integers, nesting bounded."""
+    """JSON as the standard has it: no NaN, no endless integers, nesting bounded.  Raises APIError 400."""
     try:
         value = json.loads(raw, parse_constant=_no_constant)
     except RecursionError:
         raise APIError(400, f"the JSON is nested deeper than {depth}") from None
     except ValueError as error:
         raise APIError(400, f"the body is not JSON: {str(error)[:200]}") from None
-    level, rest = 0, [value]
-    while rest:
+    level, pending = 0, [value]
+    while pending:
         level += 1
         if level > depth:
             raise APIError(400, f"the JSON is nested deeper than {depth}")
-        inner = [item.values() if isinstance(item, dict) else item for item in rest if isinstance(item, (dict, list))]
-        rest = [item for items in inner for item in items if isinstance(item, (dict, list))]
+        inner = [item.values() if isinstance(item, dict) else item for item in pending if isinstance(item, (dict, list))]
+        pending = [item for items in inner for item in items if isinstance(item, (dict, list))]
     return value
 
 
@@ -114,8 +128,8 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _refused(error: ValidationError) -> APIError:
-    """The first complaint, as one line; missing fields as Ollama words them."""
+def _error(error: ValidationError) -> APIError:
+    """The first error as one line; missing fields as Ollama words them."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])[:200]
     if first["type"] == "missing":

@@ -1,0 +1,34 @@
+"""What a model can do, read from its chat template."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tiercel.tokenizer.tokenizer import Tokenizer
+    from tiercel.tokenizer.tools import ToolForm
+
+
+def capabilities(template: str) -> list[str]:
+    """Ollama's words for it: completion, embedding, tools, thinking.  template: all templates of a model, or ""."""
+    found = ["completion", "embedding"]
+    if tool_form(template) is not None:
+        found.append("tools")
+    return [*found, "thinking"] if can_reason(template) else found
+
+
+def can_reason(template: str) -> bool:
+    """Whether a chat template has a place for reasoning."""
+    return "<think>" in template or "enable_thinking" in template
+
+
+def tool_form(template: str) -> ToolForm | None:
+    """How the model writes tool calls; None where its template has no tools."""
+    from tiercel.tokenizer.tools import ToolForm
+
+    return ToolForm.of(template) if "tools" in template else None
+
+
+def template_text(tokenizer: Tokenizer | None) -> str:
+    """All chat templates of a tokenizer as one text."""
+    return "" if tokenizer is None else "\n".join(tokenizer.templates.values())

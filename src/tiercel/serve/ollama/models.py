@@ -1,0 +1,96 @@
+"""/api/tags, /api/ps and /api/version."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+import tiercel
+from tiercel.errors import FormatError
+from tiercel.hub import hub
+from tiercel.hub.fetch import read_json
+from tiercel.serve.models import Loaded, Models, ServedModel
+from tiercel.serve.names import tagged, timestamp
+from tiercel.serve.service import service_of
+from tiercel.serve.stream import JSONResponse
+
+CENTURY_SECONDS = 100 * 365 * 86400.0  # how far in the future "for ever" is written
+
+
+async def tags(request: Request) -> Response:
+    """List the models of this server."""
+    models = service_of(request).models
+
+    async def make() -> dict[str, Any]:
+        listed = await asyncio.to_thread(lambda: [_listed(served) for served in models.all()])
+        return {"models": [entry for entry in listed if entry]}
+
+    return JSONResponse(request, make)
+
+
+async def ps(request: Request) -> Response:
+    """List the models in memory."""
+    models = service_of(request).models
+
+    async def make() -> dict[str, Any]:
+        entries = sorted(models.loaded.values(), key=lambda loaded: -loaded.expires)
+        return {"models": await asyncio.to_thread(lambda: [_resident(models, loaded) for loaded in entries])}
+
+    return JSONResponse(request, make)
+
+
+async def version(request: Request) -> Response:
+    """The version of this server."""
+
+    async def make() -> dict[str, Any]:
+        return {"version": tiercel.__version__}
+
+    return JSONResponse(request, make)
+
+
+def details(served: ServedModel) -> dict[str, Any]:
+    """What a model is, in Ollama's fields.  Raises FormatError."""
+    from tiercel.commands.show import describe, human_count
+
+    about = describe(served.local.path)
+    types = about.get("types") or {"none": 1}
+    return {
+        "parent_model": str(served.extras.get("from") or ""), "format": about["format"],
+        "family": about["architecture"], "families": [about["architecture"]],
+        "parameter_size": human_count(about["parameters"]),
+        "quantization_level": max(types, key=lambda name: types[name]),
+        "context_length": about["context"], "embedding_length": about["width"],
+    }  # fmt: skip
+
+
+def digest(served: ServedModel) -> str:
+    """The sha256 of a file from the store; elsewhere the hub's commit, or one of the name."""
+    folder = hub.store_folder(served.name)
+    found = read_json(folder / "tiercel.json").get("sha256") if folder else None
+    return found if isinstance(found, str) else served.local.id or hashlib.sha256(served.name.encode()).hexdigest()
+
+
+def _listed(served: ServedModel) -> dict[str, Any] | None:
+    try:
+        about = details(served)
+    except (FormatError, OSError):  # a file that cannot be read is no model that can be asked
+        return None
+    name = tagged(served.name)
+    return {"name": name, "model": name, "modified_at": timestamp(served.local.modified), "size": served.local.bytes,
+            "digest": digest(served), "details": about}  # fmt: skip
+
+
+def _resident(models: Models, loaded: Loaded) -> dict[str, Any]:
+    served = models.find(loaded.name)
+    left = min(loaded.expires - time.monotonic(), CENTURY_SECONDS)
+    expires = datetime.now(UTC) + timedelta(seconds=left if loaded.users == 0 else max(left, 0))
+    name = tagged(loaded.name)
+    return {"name": name, "model": name, "size": loaded.size, "digest": digest(served), "details": details(served),
+            "expires_at": timestamp(expires.timestamp()), "size_vram": 0,
+            "context_length": loaded.model.max_length, "adapters": sorted(loaded.adapters.values())}  # fmt: skip

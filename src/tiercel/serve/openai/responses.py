@@ -1,0 +1,148 @@
+"""OpenAI's /v1/responses, without storage: `previous_response_id`, `conversation` and `background` are refused.
+
+One message item, before it a reasoning item where the model reasons, after it the function calls.  Of a vote
+`response.in_progress` has the standings whenever a sample has ended; the last response has its table.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tiercel.serve.body import read
+from tiercel.serve.errors import APIError, message_of, status_of
+from tiercel.serve.generation import generate
+from tiercel.serve.openai.chat import open_chat
+from tiercel.serve.openai.response_events import Event, ResponseEvents
+from tiercel.serve.openai.schemas import ChatCompletion, ResponsesRequest
+from tiercel.serve.openai.tools import check_schema_size
+from tiercel.serve.service import service_of
+from tiercel.serve.settings import Settings
+from tiercel.serve.stream import JSONResponse, NamedEventSourceResponse
+from tiercel.serve.types import Usage
+
+
+class ResponseStream(NamedEventSourceResponse):
+    """The events of a response."""
+
+    def error_frame(self, error: Exception) -> bytes:
+        return self.frame({"type": "error", "code": str(status_of(error)), "message": message_of(error),
+                           "param": None, "sequence_number": 1 << 30})  # fmt: skip
+
+
+async def responses(request: Request) -> Response:
+    """Answer a conversation as items."""
+    body = await read(request, ResponsesRequest)
+    for name in ("previous_response_id", "conversation", "background"):
+        if getattr(body, name):
+            raise APIError(400, f"{name} is not supported: nothing is stored between requests", param=name)
+    if body.truncation not in (None, "disabled"):
+        raise APIError(400, "truncation: a conversation is never cut here", param="truncation")
+    chat = as_chat(body, service_of(request).settings)
+    events = _events(request, body, chat)
+    if body.stream:
+        return ResponseStream(request, events)
+
+    async def last() -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        async for event in events:
+            found = event.get("response", found)
+        return found
+
+    return JSONResponse(request, last)
+
+
+def as_chat(body: ResponsesRequest, settings: Settings) -> ChatCompletion:
+    """The same request as a chat completion.  Raises APIError 400."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    if isinstance(body.input, str):
+        messages.append({"role": "user", "content": body.input})
+    else:
+        for item in body.input:
+            _item(messages, item)
+    if not messages or len(messages) > settings.messages:
+        raise APIError(400, f"input must have 1 to {settings.messages} items", param="input")
+    format = (body.text or {}).get("format")
+    if format is not None and not isinstance(format, dict):
+        raise APIError(400, "text.format must be an object", param="text")
+    if format and format.get("type") == "json_schema":
+        format = {"type": "json_schema", "json_schema": format}
+    check_schema_size([body.tools, format], settings.schema_bytes)
+    effort = (body.reasoning or {}).get("effort")
+    if effort is not None and not isinstance(effort, str):
+        raise APIError(400, "reasoning.effort must be a string", param="reasoning")
+    return ChatCompletion(
+        model=body.model, messages=messages, temperature=body.temperature, top_p=body.top_p,
+        max_tokens=body.max_output_tokens, tools=[_tool(tool) for tool in body.tools or ()] or None,
+        tool_choice=body.tool_choice, response_format=format,
+        reasoning={"effort": effort} if effort else None, vote=body.vote,
+    )  # fmt: skip
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    if tool.get("type") != "function":
+        raise APIError(400, "tools: only functions can be called", param="tools")
+    function = {key: value for key, value in tool.items() if key not in ("type", "strict")}
+    return {"type": "function", "function": function}
+
+
+def _item(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
+    """One input item → a message, or more of the last one."""
+    kind = item.get("type", "message")
+    if kind == "message":
+        messages.append({"role": item.get("role"), "content": item.get("content")})
+    elif kind == "function_call":
+        if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": ""})
+        function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
+        call = {"id": str(item.get("call_id", "")), "type": "function", "function": function}
+        messages[-1].setdefault("tool_calls", []).append(call)
+    elif kind == "function_call_output":
+        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
+    elif kind == "reasoning":
+        texts = [part.get("text", "") for part in item.get("summary") or () if isinstance(part, dict)]
+        messages.append({"role": "assistant", "content": "", "reasoning_content": "".join(map(str, texts))})
+    else:
+        raise APIError(400, f"input items of type {str(kind)[:40]!r} are not supported", param="input")
+
+
+async def _events(request: Request, body: ResponsesRequest, chat: ChatCompletion) -> AsyncGenerator[Event, None]:
+    service = service_of(request)
+    async with service.lease(body.model) as lease:
+        generation = await open_chat(request, chat, lease)
+        usage, writer, finish = Usage(), ResponseEvents(body), "stop"
+        vote: dict[str, Any] = {}
+        async with generate(service, lease, generation, usage) as deltas:
+            for kind in ("response.created", "response.in_progress"):
+                yield writer.event(kind, response=writer.response("in_progress"))
+            async for delta in deltas:
+                if delta.vote:
+                    vote = {"vote": delta.vote}
+                    if not delta.finish_reason:  # a sample has ended
+                        yield writer.event("response.in_progress", response=writer.response("in_progress", **vote))
+                for event in writer.write(delta):
+                    yield event
+                finish = delta.finish_reason or finish
+        for event in [*([] if writer.open else writer.text("")), *writer.close()]:
+            yield event
+        short = finish == "length"
+        status = "incomplete" if short else "completed"
+        done = writer.response(
+            status, completed_at=int(time.time()), usage=_usage(usage),
+            incomplete_details={"reason": "max_output_tokens"} if short else None, **vote,
+        )  # fmt: skip
+        yield writer.event(f"response.{status}", response=done)
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }  # fmt: skip

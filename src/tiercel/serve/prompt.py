@@ -1,0 +1,179 @@
+"""A prompt and what a request asks of its answer → a GenerationRequest.  Runs in a thread: templates and tokenizing
+take time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tiercel import voting
+from tiercel.errors import ContextOverflow, RequestError
+from tiercel.sampling.params import SamplingParams, Structured
+from tiercel.serve.capabilities import can_reason, template_text, tool_form
+from tiercel.serve.defaults import sampling_params
+from tiercel.serve.models import Lease
+from tiercel.serve.tool_grammar import call_grammar
+from tiercel.serve.types import GenerationRequest, Message, Prompt, Think, Tool
+from tiercel.voting import VoteSettings
+
+if TYPE_CHECKING:
+    from tiercel.engine.structured_output import Grammar
+    from tiercel.llm import Model
+    from tiercel.tokenizer.tokenizer import Tokenizer
+
+# Tokens of reasoning at each effort; None: no limit.
+REASONING_TOKENS: dict[str, int | None] = {"minimal": 256, "low": 1024, "medium": 4096, "high": None, "xhigh": None,
+                                           "ultra": None, "max": None}  # fmt: skip
+
+
+@dataclass
+class PromptOptions:
+    """What a request asks for beside its prompt and sampling parameters.
+
+    forced: the answer is one call of one of the tools.  structured: keywords of `Structured`.  context: tokens, where
+    the request wants a smaller one than the model's.  continue_final: the last message is unfinished.  template:
+    variables for the chat template.
+    """
+
+    tools: Sequence[Tool] | None = None
+    forced: bool = False
+    think: Think = None
+    structured: dict[str, Any] | None = None
+    context: int | None = None
+    continue_final: bool = False
+    template: Mapping[str, Any] = field(default_factory=dict)
+    vote: VoteSettings | None = None
+
+
+def prepare(
+    lease: Lease, prompt: Prompt, fields: Mapping[str, Any], options: PromptOptions | None = None
+) -> GenerationRequest:
+    """Render, tokenize, check and compile.
+
+    Args:
+        fields: keywords of SamplingParams.
+    Raises:
+        RequestError: what cannot be served, in one line.
+        ContextOverflow: the prompt leaves no room for an answer.
+    """
+    model, options = lease.loaded.model, options or PromptOptions()
+    tokenizer, fields = model.tokenizer, dict(fields)
+    chat = _is_chat(prompt)
+    if tokenizer is None and not _is_ids(prompt):
+        raise RequestError(f"{lease.served.name} has no tokenizer: give it token ids")
+    form = tool_form(template_text(tokenizer)) if options.tools else None
+    if options.tools and form is None:
+        raise RequestError(f'"{lease.served.name}" does not support tools')
+    prompt_ids, turn_start = _encode(lease, prompt, fields, options)
+    structured = options.structured
+    if options.forced and options.tools:
+        if structured is not None:
+            raise RequestError("an answer has one form: a tool call that is asked for, or response_format")
+        from tiercel.tokenizer.tools import LLAMA
+
+        structured, form = {"grammar": call_grammar(options.tools)}, LLAMA  # that form reads bare objects
+    if structured is not None:
+        fields["structured"] = Structured(**structured)
+    params = sampling_params(fields)
+    if options.vote is not None:
+        if options.tools:
+            raise RequestError("tools and a vote: calls cannot be voted on; leave one of them out")
+        voting.check(options.vote, params)
+    _limit_length(model, params, len(prompt_ids), options.context)
+    grammar = _compile(lease, params)
+    # a form binds the answer from its first token, unless the template has a place for reasoning, which comes before
+    reasons = chat and (grammar is None or can_reason(template_text(tokenizer)))
+    starts = chat and tokenizer is not None and tokenizer.opens_thinking(prompt_ids)
+    return GenerationRequest(
+        prompt_ids, params, "auto" if reasons else "off", starts, turn_start, form, grammar, options.vote
+    )
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], dict)
+
+
+def _is_ids(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and not _is_chat(prompt)
+
+
+def _encode(
+    lease: Lease, prompt: Prompt, fields: dict[str, Any], options: PromptOptions
+) -> tuple[list[int], int | None]:
+    """Token ids, and where the last user turn begins.  A reasoning effort sets its budget in `fields`."""
+    model = lease.loaded.model
+    tokenizer = model.tokenizer
+    if not _is_chat(prompt):
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        check_ids(model, ids)
+        return ids, None
+    messages: list[Message] = list(prompt)
+    variables = dict(options.template)
+    _set_thinking(tokenizer, fields, variables, options.think)
+    if options.tools:
+        variables["tools"] = list(options.tools)
+    ids = tokenizer.chat(messages, continue_final=options.continue_final, **variables)
+    # a state whose rollback depth covers the prompt needs no snapshot at a turn
+    splits = 0 < lease.loaded.engine.engine.grid < len(ids)
+    return ids, _turn_start(tokenizer, messages, ids, variables) if splits else None
+
+
+def check_ids(model: Model, ids: Sequence[int]) -> None:
+    """Raise RequestError for an empty prompt and for ids outside the vocabulary."""
+    size = model.config.vocab_size
+    if not ids:
+        raise RequestError("the prompt is empty: it needs at least one token")
+    if min(ids) < 0 or max(ids) >= size:
+        raise RequestError(f"token ids are from 0 to {size - 1}")
+
+
+def _set_thinking(tokenizer: Tokenizer, fields: dict[str, Any], variables: dict[str, Any], think: Think) -> None:
+    """Switch reasoning by the variable templates use; an effort is also a budget in tokens."""
+    if think is None or not can_reason(template_text(tokenizer)):
+        return
+    variables.setdefault("enable_thinking", think not in (False, "none"))
+    budget = REASONING_TOKENS.get(think) if isinstance(think, str) else 0 if think is False else None
+    if budget is not None:
+        fields.setdefault("thinking_budget", budget)
+
+
+def _turn_start(
+    tokenizer: Tokenizer, messages: list[Message], ids: list[int], variables: dict[str, Any]
+) -> int | None:
+    """Index of the first token of the last user turn: the ids shared with the prompt without it."""
+    if len(messages) < 2:
+        return None
+    try:
+        before = tokenizer.chat(messages[:-1], add_generation_prompt=False, **variables)
+    except RequestError:  # a template that wants the user to have the last word
+        return None
+    shared = 0
+    for a, b in zip(before, ids, strict=False):
+        if a != b:
+            break
+        shared += 1
+    return shared or None
+
+
+def _limit_length(model: Model, params: SamplingParams, prompt_tokens: int, context: int | None) -> None:
+    """Cut max_tokens to what the context has left.  Raises ContextOverflow when that is nothing."""
+    room = min(context or model.max_length, model.max_length) - prompt_tokens
+    if room < 1:
+        raise ContextOverflow(
+            f"the prompt has {prompt_tokens} tokens and the context holds {room + prompt_tokens}, one of them for the "
+            "answer; shorten the prompt" + (" or raise num_ctx" if context else "")
+        )
+    if params.max_tokens is None or params.max_tokens > room:
+        params.max_tokens = room
+        params.min_tokens = min(params.min_tokens, room)
+
+
+def _compile(lease: Lease, params: SamplingParams) -> Grammar | None:
+    """The grammar of a structured answer: it may take two seconds, and a hostile one is refused."""
+    if params.structured is None:
+        return None
+    compiler = lease.loaded.engine.engine.grammars
+    if compiler is None:
+        raise RequestError(f"{lease.served.name} has no tokenizer: its answers cannot be given a form")
+    return compiler.compile(params.structured)
