@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from tiercel.sampling.params import SamplingParams
-from tiercel.serve import generation as talk
-from tiercel.serve import ollama, openai
+from tiercel.serve.generation import ChoiceReader
+from tiercel.serve.ollama.writers import WholeCalls, arguments_of
+from tiercel.serve.openai.formats import call_delta
+from tiercel.serve.types import GenerationRequest, Usage
 from tiercel.tokenizer.stream import Piece
 
 SCHEMA = {"type": "object", "properties": {"ok": {"type": "boolean"}, "size": {"enum": ["s", "m", "l"]}},
@@ -73,13 +75,16 @@ def said(text, cuts):
     """The parts of an answer that comes in pieces of so many characters."""
     from tiercel.tokenizer.tools import ToolForm
 
-    choice, parts = talk._Choice(talk.Ask([1], SamplingParams(), tools=ToolForm.of("tools <tool_call>"))), []
-    counts = talk.Usage()
+    choice, parts = (
+        ChoiceReader(GenerationRequest([1], SamplingParams(), tool_form=ToolForm.of("tools <tool_call>"))),
+        [],
+    )
+    counts = Usage()
     for start in range(0, len(text), cuts):
         last = start + cuts >= len(text)
         update = SimpleNamespace(choice=0, pieces=[Piece("text", text[start : start + cuts])], token_ids=[1],
                                  logprobs=None, finish_reason="stop" if last else None, stop_reason=None)  # fmt: skip
-        parts.append(choice.part(update, counts))
+        parts.append(choice.delta(update, counts))
     return parts
 
 
@@ -88,13 +93,13 @@ def test_calls_have_each_dialects_form_however_they_are_cut(cuts):
     text = ('Sure.<tool_call>{"name": "add", "arguments": {"a": [1, "é"]}}</tool_call>'
             '<tool_call>{"name": "sub", "arguments": {}}</tool_call>')  # fmt: skip
     parts = said(text, cuts)
-    assert parts[-1].finish == "tool_calls" and "".join(part.text for part in parts).strip() == "Sure."
-    deltas = [openai._call_delta(call) for part in parts for call in part.calls]
+    assert parts[-1].finish_reason == "tool_calls" and "".join(part.text for part in parts).strip() == "Sure."
+    deltas = [call_delta(call) for part in parts for call in part.tool_calls]
     assert [delta["index"] for delta in deltas] == sorted(delta["index"] for delta in deltas)
     joined = ["".join(d["function"]["arguments"] for d in deltas if d["index"] == index) for index in (0, 1)]
     assert [json.loads(arguments) for arguments in joined] == [{"a": [1, "é"]}, {}]
     assert all(d["type"] == "function" and d["id"] for d in deltas if "name" in d["function"])
-    calls, found = ollama._Calls(), []
+    calls, found = WholeCalls(), []
     for part in said(text, cuts):
         found += calls.complete(part)
-    assert [(call.name, ollama._object(call)) for call in found] == [("add", {"a": [1, "é"]}), ("sub", {})]
+    assert [(call.name, arguments_of(call)) for call in found] == [("add", {"a": [1, "é"]}), ("sub", {})]

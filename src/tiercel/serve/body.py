@@ -44,9 +44,7 @@ class VoteField(Body):
     """
 
     k: int = Field(default=16, ge=1, description="answers at most")
-    method: HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
-MAX_IGNORED_NAMES = 16
-VoteMethod = Field(default="majority", description="how they are counted, and which are stopped early")
+    method: VoteMethod = Field(default="majority", description="how they are counted, and which are stopped early")
     keep: float | None = Field(default=None, gt=0, le=100, description="percent of the answers that stay")
     weight: Literal["one", "mean", "lowest", "bottom", "tail"] | None = Field(default=None, description="confidence")
     window: int = Field(default=2048, ge=1, le=1 << 20, description="tokens of a group")
@@ -114,12 +112,12 @@ def parse(raw: bytes, depth: int) -> Any:
         raise APIError(400, f"the JSON is nested deeper than {depth}") from None
     except ValueError as error:
         raise APIError(400, f"the body is not JSON: {str(error)[:200]}") from None
-    level, pending = 0, [value]
+    level, pending = 0, [value] if isinstance(value, (dict, list)) else []
     while pending:
         level += 1
         if level > depth:
             raise APIError(400, f"the JSON is nested deeper than {depth}")
-        inner = [item.values() if isinstance(item, dict) else item for item in pending if isinstance(item, (dict, list))]
+        inner = [item.values() if isinstance(item, dict) else item for item in pending]
         pending = [item for items in inner for item in items if isinstance(item, (dict, list))]
     return value
 

@@ -19,6 +19,7 @@ from tiercel.serve.settings import Settings
 
 if TYPE_CHECKING:
     from tiercel.model.decoder import Decoder
+    from tiercel.model.state import State
 
 Input = str | list[int]
 
@@ -44,9 +45,7 @@ async def embed(
 
 def _ids(lease: Lease, text: Input, truncate: bool) -> list[int]:
     model = lease.loaded.model
-    if isinstance(text, str) and model.tokenizer is None:
-        raise APIError(400, f"{lease.served.name} has no tokenizer: give it token ids")
-    ids = model.tokenizer.encode(text) if isinstance(text, str) else list(text)
+    ids = lease.tokenizer.encode(text) if isinstance(text, str) else list(text)
     check_ids(model, ids)
     if len(ids) > model.max_length and not truncate:
         raise ContextOverflow("the input length exceeds the context length")
@@ -65,7 +64,8 @@ class Mean:
     """The mean hidden state of a text, a chunk at a time."""
 
     def __init__(self, network: Decoder, ids: Sequence[int], adapter: str | None = None) -> None:
-        self.network, self.ids, self.read, self.state, self.adapter = network, ids, 0, None, adapter
+        self.network, self.ids, self.read, self.adapter = network, ids, 0, adapter
+        self.state: State | None = None
         self.total_D: Any = 0.0
         self.mean: list[float] = []
 

@@ -1,8 +1,8 @@
 """Generation: a request goes into the engine, deltas come out, in the words of no dialect.
 
-    generation = await asyncio.to_thread(prepare, lease, messages, params, options)      prompt.py
-    async with generate(service, lease, generation, usage) as deltas:
-        async for delta in deltas: …                         OutputDelta: reasoning, text, tool calls of one choice
+generation = await asyncio.to_thread(prepare, lease, messages, params, options)      prompt.py
+async with generate(service, lease, generation, usage) as deltas:
+    async for delta in deltas: …                         OutputDelta: reasoning, text, tool calls of one choice
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiercel.errors import DoesNotFit, ModelNotFound
+from tiercel.errors import DoesNotFit, ModelNotFound, RequestError
 from tiercel.hub import hub
 from tiercel.hub.fetch import read_json
 from tiercel.serve.errors import BUSY, APIError, log
@@ -27,6 +27,7 @@ from tiercel.serve.settings import Settings
 if TYPE_CHECKING:
     from tiercel.engine import AsyncEngine
     from tiercel.llm import Model
+    from tiercel.tokenizer.tokenizer import Tokenizer
 
 Opener = Callable[[Path, Settings], "tuple[Model, AsyncEngine]"]  # the engine is not started yet
 Key = tuple[int, int, int, "str | None"]  # device, inode, mtime and template: what makes two names one model
@@ -115,6 +116,14 @@ class Lease:
         self._held, self._tokens = True, 0
         self.adapter: str | None = None
         loaded.users += 1
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.  Raises RequestError where it has none."""
+        tokenizer = self.loaded.model.tokenizer
+        if tokenizer is None:
+            raise RequestError(f"{self.served.name} has no tokenizer: give it token ids")
+        return tokenizer
 
     def reserve(self, tokens: int) -> None:
         """Count a prompt.  Raises APIError 503 when the prompts in flight are more than the queue may hold."""
@@ -213,7 +222,7 @@ class Models:
                 if not self.loaded:
                     raise
                 await self._make_room()
-        if template := served.extras.get("template"):
+        if model.tokenizer is not None and (template := served.extras.get("template")):
             model.tokenizer.templates["default"] = template
         model.name = served.name
         engine.start()
@@ -224,7 +233,11 @@ class Models:
         """Unload the model that was idle longest; raises APIError 503 when all are at work."""
         idle = [item for item in self.loaded.items() if item[1].users == 0 and item[1].name not in self.pinned]
         if not idle:
-            raise APIError(503, "all models in memory are at work; try again, or raise --models", retry=5)
+            raise APIError(
+                503,
+                "all models in memory are at work; try again, or start the server with a larger --set models=N",
+                retry=5,
+            )
         await self._unload(min(idle, key=lambda item: item[1].last_used)[0])
 
     async def _unload(self, key: Key) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from tiercel import voting
 from tiercel.errors import ContextOverflow, RequestError
@@ -57,15 +57,16 @@ def prepare(
         RequestError: what cannot be served, in one line.
         ContextOverflow: the prompt leaves no room for an answer.
     """
-    model, options = lease.loaded.model, options or PromptOptions()
-    tokenizer, fields = model.tokenizer, dict(fields)
-    chat = _is_chat(prompt)
-    if tokenizer is None and not _is_ids(prompt):
-        raise RequestError(f"{lease.served.name} has no tokenizer: give it token ids")
+    model, options, fields = lease.loaded.model, options or PromptOptions(), dict(fields)
+    tokenizer, chat = model.tokenizer, is_chat(prompt)
     form = tool_form(template_text(tokenizer)) if options.tools else None
     if options.tools and form is None:
         raise RequestError(f'"{lease.served.name}" does not support tools')
-    prompt_ids, turn_start = _encode(lease, prompt, fields, options)
+    if is_chat(prompt):
+        prompt_ids, turn_start = _encode_chat(lease, prompt, fields, options)
+    else:
+        prompt_ids, turn_start = _ids(lease, prompt), None
+        check_ids(model, prompt_ids)
     structured = options.structured
     if options.forced and options.tools:
         if structured is not None:
@@ -90,26 +91,23 @@ def prepare(
     )
 
 
-def _is_chat(prompt: Prompt) -> bool:
-    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], dict)
+def is_chat(prompt: Prompt) -> TypeGuard[list[Message]]:
+    """Whether a prompt is a conversation."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
 
 
-def _is_ids(prompt: Prompt) -> bool:
-    return not isinstance(prompt, str) and not _is_chat(prompt)
+def _ids(lease: Lease, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt that is no conversation."""
+    if isinstance(prompt, str):
+        return lease.tokenizer.encode(prompt)
+    return [token for token in prompt if isinstance(token, int)]
 
 
-def _encode(
-    lease: Lease, prompt: Prompt, fields: dict[str, Any], options: PromptOptions
+def _encode_chat(
+    lease: Lease, messages: list[Message], fields: dict[str, Any], options: PromptOptions
 ) -> tuple[list[int], int | None]:
     """Token ids, and where the last user turn begins.  A reasoning effort sets its budget in `fields`."""
-    model = lease.loaded.model
-    tokenizer = model.tokenizer
-    if not _is_chat(prompt):
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        check_ids(model, ids)
-        return ids, None
-    messages: list[Message] = list(prompt)
-    variables = dict(options.template)
+    tokenizer, variables = lease.tokenizer, dict(options.template)
     _set_thinking(tokenizer, fields, variables, options.think)
     if options.tools:
         variables["tools"] = list(options.tools)
@@ -138,9 +136,7 @@ def _set_thinking(tokenizer: Tokenizer, fields: dict[str, Any], variables: dict[
         fields.setdefault("thinking_budget", budget)
 
 
-def _turn_start(
-    tokenizer: Tokenizer, messages: list[Message], ids: list[int], variables: dict[str, Any]
-) -> int | None:
+def _turn_start(tokenizer: Tokenizer, messages: list[Message], ids: list[int], variables: dict[str, Any]) -> int | None:
     """Index of the first token of the last user turn: the ids shared with the prompt without it."""
     if len(messages) < 2:
         return None

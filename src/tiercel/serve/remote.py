@@ -17,6 +17,7 @@ from tiercel.serve.ollama.options import OPTION_OF_PARAM
 if TYPE_CHECKING:
     from tiercel.voting.settings import VoteSettings
 
+
 @dataclass(frozen=True)
 class Piece:
     kind: str

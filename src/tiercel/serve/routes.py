@@ -25,14 +25,19 @@ async def health(request: Request) -> Response:
     service = service_of(request)
     status = "draining" if service.draining else "ok"
     return Response(
-        to_json({"status": status, "server": "tiercel"}), 503 if service.draining else 200, media_type="application/json"
+        to_json({"status": status, "server": "tiercel"}),
+        503 if service.draining else 200,
+        media_type="application/json",
     )
 
 
 async def metrics(request: Request) -> Response:
     """Prometheus' figures."""
     service = service_of(request)
-    return Response(service.metrics.render(len(service.running), service.models.loaded.values()), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(
+        service.metrics.render(len(service.running), service.models.loaded.values()),
+        media_type="text/plain; version=0.0.4; charset=utf-8",
+    )
 
 
 def routes() -> list[Route]:

@@ -19,7 +19,8 @@ import hmac
 import ipaddress
 import re
 import socket
-from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tiercel.serve.errors import error_response
 from tiercel.serve.settings import Settings, is_loopback
@@ -38,13 +39,13 @@ ALLOW_HEADERS = (
 class SecurityMiddleware:
     """ASGI middleware."""
 
-    def __init__(self, app: Any, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
         self._keys = [_digest(key) for key in (settings.api_key, *settings.api_keys) if key]
         own = {name.lower() for name in settings.allow_hosts}
         self._hosts = own if settings.loopback else own | {socket.gethostname().lower()}
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -105,7 +106,7 @@ class SecurityMiddleware:
         same = [hmac.compare_digest(given, key) for key in self._keys]  # all, so that the time tells nothing
         return same.index(True) if any(same) else None
 
-    async def _ask_for_key(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def _ask_for_key(self, scope: Scope, receive: Receive, send: Send) -> None:
         browser = any("text/html" in value for value in _values(scope["headers"], b"accept"))
         scheme = 'Basic realm="tiercel: the API key is the password"' if browser else "Bearer"
         response = error_response(scope["path"], 401, "an API key is needed, as Authorization: Bearer KEY")
@@ -148,8 +149,8 @@ def _cors(origin: str) -> list[tuple[bytes, bytes]]:
             (b"access-control-expose-headers", b"x-request-id, retry-after")]  # fmt: skip
 
 
-def _with_headers(send: Any, more: list[tuple[bytes, bytes]]) -> Any:
-    async def out(message: dict[str, Any]) -> None:
+def _with_headers(send: Send, more: list[tuple[bytes, bytes]]) -> Send:
+    async def out(message: Message) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message.get("headers", []), *more, (b"x-content-type-options", b"nosniff")]
         await send(message)
@@ -157,7 +158,7 @@ def _with_headers(send: Any, more: list[tuple[bytes, bytes]]) -> Any:
     return out
 
 
-async def _preflight(send: Any) -> None:
+async def _preflight(send: Send) -> None:
     headers = [(b"access-control-allow-methods", b"GET, POST, DELETE, HEAD, OPTIONS"),
                (b"access-control-allow-headers", ALLOW_HEADERS.encode()),
                (b"access-control-max-age", b"600")]  # fmt: skip

@@ -163,7 +163,7 @@ class NamedEventSourceResponse(EventSourceResponse):
 
     def frame(self, event: Json | str) -> bytes:
         assert isinstance(event, dict)
-        return b"event: " + event["type"].encode() + b"\ndata: " + to_json(event) + b"\n\n"
+        return b"event: " + str(event["type"]).encode() + b"\ndata: " + to_json(event) + b"\n\n"
 
 
 async def _disconnected(receive: Receive) -> None:

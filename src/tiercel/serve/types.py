@@ -60,9 +60,7 @@ class OutputDelta:
     @property
     def empty(self) -> bool:
         """Whether a client would see nothing: half a character, the beginning of a stop string."""
-        return not (
-            self.text or self.reasoning or self.tool_calls or self.logprobs or self.finish_reason or self.vote
-        )
+        return not (self.text or self.reasoning or self.tool_calls or self.logprobs or self.finish_reason or self.vote)
 
 
 @dataclass

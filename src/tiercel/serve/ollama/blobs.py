@@ -71,7 +71,7 @@ async def _receive(request: Request, path: Path, digest: str) -> None:
 
 
 def adapter_from_blobs(files: dict[str, str], local: hub.LocalModel) -> Path:
-    """Two files that were sent in as blobs, as a folder.  Raises APIError 400, FormatError where they do not fit the model."""
+    """Two files that were sent in as blobs, as a folder.  Raises APIError 400, FormatError (they do not fit)."""
     paths = {name: store.blob_path(digest) for name, digest in files.items()}
     for name, path in paths.items():
         if not path.is_file():

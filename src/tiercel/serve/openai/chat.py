@@ -130,8 +130,8 @@ def _choice(output: OutputDelta, tokenizer: Tokenizer | None, body: ChatCompleti
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in output.tool_calls
         ]
-    return {"index": output.index, "message": message, "finish_reason": output.finish_reason,
-            "logprobs": chat_logprobs(tokenizer, output, body.top_logprobs or 0) if body.logprobs else None}  # fmt: skip
+    logprobs = chat_logprobs(tokenizer, output, body.top_logprobs or 0) if body.logprobs else None
+    return {"index": output.index, "message": message, "finish_reason": output.finish_reason, "logprobs": logprobs}
 
 
 async def _events(request: Request, body: ChatCompletion) -> AsyncGenerator[dict[str, Any] | str, None]:

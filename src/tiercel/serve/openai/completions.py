@@ -56,7 +56,7 @@ def prompts_of(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Te
         return [prompt]
     if not prompt:
         raise APIError(400, "prompt must not be empty", param="prompt")
-    return [prompt] if isinstance(prompt[0], int) else list(prompt)  # type: ignore[list-item, arg-type]
+    return [prompt] if isinstance(prompt[0], int) else list(prompt)
 
 
 @dataclass
@@ -140,9 +140,7 @@ def _logprobs(tokenizer: Tokenizer | None, scored: list[ScoredToken], top: int) 
     return {"tokens": tokens, "token_logprobs": values, "top_logprobs": best, "text_offset": offsets}
 
 
-async def _events(
-    request: Request, body: Completion, prompt: TextPrompt
-) -> AsyncGenerator[dict[str, Any] | str, None]:
+async def _events(request: Request, body: Completion, prompt: TextPrompt) -> AsyncGenerator[dict[str, Any] | str, None]:
     service = service_of(request)
     async with service.lease(body.model) as lease:
         tokenizer = lease.loaded.model.tokenizer
