@@ -69,7 +69,7 @@ def over_http(connection: http.client.HTTPConnection, path: str, body: dict[str,
 @torch.inference_mode()
 def bare(network: Any, ids: list[int]) -> float:
     began = time.perf_counter()
-    network(torch.tensor(ids), network.new_state(), keep=1)[-1].argmax().item()
+    network(torch.tensor(ids), network.new_state(), logits_to_keep=1)[-1].argmax().item()
     return time.perf_counter() - began
 
 

@@ -246,8 +246,8 @@ def correct() -> None:
             slots = StateCache(net, 4, 200)
             numbers, got, want = [slots.take() for _ in texts], [], []
             for slot, text, whole in zip(numbers, texts, expected, strict=True):
-                got.append(slots.prefill(net, [slot], [text[:41].cuda()], keep=41))
-                got.append(slots.prefill(net, [slot], [text[41:60].cuda()], keep=19))
+                got.append(slots.prefill(net, [slot], [text[:41].cuda()], logits_to_keep=41))
+                got.append(slots.prefill(net, [slot], [text[41:60].cuda()], logits_to_keep=19))
                 want.append(whole[:60])
             graphs = CUDAGraphRunner(net, slots, (4,))
             for i in range(60, 83):

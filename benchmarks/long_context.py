@@ -67,7 +67,7 @@ def measure(net: Any, length: int) -> dict[str, float]:
     ids = torch.randint(net.config.vocab_size, (CHUNK,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         state = net.new_state()
-        net(ids, state, keep=1)
+        net(ids, state, logits_to_keep=1)
         grown(net, state, length - CHUNK)
         calls, before = [], state.snapshot() if length > CHUNK else None
         for _ in range(TRIES):
@@ -76,12 +76,12 @@ def measure(net: Any, length: int) -> dict[str, float]:
             else:
                 state = net.new_state()
             began = time.perf_counter()
-            net(ids, state, keep=1)
+            net(ids, state, logits_to_keep=1)
             calls.append(time.perf_counter() - began)
         size, steps = state.nbytes, []
         for i in range(STEPS + 4):
             began = time.perf_counter()
-            net(ids[:1], state, keep=1)
+            net(ids[:1], state, logits_to_keep=1)
             steps += [time.perf_counter() - began] if i >= 4 else []
     return {"call_s": min(calls), "step_s": statistics.median(steps), "cache_bytes": size}
 

@@ -96,17 +96,17 @@ def child(case: Case, tries: int = 2) -> dict[str, Any]:
             state = network.new_state()
             began = time.perf_counter()
             for start in range(0, read, 512):
-                network(ids[start : min(start + 512, read)], state, keep=1)
+                network(ids[start : min(start + 512, read)], state, logits_to_keep=1)
             speeds.append(read / (time.perf_counter() - began))
         states = [_longer(network, state, case.context) for _ in range(case.slots)]
         del state
         snapshots = [state.snapshot() for state in states for _ in range(4)]
         for _ in range(4):
-            network([ids[:1]] * case.slots, states, keep=1)
+            network([ids[:1]] * case.slots, states, logits_to_keep=1)
         steps = []
         for _ in range(STEPS):
             began = time.perf_counter()
-            network([ids[:1]] * case.slots, states, keep=1)
+            network([ids[:1]] * case.slots, states, logits_to_keep=1)
             steps.append(time.perf_counter() - began)
     assert len(snapshots) == 4 * case.slots
     return {"loaded_bytes": loaded, "total_bytes": peak_rss(os.getpid()), "prefill_tok_s": max(speeds),

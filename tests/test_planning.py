@@ -85,7 +85,7 @@ def test_a_snapshot_takes_what_was_said(tmp_path):
     network = of_source(random_source(str(file), "q8_0"))
     with torch.inference_mode():
         state = network.new_state()
-        network(torch.zeros(256, dtype=torch.long), state, keep=1)
+        network(torch.zeros(256, dtype=torch.long), state, logits_to_keep=1)
     said = forecast(network.config, machine(LAPTOP), context=256, quantize="q8_0").snapshot_bytes
     assert said == state.snapshot().own_nbytes
 

@@ -49,7 +49,7 @@ class Learner:
                 group["lr"] = self.peak * factor
 
     def loss_of(self, tokens_BL: Tensor, targets_BL: Tensor, batch: VarlenBatch) -> Tensor:
-        x_TD = self.network.features(tokens_BL, batch)
+        x_TD = self.network.hidden_states(tokens_BL, batch)
         return F.cross_entropy(self.network.head(x_TD).float(), targets_BL.flatten(), ignore_index=IGNORE)
 
     def step(self, tokens_BL: Tensor, targets_BL: Tensor, batch: VarlenBatch) -> None:
@@ -177,7 +177,7 @@ def examine(network: Decoder, task: Task, size: int, seed: tuple[int, ...], rows
     for begin in range(0, rows, at_once):
         tokens_BL, targets_BL = (torch.from_numpy(t[begin : begin + at_once]).to(device) for t in (tokens, targets))
         # with gradients on, though none is wanted: the plain operations of training, no kernel to be compiled first
-        x_TD = network.features(tokens_BL, one_document(*tokens_BL.shape, device)).detach()
+        x_TD = network.hidden_states(tokens_BL, one_document(*tokens_BL.shape, device)).detach()
         best_BL = network.head(x_TD).detach().argmax(-1).view(tokens_BL.shape)
         asked_BL = targets_BL != IGNORE
         right_BL = (best_BL == targets_BL) & asked_BL

@@ -1,10 +1,10 @@
 """One prompt by hand: prefill, step, stop.  Read this first.
 
     state  = network.new_state()                        what the network will remember of this text
-    logits = network(prompt, state, keep=1)             prefill: the whole prompt in one or a few calls
+    logits = network(prompt, state, logits_to_keep=1)             prefill: the whole prompt in one or a few calls
     while not stopped:
         token  = sampler.sample(logits)
-        logits = network([token], state, keep=1)        one step: the same call with one token
+        logits = network([token], state, logits_to_keep=1)        one step: the same call with one token
 
 `Generation` is that loop; what it says comes from `reply.py`.  `engine/` is the same for many prompts at once, and
 remembers them.
@@ -38,7 +38,7 @@ def prefill(network: Decoder, tokens: Tensor, state: State, progress: Progress |
     """Read a prompt (L,) into the state; the logits of its last token (V,)."""
     logits_LV = torch.empty(0)
     for start in range(0, len(tokens), PREFILL):
-        logits_LV = network(tokens[start : start + PREFILL], state, keep=1)
+        logits_LV = network(tokens[start : start + PREFILL], state, logits_to_keep=1)
         if progress is not None:
             progress(min(start + PREFILL, len(tokens)), len(tokens))
     return logits_LV[-1]
@@ -49,7 +49,7 @@ def generate_reference(network: Decoder, prompt: Sequence[int], count: int) -> l
     tokens, device = list(prompt), network.embed.weight.device
     with torch.no_grad():
         for _ in range(count):
-            tokens.append(int(network(torch.tensor(tokens, device=device), keep=1)[-1].argmax()))
+            tokens.append(int(network(torch.tensor(tokens, device=device), logits_to_keep=1)[-1].argmax()))
     return tokens[len(prompt) :]
 
 
@@ -127,4 +127,4 @@ class Generation(OutputProcessor):
             if self.finish_reason is not None:
                 return
             token = torch.tensor(self.token_ids[-1:], device=logits_V.device)
-            logits_V = self.network(token, self.state, keep=1)[-1]
+            logits_V = self.network(token, self.state, logits_to_keep=1)[-1]

@@ -165,7 +165,7 @@ def check_tree(cache) -> None:
     stack = list(cache.roots.values())
     while stack:
         node = stack.pop()
-        entries = [node.entry.oldest] if node.entry else []
+        entries = [node.entry.min_pos] if node.entry else []
         assert node.reach == min([*entries, *(child.reach for child in node.children.values())], default=float("inf"))
         if node.entry is not None:
             seen += 1

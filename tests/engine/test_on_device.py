@@ -146,7 +146,7 @@ def test_a_conversation_is_saved_and_goes_on_in_another_process(net, tmp_path):
     first.forward([text[:70]], [state])
     state.save(tmp_path / "state", text[:70].tolist())
     back = second.load_state(tmp_path / "state")
-    assert back.length == 70 and back.oldest == state.oldest
+    assert back.length == 70 and back.min_pos == state.min_pos
     for i in range(70, 75):
         a, b = first.forward([text[i : i + 1]], [state])[0], second.forward([text[i : i + 1]], [back])[0]
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

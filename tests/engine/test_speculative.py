@@ -37,7 +37,7 @@ class SpeculativeRun:
         self.tokens, self.start, self.state = list(prompt), len(prompt), net.new_state()
         self.sampler = Sampler(params, prompt, V, index=choice)
         self.logprobs = []
-        logits = net(torch.tensor(prompt), self.state, keep=1)
+        logits = net(torch.tensor(prompt), self.state, logits_to_keep=1)
         self.take(accepted(logits, [], self.sampler))
 
     def take(self, tokens):
@@ -56,7 +56,7 @@ class SpeculativeRun:
 def step(net, texts, drafts):
     """One pass for all: what an engine does."""
     rows = [torch.tensor([text.tokens[-1], *draft]) for text, draft in zip(texts, drafts, strict=True)]
-    logits = net(rows, [text.state for text in texts], keep=max(map(len, rows)))
+    logits = net(rows, [text.state for text in texts], logits_to_keep=max(map(len, rows)))
     counts = []
     for text, draft, rows in zip(texts, drafts, logits, strict=True):
         kept = text.take(accepted(rows, draft, text.sampler))

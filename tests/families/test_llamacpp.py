@@ -56,7 +56,7 @@ def greedy(smollm2: Path) -> list[dict[str, Any]]:
 def _continue(network: Any, ids: list[int], count: int) -> list[int]:
     state, out, new = network.new_state(), [], torch.tensor(ids)
     for _ in range(count):
-        out.append(int(network([new], [state], keep=1)[0][-1].argmax()))
+        out.append(int(network([new], [state], logits_to_keep=1)[0][-1].argmax()))
         new = torch.tensor(out[-1:])
     return out
 

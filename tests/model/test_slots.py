@@ -44,7 +44,7 @@ def test_a_prompt_in_pieces_and_steps(network, pieces):
     slots, ids = StateCache(network, 2, 200), words(41)
     expected, slot, at = whole(network, ids), slots.take(), 0
     for n in pieces:
-        got = slots.prefill(network, [slot], [ids[at : at + n]], keep=3 if n > 2 else 1)
+        got = slots.prefill(network, [slot], [ids[at : at + n]], logits_to_keep=3 if n > 2 else 1)
         at += n
         close(got, expected[at - len(got) : at])
     for i in range(at, 41):

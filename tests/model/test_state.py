@@ -70,7 +70,7 @@ class Lives:
     def trim(self, life: Life, share: float) -> None:
         length = int(share * len(life.text))
         kept = life.state.trim(length)
-        assert kept == (life.state.oldest <= length)
+        assert kept == (life.state.min_pos <= length)
         if kept:
             life.text = life.text[:length]
 
@@ -94,7 +94,7 @@ class Lives:
     def check(self) -> None:
         for life in self.lives:
             assert life.state.length == len(life.text)
-            assert 0 <= life.state.oldest <= life.state.length
+            assert 0 <= life.state.min_pos <= life.state.length
             assert life.state.nbytes > 0 or not life.text
 
 
@@ -157,8 +157,8 @@ def test_a_cut_before_the_kept_inputs_is_refused_and_changes_nothing(name: str, 
     net, text = network(name), nasty.tokens(300)
     state, twin = net.new_state(), net.new_state()
     net([text], [state]), net([text], [twin])
-    assert state.oldest > 0
-    assert not state.trim(state.oldest - 1) and not state.trim(301) and not state.trim(-1)
+    assert state.min_pos > 0
+    assert not state.trim(state.min_pos - 1) and not state.trim(301) and not state.trim(-1)
     assert state.length == 300
     more = nasty.tokens(5, seed=1)
     assert torch.equal(net([more], [state])[0], net([more], [twin])[0])
@@ -173,8 +173,8 @@ def test_a_snapshot_before_the_first_boundary_keeps_no_state_and_later_ones_do(n
     early = state.snapshot()
     net([text[20:]], [state])
     late = state.snapshot()
-    assert early.oldest == 0 and not any("S" in tensors for tensors, _ in early.layers)
-    assert late.oldest > 0 and all("S" in tensors for tensors, _ in late.layers)
+    assert early.min_pos == 0 and not any("S" in tensors for tensors, _ in early.layers)
+    assert late.min_pos > 0 and all("S" in tensors for tensors, _ in late.layers)
     more = nasty.tokens(9, seed=1)
     for snapshot in (early, late, early):  # by a state that remembers something else, and the other way round
         fresh = net.new_state()
@@ -221,7 +221,7 @@ def test_a_saved_state_goes_on_bit_for_bit(network: Callable, tmp_path: Path) ->
     net([nasty.tokens(150)], [state])
     state.save(tmp_path / "s")
     again = net.load_state(tmp_path / "s")
-    assert again.length == 150 and again.oldest == state.oldest
+    assert again.length == 150 and again.min_pos == state.min_pos
     more = nasty.tokens(7, seed=1)
     assert torch.equal(net([more], [again])[0], net([more], [state])[0])
 

@@ -23,11 +23,11 @@ def recordings(network) -> list[CapturedStep]:
     return [step for step in network._graphs.seen.values() if isinstance(step, CapturedStep)]
 
 
-def live(network, tokens, state, keep=None):
+def live(network, tokens, state, logits_to_keep=None):
     """The forward as Python runs it."""
     kept, network._graphs = network._graphs, GraphCache()
     try:
-        return network(tokens, state, keep=keep)
+        return network(tokens, state, logits_to_keep=logits_to_keep)
     finally:
         network._graphs = kept
 
@@ -51,7 +51,7 @@ def test_one_recording_serves_all_texts():
     for step in range(40):
         for state, twin in zip(states, twins, strict=True):
             token = torch.tensor([step * 3 % 300])
-            assert torch.equal(network(token, state, keep=1), live(network, token, twin, keep=1))
+            assert torch.equal(network(token, state, logits_to_keep=1), live(network, token, twin, logits_to_keep=1))
     assert len(recordings(network)) == 1
 
 

@@ -30,7 +30,7 @@ def both_ways(net, tokens: Tensor, lengths: list[list[int]], **settings):
         net.zero_grad()
         if packed:
             batch = VarlenBatch(starts(lengths), **settings)
-            logits = net.head(net.features(tokens, batch), net.config.logit_scale)
+            logits = net.head(net.hidden_states(tokens, batch), net.config.logit_scale)
         else:
             documents = [d for row, ls in zip(tokens, lengths, strict=True) for d in row.split(ls)]
             logits = torch.cat([net(d) for d in documents])
@@ -55,9 +55,11 @@ def test_two_documents_never_see_each_other():
     a, b, c = tiny.ids(30, 1), tiny.ids(33, 2), tiny.ids(33, 3)
     batch = VarlenBatch(starts([[30, 33]]))
     with torch.no_grad():
-        first, second = (net.features(torch.tensor([a + other]), batch) for other in (b, c))
+        first, second = (net.hidden_states(torch.tensor([a + other]), batch) for other in (b, c))
         assert torch.equal(first[:30], second[:30])
-        first, second = (net.features(torch.tensor([other + a]), VarlenBatch(starts([[33, 30]]))) for other in (b, c))
+        first, second = (
+            net.hidden_states(torch.tensor([other + a]), VarlenBatch(starts([[33, 30]]))) for other in (b, c)
+        )
         assert torch.equal(first[33:], second[33:])
 
 
@@ -80,7 +82,7 @@ def test_gradients_are_those_of_transformers(name, tmp_path):
     weigh = torch.randn(70, nasty.VOCAB, generator=torch.Generator().manual_seed(4))
     (theirs(tokens[None], use_cache=False).logits[0] * weigh).sum().backward()
     logits = net.head(
-        net.features(tokens[None], VarlenBatch(torch.zeros(1, 70, dtype=torch.bool))), net.config.logit_scale
+        net.hidden_states(tokens[None], VarlenBatch(torch.zeros(1, 70, dtype=torch.bool))), net.config.logit_scale
     )
     (logits * weigh).sum().backward()
     grads = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
@@ -159,7 +161,7 @@ def test_a_compiled_block_has_the_same_gradients():
         net = tiny.network("attention+mamba2", native=False).train().requires_grad_(True)
         for block in net.layers if compiled else []:
             block.compile(backend="aot_eager")
-        net.features(tokens, VarlenBatch(starts(LENGTHS))).square().sum().backward()
+        net.hidden_states(tokens, VarlenBatch(starts(LENGTHS))).square().sum().backward()
         grads.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
     for name, grad in grads[0].items():
         assert (grads[1][name] - grad).norm() <= 1e-5 * grad.norm() + 1e-6, name

@@ -77,12 +77,12 @@ def mixer(name: str, piece: Piece) -> dict[str, float]:
     net, tokens = network(piece), torch.zeros(MANY, dtype=torch.long)
     state = net.new_state()
     for _ in range(0, piece.context, MANY):
-        net(tokens, state, keep=1)
+        net(tokens, state, logits_to_keep=1)
     snapshot = state.snapshot()
 
     def again() -> None:
         state.restore(snapshot)
-        net(tokens, state, keep=1)
+        net(tokens, state, logits_to_keep=1)
 
     chunk = best(again, 4)
     states = [
@@ -92,7 +92,7 @@ def mixer(name: str, piece: Piece) -> dict[str, float]:
 
     def step() -> None:
         for each in states:
-            net(tokens[:1], each, keep=1)
+            net(tokens[:1], each, logits_to_keep=1)
 
     for _ in range(4):
         step()
@@ -103,7 +103,7 @@ def another(net: Decoder, like: State, context: int, tokens: torch.Tensor) -> St
     """As long as it and with memory of its own.  Where there is a context all layers are attention."""
     state = net.new_state()
     if context == 0:
-        net(tokens, state, keep=1)
+        net(tokens, state, logits_to_keep=1)
         return state
     state.reserve(like.length)
     for own, page in zip(state.pages, like.pages, strict=True):

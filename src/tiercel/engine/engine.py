@@ -206,9 +206,9 @@ class Engine:
         return None if self.model.tokenizer is None else GrammarCompiler(self.model.tokenizer)
 
     @cached_property
-    def grid(self) -> int:
+    def rollback_tokens(self) -> int:
         """Tokens that a state can always be cut back by; 0: by any number."""
-        return self.runner.new_state().grid
+        return self.runner.new_state().rollback_tokens
 
     def queue(self, request: Request) -> None:
         self._arrivals.append(request.choices[0])
@@ -534,7 +534,7 @@ class Engine:
                 continue
             if choice.speculation is None:
                 choice.speculation = Speculation(self.drafter(choice), self.costs)
-            room = min(choice.room - len(choice.token_ids) - 1, (state.grid or MOST + 1) - 1)
+            room = min(choice.room - len(choice.token_ids) - 1, (state.rollback_tokens or MOST + 1) - 1)
             row.drafts = choice.speculation.draft(choice.tokens, len(rows), room)
 
     # ── sampling, and what comes of it ──

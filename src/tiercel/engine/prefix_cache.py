@@ -1,7 +1,7 @@
 """What has been read before, and the places one can go back to.
 
 One tree of token runs for each key.  At the ends of some runs stand snapshots: a snapshot taken at `length` takes a
-state back to any length from its `oldest` (where its committed state stands) to `length`, so for a new prompt the best
+state back to any length from its `min_pos` (where its committed state stands) to `length`, so for a new prompt the best
 one is not always at or before the place where the texts part: one a little behind it, cut back, is as good as exact.
 
     shared    how many tokens of a prompt are in the tree
@@ -36,7 +36,7 @@ class Entry:
     """A snapshot in memory, or its file.  weight: how likely it is wanted · used: when it last was, by the clock"""
 
     length: int
-    oldest: int
+    min_pos: int
     nbytes: int  # with all its pages: what its file takes
     weight: float
     used: int
@@ -53,13 +53,13 @@ class Node:
     depth: int
     children: dict[int, Node] = field(default_factory=dict)  # by the first token of their runs
     entry: Entry | None = None
-    reach: float = float("inf")  # the least `oldest` of the entries here and below
+    reach: float = float("inf")  # the least `min_pos` of the entries here and below
 
     def settle(self) -> None:
         """Bring `reach` up to date, here and above."""
         node: Node | None = self
         while node is not None:
-            own = node.entry.oldest if node.entry is not None else float("inf")
+            own = node.entry.min_pos if node.entry is not None else float("inf")
             node.reach = min([own, *(child.reach for child in node.children.values())])
             node = node.parent
 
@@ -118,7 +118,7 @@ class PrefixCache:
         self.clock += 1
         weight = PLACE if place else 1.0
         if node.entry is None:
-            node.entry = Entry(snapshot.length, snapshot.oldest, snapshot.nbytes, weight, self.clock, snapshot)
+            node.entry = Entry(snapshot.length, snapshot.min_pos, snapshot.nbytes, weight, self.clock, snapshot)
             self._hold(snapshot)
             self.nodes.add(node)
             node.settle()
@@ -158,7 +158,7 @@ class PrefixCache:
             return 0, None
         below: list[Node] = []  # where texts go on from the last token that is shared
         while True:
-            if node.entry is not None and node.entry.oldest <= limit:
+            if node.entry is not None and node.entry.min_pos <= limit:
                 best = node  # deeper ones bring back more
             child = node.children.get(tokens[depth]) if depth < len(tokens) else None
             if child is None:
@@ -297,7 +297,7 @@ def _same(run: list[int], tokens: list[int], start: int) -> int:
 def _reaching(nodes: list[Node], length: int) -> Node | None:
     """A node here or below whose entry can be cut back to this length."""
     node = next((node for node in nodes if node.reach <= length), None)
-    while node is not None and not (node.entry is not None and node.entry.oldest <= length):
+    while node is not None and not (node.entry is not None and node.entry.min_pos <= length):
         node = next((child for child in node.children.values() if child.reach <= length), None)
     return node
 

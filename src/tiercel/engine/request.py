@@ -143,9 +143,9 @@ class Sequence(OutputProcessor):
         """How many slots it takes: also for those that will fork from it."""
         return 1 if self.index else 1 + sum(choice.asleep for choice in self.request.choices)
 
-    def kept_by(self, oldest: int, length: int) -> None:
-        """A snapshot can go back to any length from `oldest` to `length`."""
-        self.marks = [mark for mark in self.marks if not oldest <= mark <= length]
+    def kept_by(self, min_pos: int, length: int) -> None:
+        """A snapshot can go back to any length from `min_pos` to `length`."""
+        self.marks = [mark for mark in self.marks if not min_pos <= mark <= length]
 
 
 @dataclass(frozen=True)

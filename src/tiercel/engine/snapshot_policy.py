@@ -36,19 +36,19 @@ def mark(choice: Sequence, shared: int, cache: PrefixCache) -> None:
     if shared > choice.length:
         wanted.add(shared)  # two texts part here, for the second time
     choice.marks = sorted(mark for mark in wanted if choice.length < mark <= prompt)
-    if state.grid:
+    if state.rollback_tokens:
         one, room = state.own_nbytes, max(cache.budget / PROMPT_SHARE, 1)
         spacing = max(MIN_INTERVAL, one / MAX_BYTES_PER_TOKEN, one * prompt / room)
-        choice.spacing = math.ceil(spacing / state.grid) * state.grid
+        choice.spacing = math.ceil(spacing / state.rollback_tokens) * state.rollback_tokens
 
 
 def stop(choice: Sequence) -> int:
     """The length a forward must not pass, so that a snapshot can be taken for what is marked."""
-    end, grid, at = len(choice.tokens), choice.state.grid if choice.state else 0, choice.length
-    if not grid or not choice.spacing:
+    end, rollback_tokens, at = len(choice.tokens), choice.state.rollback_tokens if choice.state else 0, choice.length
+    if not rollback_tokens or not choice.spacing:
         return end
     prompt = len(choice.request.prompt_ids)  # its end needs no stop: it is one
-    stops = [-(-mark // grid) * grid for mark in choice.marks if mark < prompt - 1]
+    stops = [-(-mark // rollback_tokens) * rollback_tokens for mark in choice.marks if mark < prompt - 1]
     stops.append((at // choice.spacing + 1) * choice.spacing)
     return min(end, *(stop for stop in stops if stop > at))
 
@@ -58,10 +58,10 @@ def keep(rows: GenericSequence[ScheduledSequence], cache: PrefixCache) -> None:
     for row in rows:
         choice, state = row.choice, row.choice.state
         assert state is not None
-        at, oldest = state.length, state.oldest_after(row.count + len(row.drafts))
-        place = any(state.oldest <= mark <= at and oldest > mark for mark in choice.marks)
+        at, min_pos = state.length, state.min_pos_after(row.count + len(row.drafts))
+        place = any(state.min_pos <= mark <= at and min_pos > mark for mark in choice.marks)
         reading = choice.spacing and at and at % choice.spacing == 0 and at <= len(choice.request.prompt_ids)
-        if place or (reading and oldest >= at):
+        if place or (reading and min_pos >= at):
             remember(choice, cache, place=place)
 
 
@@ -74,5 +74,5 @@ def remember(choice: Sequence, cache: PrefixCache, *, place: bool, ending: bool 
         return  # a device is ahead of what was handed out
     choice.kept = state.length
     snapshot = state.snapshot(ending=ending)
-    choice.kept_by(snapshot.oldest, snapshot.length)
+    choice.kept_by(snapshot.min_pos, snapshot.length)
     cache.put(choice.request.key, choice.tokens[: state.length], snapshot, place=place)

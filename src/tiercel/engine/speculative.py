@@ -2,7 +2,7 @@
 
     spec = Speculation(NgramDrafter(), costs)
     draft = spec.draft(tokens, rows)                      [] where guessing does not pay
-    logits = network([[last, *draft]], [state], keep=len(draft) + 1)
+    logits = network([[last, *draft]], [state], logits_to_keep=len(draft) + 1)
     ...                                                   sample row after row, up to the first that is not the guess
     state.trim(…)                                         guesses that were wrong are forgotten
     spec.note(len(draft), right)
@@ -147,7 +147,7 @@ class ModelDrafter:
 
     def _step(self, tokens: Sequence[int]) -> Tensor:
         device = self.network.embed.weight.device
-        row: Tensor = self.network(torch.tensor(list(tokens), device=device), self.state, keep=1)[-1]
+        row: Tensor = self.network(torch.tensor(list(tokens), device=device), self.state, logits_to_keep=1)[-1]
         self._read += tokens
         return row
 

@@ -69,4 +69,4 @@ class CPURunner:
 
     def forward(self, tokens: Sequence[Tensor], states: Sequence[State], *, logits_to_keep: int = 1) -> list[Tensor]:
         """See `Runner.forward`."""
-        return self.network(tokens, states, keep=logits_to_keep)
+        return self.network(tokens, states, logits_to_keep=logits_to_keep)

@@ -45,10 +45,10 @@ class Decoder(nn.Module):
         self.adapters = Adapters(self)
 
     @overload
-    def forward(self, tokens: Tensor, states: State | None = None, *, keep: int | None = None) -> Tensor: ...
+    def forward(self, tokens: Tensor, states: State | None = None, *, logits_to_keep: int | None = None) -> Tensor: ...
     @overload
     def forward(
-        self, tokens: Sequence[Tensor], states: Sequence[State] | None = None, *, keep: int | None = None
+        self, tokens: Sequence[Tensor], states: Sequence[State] | None = None, *, logits_to_keep: int | None = None
     ) -> list[Tensor]: ...
 
     def forward(
@@ -56,46 +56,48 @@ class Decoder(nn.Module):
         tokens: Tensor | Sequence[Tensor],
         states: State | Sequence[State] | None = None,
         *,
-        keep: int | None = None,
+        logits_to_keep: int | None = None,
     ) -> Tensor | list[Tensor]:
         """Logits of each token's successor, float32.
 
         tokens: one row (L,) → (L, V); a (B, L) tensor → (B, L, V); a list of rows of any lengths → a list.
         states: one per row; each row goes on where its state ended, and the state grows (no gradients then).
-        keep: only the logits of the last `keep` tokens of every row.
+        keep: only the logits of the last `logits_to_keep` tokens of every row.
         """
         if isinstance(tokens, Tensor) and tokens.dim() == 1:
-            return self._rows([tokens], None if states is None else [states], keep)[0]  # type: ignore[list-item]
-        rows = self._rows(list(tokens), states, keep)  # type: ignore[arg-type]
+            return self._rows([tokens], None if states is None else [states], logits_to_keep)[0]  # type: ignore[list-item]
+        rows = self._rows(list(tokens), states, logits_to_keep)  # type: ignore[arg-type]
         return torch.stack(rows) if isinstance(tokens, Tensor) else rows
 
-    def _rows(self, rows: list[Tensor], states: Sequence[State] | None, keep: int | None) -> list[Tensor]:
+    def _rows(self, rows: list[Tensor], states: Sequence[State] | None, logits_to_keep: int | None) -> list[Tensor]:
         tokens_T = self._checked(rows, states)
         if states is None and self.native and not torch.is_grad_enabled():
             states = [self.new_state() for _ in rows]
         if states is None:
-            return self._run(tokens_T, Batch([len(row) for row in rows], None, tokens_T.device), None, keep)
+            return self._run(tokens_T, Batch([len(row) for row in rows], None, tokens_T.device), None, logits_to_keep)
         with torch.no_grad():
             for row, state in zip(rows, states, strict=True):
-                state.settle()
+                state.validate()
                 state.reserve(len(row))
-            logits = self._graphs.run(self, tokens_T, [len(row) for row in rows], states, keep)
+            logits = self._graphs.run(self, tokens_T, [len(row) for row in rows], states, logits_to_keep)
             for row, state in zip(rows, states, strict=True):
                 state.length += len(row)
             return logits
 
-    def _run(self, tokens_T: Tensor, batch: Batch, states: Sequence[State] | None, keep: int | None) -> list[Tensor]:
-        lengths = [length if keep is None else min(keep, length) for length in batch.lengths]
-        return list(self.run(tokens_T, batch, states, keep).split(lengths))
+    def _run(
+        self, tokens_T: Tensor, batch: Batch, states: Sequence[State] | None, logits_to_keep: int | None
+    ) -> list[Tensor]:
+        lengths = [length if logits_to_keep is None else min(logits_to_keep, length) for length in batch.lengths]
+        return list(self.run(tokens_T, batch, states, logits_to_keep).split(lengths))
 
     def run(
         self,
         tokens_T: Tensor,
         batch: Batch | DeviceBatch,
         states: Sequence[State] | Sequence[StateCache] | None,
-        keep: int | None = None,
+        logits_to_keep: int | None = None,
     ) -> Tensor:
-        """Logits (T, V) float32 of all rows' tokens one after another, of the last `keep` of each where it is given.
+        """Logits (T, V) float32 of all rows' tokens one after another, of the last `logits_to_keep` of each where it is given.
 
         states: what the batch was made for, one for each row, or the one `StateCache` that holds them all.
         """
@@ -107,10 +109,10 @@ class Decoder(nn.Module):
                 self.adapters.set_active(worn, lengths)
             with nullcontext() if states is None else torch.inference_mode():
                 x_TD = self._body(tokens_T, batch, states)
-            if keep is not None and any(length > keep for length in lengths):
-                x_TD = torch.cat([x_TD[span][-keep:] for span in batch.spans])
+            if logits_to_keep is not None and any(length > logits_to_keep for length in lengths):
+                x_TD = torch.cat([x_TD[span][-logits_to_keep:] for span in batch.spans])
                 if worn:
-                    self.adapters.set_active(worn, [min(keep, length) for length in lengths])
+                    self.adapters.set_active(worn, [min(logits_to_keep, length) for length in lengths])
             return self.head(self.norm(x_TD), self.config.logit_scale).float()
         finally:
             if worn:
@@ -124,13 +126,27 @@ class Decoder(nn.Module):
         if self.config.residual_fp32 or batch.native:
             x_TD = x_TD.float()
         for i, block in enumerate(self.layers):
-            x_TD = block(x_TD, batch, self._memories(i, states, len(batch.lengths)))  # type: ignore[arg-type]
+            x_TD = block(x_TD, batch, self._layer_states(i, states, len(batch.lengths)))  # type: ignore[arg-type]
         return x_TD
 
-    def hidden(self, tokens_L: Tensor, state: State) -> Tensor:
-        """Token ids (L,) → what the last norm gives out, (L, D) float32; the state grows, there are no gradients."""
-        tokens_L = self._checked([tokens_L], [state])
-        state.settle()
+    def hidden_states(self, tokens: Tensor, context: State | VarlenBatch) -> Tensor:
+        """Return the outputs of the last norm, the inputs of `head`.
+
+        Args:
+            tokens: int64 (L,), or (B, L) for a `VarlenBatch`.
+            context: the state that the tokens continue, which grows, without gradients; or, for training, the
+                documents that the rows consist of.
+
+        Returns:
+            (T, D); float32 with a state.
+
+        Raises:
+            RequestError: no tokens, or one outside the vocabulary.
+        """
+        if isinstance(context, VarlenBatch):
+            return self._training_states(tokens, context)
+        state, tokens_L = context, self._checked([tokens], [context])
+        state.validate()
         state.reserve(len(tokens_L))
         try:
             self.adapters.set_active([state.adapter], [len(tokens_L)])
@@ -141,24 +157,23 @@ class Decoder(nn.Module):
         finally:
             self.adapters.clear_active()
 
-    def features(self, tokens_BL: Tensor, batch: VarlenBatch) -> Tensor:
-        """What the last norm gives out for rows full of documents, (T, D), with gradients: the input of `head`."""
-        x_TD, half = self.embed(tokens_BL.flatten()), self.dtype == torch.bfloat16
-        if self.config.residual_fp32 or half:
+    def _training_states(self, tokens_BL: Tensor, batch: VarlenBatch) -> Tensor:
+        x_TD, is_bf16 = self.embed(tokens_BL.flatten()), self.dtype == torch.bfloat16
+        if self.config.residual_fp32 or is_bf16:
             x_TD = x_TD.float()
         # between bfloat16 matrices the products of attention and scans are rounded as theirs are
-        rounding = torch.autocast(x_TD.device.type, torch.bfloat16) if half else nullcontext()
+        rounding = torch.autocast(x_TD.device.type, torch.bfloat16) if is_bf16 else nullcontext()
         with rounding:
             for i, block in enumerate(self.layers):
-                nothing = self._memories(i, None, len(batch.lengths))
+                nothing = self._layer_states(i, None, len(batch.lengths))
                 if batch.recompute and torch.is_grad_enabled():
                     x_TD = checkpoint(block, x_TD, batch, nothing, use_reentrant=False)
                 else:
                     x_TD = block(x_TD, batch, nothing)
         return self.norm(x_TD)
 
-    def _memories(self, layer: int, states: Sequence[State] | None, rows: int) -> list[list[object]]:
-        """For every mixer of a layer, what each row remembers."""
+    def _layer_states(self, layer: int, states: Sequence[State] | None, rows: int) -> list[list[object]]:
+        """For every mixer of a layer, the state of each row."""
         mixers = len(self.config.layers[layer].mixers)
         if states is None:
             return [[None] * rows] * mixers

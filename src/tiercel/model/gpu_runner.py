@@ -101,7 +101,7 @@ class GPURunner:
                     out[i] = logits_V.unsqueeze(0)
             for i, row in enumerate(tokens):
                 if len(row) > 1:
-                    out[i] = self.slots.prefill(self.network, [states[i].slot], [row], keep=logits_to_keep)
+                    out[i] = self.slots.prefill(self.network, [states[i].slot], [row], logits_to_keep=logits_to_keep)
         return [logits for logits in out if logits is not None]
 
 
@@ -125,15 +125,15 @@ class SlotHandle:
         return self.slots.length[self.slot]
 
     @property
-    def oldest(self) -> int:
-        return self.slots.oldest(self.slot)
+    def min_pos(self) -> int:
+        return self.slots.min_pos(self.slot)
 
-    def oldest_after(self, added: int) -> int:
-        """What `oldest` will be when so many more tokens have been read in one forward."""
-        return self.slots.base_after(self.slot, added) if self.grid else 0
+    def min_pos_after(self, added: int) -> int:
+        """What `min_pos` will be when so many more tokens have been read in one forward."""
+        return self.slots.base_after(self.slot, added) if self.rollback_tokens else 0
 
     @property
-    def grid(self) -> int:
+    def rollback_tokens(self) -> int:
         return self.slots.chunk if self.owner.own_nbytes else 0
 
     @property
@@ -173,7 +173,7 @@ class SlotHandle:
     def restore(self, snapshot: Snapshot) -> None:
         """Be as when the snapshot was taken.  RequestError for a CPU's with more open inputs than a slot has."""
         slots, slot, length = self.slots, self.slot, snapshot.length
-        if length - snapshot.oldest > slots.chunk and snapshot.layers:
+        if length - snapshot.min_pos > slots.chunk and snapshot.layers:
             raise RequestError("this state was saved on a CPU and cannot go on here: read the text again")
         slots.reserve(slot, length)
         caches = [memory for memory in _parts(slots) if isinstance(memory, AttentionSlots)]
@@ -189,7 +189,7 @@ class SlotHandle:
         for memory, (tensors, base) in zip(recurrent, snapshot.layers, strict=True):
             memory.adopt(slot, base, length, tensors)
         self.kept = list(snapshot.pages[: length // PAGE])
-        slots._set(slot, length, snapshot.oldest)
+        slots._set(slot, length, snapshot.min_pos)
 
     def fork(self) -> SlotHandle:
         """A second text that continues from here on its own."""

@@ -1,7 +1,7 @@
 """Forwards of few tokens, recorded once and run again: at 0.5B a step is 36 layers in some 12 ms, and the Python
 between them would be a third of that.
 
-A recording is for a list of row lengths and `keep`, not for certain states: these are looked up through the rows of
+A recording is for a list of row lengths and `logits_to_keep`, not for certain states: these are looked up through the rows of
 the batch.  The first forward of a kind runs as it is, the second is recorded, the rest are run from the tape, as long
 as the modules are the ones that were recorded.  What cannot be recorded (experts chosen in Python, adapters, hooks)
 is run as it is, always.
@@ -31,7 +31,7 @@ class CapturedStep:
     """One recorded forward."""
 
     def __init__(
-        self, network: Decoder, tokens_T: Tensor, batch: Batch, states: Sequence[State], keep: int | None
+        self, network: Decoder, tokens_T: Tensor, batch: Batch, states: Sequence[State], logits_to_keep: int | None
     ) -> None:
         self.batch, self.graph = batch, CapturedGraph()
         with torch.inference_mode(False):  # it is written again outside of that mode, too
@@ -43,7 +43,7 @@ class CapturedStep:
             if child is not None and not isinstance(part, nn.ModuleList)
         ]
         with torch.inference_mode(), self.graph.recording():
-            self.logits = network._run(self.tokens_T, batch, states, keep)
+            self.logits = network._run(self.tokens_T, batch, states, logits_to_keep)
 
     def holds(self) -> bool:
         """Whether the modules are those that were recorded, and nobody listens to them."""
@@ -76,13 +76,18 @@ class GraphCache:
         self.seen.clear()
 
     def run(
-        self, network: Decoder, tokens_T: Tensor, lengths: list[int], states: Sequence[State], keep: int | None
+        self,
+        network: Decoder,
+        tokens_T: Tensor,
+        lengths: list[int],
+        states: Sequence[State],
+        logits_to_keep: int | None,
     ) -> list[Tensor]:
         """Logits of each row, from a recording where there is one."""
-        key = (tuple(lengths), keep, states[0].dtype)
+        key = (tuple(lengths), logits_to_keep, states[0].dtype)
         worn = any(state.adapter is not None for state in states)
         if worn or not network.native or len(tokens_T) > MOST_TOKENS:
-            return network._run(tokens_T, Batch(lengths, states, tokens_T.device), states, keep)
+            return network._run(tokens_T, Batch(lengths, states, tokens_T.device), states, logits_to_keep)
         known = self.seen.get(key)
         if isinstance(known, CapturedStep) and not known.holds():
             del self.seen[key]
@@ -93,10 +98,10 @@ class GraphCache:
             return known.answers()
         batch = Batch(lengths, states, tokens_T.device)
         if key in self.seen and known is None and batch.native:
-            step = CapturedStep(network, tokens_T, batch, states, keep)
+            step = CapturedStep(network, tokens_T, batch, states, logits_to_keep)
             self.seen[key] = step if step.graph.broken is None else step.graph.broken
             return step.answers()
         self.seen.setdefault(key, None)
         while len(self.seen) > MAX_CAPTURED_GRAPHS:
             self.seen.popitem(last=False)
-        return network._run(tokens_T, batch, states, keep)
+        return network._run(tokens_T, batch, states, logits_to_keep)

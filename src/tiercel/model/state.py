@@ -53,7 +53,7 @@ class Snapshot:
         return sum(t.nbytes for tensors, _ in self.layers for t in tensors.values())
 
     @property
-    def oldest(self) -> int:
+    def min_pos(self) -> int:
         """The shortest length a state restored from it can be trimmed to."""
         return max((base for _, base in self.layers), default=0)
 
@@ -131,16 +131,16 @@ class State:
         return self.words.ctypes.data
 
     @property
-    def oldest(self) -> int:
+    def min_pos(self) -> int:
         """The shortest length `trim` can reach."""
         return int(self.words[self._bases].max()) if self._bases else 0
 
-    def oldest_after(self, added: int) -> int:
-        """What `oldest` will be when so many more tokens have been read in one forward."""
+    def min_pos_after(self, added: int) -> int:
+        """What `min_pos` will be when so many more tokens have been read in one forward."""
         return max((part.base_after(added) for part in self._chunks), default=0)
 
     @property
-    def grid(self) -> int:
+    def rollback_tokens(self) -> int:
         """The smallest chunk of a layer: what a forward added last can be cut off, up to this; 0 means all of it."""
         return min((part.chunk for part in self.recurrent), default=0)
 
@@ -178,7 +178,7 @@ class State:
 
         False, and nothing changed, where that is not kept.
         """
-        if not self.oldest <= length <= self.length:
+        if not self.min_pos <= length <= self.length:
             return False
         self.length = length
         self._cut(length)
@@ -189,9 +189,9 @@ class State:
         for part in self._caches:
             part.cut(length)
 
-    def settle(self) -> None:
+    def validate(self) -> None:
         """Make sure that a forward can go on from here: that none was interrupted after its inputs were folded in."""
-        if self.oldest > self.length:
+        if self.min_pos > self.length:
             raise RequestError("this state was interrupted while it grew and cannot go on: start a new one")
 
     def snapshot(self, *, ending: bool = False) -> Snapshot:
@@ -211,7 +211,7 @@ class State:
             part.adopt(tensors, snapshot.length, base)
         self.length = snapshot.length
 
-    def become(self, length: int, parts: Iterable[tuple[dict[str, Tensor], int]]) -> None:
+    def assign(self, length: int, parts: Iterable[tuple[dict[str, Tensor], int]]) -> None:
         """Remember these instead: tensors and base of every layer state.  Shapes are the caller's promise."""
         self.length = 0
         self._cut(0)

@@ -207,12 +207,12 @@ class StateCache:
 
     def trim(self, slot: int, length: int) -> bool:
         """Forget all but the first tokens.  False, and nothing changed, where that is not kept."""
-        if not self.oldest(slot) <= length <= self.length[slot]:
+        if not self.min_pos(slot) <= length <= self.length[slot]:
             return False
         self._set(slot, length, self.base[slot])
         return True
 
-    def oldest(self, slot: int) -> int:
+    def min_pos(self, slot: int) -> int:
         """The shortest length `trim` can reach."""
         return self.base[slot] if self.chunk > 1 else 0
 
@@ -222,12 +222,14 @@ class StateCache:
 
     # ── forwards
 
-    def prefill(self, network: Decoder, slots: Sequence[int], rows: Sequence[Tensor], keep: int = 1) -> Tensor:
-        """Add tokens to some texts → logits of the last `keep` of each, (B · keep, V) float32."""
+    def prefill(
+        self, network: Decoder, slots: Sequence[int], rows: Sequence[Tensor], logits_to_keep: int = 1
+    ) -> Tensor:
+        """Add tokens to some texts → logits of the last `logits_to_keep` of each, (B · keep, V) float32."""
         for slot, row in zip(slots, rows, strict=True):
             self.reserve(slot, self.length[slot] + len(row))
         batch = DeviceBatch(self, slots, [len(row) for row in rows])
-        logits_TV = network.run(torch.cat(list(rows)), batch, [self], keep)
+        logits_TV = network.run(torch.cat(list(rows)), batch, [self], logits_to_keep)
         for slot, length, base in zip(slots, batch.lengths, batch.next_bases, strict=True):
             self._set(slot, self.length[slot] + length, base)
         return logits_TV

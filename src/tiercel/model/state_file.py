@@ -77,7 +77,7 @@ def load(state: State, path: Path) -> tuple[list[int], list[Snapshot]]:
             tensors = {name: file.get_tensor(name) for name in expected}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise FormatError(f"{path} cannot be read as a saved state: {error}") from error
-    state.become(
+    state.assign(
         length,
         [
             ({k: tensors[f"{i}.{k}"] for k in part.shapes(length, base)}, base)

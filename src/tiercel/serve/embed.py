@@ -83,7 +83,7 @@ class Mean:
         self.state = self.state or self.network.new_state(self.adapter)
         chunk = self.ids[self.read : self.read + PREFILL]
         tokens_L = torch.tensor(chunk, device=self.network.embed.weight.device)
-        self.total_D = self.total_D + self.network.hidden(tokens_L, self.state).double().sum(0)
+        self.total_D = self.total_D + self.network.hidden_states(tokens_L, self.state).double().sum(0)
         self.read += len(chunk)
         if self.done:
             self.mean = (self.total_D / len(self.ids)).tolist()

@@ -113,7 +113,7 @@ def _encode_chat(
         variables["tools"] = list(options.tools)
     ids = tokenizer.chat(messages, continue_final=options.continue_final, **variables)
     # a state whose rollback depth covers the prompt needs no snapshot at a turn
-    splits = 0 < lease.loaded.engine.engine.grid < len(ids)
+    splits = 0 < lease.loaded.engine.engine.rollback_tokens < len(ids)
     return ids, _turn_start(tokenizer, messages, ids, variables) if splits else None
 
 

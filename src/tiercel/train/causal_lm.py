@@ -140,7 +140,7 @@ class CausalLM(Names):
             raise RequestError("rows are filled up on the right: set the tokenizer's padding_side to 'right'")
         network, scale = self.network, self.network.config.logit_scale
         starts_BL = torch.zeros_like(input_ids, dtype=torch.bool)
-        x_TD = network.features(input_ids, VarlenBatch(starts_BL, recompute=self.training and self.recompute))
+        x_TD = network.hidden_states(input_ids, VarlenBatch(starts_BL, recompute=self.training and self.recompute))
         if labels is None:
             return {"logits": network.head(x_TD, scale).float().unflatten(0, input_ids.shape)}
         x_TD = x_TD.unflatten(0, input_ids.shape)[:, :-1].flatten(0, 1)

@@ -40,7 +40,7 @@ def learns(module: nn.Module) -> bool:
 
 def _counted(network: Decoder, rows: Rows) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """What the counted tokens' successors are told from, and the head that tells."""
-    x_TD = network.features(rows.tokens_BL, rows.batch)
+    x_TD = network.hidden_states(rows.tokens_BL, rows.batch)
     if len(rows.counted_T) < x_TD.shape[0]:
         x_TD = x_TD[rows.counted_T]
     return x_TD, lambda x_TD: network.head(x_TD, network.config.logit_scale)

@@ -71,7 +71,7 @@ def shard(network: Decoder) -> None:
         fully_shard(block, mesh=mesh)
     # embedding, last norm and head stay put together from the forward to the end of the backward: the loss uses them
     fully_shard(network, mesh=mesh, reshard_after_forward=False)
-    register_fsdp_forward_method(network, "features")
+    register_fsdp_forward_method(network, "hidden_states")
 
 
 def total(t: Tensor) -> Tensor:

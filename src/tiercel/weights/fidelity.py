@@ -162,7 +162,7 @@ def _log_probs(network: Decoder, ids: Tensor, report: Callable[[int], None]) -> 
     state = network.new_state()
     logits = torch.empty(0)
     for chunk in ids.split(CHUNK):
-        logits = network(chunk, state, keep=SPAN)
+        logits = network(chunk, state, logits_to_keep=SPAN)
         report(len(chunk))
     return torch.log_softmax(logits.float(), -1)
 

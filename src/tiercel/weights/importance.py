@@ -49,7 +49,7 @@ def gather(network: Decoder, tokens: Sequence[int], progress: Callable[[int, int
     window = min(WINDOW, network.config.max_length)
     with _listening(network, sums), torch.no_grad():
         for start in range(0, len(ids), window):
-            network(ids[start : start + window], keep=KEPT)
+            network(ids[start : start + window], logits_to_keep=KEPT)
             if progress is not None:
                 progress(min(start + window, len(ids)), len(ids))
     return Importance({name: (total / count).float() for name, (total, count) in sums.items()}, len(ids))
