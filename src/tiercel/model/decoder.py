@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         states: Sequence[State] | Sequence[StateCache] | None,
         logits_to_keep: int | None = None,
     ) -> Tensor:
-        """Logits (T, V) float32 of all rows' tokens one after another, of the last `logits_to_keep` of each where it is given.
+        """Logits (T, V) float32 of all rows in order, of the last `logits_to_keep` tokens of each where it is given.
 
         states: what the batch was made for, one for each row, or the one `StateCache` that holds them all.
         """

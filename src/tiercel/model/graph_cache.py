@@ -1,7 +1,7 @@
 """Forwards of few tokens, recorded once and run again: at 0.5B a step is 36 layers in some 12 ms, and the Python
 between them would be a third of that.
 
-A recording is for a list of row lengths and `logits_to_keep`, not for certain states: these are looked up through the rows of
+A recording is for a list of row lengths and `logits_to_keep`, not for certain states: these are found through rows of
 the batch.  The first forward of a kind runs as it is, the second is recorded, the rest are run from the tape, as long
 as the modules are the ones that were recorded.  What cannot be recorded (experts chosen in Python, adapters, hooks)
 is run as it is, always.

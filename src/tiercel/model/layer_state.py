@@ -286,7 +286,7 @@ class RecurrentState(LayerState):
     def _advance(self, base: int, S: Tensor) -> None:
         """S is the state before token `base`, the new boundary: forget the inputs before it."""
         shift = base - self.base
-        self.base = LARGEST  # interrupted in the middle of this, the state is of no use, and `settle` will say so
+        self.base = LARGEST  # interrupted in the middle of this, the state is of no use, and `validate` will say so
         if S is not self.S:
             self.S.copy_(S)
         for name, whole in self._with_new.items():
