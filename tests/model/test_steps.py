@@ -156,7 +156,7 @@ network = tiny.network("attention+mamba2 mamba2 attention mamba1")
 state = network.new_state()
 for token in torch.arange(9).split(1):
     network(token, state)
-assert network._steps.seen and not {"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)
+assert network._graphs.seen and not {"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)
 """
     subprocess.run(
         [sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
