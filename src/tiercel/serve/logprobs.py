@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tiercel.sampling.params import Logprob
+    from tiercel.sampling.logprobs import Logprob
     from tiercel.tokenizer.tokenizer import Tokenizer
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for a token that cannot come; JSON has no infinity

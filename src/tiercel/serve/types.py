@@ -11,7 +11,7 @@ from tiercel.voting import VoteSettings
 
 if TYPE_CHECKING:
     from tiercel.engine.structured_output import Grammar
-    from tiercel.sampling.params import Logprob
+    from tiercel.sampling.logprobs import Logprob
     from tiercel.tokenizer.tools import ToolDelta, ToolForm
 
 Think = bool | str | None  # reasoning on, off, at an effort, or the model's default
