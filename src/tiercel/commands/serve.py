@@ -14,24 +14,25 @@ from tiercel.errors import RequestError
 
 
 def serve(
-    models: Annotated[list[str] | None, typer.Argument(help="Models to load now; others load when asked for.")] = None,
+    models: Annotated[list[str] | None, typer.Argument(help="Models to load now; others load when requested.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 without it.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 11434 without it.", min=0, max=65535)] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="Answer only who knows this key (better: TIERCEL_API_KEY).")
+        str | None, typer.Option(help="Answer only clients with this key (better: TIERCEL_API_KEY).")
     ] = None,
-    allow_host: Annotated[list[str] | None, typer.Option(help="A further name in Host; may be repeated.")] = None,
-    allow_origin: Annotated[list[str] | None, typer.Option(help="A further page that may call; repeatable.")] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="A further name in Host; repeatable.")] = None,
+    allow_origin: Annotated[list[str] | None, typer.Option(help="A further Origin that may call; repeatable.")] = None,
     manage: Annotated[
-        bool | None, typer.Option("--manage/--no-manage", help="Let clients pull, create, delete; on loopback yes.")
+        bool | None,
+        typer.Option("--manage/--no-manage", help="Let clients pull, create, delete; default: on loopback."),
     ] = None,
-    slots: Annotated[int | None, typer.Option(help="Answers made at once.", min=1)] = None,
-    queue: Annotated[int | None, typer.Option(help="Requests that may wait; more are sent away.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Concurrent sequences.", min=1)] = None,
+    queue: Annotated[int | None, typer.Option(help="Requests that may wait; more are refused.")] = None,
     keep_alive: Annotated[
         str | None, typer.Option(help='How long an unused model stays: "5m", "1h", -1 for ever.')
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, or cuda for one GPU.")] = None,
-    drain: Annotated[float | None, typer.Option(help="Seconds that answers may go on after a signal.")] = None,
+    drain: Annotated[float | None, typer.Option(help="Seconds that requests may continue after a signal.")] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="NAME=FOLDER: a LoRA adapter, served as MODEL:NAME beside the first model; repeatable."),
@@ -40,7 +41,7 @@ def serve(
         list[str] | None, typer.Option("--set", help="Any limit, NAME=VALUE; see serve/settings.py.")
     ] = None,
 ) -> None:
-    """Serve models: OpenAI's and Ollama's APIs, and a page to chat on.
+    """Serve models: OpenAI's and Ollama's APIs, and a chat page.
 
     Every option is also a variable: TIERCEL_PORT=8080, TIERCEL_SLOTS=4.
     """

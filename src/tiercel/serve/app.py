@@ -94,8 +94,8 @@ def make_app(service: Service) -> ASGIApp:
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        words = {404: "there is no such route", 405: "this method is not allowed here"}
-        response = error_response(request.scope["path"], error.status_code, words.get(error.status_code, error.detail))
+        texts = {404: "there is no such route", 405: "this method is not allowed here"}
+        response = error_response(request.scope["path"], error.status_code, texts.get(error.status_code, error.detail))
         if allow := (error.headers or {}).get("Allow"):
             response.headers["allow"] = allow
         return response
@@ -202,7 +202,7 @@ async def _run(service: Service, names: list[str], adapters: dict[str, Path]) ->
 
 
 def served_name(service: Service, name: str) -> str:
-    """The name under which a model of the command line is asked for."""
+    """The name under which a model of the command line is served."""
     import re
 
     from tiercel.hub import hub

@@ -1,7 +1,7 @@
 """A request's body: bounded in bytes, time and depth, then checked field by field.
 
-Fields that a client sends and we do not know are not an error (clients add their own); their names come back in the
-response header `x-tiercel-ignored`, so that nothing is ignored in silence.
+Unknown fields are not an error (clients add their own); their names come back in the response header
+`x-tiercel-ignored`, so that nothing is ignored in silence.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Body(BaseModel):
 
 
 class VoteField(Body):
-    """Many answers to the prompt, and the one that they agree on: `vote`, an extension of ours.
+    """Many answers to the prompt, and the one that they agree on: `vote`, an extension of this server.
 
     usage counts the tokens of all answers; the response's own `vote` has the table and what each answer did.
     In a stream the text comes when the vote is decided; until then `vote` has the standings.
@@ -81,9 +81,9 @@ async def read(request: Request, kind: type[B]) -> B:
 
 def ignore(request: Request, names: Iterable[str]) -> None:
     """Name fields in the response header `x-tiercel-ignored`: those that can stand there, 16 at most."""
-    known = getattr(request.state, "ignored", [])
-    written = [name for name in names if HEADER_NAME.fullmatch(name) and name not in known]
-    request.state.ignored = [*known, *written][:MAX_IGNORED_NAMES]
+    named = getattr(request.state, "ignored", [])
+    written = [name for name in names if HEADER_NAME.fullmatch(name) and name not in named]
+    request.state.ignored = [*named, *written][:MAX_IGNORED_NAMES]
 
 
 async def read_bytes(request: Request, limit: int, seconds: float) -> bytes:
@@ -127,7 +127,7 @@ def _no_constant(name: str) -> None:
 
 
 def _error(error: ValidationError) -> APIError:
-    """The first error as one line; missing fields as Ollama words them."""
+    """The first error as one line; missing fields in Ollama's sentence."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"])[:200]
     if first["type"] == "missing":

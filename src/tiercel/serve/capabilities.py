@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def capabilities(template: str) -> list[str]:
-    """Ollama's words for it: completion, embedding, tools, thinking.  template: all templates of a model, or ""."""
+    """The capabilities of /api/show.  template: all chat templates of the model, or ""."""
     found = ["completion", "embedding"]
     if tool_form(template) is not None:
         found.append("tools")

@@ -102,9 +102,9 @@ class Client:
 
 
 def _error(status: int, body: Any) -> TiercelError:
-    words = str(body.get("error", f"status {status}")) if isinstance(body, dict) else f"status {status}"
+    message = str(body.get("error", f"status {status}")) if isinstance(body, dict) else f"status {status}"
     if status == 404:
-        return ModelNotFound(words)
+        return ModelNotFound(message)
     if status == 401:
-        return TiercelError(f"{words}; set TIERCEL_API_KEY")
-    return RequestError(words) if status == 400 else TiercelError(words)
+        return TiercelError(f"{message}; set TIERCEL_API_KEY")
+    return RequestError(message) if status == 400 else TiercelError(message)

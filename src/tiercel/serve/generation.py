@@ -1,4 +1,4 @@
-"""Generation: a request goes into the engine, deltas come out, in the words of no dialect.
+"""Generation: a request goes into the engine, deltas come out; no dialect's concern.
 
 generation = await asyncio.to_thread(prepare, lease, messages, params, options)      prompt.py
 async with generate(service, lease, generation, usage) as deltas:

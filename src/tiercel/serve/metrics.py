@@ -48,7 +48,7 @@ class Metrics:
         self.duration.observe(time.perf_counter() - usage.started)
 
     def render(self, in_flight: int, models: Iterable[Loaded]) -> bytes:
-        """The page; the engines' figures are read when it is asked for."""
+        """The page; the engines' figures are read now."""
         models = list(models)
         self.tasks.set(len(asyncio.all_tasks()))
         self.in_flight.set(in_flight)

@@ -1,10 +1,10 @@
-"""Which models are in memory: loaded when first asked for, kept for `keep_alive`, unloaded when nobody uses them.
+"""Models in memory: loaded by the first request, kept for `keep_alive`, unloaded when unused.
 
     lease = await models.lease("smollm2")     loads it if need be; it stays while the lease is held
     lease.loaded.engine.submit(…)
-    lease.release(keep_alive)                 from now on it may be unloaded, in so many seconds
+    lease.release(keep_alive)                 it may be unloaded after `keep_alive` seconds
 
-Two names of one file share the network.  Where a new model does not fit, the one that was idle longest goes first.
+Two names of one file share the network.  Where a new model does not fit, the least recently used idle one is unloaded.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def open_model(path: Path, settings: Settings) -> tuple[Model, AsyncEngine]:
 
 @dataclass
 class ServedModel:
-    """A name that may be asked for: the file behind it, and what its Modelfile added (`create`).
+    """A name that clients use: the file behind it, and what its Modelfile added (`create`).
 
     extras: parameters, system, template, messages, license.  adapter: a folder in PEFT's form.
     """
@@ -177,8 +177,8 @@ class Models:
         if path := self.paths.get(short):
             return ServedModel(short, hub.LocalModel(short, path, _bytes(path), "", path.stat().st_mtime, "path"))
         try:
-            known = not hub.is_path(name) and (hub.short_name(name) or hub.repo_name(name))
-            local = hub.find(name) if known else None
+            is_name = not hub.is_path(name) and (hub.short_name(name) or hub.repo_name(name))
+            local = hub.find(name) if is_name else None
         except ModelNotFound:
             local = None
         if local is None or local.source == "path":
@@ -186,6 +186,7 @@ class Models:
         return ServedModel(name, local, extras_of(local), hub.adapter_of(local.name))
 
     def all(self) -> list[ServedModel]:
+        """Every model that a client may name."""
         here = hub.list_models()
         found = [ServedModel(local.name, local, extras_of(local), hub.adapter_of(local.name)) for local in here]
         return [*(self.find(name) for name in (*self.paths, *self.adapters)), *found]
@@ -230,7 +231,7 @@ class Models:
         return Loaded(served.name, served.local.path, model, engine, size=served.local.bytes)
 
     async def _make_room(self) -> None:
-        """Unload the model that was idle longest; raises APIError 503 when all are at work."""
+        """Unload the least recently used idle model; raises APIError 503 when all are at work."""
         idle = [item for item in self.loaded.items() if item[1].users == 0 and item[1].name not in self.pinned]
         if not idle:
             raise APIError(
@@ -245,7 +246,7 @@ class Models:
         await loaded.engine.close(0)
         log.info("unloaded %s", loaded.name)
         del loaded.model, loaded.engine
-        await asyncio.to_thread(_let_go)
+        await asyncio.to_thread(_collect)
 
     async def unload(self, name: str) -> bool:
         """Now if it is idle, else when its last answer has ended; False when it was not loaded."""
@@ -263,15 +264,16 @@ class Models:
                 await self._unload(key)
 
     def start(self) -> None:
+        """Begin to unload models when their time is over; in the event loop."""
         self._sweeper = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
         while True:
             waits = [loaded.expires for loaded in self.loaded.values() if loaded.users == 0]
-            patience = min([*waits, math.inf]) - time.monotonic()
+            wait_seconds = min([*waits, math.inf]) - time.monotonic()
             self.wake.clear()
             try:
-                async with asyncio.timeout(None if patience == math.inf else max(patience, 0.01)):
+                async with asyncio.timeout(None if wait_seconds == math.inf else max(wait_seconds, 0.01)):
                     await self.wake.wait()
             except TimeoutError:
                 pass
@@ -285,8 +287,8 @@ class Models:
         await asyncio.gather(*(each.engine.close(0) for each in loaded.values()))
 
 
-def _let_go() -> None:
-    """What a model leaves when it goes: Python's circles, and the holes in malloc's memory."""
+def _collect() -> None:
+    """Free what an unloaded model leaves: reference cycles, and unused pages of malloc."""
     from tiercel.runtime.workspace import give_back
 
     gc.collect()
@@ -294,6 +296,7 @@ def _let_go() -> None:
 
 
 def extras_of(local: hub.LocalModel) -> dict[str, Any]:
+    """What a Modelfile added: the extras of its manifest."""
     folder = hub.store_folder(local.name)
     found = read_json(folder / "tiercel.json").get("extras") if folder else None
     return found if isinstance(found, dict) else {}

@@ -39,7 +39,7 @@ TABLE: list[RouteInfo] = [
     ("/api/show", "post", "What a model is", ollama.Show, (404,), (JSON,)),
     ("/api/pull", "post", "Bring a model here", ollama.Pull, (404, 502), (JSON, NDJSON)),
     ("/api/push", "post", "Not supported", ollama.Pull, (), (JSON,)),
-    ("/api/create", "post", "A model under a name of one's own", ollama.Create, (404,), (JSON, NDJSON)),
+    ("/api/create", "post", "Make a model of another one, or of files", ollama.Create, (404,), (JSON, NDJSON)),
     ("/api/copy", "post", "Another name for a model", ollama.Copy, (404,), (JSON,)),
     ("/api/delete", "delete", "Remove a model", ollama.ModelBody, (404,), (JSON,)),
     ("/v1/chat/completions", "post", "Chat", openai.ChatCompletion, (404, 429, 504), (JSON, SSE)),

@@ -70,7 +70,7 @@ def prepare(
     structured = options.structured
     if options.forced and options.tools:
         if structured is not None:
-            raise RequestError("an answer has one form: a tool call that is asked for, or response_format")
+            raise RequestError("an answer has one form: a forced tool call, or response_format")
         from tiercel.tokenizer.tools import LLAMA
 
         structured, form = {"grammar": call_grammar(options.tools)}, LLAMA  # that form reads bare objects

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
+    """A piece of an answer: kind "text" or "thinking"."""
+
     kind: str
     text: str
 
 
 @dataclass
 class Times:
+    """Seconds, as the server measured them."""
+
     prompt: float = 0.0
     generation: float = 0.0
     total: float = 0.0
@@ -33,7 +37,7 @@ class Times:
 
 @dataclass
 class Answer:
-    """What the server said; of token ids only their number is known here."""
+    """What the server said; of token ids only the number."""
 
     text: str = ""
     thoughts: str = ""
@@ -45,6 +49,8 @@ class Answer:
 
 
 class RemoteBackend:
+    """A `commands.chat` backend for one model of a running server."""
+
     def __init__(self, client: Client, model: str) -> None:
         self.client, self.model = client, model
         self._last: Answer | None = None
@@ -52,7 +58,7 @@ class RemoteBackend:
 
     @classmethod
     def find(cls, model: str) -> RemoteBackend | None:
-        """Where a server runs that has this model; a path is for this process to load."""
+        """A backend, where a server runs that has this model; None for a path, which this process loads."""
         if hub.is_path(model) or (client := Client.find()) is None:
             return None
         try:
@@ -63,10 +69,11 @@ class RemoteBackend:
 
     @property
     def last(self) -> Any:
+        """The answer of the last request."""
         return self._last
 
     def default_params(self) -> SamplingParams:
-        """What is left at these values is not sent: the server knows the model's own."""
+        """Values that stay at these are not sent: the server applies the model's own."""
         return dataclasses.replace(self._base)
 
     def ask(

@@ -8,13 +8,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from tiercel.serve import openapi, page
+from tiercel.serve import openapi
 from tiercel.serve.errors import to_json
 from tiercel.serve.ollama import blobs, manage, show
 from tiercel.serve.ollama import chat as ollama_chat
 from tiercel.serve.ollama import embeddings as ollama_embeddings
 from tiercel.serve.ollama import models as ollama_models
 from tiercel.serve.openai import chat, completions, embeddings, models, responses
+from tiercel.serve.page import page
 from tiercel.serve.service import service_of
 
 Endpoint = Callable[[Request], Awaitable[Response]]

@@ -1,12 +1,12 @@
-"""Who may call: the wall in front of every route.
+"""Access control, in front of every route.
 
-    headers too large → 431 · Host not ours → 403 · Origin not ours → 403 · no or a wrong key → 401
+    headers too large → 431 · unknown Host → 403 · unknown Origin → 403 · no key or a wrong one → 401
 
 Default deny: only `/health` is answered without a key and whatever the Host.  Decisions are made from the raw path
 of the request line, never from a URL rebuilt with the Host header (CVE-2026-48746 came from that).
 
-A foreign page in the user's browser cannot call us: its Origin is not on the list, and a name that was rebound to
-127.0.0.1 is not a Host of ours.  The key comes as `Authorization: Bearer KEY`, or as the password of Basic, which is
+A foreign page in the user's browser cannot call: its Origin is not on the list, and a name that was rebound to
+127.0.0.1 is no allowed Host.  The key comes as `Authorization: Bearer KEY`, or as the password of Basic, which is
 what a browser asks the user for when the page is opened.
 """
 
@@ -26,7 +26,7 @@ from tiercel.serve.errors import error_response
 from tiercel.serve.settings import Settings, is_loopback
 
 HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)(:[0-9]{1,5})?")
-APP_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")  # pages that are programs of the user's own
+APP_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")  # pages of programs on this machine
 OPEN = frozenset({"/health"})
 ALLOW_HEADERS = (
     "Authorization, Content-Type, User-Agent, Accept, X-Requested-With, OpenAI-Beta, OpenAI-Organization, "
@@ -57,10 +57,10 @@ class SecurityMiddleware:
             await self.app(scope, receive, send)
             return
         hosts, origins = _values(headers, b"host"), _values(headers, b"origin")
-        if len(hosts) != 1 or not self.knows_host(hosts[0]):
+        if len(hosts) != 1 or not self.allows_host(hosts[0]):
             await error_response(path, 403, "this Host is not served; see --allow-host")(scope, receive, send)
             return
-        if len(origins) > 1 or (origins and not self.knows_origin(origins[0], hosts[0])):
+        if len(origins) > 1 or (origins and not self.allows_origin(origins[0], hosts[0])):
             await error_response(path, 403, "this Origin may not call; see --allow-origin")(scope, receive, send)
             return
         cors = _cors(origins[0]) if origins else []
@@ -76,7 +76,8 @@ class SecurityMiddleware:
             scope["tiercel.tenant"] = f"key {number}"
         await self.app(scope, receive, send)
 
-    def knows_host(self, host: str) -> bool:
+    def allows_host(self, host: str) -> bool:
+        """Whether a Host header names this server."""
         host = host.lower()
         if not HOST.fullmatch(host):
             return False
@@ -85,7 +86,8 @@ class SecurityMiddleware:
             return True
         return not self.settings.loopback and _is_address(name)
 
-    def knows_origin(self, origin: str, host: str) -> bool:
+    def allows_origin(self, origin: str, host: str) -> bool:
+        """Whether pages of this origin may call: this server's own, loopback ones, and those that were allowed."""
         origin = origin.lower()
         if origin in (allowed.lower() for allowed in self.settings.allow_origins):
             return True
@@ -99,11 +101,11 @@ class SecurityMiddleware:
         return rest == host.lower() or is_loopback(re.sub(r":[0-9]{1,5}$", "", rest))
 
     def which_key(self, values: list[str]) -> int | None:
-        """The number of the key that was given; 0 where none is asked for, None: not let in."""
+        """The number of the key that was given; 0 where none is needed, None: refused."""
         if not self._keys:
             return 0
         given = _digest((_credential(values[0]) if len(values) == 1 else None) or "")
-        same = [hmac.compare_digest(given, key) for key in self._keys]  # all, so that the time tells nothing
+        same = [hmac.compare_digest(given, key) for key in self._keys]  # all of them, in constant time
         return same.index(True) if any(same) else None
 
     async def _ask_for_key(self, scope: Scope, receive: Receive, send: Send) -> None:

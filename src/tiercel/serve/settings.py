@@ -1,4 +1,4 @@
-"""Every limit of the server in one table; each is an option of `tiercel serve` or a TIERCEL_… variable.
+"""Every limit of the server; each is an option of `tiercel serve` or a TIERCEL_… variable.
 
 Seconds and bytes.  What a single request may ask for (n, stop strings, logprobs, …) is bounded in `sampling.py`.
 """
@@ -16,17 +16,19 @@ PORT = 11434
 
 @dataclass(frozen=True)
 class Settings:
+    """Limits of a server.  Raises RequestError for a value out of range, and for an open address without a key."""
+
     host: str = "127.0.0.1"
     port: int = PORT
-    api_key: str = ""  # empty: none is asked for; then only loopback addresses may be bound
-    api_keys: tuple[str, ...] = ()  # further keys; what was read for one of several is never reused for another
+    api_key: str = ""  # empty: none is needed; then only loopback addresses may be bound
+    api_keys: tuple[str, ...] = ()  # further keys; cached prefixes are not shared between keys
     allow_hosts: tuple[str, ...] = ()  # further names that a Host header may carry
     allow_origins: tuple[str, ...] = ()  # further origins whose pages may call
     manage: bool | None = None  # pull, create, copy, delete over HTTP; None: on loopback only
 
     body_bytes: int = 8 << 20
     header_bytes: int = 64 << 10
-    blob_bytes: int = 256 << 30  # of a model file that is sent in
+    blob_bytes: int = 256 << 30  # of a model file that a client sends
     json_depth: int = 64
     schema_bytes: int = 512 << 10  # schemas, grammars and all tools of a request
     messages: int = 4096
@@ -34,16 +36,14 @@ class Settings:
     connections: int = 4096
 
     slots: int = 8  # sequences that run at once; fewer where memory has no room for them
-    context: int = 0  # tokens of one text; 0: what the model was made for, as far as memory allows
-    queue: int = 64  # requests that wait for one
+    context: int = 0  # tokens of a sequence; 0: the model's own, as far as memory allows
+    queue: int = 64  # requests that wait for a slot
     queue_contexts: int = 4  # prompt tokens of all requests in flight, in contexts of the model
-    vote_traces: int = 64  # of one vote
+    vote_traces: int = 64  # samples of one vote
     models: int = 3  # loaded at once
     keep_alive: float = 300.0
-    cache_bytes: int | None = (
-        None  # of texts that were read, in memory, for each model; None: an eighth of what is free
-    )
-    spill: str = ""  # a folder for those that do not fit
+    cache_bytes: int | None = None  # prefix cache of each model; None: an eighth of the free memory
+    spill: str = ""  # a folder for cached prefixes that do not fit in memory
     device: str = "cpu"  # or cuda: one GPU
 
     body_timeout: float = 30.0  # for a request to arrive
@@ -53,7 +53,7 @@ class Settings:
     token_timeout: float = 120.0  # between two steps
     total_timeout: float = 3600.0  # of an answer
     stall_timeout: float = 30.0  # a reader that takes nothing
-    drain: float = 30.0  # how long answers may go on after SIGTERM
+    drain: float = 30.0  # how long requests may continue after SIGTERM
     ping: float = 15.0  # a comment in silent event streams, so that proxies keep them
 
     def __post_init__(self) -> None:
@@ -71,10 +71,12 @@ class Settings:
 
     @property
     def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
         return is_loopback(self.host)
 
     @property
     def may_manage(self) -> bool:
+        """Whether clients may pull, create, copy and delete models."""
         return self.loopback if self.manage is None else self.manage
 
 
@@ -106,7 +108,7 @@ def from_environment(**given: object) -> Settings:
 
 
 def named(pairs: list[str]) -> dict[str, object]:
-    """NAME=VALUE words of the command line."""
+    """Settings of NAME=VALUE pairs of the command line.  Raises RequestError."""
     found: dict[str, object] = {}
     kinds = {part.name: str(part.type) for part in dataclasses.fields(Settings)}
     for pair in pairs:

@@ -1,4 +1,4 @@
-"""What the engine is asked for and what it gives back, in the words of no dialect."""
+"""What goes into the engine and what comes out, for all dialects."""
 
 from __future__ import annotations
 

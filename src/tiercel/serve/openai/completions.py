@@ -61,7 +61,7 @@ def prompts_of(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Te
 
 @dataclass
 class Echo:
-    """The prompt in front of its completion; tokens: with their log probabilities, where these are asked for."""
+    """The prompt in front of its completion; tokens: with their log probabilities, where these are wanted."""
 
     text: str = ""
     tokens: list[ScoredToken] = field(default_factory=list)
