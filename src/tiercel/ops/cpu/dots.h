@@ -1,4 +1,4 @@
-// Sums of products of bytes: sixteen rows' quants (unsigned, at most MOST) with M tokens' activations (signed).
+// Sums of products of bytes: sixteen rows' quants (unsigned, at most MAX_QUANT) with M tokens' activations (signed).
 //
 //     acc[m] = Σ_{FIRST ≤ g < LAST} Σ_{j<4} q[g][lane, j] · a[m][4g + j]
 //
@@ -36,25 +36,25 @@ INLINE I widen(Sums s) {
 
 // How many pairs of products sixteen bits hold: 8 · 2 · 15 · 127 = 30480, 4 · 2 · 31 · 127, 2 · 2 · 63 · 127.
 // Bytes are taken as two nibbles.
-template <int MOST, int FIRST, int LAST, int M> INLINE void dots(const I* q, const int8_t* a, I* acc) {
-    constexpr int RUN = MOST <= 15 || MOST > 63 ? 8 : MOST <= 31 ? 4 : 2;
+template <int MAX_QUANT, int FIRST, int LAST, int M> INLINE void dots(const I* q, const int8_t* a, I* acc) {
+    constexpr int RUN = MAX_QUANT <= 15 || MAX_QUANT > 63 ? 8 : MAX_QUANT <= 31 ? 4 : 2;
 #pragma GCC unroll 4
     for (int start = FIRST; start < LAST; start += RUN) {
         Sums low[M] = {}, high[M] = {};
 #pragma GCC unroll 8
         for (int g = start; g < (start + RUN < LAST ? start + RUN : LAST); g++) {
-            const I w = MOST > 63 ? q[g] & seti(0x0f0f0f0f) : q[g], w1 = MOST > 63 ? shr(q[g], 4) & seti(0x0f0f0f0f) : w;
+            const I w = MAX_QUANT > 63 ? q[g] & seti(0x0f0f0f0f) : q[g], w1 = MAX_QUANT > 63 ? shr(q[g], 4) & seti(0x0f0f0f0f) : w;
 #pragma GCC unroll 4
             for (int m = 0; m < M; m++) {
                 const I x = four_bytes(a + 32 * m + 4 * g);
                 accumulate(low[m], w, x);
-                if constexpr (MOST > 63) accumulate(high[m], w1, x);
+                if constexpr (MAX_QUANT > 63) accumulate(high[m], w1, x);
             }
         }
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) {
             I sum = widen(low[m]);
-            if constexpr (MOST > 63) sum = sum + shl(widen(high[m]), 4);
+            if constexpr (MAX_QUANT > 63) sum = sum + shl(widen(high[m]), 4);
             acc[m] = start == FIRST ? sum : acc[m] + sum;
         }
     }
@@ -62,7 +62,7 @@ template <int MOST, int FIRST, int LAST, int M> INLINE void dots(const I* q, con
 
 #else
 
-template <int MOST, int FIRST, int LAST, int M> INLINE void dots(const I* q, const int8_t* a, I* acc) {
+template <int MAX_QUANT, int FIRST, int LAST, int M> INLINE void dots(const I* q, const int8_t* a, I* acc) {
     for (int m = 0; m < M; m++) acc[m] = seti(0);
 #pragma GCC unroll 8
     for (int g = FIRST; g < LAST; g++) {

@@ -5,7 +5,7 @@
 // the same bytes (rows are filled up to sixteen).  Quants lie in planes, for every 32 inputs:
 //
 //     nibbles  4 × 64 bytes   vector i: inputs 4i … 4i+3 in the low four bits, 16+4i … in the high ones
-//     crumbs   2 × 64 bytes   vector h: two bits for inputs 16h+4f … 16h+4f+3, field f = 0 … 3 from below
+//     bits2   2 × 64 bytes   vector h: two bits for inputs 16h+4f … 16h+4f+3, field f = 0 … 3 from below
 //     bits     1 × 64 bytes   bit g of a byte: inputs 4g … 4g+3
 //     bytes    8 × 64 bytes
 //
@@ -21,15 +21,15 @@
 namespace ISA {
 using namespace tiercel;
 
-enum Planes { NIBBLES = 1, CRUMBS = 2, BITS = 4, BYTES = 8 };
+enum Planes { NIBBLES = 1, BITS2 = 2, BITS1 = 4, BYTES = 8 };
 
 constexpr int plane_bytes(int planes) {
-    return (planes & NIBBLES ? 256 : 0) + (planes & CRUMBS ? 128 : 0) + (planes & BITS ? 64 : 0) + (planes & BYTES ? 512 : 0);
+    return (planes & NIBBLES ? 256 : 0) + (planes & BITS2 ? 128 : 0) + (planes & BITS1 ? 64 : 0) + (planes & BYTES ? 512 : 0);
 }
 
-// eight vectors of quants for 32 inputs; crumbs and bits lie above what is below them
+// eight vectors of quants for 32 inputs; bits2 and bits lie above what is below them
 template <int PLANES> INLINE void quants(const uint8_t* p, I q[8]) {
-    constexpr int low = PLANES & NIBBLES ? 4 : PLANES & CRUMBS ? 2 : 0;
+    constexpr int low = PLANES & NIBBLES ? 4 : PLANES & BITS2 ? 2 : 0;
     const I four = seti(0x0f0f0f0f), two = seti(0x03030303), one = seti(0x01010101);
     if constexpr (PLANES & BYTES) {
         for (int g = 0; g < 8; g++) q[g] = loadi(p + 64 * g);
@@ -41,7 +41,7 @@ template <int PLANES> INLINE void quants(const uint8_t* p, I q[8]) {
         }
         p += 256;
     }
-    if constexpr (PLANES & CRUMBS) {
+    if constexpr (PLANES & BITS2) {
         for (int h = 0; h < 2; h++) {
             const I v = loadi(p + 64 * h);
             for (int f = 0; f < 4; f++) {
@@ -51,7 +51,7 @@ template <int PLANES> INLINE void quants(const uint8_t* p, I q[8]) {
         }
         p += 128;
     }
-    if constexpr (PLANES & BITS) {
+    if constexpr (PLANES & BITS1) {
         const I v = loadi(p);
         for (int g = 0; g < 8; g++) q[g] = q[g] | shl(shr(v, g) & one, low);
     }
@@ -64,14 +64,14 @@ INLINE F signed_scale_of(I packed, int k) { return to_float(sar(shl(packed, 24 -
 
 template <int PLANES, int Z> struct Plain {
     static constexpr int BLOCK = 32, SUB = 32, ZERO = Z, HEAD = 32, PLANES_ = PLANES;
-    static constexpr int MOST = PLANES & BYTES ? 255 : PLANES & BITS ? 31 : 15;
+    static constexpr int MAX_QUANT = PLANES & BYTES ? 255 : PLANES & BITS1 ? 31 : 15;
     static constexpr bool AFFINE = false;
     INLINE void scales(const uint8_t* p, F* s, F*) { s[0] = load_half(p); }
 };
 
 template <int PLANES> struct PlainMin {
     static constexpr int BLOCK = 32, SUB = 32, ZERO = 0, HEAD = 64, PLANES_ = PLANES;
-    static constexpr int MOST = PLANES & BITS ? 31 : 15;
+    static constexpr int MAX_QUANT = PLANES & BITS1 ? 31 : 15;
     static constexpr bool AFFINE = true;
     INLINE void scales(const uint8_t* p, F* s, F* o) {
         s[0] = load_half(p);
@@ -80,17 +80,17 @@ template <int PLANES> struct PlainMin {
 };
 
 using Q4_0 = Plain<NIBBLES, 8>;
-using Q5_0 = Plain<NIBBLES | BITS, 16>;
+using Q5_0 = Plain<NIBBLES | BITS1, 16>;
 using Q8_0 = Plain<BYTES, 128>;  // signed in the file; a panel holds q + 128
 using Q4_1 = PlainMin<NIBBLES>;
-using Q5_1 = PlainMin<NIBBLES | BITS>;
+using Q5_1 = PlainMin<NIBBLES | BITS1>;
 
 // ── super-blocks of 256 ──
 
 // Q4_K, Q5_K   | d | dmin | three words of six-bit scales and mins |
 template <int PLANES> struct SixBit {
     static constexpr int BLOCK = 256, SUB = 32, ZERO = 0, HEAD = 256, PLANES_ = PLANES;
-    static constexpr int MOST = PLANES & BITS ? 31 : 15;
+    static constexpr int MAX_QUANT = PLANES & BITS1 ? 31 : 15;
     static constexpr bool AFFINE = true;
     INLINE void scales(const uint8_t* p, F* s, F* o) {
         const F d = load_half(p), dmin = zero() - load_half(p + 32);
@@ -107,11 +107,11 @@ template <int PLANES> struct SixBit {
     }
 };
 using Q4_K = SixBit<NIBBLES>;
-using Q5_K = SixBit<NIBBLES | BITS>;
+using Q5_K = SixBit<NIBBLES | BITS1>;
 
 // | d | four words of signed scales |
 struct Q6_K {
-    static constexpr int BLOCK = 256, SUB = 16, ZERO = 32, HEAD = 288, PLANES_ = NIBBLES | CRUMBS, MOST = 63;
+    static constexpr int BLOCK = 256, SUB = 16, ZERO = 32, HEAD = 288, PLANES_ = NIBBLES | BITS2, MAX_QUANT = 63;
     static constexpr bool AFFINE = false;
     INLINE void scales(const uint8_t* p, F* s, F*) {
         const F d = load_half(p);
@@ -124,7 +124,7 @@ struct Q6_K {
 
 // | d | three words of six-bit scales − 32 |
 struct Q3_K {
-    static constexpr int BLOCK = 256, SUB = 16, ZERO = 4, HEAD = 224, PLANES_ = CRUMBS | BITS, MOST = 7;
+    static constexpr int BLOCK = 256, SUB = 16, ZERO = 4, HEAD = 224, PLANES_ = BITS2 | BITS1, MAX_QUANT = 7;
     static constexpr bool AFFINE = false;
     INLINE void scales(const uint8_t* p, F* s, F*) {
         const F d = load_half(p);
@@ -139,7 +139,7 @@ struct Q3_K {
 
 // | d | dmin | four words, scale in the low nibble and min in the high one |
 struct Q2_K {
-    static constexpr int BLOCK = 256, SUB = 16, ZERO = 0, HEAD = 320, PLANES_ = CRUMBS, MOST = 3;
+    static constexpr int BLOCK = 256, SUB = 16, ZERO = 0, HEAD = 320, PLANES_ = BITS2, MAX_QUANT = 3;
     static constexpr bool AFFINE = true;
     INLINE void scales(const uint8_t* p, F* s, F* o) {
         const F d = load_half(p), dmin = zero() - load_half(p + 32);
@@ -157,7 +157,7 @@ struct Q2_K {
 
 // one float32 scale for a row, before its first block: `scales` gets the panel's beginning (see ROW_SCALE)
 struct Int8 {
-    static constexpr int BLOCK = 32, SUB = 32, ZERO = 128, HEAD = 0, PLANES_ = BYTES, MOST = 255;
+    static constexpr int BLOCK = 32, SUB = 32, ZERO = 128, HEAD = 0, PLANES_ = BYTES, MAX_QUANT = 255;
     static constexpr bool AFFINE = false;
     INLINE void scales(const uint8_t* panel, F* s, F*) { s[0] = load((const float*)panel); }
 };
@@ -169,7 +169,7 @@ constexpr float NF4_LEVELS[16] = {
     -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 struct NF4 {
-    static constexpr int BLOCK = 64, SUB = 32, ZERO = 128, HEAD = 64, PLANES_ = NIBBLES, MOST = 255;
+    static constexpr int BLOCK = 64, SUB = 32, ZERO = 128, HEAD = 64, PLANES_ = NIBBLES, MAX_QUANT = 255;
     static constexpr bool AFFINE = false;
     INLINE void scales(const uint8_t* p, F* s, F*) {
         s[0] = s[1] = load((const float*)p) * set(1.0f / 112.03f);

@@ -3,6 +3,35 @@
 //
 // Letters as there: S sub-blocks of a block, V values of a sub-block.
 #include "kernels.h"
+
+namespace tiercel {
+
+// (rows, width) → super-blocks, width a multiple of 256; importance (width) or nullptr
+struct Quantize { const float *x, *importance; uint8_t* out; i64 rows, width; int type; };
+
+}  // namespace tiercel
+
+#if defined(TIERCEL_BINDINGS)
+
+#include "bindings.h"
+
+namespace tiercel {
+
+static KernelHandle quantize{"quantize"};
+
+BINDINGS(m) {
+    m.def("quantize", [](int type, Address x, Address importance, Address out, i64 rows, i64 width, i64 row_bytes) {
+        const auto noted = importance ? std::vector<Range>{{ptr<void>(x), rows * width * f32}, {ptr<void>(importance), width * f32}}
+                                      : std::vector<Range>{{ptr<void>(x), rows * width * f32}};
+        launch(quantize, Quantize{ptr<float>(x), ptr<float>(importance), ptr<uint8_t>(out), rows, width, type},
+           rows * width < SMALL, noted, {{ptr<void>(out), (size_t)(rows * row_bytes)}});
+    });
+}
+
+}  // namespace tiercel
+
+#else
+
 #include "vec.h"
 
 namespace ISA {
@@ -135,7 +164,7 @@ template <class T> INLINE void affine(const F* x, const F* w, float top, F& s, F
 
 template <int S> struct AffineBlock { F d, dmin, scales[S], mins[S]; };
 
-template <class T> AffineBlock<T::S> affine_block(const T& tile, float top, float most) {
+template <class T> AffineBlock<T::S> affine_block(const T& tile, float top, float max_scale) {
     constexpr int S = T::S, V = T::V;
     F s[S], m[S], W[S], X[S];
     AffineBlock<S> now;
@@ -150,17 +179,17 @@ template <class T> AffineBlock<T::S> affine_block(const T& tile, float top, floa
         now.d = max(now.d, s[j]);
         now.dmin = max(now.dmin, negative(m[j]));
     }
-    now.d = half(now.d / set(most));
-    now.dmin = half(now.dmin / set(most));
+    now.d = half(now.d / set(max_scale));
+    now.dmin = half(now.dmin / set(max_scale));
     {
         const F by = inverse(now.d), by_min = inverse(now.dmin);
         for (int j = 0; j < S; j++) {
-            now.scales[j] = nearest(s[j] * by, 0, most);
-            now.mins[j] = nearest(negative(m[j]) * by_min, 0, most);
+            now.scales[j] = nearest(s[j] * by, 0, max_scale);
+            now.mins[j] = nearest(negative(m[j]) * by_min, 0, max_scale);
         }
     }
     AffineBlock<S> best = now;
-    F least = zero();
+    F lowest_error = zero();
     for (int round = 0;; round++) {
         Sums t[S];
         F error = zero();
@@ -177,16 +206,16 @@ template <class T> AffineBlock<T::S> affine_block(const T& tile, float top, floa
             error = j == 0 ? Total::join(e) : error + Total::join(e);
         }
         if (round == 0) {
-            least = error;
+            lowest_error = error;
         } else {
-            const I better = greater(least, error);
+            const I better = greater(lowest_error, error);
             best.d = select(better, now.d, best.d);
             best.dmin = select(better, now.dmin, best.dmin);
             for (int j = 0; j < S; j++) {
                 best.scales[j] = select(better, now.scales[j], best.scales[j]);
                 best.mins[j] = select(better, now.mins[j], best.mins[j]);
             }
-            least = select(better, error, least);
+            lowest_error = select(better, error, lowest_error);
         }
         if (round == ROUNDS) return best;
 
@@ -196,8 +225,8 @@ template <class T> AffineBlock<T::S> affine_block(const T& tile, float top, floa
             const F ratio = inverse(W[j]) * inverse(now.dmin), was = now.scales[j];
             F lowest = zero();
             for (int change = -1; change <= 1; change++) {
-                const F trial = min(max(was + set((float)change), zero()), set(most)), sc = now.d * trial;
-                const F mins = nearest((sc * t[j].Q - X[j]) * ratio, 0, most), mn = now.dmin * mins;
+                const F trial = min(max(was + set((float)change), zero()), set(max_scale)), sc = now.d * trial;
+                const F mins = nearest((sc * t[j].Q - X[j]) * ratio, 0, max_scale), mn = now.dmin * mins;
                 const F e = sc * sc * t[j].QQ - two * (sc * mn) * t[j].Q + mn * mn * W[j] - two * (sc * t[j].QX) + two * (mn * X[j]);
                 const I better = change == -1 ? seti(-1) : greater(lowest, e);
                 now.scales[j] = select(better, trial, now.scales[j]);
@@ -215,8 +244,8 @@ template <class T> AffineBlock<T::S> affine_block(const T& tile, float top, floa
         const F determinant = A * C - B * B, divisor = select(greater(determinant, zero()), determinant, set(1.0f));
         const F both_d = (P * C - R * B) / divisor, both_dmin = (P * B - R * A) / divisor;
         const I both = greater(determinant, set(1e-6f) * (A * C)) & greater(both_d, zero()) & greater(both_dmin, zero());
-        const F alone = (P + now.dmin * B) * inverse(A);
-        const F d = select(both, both_d, select(greater(alone, zero()), alone, now.d));
+        const F d_only = (P + now.dmin * B) * inverse(A);
+        const F d = select(both, both_d, select(greater(d_only, zero()), d_only, now.d));
         now.dmin = half(select(both, both_dmin, now.dmin));
         now.d = half(d);
     }
@@ -254,7 +283,7 @@ template <class T> INLINE F symmetric(const F* x, const F* w, float top) {
 
 template <int S> struct SymmetricBlock { F d, scales[S]; };
 
-template <class T> SymmetricBlock<T::S> symmetric_block(const T& tile, float top, float most) {
+template <class T> SymmetricBlock<T::S> symmetric_block(const T& tile, float top, float max_scale) {
     constexpr int S = T::S, V = T::V;
     F s[S], high, low;
     for (int j = 0; j < S; j++) {
@@ -263,10 +292,10 @@ template <class T> SymmetricBlock<T::S> symmetric_block(const T& tile, float top
         low = j ? min(low, s[j]) : s[j];
     }
     SymmetricBlock<S> now;
-    now.d = half(farthest(high, low) / set(-most));
-    for (int j = 0; j < S; j++) now.scales[j] = nearest(s[j] * inverse(now.d), -most, most - 1);
+    now.d = half(farthest(high, low) / set(-max_scale));
+    for (int j = 0; j < S; j++) now.scales[j] = nearest(s[j] * inverse(now.d), -max_scale, max_scale - 1);
     SymmetricBlock<S> best = now;
-    F least = zero();
+    F lowest_error = zero();
     for (int round = 0;; round++) {
         Sums t[S];
         F error = zero();
@@ -283,17 +312,17 @@ template <class T> SymmetricBlock<T::S> symmetric_block(const T& tile, float top
             error = j == 0 ? Total::join(e) : error + Total::join(e);
         }
         if (round == 0) {
-            least = error;
+            lowest_error = error;
         } else {
-            const I better = greater(least, error);
+            const I better = greater(lowest_error, error);
             best.d = select(better, now.d, best.d);
             for (int j = 0; j < S; j++) best.scales[j] = select(better, now.scales[j], best.scales[j]);
-            least = select(better, error, least);
+            lowest_error = select(better, error, lowest_error);
         }
         if (round == ROUNDS) return best;
         F A, P;
         for (int j = 0; j < S; j++) {
-            const F sc = nearest(t[j].QX * inverse(t[j].QQ) * inverse(now.d), -most, most - 1);
+            const F sc = nearest(t[j].QX * inverse(t[j].QQ) * inverse(now.d), -max_scale, max_scale - 1);
             const F a = sc * sc * t[j].QQ, p = sc * t[j].QX;
             now.scales[j] = sc;
             A = j ? A + a : a, P = j ? P + p : p;
@@ -317,8 +346,8 @@ INLINE void spill(uint8_t* first, int stride, F x) {
     for (int i = 0; i < LANES; i++) first[i * stride] = (uint8_t)v[i];
 }
 
-template <class T> INLINE void affine_fields(const T& tile, float top, float most, Fields& f) {
-    const AffineBlock<T::S> b = affine_block(tile, top, most);
+template <class T> INLINE void affine_fields(const T& tile, float top, float max_scale, Fields& f) {
+    const AffineBlock<T::S> b = affine_block(tile, top, max_scale);
     for (int j = 0; j < T::S; j++) {
         const F step = b.d * b.scales[j], low = b.dmin * b.mins[j], by = inverse(step);
         spill(&f.scales[0][j], 16, b.scales[j]);
@@ -329,8 +358,8 @@ template <class T> INLINE void affine_fields(const T& tile, float top, float mos
     f.dmin = halves(b.dmin);
 }
 
-template <class T> INLINE void symmetric_fields(const T& tile, float top, float most, float from, Fields& f) {
-    const SymmetricBlock<T::S> b = symmetric_block(tile, top, most);
+template <class T> INLINE void symmetric_fields(const T& tile, float top, float max_scale, float from, Fields& f) {
+    const SymmetricBlock<T::S> b = symmetric_block(tile, top, max_scale);
     for (int j = 0; j < T::S; j++) {
         const F by = inverse(b.d * b.scales[j]);
         spill(&f.scales[0][j], 16, b.scales[j] + set(from));
@@ -411,7 +440,7 @@ template <bool WEIGHTED> void quantize_tile(int type, const F* x, const F* w, Fi
 }
 
 // sixteen blocks side by side; lanes beyond `count` are zero
-template <class At> INLINE void gather(F* into, int count, At at) {
+template <class At> INLINE void load_blocks(F* into, int count, At at) {
     for (int i = 0; i < BLOCK; i++) {
         float v[LANES] = {};
         for (int lane = 0; lane < count; lane++) v[lane] = at(lane)[i];
@@ -421,20 +450,20 @@ template <class At> INLINE void gather(F* into, int count, At at) {
 
 constexpr int BYTES[] = {84, 110, 144, 176, 210};  // Q2_K … Q6_K, in the order of Format
 
-struct Room { F x[BLOCK], w[BLOCK]; Fields fields; };
+struct Scratch { F x[BLOCK], w[BLOCK]; Fields fields; };
 
 }  // namespace
 
-void quantize(const void* args, Team& team) {
+void quantize(const void* args, Worker& worker) {
     const Quantize& a = *(const Quantize*)args;
     const i64 per_row = a.width / BLOCK, blocks = a.rows * per_row;
-    Room& room = *(Room*)team.scratch(sizeof(Room));
-    for (i64 tile; (tile = team.take((blocks + LANES - 1) / LANES)) >= 0;) {
+    Scratch& room = *(Scratch*)worker.scratch(sizeof(Scratch));
+    for (i64 tile; (tile = worker.next_tile((blocks + LANES - 1) / LANES)) >= 0;) {
         const i64 first = tile * LANES;
         const int count = (int)(blocks - first < LANES ? blocks - first : LANES);
-        gather(room.x, count, [&](int lane) { return a.x + (first + lane) * BLOCK; });
+        load_blocks(room.x, count, [&](int lane) { return a.x + (first + lane) * BLOCK; });
         if (a.importance) {
-            gather(room.w, count, [&](int lane) { return a.importance + (first + lane) % per_row * BLOCK; });
+            load_blocks(room.w, count, [&](int lane) { return a.importance + (first + lane) % per_row * BLOCK; });
             quantize_tile<true>(a.type, room.x, room.w, room.fields);
         } else {
             quantize_tile<false>(a.type, room.x, room.w, room.fields);
@@ -444,6 +473,8 @@ void quantize(const void* args, Team& team) {
     }
 }
 
-void packing(Kernels& k) { k.quantize = quantize; }
+REGISTER_KERNEL("quantize", quantize);
 
 }  // namespace ISA
+
+#endif

@@ -3,19 +3,62 @@
 // Every output is the same chain of operations whether its token comes alone or with a whole prompt: n in order, then
 // j in order from the start of the chunk; C_t · B_j in sixteen lanes over n.  One token reads S where it lies; more
 // go six at a time through panels of sixteen channels.
-#include "texts.h"
+#include "ops/cpu/batch.h"
+
+namespace tiercel {
+
+struct Mamba2Buffers {  // in the order of Mamba2's `buffers()`
+    void *conv_state, *x;  // (K − 1 + 2 chunk, C), (H, 2 chunk, P)
+    float* dt;             // (2 chunk, H)
+    void* B;               // (G, 2 chunk, N)
+    float* ssm_state;      // (H, N, P), before token `committed_pos`
+};
+struct SSD {  // y (T, H · P) from xBC and dt as CausalConv1d left them; columns: what CausalConv1d was given
+    BatchMetadata batch;
+    const float *xBC, *dt, *A, *D, *conv_in;
+    float* y;
+    i64 stride, heads, head_dim, groups, state, taps, chunk;
+};
+
+}  // namespace tiercel
+
+#if defined(TIERCEL_BINDINGS)
+
+#include "ops/cpu/bindings.h"
+
+namespace tiercel {
+
+static KernelHandle ssd{"ssd"};
+
+BINDINGS(m) {
+    m.def("ssd", [](const MetadataTuple& t, Address xBC, Address dt, Address A, Address D, Address conv_in, Address y, i64 stride, i64 H, i64 P, i64 G,
+                    i64 N, i64 taps, i64 chunk) {
+        const i64 T = tokens_of(t), C = H * P + 2 * G * N;
+        const BatchMetadata batch = metadata(t);
+        launch(ssd,
+           SSD{batch, ptr<float>(xBC), ptr<float>(dt), ptr<float>(A), ptr<float>(D), ptr<float>(conv_in), ptr<float>(y),
+               stride, H, P, G, N, taps, chunk},
+           H * P * N < SMALL, {values(xBC, T, C), values(dt, T, H), values(conv_in, T, C, stride)},
+           {state_of(batch), values(y, T, H * P)});
+    });
+}
+
+}  // namespace tiercel
+
+#else
 
 namespace ISA {
+using namespace tiercel;
 
-template <class T> struct Inputs {  // open inputs of the state, then the new ones
-    const Ssd& a;
-    const Row& row;
-    const RecurrentWords& words;
-    i64 open, rows;
-    const float* added(i64 j) const { return a.xBC + (row.first + j - open) * (a.heads * a.head_dim + 2 * a.groups * a.state); }
-    const T* x(i64 j, i64 h) const { return (const T*)words.x + (h * rows + j) * a.head_dim; }
-    const T* B(i64 j, i64 g) const { return (const T*)words.B + (g * rows + j) * a.state; }
-    const float* dt(i64 j) const { return j < open ? words.dt + j * a.heads : a.dt + (row.first + j - open) * a.heads; }
+template <class T> struct Inputs {  // pending inputs of the state, then the new ones
+    const SSD& a;
+    const SeqSlice& seq;
+    const Mamba2Buffers& buffers;
+    i64 pending, rows;
+    const float* added(i64 j) const { return a.xBC + (seq.first + j - pending) * (a.heads * a.head_dim + 2 * a.groups * a.state); }
+    const T* x(i64 j, i64 h) const { return (const T*)buffers.x + (h * rows + j) * a.head_dim; }
+    const T* B(i64 j, i64 g) const { return (const T*)buffers.B + (g * rows + j) * a.state; }
+    const float* dt(i64 j) const { return j < pending ? buffers.dt + j * a.heads : a.dt + (seq.first + j - pending) * a.heads; }
     const float* new_x(i64 j, i64 h) const { return added(j) + h * a.head_dim; }
     const float* new_B(i64 j, i64 g) const { return added(j) + a.heads * a.head_dim + g * a.state; }
     const float* C(i64 j, i64 g) const { return added(j) + a.heads * a.head_dim + (a.groups + g) * a.state; }
@@ -68,7 +111,7 @@ INLINE void to_sixteens(float* out, const double* a, const float* dt, i64 count)
 INLINE void weights_of(float* w, const double* a, i64 t, const float* shared, const float* dt, const float* s) {
     const F tiny = set(1.1754944e-38f);  // less would be denormal: no contribution, and slow
     for (i64 many = 0; many < t / 16; many += 16) {
-        const i64 stop = least(16, t / 16 - many);
+        const i64 stop = min(16, t / 16 - many);
         float lag[16] = {}, since[16];
         for (i64 i = 0; i < stop; i++) lag[i] = (float)(a[t] - a[(many + i) * 16 + 15]);
         store(since, exp(min(load(lag), zero())));
@@ -121,46 +164,47 @@ template <int R> INLINE void panel_product(F (&sum)[R], const float* rows, i64 s
     }
 }
 
-template <class T> INLINE void gather(float* panel, const T* x, i64 stride, i64 count, int n) {
+template <class T> INLINE void load_panel(float* panel, const T* x, i64 stride, i64 count, int n) {
     for (i64 k = 0; k < count; k++) store(panel + 16 * k, load_n(x + k * stride, n));
 }
 
-template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
+template <class T> INLINE void ssd_as(const SSD& a, Worker& worker) {
     const i64 H = a.heads, P = a.head_dim, G = a.groups, N = a.state, R = H / G, chunk = a.chunk, history = a.taps - 1;
-    // heads of a piece: all compute the same dots, so no more pieces than keep every thread busy
-    const i64 each = most(1, least(least(8, R), a.texts.count * H / (4 * team.size))), blocks = parts(R, each);
+    // heads of a tile: all compute the same dots, so no more tiles than keep every thread busy
+    const i64 each = max(1, min(min(8, R), a.batch.count * H / (4 * worker.size))), blocks = ceil_div(R, each);
     const i64 channels = H * P + 2 * G * N, width = padded(chunk), lanes = padded(N);
     i64 most_new = 1;
-    for (i64 i = 0; i < a.texts.count; i++) most_new = most(most_new, least(chunk, a.texts.rows[i].tokens));
-    const i64 floats = chunk * lanes + 2 * most_new * width + each * width + each * N * P + 2 * 16 * most(N, chunk) + 3 * width;
-    Scratch scratch{(char*)team.scratch(floats * sizeof(float) + each * width * sizeof(double) + 16 * 64)};
-    float* Bs = scratch.take<float>(chunk * lanes);        // B of the chunk
-    float* dots_of = scratch.take<float>(most_new * width);  // C_t · B_j
-    float* w = scratch.take<float>(most_new * width);        // the same with decay and dt, for one head
-    float* dts = scratch.take<float>(each * width);          // by head
-    double* as = scratch.take<double>(each * width);
-    float* next = scratch.take<float>(each * N * P);         // states beyond the boundary
-    float* S_panel = scratch.take<float>(16 * most(N, chunk));
-    float* x_panel = scratch.take<float>(16 * most(N, chunk));
-    float* from_start = scratch.take<float>(width);
-    float* shared = scratch.take<float>(width);
-    float* to_end = scratch.take<float>(width);
+    for (i64 i = 0; i < a.batch.count; i++) most_new = max(most_new, min(chunk, a.batch.seqs[i].tokens));
+    const i64 floats = chunk * lanes + 2 * most_new * width + each * width + each * N * P + 2 * 16 * max(N, chunk) + 3 * width;
+    Scratch scratch{(char*)worker.scratch(floats * sizeof(float) + each * width * sizeof(double) + 16 * 64)};
+    float* Bs = scratch.alloc<float>(chunk * lanes);        // B of the chunk
+    float* dots_of = scratch.alloc<float>(most_new * width);  // C_t · B_j
+    float* w = scratch.alloc<float>(most_new * width);        // the same with decay and dt, for one head
+    float* dts = scratch.alloc<float>(each * width);          // by head
+    double* as = scratch.alloc<double>(each * width);
+    float* next = scratch.alloc<float>(each * N * P);         // states beyond the boundary
+    float* S_panel = scratch.alloc<float>(16 * max(N, chunk));
+    float* x_panel = scratch.alloc<float>(16 * max(N, chunk));
+    float* from_start = scratch.alloc<float>(width);
+    float* shared = scratch.alloc<float>(width);
+    float* to_end = scratch.alloc<float>(width);
 
-    each_piece(a.texts, team, [&](const Row&) { return G * blocks; }, [&](const Row& row, i64 piece) {
-        RecurrentWords& words = recurrent_of(a.texts, row);
-        const i64 length = length_of(row), open = length - words.base, all = open + row.tokens;
-        const i64 commit = next_base(words.base, length, row.tokens, chunk) - words.base;
-        const i64 g = piece / blocks, first_head = g * R + piece % blocks * each;
-        const i64 heads = least(each, (g + 1) * R - first_head);
-        const Inputs<T> in{a, row, words, open, 2 * chunk};
+    for_each_tile(a.batch, worker, [&](const SeqSlice&) { return G * blocks; }, [&](const SeqSlice& seq, i64 tile) {
+        RecurrentDescriptor& state = layer_of<RecurrentDescriptor>(a.batch, seq);
+        Mamba2Buffers& buffers = state.buffers<Mamba2Buffers>();
+        const i64 length = length_of(seq), pending = length - state.committed_pos, all = pending + seq.tokens;
+        const i64 commit = next_committed_pos(state.committed_pos, length, seq.tokens, chunk) - state.committed_pos;
+        const i64 g = tile / blocks, first_head = g * R + tile % blocks * each;
+        const i64 heads = min(each, (g + 1) * R - first_head);
+        const Inputs<T> in{a, seq, buffers, pending, 2 * chunk};
 
         for (i64 start = 0; start < all; start += chunk) {
-            const i64 count = least(chunk, all - start), kept = most(0, least(open - start, count));
+            const i64 count = min(chunk, all - start), kept = max(0, min(pending - start, count));
             const i64 first = kept, queries = count - kept;  // tokens of this chunk that are new
             const bool advance = count == chunk && (start + count < all || start + count == commit);
             const bool panels = queries > 3 || advance;
             // log decay from the chunk's start through each input
-            by_six(heads, [&](i64 h, auto some) {
+            unroll6(heads, [&](i64 h, auto some) {
                 double sums[some] = {};
                 for (i64 j = 0; j < count; j++) {
                     const float* dt = in.dt(start + j) + first_head + h;
@@ -180,7 +224,7 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
                 for (i64 j = 0; j < count; j++)
                     for (i64 n = 0; n < N; n += 16) {
                         const i64 i = start + j;
-                        store(Bs + j * lanes + n, i < open ? load_n(in.B(i, g) + n, N - n) : load_n(in.new_B(i, g) + n, N - n));
+                        store(Bs + j * lanes + n, i < pending ? load_n(in.B(i, g) + n, N - n) : load_n(in.new_B(i, g) + n, N - n));
                     }
             for (i64 q = 0; q < queries; q++) {
                 const i64 t = first + q;
@@ -196,14 +240,14 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
             for (i64 h = 0; h < heads; h++) {
                 const i64 head = first_head + h;
                 // beyond the boundary the state is needed, but not to be kept
-                float* S = start > commit ? next + h * N * P : words.S + head * N * P;
+                float* S = start > commit ? next + h * N * P : buffers.ssm_state + head * N * P;
                 float* after = start + count <= commit ? S : next + h * N * P;
                 const double* decay = as + h * width;
                 exps_of(from_start, decay, count);
                 to_sixteens(shared, decay, dts + h * width, count);
                 for (i64 q = 0; q < queries; q++)
                     weights_of(w + q * width, decay, first + q, shared, dts + h * width, dots_of + q * width);
-                float* y = a.y + ((row.first + start + first - open) * H + head) * P;
+                float* y = a.y + ((seq.first + start + first - pending) * H + head) * P;
                 if (!panels) {
                     for (i64 q = 0; q < queries; q++) {
                         i64 p = 0;
@@ -221,11 +265,11 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
                 for (i64 j = 0; advance && j < count; j += 16)
                     store(to_end + j, exp_since(decay + j, decay[count - 1]) * load(dts + h * width + j));
                 for (i64 p = 0; p < P; p += 16) {
-                    const int n = least(16, P - p);
-                    gather(S_panel, S + p, P, N, n);
-                    gather(x_panel, in.x(start, head) + p, P, kept, n);
-                    if (kept < count) gather(x_panel + 16 * kept, in.new_x(start + kept, head) + p, channels, count - kept, n);
-                    by_six(queries, [&](i64 q, auto rows) {
+                    const int n = min(16, P - p);
+                    load_panel(S_panel, S + p, P, N, n);
+                    load_panel(x_panel, in.x(start, head) + p, P, kept, n);
+                    if (kept < count) load_panel(x_panel + 16 * kept, in.new_x(start + kept, head) + p, channels, count - kept, n);
+                    unroll6(queries, [&](i64 q, auto rows) {
                         F s[rows];
                         for (int r = 0; r < rows; r++) s[r] = zero();
                         panel_product<rows>(s, in.C(start + first + q, g), channels, 1, S_panel, N);
@@ -239,7 +283,7 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
                     });
                     if (!advance) continue;
                     for (i64 j = 0; j < count; j++) store(x_panel + 16 * j, load(x_panel + 16 * j) * set(to_end[j]));
-                    by_six(N, [&](i64 k, auto rows) {
+                    unroll6(N, [&](i64 k, auto rows) {
                         F s[rows];
                         for (int r = 0; r < rows; r++) s[r] = load(S_panel + 16 * (k + r)) * set(from_start[count - 1]);
                         panel_product<rows>(s, Bs + k, 1, lanes, x_panel, count);
@@ -248,24 +292,26 @@ template <class T> INLINE void ssd_as(const Ssd& a, Team& team) {
                 }
             }
         }
-        // what only this piece reads moves on at once, the rest when all pieces of the row are done
+        // what only this tile reads moves on at once, the rest when all tiles of the seq are done
         for (i64 h = first_head; h < first_head + heads; h++)
-            carry((T*)words.x + h * 2 * chunk * P, P, open, commit, in.new_x(open, h), channels, row.tokens, P);
-        carry(words.dt + first_head, H, open, commit, a.dt + row.first * H + first_head, H, row.tokens, heads);
-        if (!last_of(words.finished, G * blocks)) return;
+            shift_rows((T*)buffers.x + h * 2 * chunk * P, P, pending, commit, in.new_x(pending, h), channels, seq.tokens, P);
+        shift_rows(buffers.dt + first_head, H, pending, commit, a.dt + seq.first * H + first_head, H, seq.tokens, heads);
+        if (!last_of(state.tiles_done, G * blocks)) return;
         for (i64 i = 0; i < G; i++)
-            carry((T*)words.B + i * 2 * chunk * N, N, open, commit, in.new_B(open, i), channels, row.tokens, N);
-        carry((T*)words.columns, channels, history + open, commit, a.columns + row.first * a.stride, a.stride, row.tokens, channels);
-        words.base += commit;
+            shift_rows((T*)buffers.B + i * 2 * chunk * N, N, pending, commit, in.new_B(pending, i), channels, seq.tokens, N);
+        shift_rows((T*)buffers.conv_state, channels, history + pending, commit, a.conv_in + seq.first * a.stride, a.stride, seq.tokens, channels);
+        state.committed_pos += commit;
     });
 }
 
-void scan_chunks(const void* args, Team& team) {
-    const Ssd& a = *(const Ssd*)args;
-    if (a.texts.bf16) ssd_as<bf16>(a, team);
-    else ssd_as<float>(a, team);
+void ssd(const void* args, Worker& worker) {
+    const SSD& a = *(const SSD*)args;
+    if (a.batch.bf16) ssd_as<bf16>(a, worker);
+    else ssd_as<float>(a, worker);
 }
 
-void ssd(Kernels& k) { k.ssd = scan_chunks; }
+REGISTER_KERNEL("ssd", ssd);
 
 }  // namespace ISA
+
+#endif

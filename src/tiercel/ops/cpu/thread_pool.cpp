@@ -1,4 +1,4 @@
-#include "team.h"
+#include "thread_pool.h"
 
 #include <cassert>
 #include <chrono>
@@ -20,9 +20,9 @@
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
-static inline void breathe() { _mm_pause(); }
+static inline void cpu_relax() { _mm_pause(); }
 #else
-static inline void breathe() { std::this_thread::yield(); }
+static inline void cpu_relax() { std::this_thread::yield(); }
 #endif
 
 namespace tiercel {
@@ -33,7 +33,7 @@ constexpr int SPIN = 4000;       // turns before a thread that waits lets others
 constexpr int SPIN_IDLE = 20000;  // between two runs, before a thread goes to sleep
 
 void pause_or_yield(int& turns) {
-    if (++turns < SPIN) breathe();
+    if (++turns < SPIN) cpu_relax();
     else std::this_thread::yield();
 }
 
@@ -45,11 +45,11 @@ struct Scratch {
 thread_local Scratch scratch_;
 thread_local Ops* recording_ = nullptr;
 
-class CachingAllocator {
+class ThreadPool {
 public:
-    static CachingAllocator& get() {
+    static ThreadPool& get() {
         if (pool_ == nullptr) {
-            pool_ = new CachingAllocator;  // never destroyed: threads may outlive static destruction
+            pool_ = new ThreadPool;  // never destroyed: threads may outlive static destruction
 #if defined(__unix__) || defined(__APPLE__)
             pthread_atfork(nullptr, nullptr, [] { pool_ = nullptr; });  // threads do not survive a fork
 #endif
@@ -98,7 +98,7 @@ private:
         for (size_t i = 0; i < ops.size(); i++) {
             if (ops[i].wait)
                 for (; complete < i; complete++) await(complete, id);
-            if (!ops[i].alone || id == 0) execute(i, id);
+            if (!ops[i].serial || id == 0) execute(i, id);
             if (id == 0 && seconds_) {
                 for (; complete <= i; complete++) await(complete, id);
                 seconds_->push_back(std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count());
@@ -110,31 +110,31 @@ private:
 
     void execute(size_t i, int id) {
         const Op& op = (*ops_)[i];
-        if (op.alone && progress_[i].owner.exchange(1, std::memory_order_acq_rel)) return;
-        Team team{id, op.alone ? 1 : size_, &progress_[i], false};
-        op.kernel(op.args, team);
+        if (op.serial && progress_[i].owner.exchange(1, std::memory_order_acq_rel)) return;
+        Worker worker{id, op.serial ? 1 : size_, &progress_[i], false};
+        op.kernel(op.args, worker);
     }
 
     void await(size_t i, int id) {
         int turns = 0;
         while (!progress_[i].complete()) {
             pause_or_yield(turns);
-            if (turns == SPIN / 8 && (*ops_)[i].alone) execute(i, id);  // the thread that should is not there
+            if (turns == SPIN / 8 && (*ops_)[i].serial) execute(i, id);  // the thread that should is not there
         }
     }
 
     void grow(int workers) {
         while (workers_ < workers) {
             const int id = ++workers_;
-            std::thread([this, id, seen = round_.load()] { live(id, seen); }).detach();
+            std::thread([this, id, seen = round_.load()] { worker_loop(id, seen); }).detach();
         }
     }
 
-    void live(int id, int64_t seen) {
+    void worker_loop(int id, int64_t seen) {
         for (;;) {
             int turns = 0;
             while (round_.load(std::memory_order_acquire) == seen && turns < SPIN_IDLE) {
-                breathe();
+                cpu_relax();
                 turns++;
             }
             if (round_.load(std::memory_order_acquire) == seen) {
@@ -148,7 +148,7 @@ private:
         }
     }
 
-    static CachingAllocator* pool_;
+    static ThreadPool* pool_;
     std::mutex entry_, sleep_;
     std::condition_variable wake_;
     int workers_ = 0, size_ = 1;
@@ -161,11 +161,11 @@ private:
     alignas(64) std::atomic<int> inside_{0};
 };
 
-CachingAllocator* CachingAllocator::pool_ = nullptr;
+ThreadPool* ThreadPool::pool_ = nullptr;
 int threads_ = 1;
 
 // Hazards: an op has to wait when it reads or writes what an earlier one wrote since the last wait, or writes what one reads.
-bool meet(const std::vector<Range>& a, const std::vector<Range>& b) {
+bool overlap(const std::vector<Range>& a, const std::vector<Range>& b) {
     for (const Range& x : a)
         for (const Range& y : b) {
             const char *p = (const char*)x.at, *q = (const char*)y.at;
@@ -176,7 +176,7 @@ bool meet(const std::vector<Range>& a, const std::vector<Range>& b) {
 
 }  // namespace
 
-void* Team::scratch(size_t bytes) {
+void* Worker::scratch(size_t bytes) {
     if (bytes > scratch_.bytes) {
         std::free(scratch_.memory);
         scratch_.bytes = (bytes + (1 << 16)) / 64 * 64;
@@ -186,14 +186,14 @@ void* Team::scratch(size_t bytes) {
     return scratch_.memory;
 }
 
-void Ops::add(Kernel kernel, const void* args, size_t bytes, bool alone, const std::vector<Range>& reads,
+void Ops::add(Kernel kernel, const void* args, size_t bytes, bool serial, const std::vector<Range>& reads,
               const std::vector<Range>& writes) {
-    if (bytes > Op::MOST) throw std::logic_error("an op's arguments are too large");
+    if (bytes > Op::MAX_ARG_BYTES) throw std::logic_error("an op's arguments are too large");
     Op op;
     op.kernel = kernel;
-    op.alone = alone;
+    op.serial = serial;
     std::memcpy(op.args, args, bytes);
-    op.wait = meet(reads, written_) || meet(writes, written_) || meet(writes, read_);
+    op.wait = overlap(reads, written_) || overlap(writes, written_) || overlap(writes, read_);
     if (op.wait) {
         read_.clear();
         written_.clear();
@@ -203,12 +203,12 @@ void Ops::add(Kernel kernel, const void* args, size_t bytes, bool alone, const s
     ops_.push_back(op);
 }
 
-void Ops::run(int threads) { CachingAllocator::get().run(ops_, threads); }
+void Ops::run(int threads) { ThreadPool::get().run(ops_, threads); }
 
 std::vector<double> Ops::profile(int threads) {
     std::vector<double> at;
     const double begin = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-    CachingAllocator::get().run(ops_, threads, &at);
+    ThreadPool::get().run(ops_, threads, &at);
     for (size_t i = at.size(); i-- > 1;) at[i] -= at[i - 1];
     if (!at.empty()) at[0] -= begin;
     return at;
@@ -226,25 +226,25 @@ void Ops::clear() {
     written_.clear();
 }
 
-void submit(Kernel kernel, const void* args, size_t bytes, bool alone, const std::vector<Range>& reads,
+void submit(Kernel kernel, const void* args, size_t bytes, bool serial, const std::vector<Range>& reads,
             const std::vector<Range>& writes) {
-    if (recording_) recording_->add(kernel, args, bytes, alone, reads, writes);
+    if (recording_) recording_->add(kernel, args, bytes, serial, reads, writes);
     thread_local Ops now;
     now.clear();
-    now.add(kernel, args, bytes, alone, reads, writes);
-    now.run(alone ? 1 : threads_);
+    now.add(kernel, args, bytes, serial, reads, writes);
+    now.run(serial ? 1 : threads_);
 }
 
-void submit_among(Kernel kernel, const void* args, size_t bytes, bool alone) {
+void submit_openmp(Kernel kernel, const void* args, size_t bytes, bool serial) {
 #if defined(_OPENMP)
     Progress progress;
-#pragma omp parallel if (!alone)
+#pragma omp parallel if (!serial)
     {
-        Team team{omp_get_thread_num(), omp_get_num_threads(), &progress, false};
-        kernel(args, team);
+        Worker worker{omp_get_thread_num(), omp_get_num_threads(), &progress, false};
+        kernel(args, worker);
     }
 #else
-    submit(kernel, args, bytes, alone, {}, {});
+    submit(kernel, args, bytes, serial, {}, {});
 #endif
 }
 

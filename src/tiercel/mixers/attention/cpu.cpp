@@ -4,20 +4,112 @@
 // SEGMENT keys the sums are set aside and begun anew, and the segments merged in order.  So the result of a query is
 // the same whoever computes it: in a prompt a thread takes a block of queries through all segments, in decode each
 // thread takes some segments of the one query.
-#include "texts.h"
-
 #include <math.h>
+#include "ops/cpu/batch.h"
+
+namespace tiercel {
+
+struct Rotary { BatchMetadata batch; const float* f; float *cos, *sin; i64 half; float scale; };  // (T, half): half the turned dims
+struct StoreKV {  // k and v (T, K · P), rows `stride` apart, into the pages, k turned
+    BatchMetadata batch;
+    const float *k, *v, *cos, *sin;
+    i64 stride, half, kv_heads, head_dim;
+};
+struct PagedAttention {  // y (T, H · P); window 0: none
+    BatchMetadata batch;
+    const float *q, *cos, *sin;
+    float* y;
+    i64 stride, half, heads, kv_heads, head_dim, window;
+    float scale;
+};
+
+constexpr i64 KEYS = 32;       // keys of a tile
+constexpr i64 PAGE = 64;       // tokens of a page, whole tiles
+constexpr i64 SEGMENT = 1024;  // keys summed by themselves, then merged in order
+constexpr i64 SPLIT = 8;       // new tokens up to which segments may go to different threads
+
+}  // namespace tiercel
+
+#if defined(TIERCEL_BINDINGS)
+
+#include "ops/cpu/bindings.h"
+
+namespace tiercel {
+
+static KernelHandle rotary{"rotary"}, store_kv{"store_kv"}, paged_attention{"paged_attention"};
+
+BINDINGS(m) {
+    m.attr("KEYS") = KEYS;
+    m.attr("PAGE") = PAGE;
+    m.attr("SEGMENT") = SEGMENT;
+    m.attr("SPLIT") = SPLIT;
+    m.def("rotary", [](const MetadataTuple& t, Address f, Address cos, Address sin, i64 half, float scale) {
+        const i64 T = tokens_of(t);
+        launch(rotary, Rotary{metadata(t), ptr<float>(f), ptr<float>(cos), ptr<float>(sin), half, scale},
+           T * half < 1024, {}, {values(cos, T, half), values(sin, T, half)});
+    });
+    m.def("store_kv", [](const MetadataTuple& t, Address k, Address v, Address cos, Address sin, i64 stride, i64 half, i64 K, i64 P) {
+        const i64 T = tokens_of(t);
+        const BatchMetadata batch = metadata(t);
+        launch(store_kv,
+           StoreKV{batch, ptr<float>(k), ptr<float>(v), ptr<float>(cos), ptr<float>(sin), stride, half, K, P},
+           T * K * P < SMALL,
+           {values(k, T, K * P, stride), values(v, T, K * P, stride), values(cos, T, half), values(sin, T, half)},
+           {state_of(batch)});
+    });
+    m.def("paged_attention", [](const MetadataTuple& t, Address q, Address cos, Address sin, Address y, i64 stride, i64 half, i64 H, i64 K, i64 P,
+                       i64 window, float scale) {
+        const i64 T = tokens_of(t);
+        const BatchMetadata batch = metadata(t);
+        launch(paged_attention,
+           PagedAttention{batch, ptr<float>(q), ptr<float>(cos), ptr<float>(sin), ptr<float>(y), stride, half, H, K, P, window, scale},
+           false, {state_of(batch), values(q, T, H * P, stride), values(cos, T, half), values(sin, T, half)},
+           {values(y, T, H * P), {&((StateDescriptor*)batch.rows[0].state)->partials, sizeof(i64)}});
+    });
+}
+
+}  // namespace tiercel
+
+#else
 
 namespace ISA {
+using namespace tiercel;
 
-void rotary(const void* args, Team& team) {
+// Keys and values of one kv head: a seq of P for every token, PAGE of them in a seq.
+template <class T> struct Cache {
+    char* const* pages;
+    i64 keys, values, P;  // bytes of a page before the head's
+
+    T* at(i64 start, i64 token) const { return (T*)(pages[(uint64_t)token / PAGE] + start) + (uint64_t)token % PAGE * P; }
+    T* k(i64 token) const { return at(keys, token); }
+    T* v(i64 token) const { return at(values, token); }
+};
+template <class T> INLINE Cache<T> cache_of(const BatchMetadata& batch, const SeqSlice& seq, i64 h, i64 kv_heads, i64 P) {
+    const i64 start = layer_of<AttentionDescriptor>(batch, seq).start, head = PAGE * P * sizeof(T);
+    return {((const StateDescriptor*)seq.descriptor)->pages, start + h * head, start + (kv_heads + h) * head, P};
+}
+
+// Turn the first 2 · half dims by the angles of this token, and scale all.
+template <class T>
+INLINE void rotate(T* to, const float* x, const float* cos, const float* sin, i64 half, i64 dims, float scale) {
+    const F s = set(scale);
+    for (i64 i = 0; i < half; i += 16) {
+        const int n = half - i;
+        const F u = load_n(x + i, n), w = load_n(x + half + i, n), c = load_n(cos + i, n), d = load_n(sin + i, n);
+        store_n(to + i, (u * c - w * d) * s, n);
+        store_n(to + half + i, (w * c + u * d) * s, n);
+    }
+    for (i64 i = 2 * half; i < dims; i += 16) store_n(to + i, load_n(x + i, dims - i) * s, dims - i);
+}
+
+void rotary(const void* args, Worker& worker) {
     const Rotary& a = *(const Rotary*)args;
     constexpr i64 TOKENS = 8;
-    each_piece(a.texts, team, [](const Row& row) { return parts(row.tokens, TOKENS); }, [&](const Row& row, i64 piece) {
-        const i64 length = length_of(row), stop = least(row.tokens, (piece + 1) * TOKENS);
-        for (i64 t = piece * TOKENS; t < stop; t++) {
-            float* cos = a.cos + (row.first + t) * a.half;
-            float* sin = a.sin + (row.first + t) * a.half;
+    for_each_tile(a.batch, worker, [](const SeqSlice& seq) { return ceil_div(seq.tokens, TOKENS); }, [&](const SeqSlice& seq, i64 tile) {
+        const i64 length = length_of(seq), stop = min(seq.tokens, (tile + 1) * TOKENS);
+        for (i64 t = tile * TOKENS; t < stop; t++) {
+            float* cos = a.cos + (seq.first + t) * a.half;
+            float* sin = a.sin + (seq.first + t) * a.half;
             for (i64 i = 0; i < a.half; i++) {
                 const float angle = (float)(length + t) * a.f[i];
                 cos[i] = cosf(angle) * a.scale;
@@ -27,15 +119,15 @@ void rotary(const void* args, Team& team) {
     });
 }
 
-template <class T> INLINE void remember_as(const Remember& a, Team& team) {
+template <class T> INLINE void store_kv_as(const StoreKV& a, Worker& worker) {
     constexpr i64 TOKENS = 16;
     const i64 P = a.head_dim;
-    each_piece(a.texts, team, [](const Row& row) { return parts(row.tokens, TOKENS); }, [&](const Row& row, i64 piece) {
-        const i64 length = length_of(row), stop = least(row.tokens, (piece + 1) * TOKENS);
+    for_each_tile(a.batch, worker, [](const SeqSlice& seq) { return ceil_div(seq.tokens, TOKENS); }, [&](const SeqSlice& seq, i64 tile) {
+        const i64 length = length_of(seq), stop = min(seq.tokens, (tile + 1) * TOKENS);
         for (i64 h = 0; h < a.kv_heads; h++) {
-            const Cache<T> cache = cache_of<T>(a.texts, row, h, a.kv_heads, P);
-            for (i64 t = piece * TOKENS; t < stop; t++) {
-                const i64 token = row.first + t;
+            const Cache<T> cache = cache_of<T>(a.batch, seq, h, a.kv_heads, P);
+            for (i64 t = tile * TOKENS; t < stop; t++) {
+                const i64 token = seq.first + t;
                 const float *cos = a.cos + token * a.half, *sin = a.sin + token * a.half;
                 rotate(cache.k(length + t), a.k + token * a.stride + h * P, cos, sin, a.half, P, 1.0f);
                 copy(cache.v(length + t), a.v + token * a.stride + h * P, P);
@@ -44,10 +136,10 @@ template <class T> INLINE void remember_as(const Remember& a, Team& team) {
     });
 }
 
-void remember(const void* args, Team& team) {
-    const Remember& a = *(const Remember*)args;
-    if (a.texts.bf16) remember_as<bf16>(a, team);
-    else remember_as<float>(a, team);
+void store_kv(const void* args, Worker& worker) {
+    const StoreKV& a = *(const StoreKV*)args;
+    if (a.batch.bf16) store_kv_as<bf16>(a, worker);
+    else store_kv_as<float>(a, worker);
 }
 
 // ── a tile of keys ──
@@ -55,7 +147,7 @@ void remember(const void* args, Team& team) {
 constexpr int VECTORS = KEYS / 16;  // of a tile's keys
 constexpr i64 AHEAD = 2 * KEYS;     // keys that are asked for before they are read: the next page is somewhere else
 
-// A tile turned so that keys are lanes: one row of KEYS for every dim, or, of bf16, for every two dims, each lane a pair
+// A tile turned so that keys are lanes: one seq of KEYS for every dim, or, of bf16, for every two dims, each lane a pair
 // as it lies in memory (the even dim in the low half).  Sixteen keys, rows of P, become columns of `out`.
 
 INLINE void turn_plainly(const float* k, uint32_t* out, i64 from, i64 P) {
@@ -117,7 +209,7 @@ template <class T> INLINE void turn(const T* k, uint32_t* out, i64 P) { turn_pla
 #endif
 
 // pairs become two rows of floats
-INLINE void widen(const uint32_t* pairs, float* out, i64 P) {
+INLINE void pairs_to_float(const uint32_t* pairs, float* out, i64 P) {
     for (i64 p = 0; p < P; p += 2)
         for (int v = 0; v < KEYS; v += 16) {
             const I pair = loadi(pairs + p / 2 * KEYS + v);
@@ -127,7 +219,7 @@ INLINE void widen(const uint32_t* pairs, float* out, i64 P) {
 }
 
 // Sums of R queries are chains of their own, too few to keep the machine busy with one vector each: AVX-512 has the
-// registers for a whole tile of keys and for four vectors of values.
+// registers for a full tile of keys and for four vectors of values.
 #if defined(TIERCEL_AVX512)
 constexpr int SIDE = VECTORS;
 template <int R> constexpr int DIMS = 4;
@@ -216,11 +308,11 @@ INLINE void add_all_values(const float* w, const float* decay, const V* v, i64 v
 
 // ── one block of queries ──
 
-// Rows are the queries of a block times the heads of a group.  sums: of the keys since the last segment began.
+// GetRows are the queries of a block times the heads of a group.  sums: of the keys since the last segment began.
 struct Block {
-    i64 group, rows, dims;      // heads that share keys; queries · group; P in whole vectors
+    i64 group, rows, dims;      // heads that share keys; queries · group; P in full vectors
     float *q, *scores, *decay;  // (rows, dims), (rows, KEYS), (rows)
-    float *most, *sums, *o;     // largest score so far (rows), Σ of weights by lane (rows, 16), Σ of weighted values
+    float *max, *sums, *o;     // largest score so far (rows), Σ of weights by lane (rows, 16), Σ of weighted values
     uint32_t* turned;           // a tile of keys
     float *keys, *values;       // as float32: (P, KEYS), (KEYS, dims)
 };
@@ -229,15 +321,15 @@ INLINE i64 block_floats(i64 rows, i64 dims) { return rows * (2 * dims + KEYS + 3
 
 template <class T> INLINE Block block_in(Scratch& scratch, i64 group, i64 rows, i64 dims) {
     Block b{group, rows, dims};
-    b.q = scratch.take<float>(rows * dims);
-    b.scores = scratch.take<float>(rows * KEYS);
-    b.decay = scratch.take<float>(rows);
-    b.most = scratch.take<float>(rows);
-    b.sums = scratch.take<float>(rows * 16);
-    b.o = scratch.take<float>(rows * dims);
-    b.turned = scratch.take<uint32_t>(dims * KEYS);
-    b.keys = sizeof(T) == 2 ? scratch.take<float>(dims * KEYS) : (float*)b.turned;
-    b.values = scratch.take<float>(KEYS * dims);
+    b.q = scratch.alloc<float>(rows * dims);
+    b.scores = scratch.alloc<float>(rows * KEYS);
+    b.decay = scratch.alloc<float>(rows);
+    b.max = scratch.alloc<float>(rows);
+    b.sums = scratch.alloc<float>(rows * 16);
+    b.o = scratch.alloc<float>(rows * dims);
+    b.turned = scratch.alloc<uint32_t>(dims * KEYS);
+    b.keys = sizeof(T) == 2 ? scratch.alloc<float>(dims * KEYS) : (float*)b.turned;
+    b.values = scratch.alloc<float>(KEYS * dims);
     return b;
 }
 
@@ -253,17 +345,17 @@ INLINE void weigh(Block& b, i64 r, i64 first, i64 last) {
     }
     F top = score[0];
     for (int v = 1; v < VECTORS; v++) top = max(top, score[v]);
-    const float before = b.most[r], now = maximum(top);
+    const float before = b.max[r], now = maximum(top);
     F sum = load(b.sums + 16 * r);
     b.decay[r] = 1.0f;
     if (now > before) {
         float decay[16];
         store(decay, exp(set(before - now)));
-        b.most[r] = now;
+        b.max[r] = now;
         b.decay[r] = decay[0];
         sum = sum * set(decay[0]);
     }
-    const F largest = set(b.most[r]);
+    const F largest = set(b.max[r]);
     for (int v = 0; v < VECTORS; v++) {
         const F w = exp(score[v] - largest);
         sum = sum + w;
@@ -272,16 +364,16 @@ INLINE void weigh(Block& b, i64 r, i64 first, i64 last) {
     store(b.sums + 16 * r, sum);
 }
 
-// Queries at `first_query` … of one kv head meet the keys from `start` to `stop`.
+// Queries at `first_query` … of one kv head attend_keys the keys from `start` to `stop`.
 template <class T>
-INLINE void meet(Block& b, const Cache<T>& cache, i64 first_query, i64 window, i64 start, i64 stop) {
+INLINE void attend_keys(Block& b, const Cache<T>& cache, i64 first_query, i64 window, i64 start, i64 stop) {
     static_assert(PAGE % KEYS == 0);  // a tile lies in one page
     const i64 P = cache.P;
     const i64 last_query = first_query + b.rows / b.group - 1;
-    for (i64 r = 0; r < b.rows; r++) b.most[r] = -INFINITY;
+    for (i64 r = 0; r < b.rows; r++) b.max[r] = -INFINITY;
     memset(b.sums, 0, b.rows * 16 * sizeof(float));
     memset(b.o, 0, b.rows * b.dims * sizeof(float));
-    const auto oldest = [&](i64 query) { return window > 0 ? most(0, query - window + 1) : 0; };
+    const auto oldest = [&](i64 query) { return window > 0 ? max(0, query - window + 1) : 0; };
     if (oldest(first_query) > start) start = oldest(first_query) / KEYS * KEYS;
     if (stop > last_query + 1) stop = last_query + 1;
     for (i64 tile = start; tile < stop; tile += KEYS) {
@@ -289,11 +381,11 @@ INLINE void meet(Block& b, const Cache<T>& cache, i64 first_query, i64 window, i
         const bool more = b.rows <= 6 && tile + AHEAD <= last_query;  // few rows: memory is what they wait for
         const T* ahead = more ? cache.k(tile + AHEAD) : nullptr;
         for (int i = 0; i < VECTORS; i++) turn(key + 16 * i * P, b.turned + 16 * i, P);
-        const bool whole = tile + KEYS - 1 <= first_query && tile >= oldest(last_query);
-        if ((whole || first_query == last_query) && b.rows <= 6 && b.dims == P) {  // few rows: values straight from the cache
-            const i64 first = most(oldest(first_query) - tile, 0), last = least(first_query + 1 - tile, KEYS);
+        const bool full = tile + KEYS - 1 <= first_query && tile >= oldest(last_query);
+        if ((full || first_query == last_query) && b.rows <= 6 && b.dims == P) {  // few rows: values straight from the cache
+            const i64 first = max(oldest(first_query) - tile, 0), last = min(first_query + 1 - tile, KEYS);
             const T* later = more ? cache.v(tile + AHEAD) : nullptr;
-            by_six(b.rows, [&](i64 r, auto n) {
+            unroll6(b.rows, [&](i64 r, auto n) {
                 if constexpr (sizeof(T) == 2) scores_of<n>(b.q + r * b.dims, b.dims, b.turned, P, b.scores + r * KEYS, ahead);
                 else scores_of<n>(b.q + r * b.dims, b.dims, b.keys, P, b.scores + r * KEYS, ahead);
                 for (i64 i = r; i < r + n; i++) weigh(b, i, first, last);
@@ -301,22 +393,22 @@ INLINE void meet(Block& b, const Cache<T>& cache, i64 first_query, i64 window, i
             });
             continue;
         }
-        if constexpr (sizeof(T) == 2) widen(b.turned, b.keys, P);
-        const i64 there = least(KEYS, stop - tile);
-        for (i64 j = 0; j < there; j++)
+        if constexpr (sizeof(T) == 2) pairs_to_float(b.turned, b.keys, P);
+        const i64 valid = min(KEYS, stop - tile);
+        for (i64 j = 0; j < valid; j++)
             for (i64 p = 0; p < P; p += 16) store(b.values + j * b.dims + p, load_n(value + j * P + p, P - p));
-        if (whole) {
-            by_six(b.rows, [&](i64 r, auto n) {
+        if (full) {
+            unroll6(b.rows, [&](i64 r, auto n) {
                 scores_of<n>(b.q + r * b.dims, b.dims, b.keys, P, b.scores + r * KEYS);
                 for (i64 i = r; i < r + n; i++) weigh(b, i, 0, KEYS);
                 add_all_values<n>(b.scores + r * KEYS, b.decay + r, b.values, b.dims, b.o + r * b.dims, b.dims, 0, KEYS);
             });
             continue;
         }
-        for (i64 query = most(first_query, tile); query <= last_query; query++) {  // the heads of one query see the same keys
-            const i64 first = most(oldest(query) - tile, 0), last = least(query + 1 - tile, KEYS);
+        for (i64 query = max(first_query, tile); query <= last_query; query++) {  // the heads of one query see the same keys
+            const i64 first = max(oldest(query) - tile, 0), last = min(query + 1 - tile, KEYS);
             if (first >= last) continue;
-            by_six(b.group, [&](i64 h, auto n) {
+            unroll6(b.group, [&](i64 h, auto n) {
                 const i64 r = (query - first_query) * b.group + h;
                 scores_of<n>(b.q + r * b.dims, b.dims, b.keys, P, b.scores + r * KEYS);
                 for (i64 i = r; i < r + n; i++) weigh(b, i, first, last);
@@ -326,24 +418,24 @@ INLINE void meet(Block& b, const Cache<T>& cache, i64 first_query, i64 window, i
     }
 }
 
-// Segments in order: (most, sum, o) += a later segment's.
-INLINE void merge(float& most_a, float& sum_a, float* o_a, float most_b, float sum_b, const float* o_b, i64 dims) {
-    if (most_b == -INFINITY) return;  // met no key
-    if (most_a == -INFINITY) {
-        most_a = most_b;
+// Segments in order: (max, sum, o) += a later segment's.
+INLINE void merge(float& max_a, float& sum_a, float* o_a, float max_b, float sum_b, const float* o_b, i64 dims) {
+    if (max_b == -INFINITY) return;  // met no key
+    if (max_a == -INFINITY) {
+        max_a = max_b;
         sum_a = sum_b;
         memcpy(o_a, o_b, dims * sizeof(float));
         return;
     }
-    const float top = most_a > most_b ? most_a : most_b;
-    const F a = exp(set(most_a - top)), b = exp(set(most_b - top));
+    const float top = max_a > max_b ? max_a : max_b;
+    const F a = exp(set(max_a - top)), b = exp(set(max_b - top));
     float f[16], g[16];
     store(f, a);
     store(g, b);
-    most_a = top;
+    max_a = top;
     sum_a = sum_a * f[0] + sum_b * g[0];
     for (i64 p = 0; p < dims; p += 16) {
-        const int n = least(16, dims - p);
+        const int n = min(16, dims - p);
         store_n(o_a + p, load_n(o_a + p, n) * a + load_n(o_b + p, n) * b, n);
     }
 }
@@ -353,78 +445,78 @@ INLINE void finish(float* y, const float* o, float sum, i64 P) {
     for (i64 p = 0; p < P; p += 16) store_n(y + p, load_n(o + p, P - p) / all, P - p);
 }
 
-template <class T> INLINE void attend_as(const Attend& a, Team& team) {
+template <class T> INLINE void paged_attention_as(const PagedAttention& a, Worker& worker) {
     const i64 H = a.heads, K = a.kv_heads, P = a.head_dim, dims = padded(P), group = H / K;
-    const i64 block = most(1, 96 / group);  // queries
-    const auto queries = [&](const Row& row) { return row.tokens <= SPLIT ? row.tokens : least(block, row.tokens); };
-    const auto first_segment = [&](const Row& row) {
-        return a.window > 0 ? most(0, length_of(row) - a.window + 1) / SEGMENT : 0;
+    const i64 block = max(1, 96 / group);  // queries
+    const auto queries = [&](const SeqSlice& seq) { return seq.tokens <= SPLIT ? seq.tokens : min(block, seq.tokens); };
+    const auto first_segment = [&](const SeqSlice& seq) {
+        return a.window > 0 ? max(0, length_of(seq) - a.window + 1) / SEGMENT : 0;
     };
-    const auto segments = [&](const Row& row) { return parts(length_of(row) + row.tokens, SEGMENT) - first_segment(row); };
+    const auto segments = [&](const SeqSlice& seq) { return ceil_div(length_of(seq) + seq.tokens, SEGMENT) - first_segment(seq); };
     i64 rows = 0;
-    for (i64 i = 0; i < a.texts.count; i++) rows = most(rows, queries(a.texts.rows[i]) * group);
-    Scratch scratch{(char*)team.scratch((block_floats(rows, dims) + rows * (dims + 32)) * sizeof(float) + 1024)};
-    float* all_o = scratch.take<float>(rows * dims);
-    float* all_most = scratch.take<float>(rows);
-    float* all_sum = scratch.take<float>(rows);
+    for (i64 i = 0; i < a.batch.count; i++) rows = max(rows, queries(a.batch.seqs[i]) * group);
+    Scratch scratch{(char*)worker.scratch((block_floats(rows, dims) + rows * (dims + 32)) * sizeof(float) + 1024)};
+    float* all_o = scratch.alloc<float>(rows * dims);
+    float* all_max = scratch.alloc<float>(rows);
+    float* all_sum = scratch.alloc<float>(rows);
     const Scratch rest = scratch;
 
-    each_piece(a.texts, team, [&](const Row& row) {
-        return K * (row.tokens <= SPLIT ? segments(row) : parts(row.tokens, block));
-    }, [&](const Row& row, i64 piece) {
-        const StateWords& state = *(const StateWords*)row.state;
-        AttentionWords& words = attention_of(a.texts, row);
-        const bool split = row.tokens <= SPLIT;
-        const i64 h = piece % K, length = state.length, count = segments(row), first = first_segment(row);
+    for_each_tile(a.batch, worker, [&](const SeqSlice& seq) {
+        return K * (seq.tokens <= SPLIT ? segments(seq) : ceil_div(seq.tokens, block));
+    }, [&](const SeqSlice& seq, i64 tile) {
+        const StateDescriptor& state = *(const StateDescriptor*)seq.descriptor;
+        AttentionDescriptor& descriptor = layer_of<AttentionDescriptor>(a.batch, seq);
+        const bool split = seq.tokens <= SPLIT;
+        const i64 h = tile % K, length = state.length, count = segments(seq), first = first_segment(seq);
         // of a prompt the last queries come first: they have the most keys
-        const i64 from = split ? 0 : (parts(row.tokens, block) - 1 - piece / K) * block;
-        const i64 n = split ? row.tokens : least(block, row.tokens - from);
+        const i64 from = split ? 0 : (ceil_div(seq.tokens, block) - 1 - tile / K) * block;
+        const i64 n = split ? seq.tokens : min(block, seq.tokens - from);
         Scratch own = rest;
         Block b = block_in<T>(own, group, n * group, dims);
         for (i64 r = 0; r < b.rows; r++) {
-            const i64 token = row.first + from + r / group;
+            const i64 token = seq.first + from + r / group;
             rotate(b.q + r * dims, a.q + token * a.stride + (h * group + r % group) * P, a.cos + token * a.half,
                    a.sin + token * a.half, a.half, P, a.scale);
-            all_most[r] = -INFINITY;
+            all_max[r] = -INFINITY;
         }
-        const Cache<T> cache = cache_of<T>(a.texts, row, h, K, P);
-        const auto y = [&](i64 r) { return a.y + (row.first + from + r / group) * H * P + (h * group + r % group) * P; };
+        const Cache<T> cache = cache_of<T>(a.batch, seq, h, K, P);
+        const auto y = [&](i64 r) { return a.y + (seq.first + from + r / group) * H * P + (h * group + r % group) * P; };
         const auto partial = [&](i64 s, i64 r) { return state.partials + ((s * SPLIT + r / group) * H + h * group + r % group) * (2 + P); };
-        const i64 one = split ? first + piece / K : -1, stop = split ? one + 1 : parts(length + from + n, SEGMENT);
+        const i64 one = split ? first + tile / K : -1, stop = split ? one + 1 : ceil_div(length + from + n, SEGMENT);
         for (i64 s = split ? one : first; s < stop; s++) {
-            meet(b, cache, length + from, a.window, s * SEGMENT, (s + 1) * SEGMENT);
+            attend_keys(b, cache, length + from, a.window, s * SEGMENT, (s + 1) * SEGMENT);
             for (i64 r = 0; r < b.rows; r++) {
                 const float sum_r = sum(load(b.sums + 16 * r));
                 if (split && count > 1) {
                     float* p = partial(s, r);
-                    p[0] = b.most[r];
+                    p[0] = b.max[r];
                     p[1] = sum_r;
                     memcpy(p + 2, b.o + r * dims, P * sizeof(float));
-                } else merge(all_most[r], all_sum[r], all_o + r * dims, b.most[r], sum_r, b.o + r * dims, P);
+                } else merge(all_max[r], all_sum[r], all_o + r * dims, b.max[r], sum_r, b.o + r * dims, P);
             }
         }
         if (split && count > 1) {
-            if (!last_of(words.finished[h], count)) return;
+            if (!last_of(descriptor.tiles_done[h], count)) return;
             for (i64 r = 0; r < b.rows; r++)
                 for (i64 s = first; s < first + count; s++) {
                     const float* p = partial(s, r);
-                    merge(all_most[r], all_sum[r], all_o + r * dims, p[0], p[1], p + 2, P);
+                    merge(all_max[r], all_sum[r], all_o + r * dims, p[0], p[1], p + 2, P);
                 }
         }
         for (i64 r = 0; r < b.rows; r++) finish(y(r), all_o + r * dims, all_sum[r], P);
     });
 }
 
-void attend(const void* args, Team& team) {
-    const Attend& a = *(const Attend*)args;
-    if (a.texts.bf16) attend_as<bf16>(a, team);
-    else attend_as<float>(a, team);
+void paged_attention(const void* args, Worker& worker) {
+    const PagedAttention& a = *(const PagedAttention*)args;
+    if (a.batch.bf16) paged_attention_as<bf16>(a, worker);
+    else paged_attention_as<float>(a, worker);
 }
 
-void attention(Kernels& k) {
-    k.rotary = rotary;
-    k.remember = remember;
-    k.attend = attend;
-}
+REGISTER_KERNEL("rotary", rotary);
+REGISTER_KERNEL("store_kv", store_kv);
+REGISTER_KERNEL("paged_attention", paged_attention);
 
 }  // namespace ISA
+
+#endif

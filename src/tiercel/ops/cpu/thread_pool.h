@@ -1,10 +1,10 @@
-// Threads that stay, and ops that run on them one after another.
+// A thread pool, and lists of ops that run on it in order.
 //
-// An op is a kernel and its arguments.  The threads of a team run through the ops and take pieces of each from a shared
-// counter; which thread computes a piece never changes the piece.  Before an op that touches what earlier ones wrote
-// (see Hazards in team.cpp) a thread waits until the pieces of those are done, not until the other threads have come:
-// one that the system has taken off its core holds nobody up unless it has a piece in hand.  A list of ops that was
-// recorded once can be run again and again without Python: that is how a decode step costs no call overhead.
+// An op is a kernel and its arguments.  Every thread runs through the ops and takes tiles of each from a shared counter;
+// which thread computes a tile never changes the tile.  Before an op that touches what earlier ones wrote (see Hazards in
+// thread_pool.cpp) a thread waits until the tiles of those are done, not until the other threads arrive: a preempted
+// thread delays the others only if it owns an unfinished tile.  A list of ops that was recorded once can be run again
+// without Python: a decode step has no call overhead.
 #pragma once
 
 #include <atomic>
@@ -23,13 +23,13 @@ struct Progress {  // of one op in one run
     }
 };
 
-struct Team {
+struct Worker {
     int id, size;
     Progress* op;
-    bool holds;  // a piece
+    bool holds;  // a tile
 
-    // the next piece of `count`, or −1 when none is left; asking says that the last one is done
-    int64_t take(int64_t count) {
+    // the next tile of `count`, or −1 when none is left; asking marks the last one as done
+    int64_t next_tile(int64_t count) {
         if (holds) op->done.fetch_add(1, std::memory_order_release);
         const int32_t i = op->next.fetch_add(1, std::memory_order_acq_rel);
         if (i == 0) op->total.store((int32_t)count, std::memory_order_release);
@@ -40,7 +40,7 @@ struct Team {
     void* scratch(size_t bytes);
 };
 
-using Kernel = void (*)(const void* args, Team& team);
+using Kernel = void (*)(const void* args, Worker& worker);
 
 struct Range {
     const void* at;
@@ -48,16 +48,16 @@ struct Range {
 };
 
 struct Op {
-    static constexpr size_t MOST = 256;
+    static constexpr size_t MAX_ARG_BYTES = 256;
     Kernel kernel;
     bool wait;  // for all earlier ops to be complete on all threads
-    bool alone;  // small: one thread does it all
-    alignas(16) unsigned char args[MOST];
+    bool serial;  // small: one thread does it all
+    alignas(16) unsigned char args[MAX_ARG_BYTES];
 };
 
-class Ops {  // in order, with the places where the team has to wait
+class Ops {  // in order, with the places where threads have to wait
 public:
-    void add(Kernel kernel, const void* args, size_t bytes, bool alone, const std::vector<Range>& reads,
+    void add(Kernel kernel, const void* args, size_t bytes, bool serial, const std::vector<Range>& reads,
              const std::vector<Range>& writes);
     void run(int threads);
     std::vector<double> profile(int threads);  // seconds of each op, every one waited for
@@ -72,12 +72,12 @@ private:
 };
 
 // Runs the op now; and notes it when this thread is recording.
-void submit(Kernel kernel, const void* args, size_t bytes, bool alone, const std::vector<Range>& reads,
+void submit(Kernel kernel, const void* args, size_t bytes, bool serial, const std::vector<Range>& reads,
             const std::vector<Range>& writes);
 
-// Runs the op on torch's threads, for one that stands among torch's own ops: those threads spin for a while after each of
-// them, and a team beside them would have to share their cores.
-void submit_among(Kernel kernel, const void* args, size_t bytes, bool alone);
+// Runs the op on torch's threads, for one among torch's own ops: those threads spin for a while after each op, and a
+// second pool would have to share their cores.
+void submit_openmp(Kernel kernel, const void* args, size_t bytes, bool serial);
 
 void record(Ops* into);  // nullptr: stop
 void set_threads(int n);
