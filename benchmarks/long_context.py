@@ -203,10 +203,10 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(kept["threads"])
-        from tiercel.ops import cpu
+        from tiercel.ops.cpu import native
 
-        if cpu.there:
-            cpu._native.set_threads(kept["threads"])
+        if native.available:
+            native.extension.set_threads(kept["threads"])
         wanted = [int(n) for n in args.lengths.split(",")]
         for who in (OURS, THEIRS):
             net = None

@@ -12,7 +12,7 @@ from tiercel.engine.scheduler import BESIDE, Scheduler
 from tiercel.errors import RequestError
 from tiercel.generate import generate_reference
 from tiercel.model.graph_cache import CapturedStep
-from tiercel.ops import cpu
+from tiercel.ops.cpu import native
 from tiercel.runtime.allocator import CachingAllocator
 from tiercel.sampling.params import SamplingParams
 from tiny import ids, run
@@ -41,14 +41,14 @@ def test_where_the_kernels_run_torch_has_one_thread_in_a_step_and_all_of_its_own
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        for native in (True, False):
-            e = engine(tiny.network(native=native))
+        for kernels in (True, False):
+            e = engine(tiny.network(native=kernels))
             request, seen = e.add(ids(40), greedy(3)), []
             e.runner.calls = SimpleNamespace(append=lambda call, seen=seen: seen.append(torch.get_num_threads()))
             while not request.finished:
                 e.step()
                 assert torch.get_num_threads() == 3
-            assert set(seen) == {1 if e.runner.native else 3} and e.runner.native is (native and cpu.there)
+            assert set(seen) == {1 if e.runner.native else 3} and e.runner.native is (kernels and native.available)
     finally:
         torch.set_num_threads(before)
 
@@ -196,7 +196,7 @@ def test_a_hint_where_the_last_turn_began(net, monkeypatch):
     assert again.cached_tokens == 700
 
 
-@pytest.mark.skipif(not cpu.there, reason="steps are recorded where there are kernels")
+@pytest.mark.skipif(not native.available, reason="steps are recorded where there are kernels")
 @pytest.mark.parametrize("slots", [1, 5])
 def test_an_engine_that_was_warmed_up_has_recorded_the_steps_of_any_number_of_answers(slots):
     """The first two of a kind are slow: eight answers that end one after another would meet eight kinds."""

@@ -8,10 +8,10 @@ import torch
 import tiny
 from tiercel.errors import RequestError
 from tiercel.model.layers import named_weights, set_weight
-from tiercel.ops import cpu
+from tiercel.ops.cpu import native
 from tiercel.ops.linear import QTensor
 
-needs_kernels = pytest.mark.skipif(not cpu.there, reason="no native kernels here")
+needs_kernels = pytest.mark.skipif(not native.available, reason="no native kernels here")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.model.batch import Batch
 from tiercel.model.pages import PAGE
 from tiercel.model.state import State, nbytes_together
-from tiercel.ops import cpu
+from tiercel.ops.cpu import native
 from tiercel.runtime import allocator as pools
 from tiercel.runtime.allocator import CachingAllocator
 
@@ -56,8 +56,8 @@ def extend(state: State, tokens: list[int], *, natively: bool = False) -> None:
         if natively:
             k_TM, v_TM = (t.transpose(0, 1).flatten(1).contiguous() for t in (k, v))
             batch = Batch([len(tokens)], [state])
-            cpu._native.remember(
-                batch.texts(memory.at), k_TM.data_ptr(), v_TM.data_ptr(), 0, 0,
+            native.extension.store_kv(
+                batch.metadata(memory.at), k_TM.data_ptr(), v_TM.data_ptr(), 0, 0,
                 k_TM.stride(0), 0, config.kv_heads, config.head_dim,
             )  # fmt: skip
         else:
@@ -110,7 +110,7 @@ def test_texts_that_share_pages_never_see_each_others_tokens(
         state, tokens = texts[which]
         if what in ("extend", "natively"):
             new = [1 + (100 * i + j) % 997 for j in range(count)]
-            extend(state, new, natively=what == "natively" and cpu.there)
+            extend(state, new, natively=what == "natively" and native.available)
             tokens += new
         elif what == "fork" and len(texts) < 6:
             texts.append((state.fork(), list(tokens)))
@@ -146,7 +146,7 @@ def test_texts_that_share_pages_never_see_each_others_tokens(
 
 def test_a_fork_and_a_snapshot_of_a_long_text_take_no_memory_for_its_keys() -> None:
     state = new_state()
-    extend(state, list(range(10 * PAGE + 5)), natively=cpu.there)
+    extend(state, list(range(10 * PAGE + 5)), natively=native.available)
     one = nbytes_together([state])
     forks, marks = [state.fork() for _ in range(20)], [state.snapshot() for _ in range(20)]
     assert nbytes_together([state, *marks]) == one
@@ -169,10 +169,10 @@ def test_the_first_token_after_a_fork_copies_one_page() -> None:
 
 def test_growing_copies_nothing() -> None:
     state = new_state()
-    extend(state, list(range(3 * PAGE)), natively=cpu.there)
+    extend(state, list(range(3 * PAGE)), natively=native.available)
     before = [page.address for page in state.pages]
     for _ in range(50):
-        extend(state, list(range(PAGE)), natively=cpu.there)
+        extend(state, list(range(PAGE)), natively=native.available)
     assert [page.address for page in state.pages][:3] == before
     assert len(state.pages) == 53
 

@@ -11,11 +11,11 @@ import tiny
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, rows
 from tiercel.model.graph_cache import CapturedStep, GraphCache
-from tiercel.ops import cpu
+from tiercel.ops.cpu import native
 from tiercel.weights.load import of_source
 from tiercel.weights.random import RandomSource, kinds_of
 
-pytestmark = pytest.mark.skipif(not cpu.there, reason="no native kernels here")
+pytestmark = pytest.mark.skipif(not native.available, reason="no native kernels here")
 DENSE = "attention+mamba2 mamba2 attention mamba1"  # experts are chosen in Python: such layers are not recorded
 
 
@@ -145,7 +145,7 @@ def test_packed_products_that_read_the_same_input_round_it_once_and_give_the_sam
     names = recordings(network)[0].graph.ops.names()
     matrices = 4 + 2 + 3 + 1  # q k v o · in_proj out_proj · gate up down · head
     inputs = 1 + 2 + 2 + 1  # q, k, v and in_proj share one · o, out_proj · gate and up share one, down · head
-    assert names.count("linear") == matrices and names.count("round_inputs") == inputs
+    assert names.count("linear") == matrices and names.count("quantize_inputs") == inputs
 
 
 def test_steps_do_not_wait_for_a_compiler():

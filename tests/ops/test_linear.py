@@ -4,47 +4,47 @@ import pytest
 import torch
 
 from tiercel import quant
-from tiercel.ops import cpu
+from tiercel.ops.cpu import native
 from tiercel.ops.linear import NUMBERS, QTensor, multiply_reference
 
 TYPES = [*quant.PACKED_TYPES, *NUMBERS]
-FORMS = [*TYPES, *(["BF16_12"] if cpu.there else [])]  # bfloat16 once it is complete
-ISAS = cpu._native.available() if cpu.there else []
-needs_kernels = pytest.mark.skipif(not cpu.there, reason="no native kernels here")
+FORMS = [*TYPES, *(["BF16_12"] if native.available else [])]  # bfloat16 once it is complete
+ISAS = native.extension.available() if native.available else []
+needs_kernels = pytest.mark.skipif(not native.available, reason="no native kernels here")
 
 
 @pytest.fixture(params=ISAS or ["torch"])
 def isa(request):
     """Every instruction set this machine has."""
-    if not cpu.there:
+    if not native.available:
         pytest.skip("no native kernels here")
-    cpu._native.choose(request.param)
+    native.extension.choose(request.param)
     yield request.param
-    cpu._native.choose(cpu.isa)
+    native.extension.choose(native.isa)
 
 
 @pytest.fixture(autouse=True)
 def threads():
     yield
-    if cpu.there:
-        cpu._native.set_threads(torch.get_num_threads())
+    if native.available:
+        native.extension.set_threads(torch.get_num_threads())
 
 
 def matrix(type: str, N: int, K: int) -> QTensor:
     """Random values packed as a quantizer would."""
     W = torch.randn(N, K) * torch.rand(N, 1)
     if type == "BF16_12":
-        return twelve(W.bfloat16())
+        return bf12(W.bfloat16())
     q = QTensor(type, (N, K))
     q.put(0, W if type in NUMBERS else quant.quantize(type, W))
     return q
 
 
-def twelve(W_NK: torch.Tensor) -> QTensor:
+def bf12(W_NK: torch.Tensor) -> QTensor:
     """Held in twelve bits, also where that takes more."""
     q = QTensor("BF16", (W_NK.shape[0], W_NK.shape[1]))
     q.put(0, W_NK)
-    q.data, q.form = cpu.to_twelve(q.data, q.shape), "BF16_12"
+    q.data, q.stored_type = native.compress_bf12(q.data, q.shape), "BF16_12"
     return q
 
 
@@ -100,7 +100,7 @@ def test_a_token_meets_the_same_operations_whoever_is_beside_it(type, exact, isa
     q.exact = exact
     whole = q.multiply(x)
     for threads in (1, 2, 3):
-        cpu._native.set_threads(threads)
+        native.extension.set_threads(threads)
         assert torch.equal(q.multiply(x), whole)
         assert torch.equal(torch.cat([q.multiply(part) for part in x.split(13)]), whole)
         assert torch.equal(torch.cat([q.multiply(row) for row in x.split(1)]), whole)
@@ -142,7 +142,7 @@ def test_twelve_bits_are_the_sixteen(N, K, isa):
         W = W.bfloat16()
         plain = QTensor("BF16", (N, K))
         plain.put(0, W)
-        short = twelve(W)
+        short = bf12(W)
         assert torch.equal(short.raw(), W.view(torch.uint8)), name
         assert torch.equal(short.raw(N // 2), W[N // 2 :].view(torch.uint8)), name
         which = torch.tensor([N - 1, 0])
@@ -185,9 +185,9 @@ def test_outputs_are_all_written():
 
 
 def test_without_kernels_the_files_blocks_are_kept(monkeypatch):
-    monkeypatch.setattr(cpu, "there", False)
+    monkeypatch.setattr(native, "available", False)
     q, x = matrix("Q4_K", 20, 512), torch.randn(3, 512)
-    assert not q.in_panels and q.nbytes == 20 * 288
+    assert not q.repacked and q.nbytes == 20 * 288
     torch.testing.assert_close(q.multiply(x), x @ q.numbers().T)
     assert torch.equal(q.rows(torch.tensor([19])), q.numbers()[19:])
 

@@ -25,20 +25,20 @@ from tiercel.model import layer_state, pages
 from tiercel.model import state as state_module
 from tiercel.model.batch import Batch
 from tiercel.model.state import State
-from tiercel.ops import cpu
 from tiercel.ops.attention import attention_reference
 from tiercel.ops.conv1d import conv1d_reference
+from tiercel.ops.cpu import native
 from tiercel.ops.norm import gated_rms_norm
 from tiercel.ops.rotary import frequencies, rotate
 from tiercel.runtime import allocator as pool
 from tiercel.runtime.allocator import CachingAllocator
 
-pytestmark = pytest.mark.skipif(not cpu.there, reason="the native extension was not built, or is not wanted")
+pytestmark = pytest.mark.skipif(not native.available, reason="the native extension was not built, or is not wanted")
 
-if cpu.there:
+if native.available:
     from tiercel.ops.cpu import mixers
 
-ISAS = cpu._native.available() if cpu.there else []
+ISAS = native.extension.available() if native.available else []
 CPU = torch.device("cpu")
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -46,13 +46,13 @@ F32, BF16 = torch.float32, torch.bfloat16
 @pytest.fixture(params=ISAS, autouse=True)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """One instruction set; memory that must be written before it is read."""
-    before, threads = cpu._native.isa(), cpu._native.threads()
-    cpu._native.choose(request.param)
-    monkeypatch.setattr(cpu, "empty", lambda *shape: torch.full(shape, math.nan))
+    before, threads = native.extension.isa(), native.extension.threads()
+    native.extension.choose(request.param)
+    monkeypatch.setattr(native, "empty", lambda *shape: torch.full(shape, math.nan))
     monkeypatch.setattr(pool, "spoil", True)
     yield request.param
-    cpu._native.choose(before)
-    cpu._native.set_threads(threads)
+    native.extension.choose(before)
+    native.extension.set_threads(threads)
 
 
 def spoil_scratch() -> None:
@@ -76,7 +76,7 @@ class Attention:
         part = states[0].layers[0][0].at
         turn = None if c.rope is None else batch.rotary(c.rope, c.head_dim)
         y = mixers.attention(
-            batch.texts(part), *inputs, turn, heads=c.heads, kv_heads=c.kv_heads, scale=0.3, window=c.window
+            batch.metadata(part), *inputs, turn, heads=c.heads, kv_heads=c.kv_heads, scale=0.3, window=c.window
         )  # fmt: skip
         return _grown(states, lengths, y)
 
@@ -109,7 +109,7 @@ class Mamba2:
     def step(self, states: Sequence[State], lengths: Sequence[int], zxBCdt: Tensor) -> Tensor:
         c, part, batch = self.config, states[0].layers[0][0], Batch(lengths, states)
         y = mixers.mamba2(
-            batch.texts(part.at), zxBCdt, self.weight, self.bias, self.dt_bias, self.A, self.D,
+            batch.metadata(part.at), zxBCdt, self.weight, self.bias, self.dt_bias, self.A, self.D,
             head_dim=c.head_dim, groups=c.groups, state=c.state, chunk=part.chunk, dt_limit=c.dt_limit,
         )  # fmt: skip
         return _grown(states, lengths, y)
@@ -150,9 +150,9 @@ class Mamba1:
 
     def step(self, states: Sequence[State], lengths: Sequence[int], xz: Tensor, chosen: Tensor) -> Tensor:
         c, part, batch = self.config, states[0].layers[0][0], Batch(lengths, states)
-        texts = batch.texts(part.at)
+        texts = batch.metadata(part.at)
         x = mixers.conv1d(texts, xz, self.weight, self.bias)
-        dt, B, C = mixers.select(texts, chosen, self.norms, c.inner, c.state, 1e-3)
+        dt, B, C = mixers.split_norm(texts, chosen, self.norms, c.inner, c.state, 1e-3)
         y = mixers.selective_scan(
             texts, x, dt, self.dt_bias, B, C, self.A, self.D, xz, taps=c.conv, chunk=part.chunk
         )  # fmt: skip
@@ -192,7 +192,7 @@ def fresh(op: Any, dtype: torch.dtype) -> State:
 def play(op: Any, dtype: torch.dtype, inputs: Sequence[Tensor], cuts: Sequence[int], threads: int = 1) -> Tensor:
     """One text in calls of so many tokens."""
     spoil_scratch()
-    cpu._native.set_threads(threads)
+    native.extension.set_threads(threads)
     state, ys, start = fresh(op, dtype), [], 0
     for n in cuts:
         ys.append(op.step([state], [n], *(t[start : start + n].contiguous() for t in inputs)))
@@ -263,7 +263,7 @@ def test_bits_do_not_depend_on_batch_mates(name: str) -> None:
     op, tokens = OPS[name][0](), OPS[name][1]
     rows = [op.inputs(n, seed=n) for n in (tokens, tokens // 2, 1)]
     alone = [play(op, BF16, row, [len(row[0])]) for row in rows]
-    cpu._native.set_threads(2)
+    native.extension.set_threads(2)
     states, done = [fresh(op, BF16) for _ in rows], [0, 0, 0]
     got: list[list[Tensor]] = [[], [], []]
     for sizes in ([5, 1, 1], [1, 3, 0], [tokens, tokens, 0]):
@@ -286,7 +286,7 @@ def test_a_trimmed_state_goes_on_as_if_nothing_had_been_there(name: str, dtype: 
     op, tokens = OPS[name][0](), OPS[name][1]
     inputs, wrong = op.inputs(tokens, seed=1), op.inputs(tokens, seed=2)
     whole = play(op, dtype, inputs, [tokens])
-    cpu._native.set_threads(2)
+    native.extension.set_threads(2)
     state, start = fresh(op, dtype), 0
     for n in cut(tokens, [1, 5, 2, 11]):
         y = op.step([state], [n], *(t[start : start + n].contiguous() for t in inputs))
@@ -332,9 +332,9 @@ def test_long_texts_in_segments_have_the_same_bits(window: int | None) -> None:
 
 
 def test_kernels_and_states_agree_on_sizes() -> None:
-    native = cpu._native
+    constants = native.extension
     sizes = layer_state.TILE, pages.PAGE, state_module.SEGMENT, state_module.SPLIT
-    assert sizes == (native.KEYS, native.PAGE, native.SEGMENT, native.SPLIT)
+    assert sizes == (constants.KEYS, constants.PAGE, constants.SEGMENT, constants.SPLIT)
 
 
 @pytest.mark.parametrize("start", [0, 5, 100_000])

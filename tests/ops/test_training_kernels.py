@@ -7,23 +7,22 @@ import pytest
 import torch
 
 from tiercel.mixers.mamba2.varlen import Chunks, ssd_varlen
-from tiercel.ops import cpu
 from tiercel.ops.attention_varlen import Products
 from tiercel.ops.conv1d_varlen import PastRows, conv1d_silu_varlen
-from tiercel.ops.cpu import training as native
+from tiercel.ops.cpu import native, training
 from tiercel.ops.norm import Normed
 from tiercel.ops.pointwise import Gate, add
 
-pytestmark = pytest.mark.skipif(not cpu.there, reason="no kernels here")
+pytestmark = pytest.mark.skipif(not native.available, reason="no kernels here")
 HALF, TOLERANCE = torch.bfloat16, {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 
 
-@pytest.fixture(params=[] if cpu._native is None else cpu._native.available(), autouse=True)
+@pytest.fixture(params=[] if native.extension is None else native.extension.available(), autouse=True)
 def isa(request):
     torch.manual_seed(0)
-    cpu._native.choose(request.param)
+    native.extension.choose(request.param)
     yield request.param
-    cpu._native.choose(cpu.isa)
+    native.extension.choose(native.isa)
 
 
 def near(found, expected, tolerance):
@@ -34,21 +33,21 @@ def near(found, expected, tolerance):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("T, K, R", [(19, 70, 16), (300, 256, 5), (1, 33, 40)])
 def test_low_rank_products_with_dropout(dtype, T, K, R):
-    x, dropout = torch.randn(T, 2 * K).to(dtype)[:, :K], native.Dropout.of(0.25)  # rows that lie apart
+    x, dropout = torch.randn(T, 2 * K).to(dtype)[:, :K], training.Dropout.of(0.25)  # rows that lie apart
     w, a, b = torch.randn(K, R), torch.randn(T, R), torch.randn(R, K)
-    kept = native.widen(torch.ones(T, 1), torch.ones(1, K), None, torch.float32, dropout).double()
+    kept = training.lora_b(torch.ones(T, 1), torch.ones(1, K), None, torch.float32, dropout).double()
     assert set(kept.unique().tolist()) <= {0.0, 1.0}
     dropped = x.double() * kept
-    near(native.narrow(x, w, dropout), dropped @ w.double(), 2e-6)
-    near(native.correlate(a, x, dropout), a.double().t() @ dropped, 2e-6)
-    near(native.correlate_rows(x, a), x.double().t() @ a.double(), 2e-6)
-    near(native.widen(a, b, None, torch.float32, dropout), (a.double() @ b.double()) * kept, 2e-6)
-    near(native.widen(a, b, x, dtype), x.double() + a.double() @ b.double(), TOLERANCE[dtype])
+    near(training.lora_a(x, w, dropout), dropped @ w.double(), 2e-6)
+    near(training.lora_grad(a, x, dropout), a.double().t() @ dropped, 2e-6)
+    near(training.lora_grad_rows(x, a), x.double().t() @ a.double(), 2e-6)
+    near(training.lora_b(a, b, None, torch.float32, dropout), (a.double() @ b.double()) * kept, 2e-6)
+    near(training.lora_b(a, b, x, dtype), x.double() + a.double() @ b.double(), TOLERANCE[dtype])
 
 
 def test_dropout_drops_its_share_and_not_always_the_same():
     masks = [
-        native.widen(torch.ones(512, 1), torch.ones(1, 512), None, torch.float32, native.Dropout.of(0.05)) == 0
+        training.lora_b(torch.ones(512, 1), torch.ones(1, 512), None, torch.float32, training.Dropout.of(0.05)) == 0
         for _ in range(2)
     ]
     for mask in masks:
@@ -68,12 +67,12 @@ def test_the_loss_of_logits_and_its_gradient_in_their_place(dtype, T, V):
     leaf = logits.double().requires_grad_()
     expected = torch.nn.functional.cross_entropy(leaf, targets, reduction="none")
     (gradient,) = torch.autograd.grad(expected.sum(), leaf)
-    losses = native.cross_entropy_(logits, targets)
+    losses = training.cross_entropy_(logits, targets)
     assert (losses - expected).abs().max() <= 2e-6 * expected.max()
     near(logits, gradient, TOLERANCE[dtype])
     broken = torch.randn(T, V).to(dtype)
     broken[-1, V - 1] = float("nan")
-    losses = native.cross_entropy_(broken, targets)
+    losses = training.cross_entropy_(broken, targets)
     assert losses[-1].isnan() and broken[-1].isnan().all() and losses[:-1].isfinite().all()
 
 

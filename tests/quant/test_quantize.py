@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tiercel.errors import RequestError
-from tiercel.ops import cpu
+from tiercel.ops.cpu import native
 from tiercel.ops.quantize import quantize as picked
 from tiercel.quant import LARGEST, PACKED_TYPES, PACKINGS, dequantize, fits, quantize, row_bytes
 
@@ -116,7 +116,7 @@ def test_an_importance_moves_the_error_to_where_it_counts_less():
     assert torch.equal(picked("Q4_K", x, w * 0), quantize("Q4_K", x)), "nothing known is as good as nothing asked"
 
 
-@pytest.mark.skipif(not cpu.there, reason="no kernels were built")
+@pytest.mark.skipif(not native.available, reason="no kernels were built")
 @pytest.mark.parametrize("type", SEARCHED)
 def test_the_kernel_gives_the_references_bytes(type: str):
     """On the instruction set in use; TIERCEL_ISA chooses another."""

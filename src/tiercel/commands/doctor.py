@@ -77,16 +77,16 @@ OPS = {
 def op_paths() -> dict[str, str]:
     """{op: the path it takes, and why}; "all" where they agree."""
     try:
-        from tiercel.ops import cpu
+        from tiercel.ops.cpu import native
     except (ImportError, RequestError) as error:  # no torch, or TIERCEL_ISA names what is not here
         return {"all": f"none: {error}"}
-    if not cpu.there:
-        why = "as TIERCEL_ISA=torch asks" if cpu.WANTED else "the native extension is not built here"
+    if not native.available:
+        why = "as TIERCEL_ISA=torch asks" if native.REQUESTED_ISA else "the native extension is not built here"
         return {"all": f"torch reference, {why}"}
-    asked = f"as TIERCEL_ISA={cpu.WANTED} asks" if cpu.WANTED else "the best this machine has"
+    asked = f"as TIERCEL_ISA={native.REQUESTED_ISA} asks" if native.REQUESTED_ISA else "the best this machine has"
     return {
-        "all": f"native {cpu.isa}, {asked}",
-        **{op: how[cpu.isa] for op, how in OPS.items()},
+        "all": f"native {native.isa}, {asked}",
+        **{op: how[native.isa] for op, how in OPS.items()},
         "experts, training, gradients": "torch",
     }
 

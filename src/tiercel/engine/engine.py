@@ -44,7 +44,7 @@ from tiercel.errors import Busy, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.runner import Runner, SequenceState, runner_for
 from tiercel.model.state import nbytes_together
-from tiercel.ops import cpu
+from tiercel.ops.cpu import native
 from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece
 
@@ -250,7 +250,7 @@ class Engine:
         kinds += [[1] * texts for texts in range(2, min(self.scheduler.slots, self.runner.max_captured_tokens) + 1)]
         states: list[SequenceState] = []
         until = time.perf_counter() + REHEARSAL
-        with self._lock, cpu.alone(self.runner.native):
+        with self._lock, native.single_threaded(self.runner.native):
             for kind in itertools.takewhile(lambda _: time.perf_counter() < until, kinds):
                 states += [self.runner.new_state() for _ in kind[len(states) :]]
                 tokens = [torch.zeros(rows, dtype=torch.long, device=self.runner.device) for rows in kind]
@@ -332,7 +332,7 @@ class Engine:
 
     def step(self) -> list[Update]:
         """One forward, and what came of it; [] when there was nothing to do."""
-        with self._lock, cpu.alone(self.runner.native):
+        with self._lock, native.single_threaded(self.runner.native):
             self._arrive()
             self._make_room()
             self._open_choices(first=True)

@@ -18,8 +18,7 @@ from torch import Tensor
 from tiercel.mixers.attention.rope import RopeConfig
 from tiercel.model.layer_state import LayerState
 from tiercel.model.state import State
-from tiercel.ops import cpu
-from tiercel.ops.cpu import mixers
+from tiercel.ops.cpu import mixers, native
 from tiercel.ops.rotary import frequencies
 
 frequencies_of = lru_cache(maxsize=None)(frequencies)  # also keeps alive what a recorded step points to
@@ -29,7 +28,7 @@ class Batch:
     """Where each row's new tokens lie (`spans`), and the states they go on from.
 
     adapters: what each row wears, [] for nobody.
-    rows (B, 3) int64: address of the state's words, first token, how many (`Row` in ops/cpu/kernels.h).
+    rows (B, 3) int64: address of the state's words, first token, how many (`SeqSlice` in ops/cpu/kernels.h).
     native: whether this forward runs on the kernels; its activations are float32 then.
     """
 
@@ -49,7 +48,7 @@ class Batch:
         self._rows[:, 1], self._rows[:, 2] = stops - self.lengths, self.lengths
         self.adapters = [] if states is None else [state.adapter for state in states]
         if states is not None:
-            self.half = states[0].dtype == torch.bfloat16
+            self.is_bf16 = states[0].dtype == torch.bfloat16
             self.refill(states)
         self._rotary: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = {}
 
@@ -57,13 +56,13 @@ class Batch:
         """Go on from these states, one for each row: what a recorded step needs to be run on other texts."""
         self._rows[:, 0] = [state.address for state in states]
 
-    def texts(self, part: int) -> mixers.Texts:
-        """What native kernels need to know of the rows and of the layer part at this word of their states."""
-        return mixers.Texts(self.rows.data_ptr(), len(self.lengths), part, self.half, self.tokens)
+    def metadata(self, layer: int) -> mixers.BatchMetadata:
+        """The sequences, and the layer whose descriptor begins here in their states, as native kernels read them."""
+        return mixers.BatchMetadata(self.rows.data_ptr(), len(self.lengths), layer, self.is_bf16, self.tokens)
 
-    def metadata_for(self, memory: LayerState) -> mixers.Texts:
+    def metadata_for(self, memory: LayerState) -> mixers.BatchMetadata:
         """The same, for what one mixer remembers."""
-        return self.texts(memory.at)
+        return self.metadata(memory.at)
 
     @property
     def mixers(self) -> Any:
@@ -86,7 +85,7 @@ class Batch:
         if key not in self._rotary:
             f_R, scale = frequencies_of(rope, head_dim)
             if self.native:
-                self._rotary[key] = mixers.rotary(self.texts(0), f_R, scale)
+                self._rotary[key] = mixers.rotary(self.metadata(0), f_R, scale)
                 return self._rotary[key]
             angle_TR = torch.outer(self.positions_T.float(), f_R.to(self.device))
             self._rotary[key] = (angle_TR.cos() * scale, angle_TR.sin() * scale)
@@ -96,4 +95,4 @@ class Batch:
 def runs_natively(states: Sequence[State], device: torch.device) -> bool:
     """Whether there are kernels for these states: on the CPU, in bfloat16 or float32, all alike."""
     dtypes = {state.dtype for state in states}
-    return cpu.there and device.type == "cpu" and len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float32}
+    return native.available and device.type == "cpu" and len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float32}

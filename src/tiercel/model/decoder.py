@@ -26,7 +26,7 @@ from tiercel.model.lora import Adapters
 from tiercel.model.state import State
 from tiercel.model.state_cache import DeviceBatch, StateCache
 from tiercel.model.varlen import VarlenBatch
-from tiercel.ops import cpu
+from tiercel.ops.cpu import native
 from tiercel.ops.linear import QTensor, torch_multiplies_bf16
 from tiercel.runtime.allocator import CachingAllocator
 
@@ -195,7 +195,7 @@ class Decoder(nn.Module):
 
     def pack(self) -> None:
         """Lay all weights out for running, where there are kernels: matrices in panels, the rest in float32."""
-        if not cpu.there:
+        if not native.available:
             return
         for module in self.modules():
             for name, p in list(module._parameters.items()):
@@ -249,7 +249,7 @@ class Decoder(nn.Module):
     @property
     def native(self) -> bool:
         """Whether all matrices lie as the native kernels read them."""
-        return isinstance(self.embed.weight, QTensor) and self.embed.weight.in_panels
+        return isinstance(self.embed.weight, QTensor) and self.embed.weight.repacked
 
     @property
     def dtype(self) -> torch.dtype:

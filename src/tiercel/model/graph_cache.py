@@ -99,7 +99,7 @@ class GraphCache:
         batch = Batch(lengths, states, tokens_T.device)
         if key in self.seen and known is None and batch.native:
             step = CapturedStep(network, tokens_T, batch, states, logits_to_keep)
-            self.seen[key] = step if step.graph.broken is None else step.graph.broken
+            self.seen[key] = step if step.graph.capture_error is None else step.graph.capture_error
             return step.answers()
         self.seen.setdefault(key, None)
         while len(self.seen) > MAX_CAPTURED_GRAPHS:

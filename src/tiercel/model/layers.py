@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiercel.model.lora import LoRADelta
-from tiercel.ops import cpu
+from tiercel.ops.cpu import native
 from tiercel.ops.linear import QTensor, linear
 from tiercel.ops.norm import add_rms_norm, rms_norm
 
@@ -100,7 +100,7 @@ def named_weights(network: nn.Module) -> Iterator[tuple[str, nn.Parameter | QTen
 def pack(weight: Tensor) -> QTensor | list[QTensor] | None:
     """The same numbers in the order the kernels read, a stack as a list; None for what they do not take."""
     kinds = {torch.bfloat16: "BF16", torch.float32: "F32"}
-    if not cpu.there or weight.dtype not in kinds or weight.device.type != "cpu" or weight.dim() < 2:
+    if not native.available or weight.dtype not in kinds or weight.device.type != "cpu" or weight.dim() < 2:
         return None
     if weight.dim() == 3:
         return [q for matrix in weight if isinstance(q := pack(matrix), QTensor)]
@@ -112,7 +112,7 @@ def pack(weight: Tensor) -> QTensor | list[QTensor] | None:
 
 def fast_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 at full speed, by our kernels or torch's; otherwise float32 is faster."""
-    return cpu.there or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return native.available or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @torch.no_grad()

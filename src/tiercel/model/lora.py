@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tiercel.errors import RequestError
-from tiercel.ops import cpu
+from tiercel.ops.cpu import native
 from tiercel.ops.linear import QTensor, linear
 
 Pair = tuple[Tensor | QTensor, Tensor | QTensor]
@@ -142,7 +142,7 @@ class Adapters:
 def _laid_out(matrix: Tensor, module: nn.Module) -> Tensor | QTensor:
     """As the kernels read it, exactly, where the module's own matrix is: then a row's bits do not depend on others."""
     weight = module.weight
-    if isinstance(weight, QTensor) and weight.in_panels and cpu.there:
+    if isinstance(weight, QTensor) and weight.repacked and native.available:
         packed = QTensor("F32", (matrix.shape[0], matrix.shape[1]))
         packed.put(0, matrix)
         return packed

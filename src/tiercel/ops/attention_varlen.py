@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiercel.ops.cpu import training as native
+from tiercel.ops.cpu import training
 
 STEP = 32  # widths are its multiples
 FEW = 512  # tokens up to which two products of bfloat16 and all weights between them beat the fused kernel, threefold
@@ -116,8 +116,8 @@ class Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         weights, ctx.window = q @ k.transpose(2, 3), window
-        if native.takes(weights):
-            native.softmax_(weights, window)
+        if training.takes(weights):
+            training.causal_softmax_(weights, window)
         else:
             L = k.shape[2]
             hidden = torch.ones(L, L, dtype=torch.bool)
@@ -132,8 +132,8 @@ class Products(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, weights = ctx.saved_tensors
         ds = dy @ v.transpose(2, 3)
-        if native.takes(weights):
-            native.softmax_back_(weights, ds, ctx.window)
+        if training.takes(weights):
+            training.causal_softmax_backward_(weights, ds, ctx.window)
         else:
             ds = weights * (ds - (weights * ds).sum(-1, keepdim=True))
         return ds @ k, ds.transpose(2, 3) @ q, weights.transpose(2, 3) @ dy, None

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiercel.ops.cpu import training as native
+from tiercel.ops.cpu import training
 
 
 class PastRows:
@@ -70,7 +70,7 @@ def conv1d_silu_varlen(x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, 
 
 
 def takes(x: Tensor, weight_CK: Tensor) -> bool:
-    return weight_CK.shape[1] <= native.TAPS and weight_CK.dtype == torch.float32 and native.takes(x)
+    return weight_CK.shape[1] <= training.TAPS and weight_CK.dtype == torch.float32 and training.takes(x)
 
 
 class NativeConv1dSilu(torch.autograd.Function):
@@ -80,14 +80,14 @@ class NativeConv1dSilu(torch.autograd.Function):
         ctx.save_for_backward(x_BLC, weight_KC, bias_C)
         ctx.reach_T = pasts.reach_T
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BLC.dtype
-        return native.conv1d_silu(native.rows(x_BLC), weight_KC, bias_C, ctx.reach_T, dtype).view(x_BLC.shape)
+        return training.conv1d_varlen(training.rows(x_BLC), weight_KC, bias_C, ctx.reach_T, dtype).view(x_BLC.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BLC: Tensor) -> tuple[Tensor | None, ...]:
         x_BLC, weight_KC, bias_C = ctx.saved_tensors
-        dx_TC, dweight_KC, dbias_C = native.conv1d_silu_back(
-            native.rows(x_BLC), weight_KC, bias_C, ctx.reach_T, native.rows(dy_BLC)
+        dx_TC, dweight_KC, dbias_C = training.conv1d_varlen_backward(
+            training.rows(x_BLC), weight_KC, bias_C, ctx.reach_T, training.rows(dy_BLC)
         )
         return dx_TC.view(x_BLC.shape), dweight_KC.flip(0).t(), dbias_C, None
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tiercel import quant
-from tiercel.ops import cpu, triton
+from tiercel.ops import triton
+from tiercel.ops.cpu import native
 from tiercel.ops.pointwise import add, gate
 
 NUMBERS = {"BF16": torch.bfloat16, "F32": torch.float32}
@@ -45,10 +46,10 @@ class QTensor:
 
     def __init__(self, type: str, shape: tuple[int, int], *, exact: bool = False) -> None:
         self.type, self.shape, self.exact = type, torch.Size(shape), exact
-        self.in_panels = cpu.there
-        self.form = type  # what the kernels read
+        self.repacked = native.available
+        self.stored_type = type  # what the kernels read
         N, K = shape
-        self.room = cpu.panel_bytes(type, N, K) if self.in_panels else N * row_bytes(type, K)
+        self.reserved_bytes = native.panel_bytes(type, N, K) if self.repacked else N * row_bytes(type, K)
         self.data = torch.empty(0, dtype=torch.uint8)  # until the first rows come
 
     def __repr__(self) -> str:
@@ -66,7 +67,7 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes or self.room
+        return self.data.nbytes or self.reserved_bytes
 
     def numel(self) -> int:
         return math.prod(self.shape)
@@ -77,29 +78,29 @@ class QTensor:
         """Rows from `start` (a multiple of 16) as uint8 bytes (rows, row_bytes), or as numbers to be rounded."""
         raw = raw_NB if raw_NB.dtype == torch.uint8 else raw_NB.to(self.dtype).contiguous().view(torch.uint8)
         raw = raw.contiguous()
-        assert self.form == self.type, "rows of a matrix that is complete cannot be put"
+        assert self.stored_type == self.type, "rows of a matrix that is complete cannot be put"
         if not len(self.data):
-            self.data = torch.empty(self.room, dtype=torch.uint8)
-        if self.in_panels:
-            cpu.to_panels(self.type, raw, self.data, self.shape, start)
+            self.data = torch.empty(self.reserved_bytes, dtype=torch.uint8)
+        if self.repacked:
+            native.repack(self.type, raw, self.data, self.shape, start)
         else:
             self.data.view(self.shape[0], -1)[start : start + len(raw)] = raw
 
     def complete(self) -> None:
         """All rows are in: bfloat16 is from now on held in twelve bits, the same numbers (ops/cpu/twelve.h)."""
-        if self.in_panels and self.type == "BF16" and self.numel():
-            shorter = cpu.to_twelve(self.data, self.shape)
+        if self.repacked and self.type == "BF16" and self.numel():
+            shorter = native.compress_bf12(self.data, self.shape)
             if shorter.nbytes < self.data.nbytes:
-                self.data, self.form = shorter, "BF16_12"
+                self.data, self.stored_type = shorter, "BF16_12"
 
     def raw(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start … stop as bytes, (rows, row_bytes) uint8."""
         stop = self.shape[0] if stop is None else stop
-        if not self.in_panels:
+        if not self.repacked:
             return self.data.view(self.shape[0], -1)[start:stop]
         first = start // 16 * 16
         out = torch.empty(stop - first, row_bytes(self.type, self.shape[1]), dtype=torch.uint8)
-        cpu.from_panels(self.form, out, self.data, self.shape, first)
+        native.unpack_rows(self.stored_type, out, self.data, self.shape, first)
         return out[start - first :]
 
     def numbers(self, start: int = 0, stop: int | None = None) -> Tensor:
@@ -109,8 +110,8 @@ class QTensor:
 
     def rows(self, which_T: Tensor) -> Tensor:
         """Rows by number, (T, K) float32: an embedding."""
-        if self.in_panels:
-            return cpu.rows(self.form, self.data, self.shape, which_T)
+        if self.repacked:
+            return native.get_rows(self.stored_type, self.data, self.shape, which_T)
         raw = self.data.view(self.shape[0], -1)[which_T]
         return quant.dequantize(self.type, raw) if self.packed else raw.view(self.dtype).float()
 
@@ -121,10 +122,12 @@ class QTensor:
         if torch.is_grad_enabled() and (x.requires_grad or (bias_N is not None and bias_N.requires_grad)):
             y: Tensor = Product.apply(x, self, bias_N, scale)
             return y
-        if not self.in_panels:
+        if not self.repacked:
             return multiply_reference(x, self, bias_N, scale)
         x = x.float().contiguous()
-        y_TN = cpu.linear(self.form, self.data, self.shape, x.view(-1, x.shape[-1]), bias_N, scale, self.exact)
+        y_TN = native.linear(
+            self.stored_type, self.data, self.shape, x.view(-1, x.shape[-1]), bias_N, scale, self.exact
+        )
         return y_TN.view(*x.shape[:-1], self.shape[0])
 
     def back(self, dy: Tensor, scale: float = 1.0) -> Tensor:
@@ -144,8 +147,8 @@ class QTensor:
 
     def floats(self, start: int, stop: int) -> Tensor:
         """Rows start … stop, float32: `numbers` where nobody minds which way they are unpacked."""
-        if self.in_panels:
-            return cpu.rows(self.form, self.data, self.shape, torch.arange(start, stop))
+        if self.repacked:
+            return native.get_rows(self.stored_type, self.data, self.shape, torch.arange(start, stop))
         return self.numbers(start, stop).float()
 
 

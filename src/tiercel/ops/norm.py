@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiercel.ops import cpu, triton
-from tiercel.ops.cpu import training as native
+from tiercel.ops import triton
+from tiercel.ops.cpu import native, training
 from tiercel.ops.pointwise import add
 
 
@@ -26,8 +26,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, round: bool = False) ->
 
     round: on a GPU few rows also in eight bits, for a packed matrix.
     """
-    if cpu.takes(x, weight_D):
-        return cpu.rms_norm(x, weight_D, eps)
+    if native.takes(x, weight_D):
+        return native.rms_norm(x, weight_D, eps)
     if triton.takes(x, weight_D):
         from tiercel.ops.triton import norm
 
@@ -67,9 +67,9 @@ class Normed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        ctx.native = native.takes(x, weight_D)
+        ctx.native = training.takes(x, weight_D)
         if ctx.native:
-            y_TD, r_T1 = native.normed(native.rows(x), weight_D.float().contiguous(), eps, dtype)
+            y_TD, r_T1 = training.rms_norm_train(training.rows(x), weight_D.float().contiguous(), eps, dtype)
             y, r = y_TD.view(x.shape), r_T1.view(*x.shape[:-1], 1)
         else:
             h = x.float()
@@ -86,9 +86,9 @@ class Normed(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dweight_D = (dy.float() * (x.float() * r)).flatten(0, -2).sum(0).to(weight_D.dtype)
         if ctx.needs_input_grad[0] and ctx.native:
-            dx = native.normed_back(native.rows(x), weight_D.float().contiguous(), r.view(-1, 1), native.rows(dy)).view(
-                x.shape
-            )
+            dx = training.rms_norm_train_backward(
+                training.rows(x), weight_D.float().contiguous(), r.view(-1, 1), training.rows(dy)
+            ).view(x.shape)
         elif ctx.needs_input_grad[0]:
             dh, h = dy.float() * weight_D, x.float() * r
             dx = dh.sub_(h * (dh * h).mean(-1, keepdim=True)).mul_(r).to(x.dtype)

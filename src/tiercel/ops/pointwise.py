@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiercel.ops import cpu, triton
-from tiercel.ops.cpu import training as native
+from tiercel.ops import triton
+from tiercel.ops.cpu import native, training
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -28,9 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def add(a: Tensor, b: Tensor) -> Tensor:
     """Tensors of one shape."""
-    if cpu.takes(a, b) and a.shape == b.shape:
-        return cpu.add(a, b)
-    if torch.is_grad_enabled() and a.dtype != b.dtype and a.shape == b.shape and a.dim() > 1 and native.takes(a, b):
+    if native.takes(a, b) and a.shape == b.shape:
+        return native.add(a, b)
+    if torch.is_grad_enabled() and a.dtype != b.dtype and a.shape == b.shape and a.dim() > 1 and training.takes(a, b):
         y: Tensor = Add.apply(a, b)
         return y
     return a + b
@@ -38,8 +38,8 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 def gate(g: Tensor, u: Tensor, activation: str) -> Tensor:
     """Tensors of one shape; `activation` is a name of ACTIVATIONS."""
-    if cpu.takes(g, u):
-        return cpu.gate(g, u, activation)
+    if native.takes(g, u):
+        return native.gate(g, u, activation)
     if triton.takes(g, u):
         from tiercel.ops.triton import norm
 
@@ -60,7 +60,9 @@ class Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.types = a.dtype, b.dtype
-        return native.added(native.rows(a), native.rows(b), torch.promote_types(a.dtype, b.dtype)).view(a.shape)
+        return training.add_mixed(training.rows(a), training.rows(b), torch.promote_types(a.dtype, b.dtype)).view(
+            a.shape
+        )
 
     @staticmethod
     @once_differentiable
@@ -74,19 +76,19 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, u: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(g, u)
-        ctx.activation, ctx.native = activation, activation == "silu" and native.takes(g, u)
+        ctx.activation, ctx.native = activation, activation == "silu" and training.takes(g, u)
         if not ctx.native:
             return gate_reference(g.to(torch.promote_types(g.dtype, u.dtype)), u, activation)
         half = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if half else torch.promote_types(g.dtype, u.dtype)
-        return native.silu_gate(native.rows(g), native.rows(u), dtype).view(g.shape)
+        return training.silu_gate(training.rows(g), training.rows(u), dtype).view(g.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         g, u = ctx.saved_tensors
         if ctx.native:
-            dg, du = native.silu_gate_back(native.rows(g), native.rows(u), native.rows(dy))
+            dg, du = training.silu_gate_backward(training.rows(g), training.rows(u), training.rows(dy))
             return dg.view(g.shape), du.view(u.shape), None
         with torch.enable_grad():
             g = g.detach().requires_grad_()

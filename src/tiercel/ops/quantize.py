@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from tiercel import quant
-from tiercel.ops import cpu
+from tiercel.ops.cpu import native
 
 CHUNK_VALUES = 1 << 22  # as float32 at a time
 
 
 def quantize(type: str, x: Tensor, importance: Tensor | None = None) -> Tensor:
     """(rows, n) floats → (rows, bytes) uint8; see `quant.quantize`, whose answer this is."""
-    if not cpu.there or type not in cpu.SUPER_BLOCKS:
+    if not native.available or type not in native.SUPER_BLOCKS:
         return quant.quantize(type, x, importance)
     out = torch.empty(x.shape[0], quant.row_bytes(type, x.shape[1]), dtype=torch.uint8)
     weights = None if importance is None else quant.weights(importance, x.shape[1])
@@ -27,5 +27,5 @@ def quantize(type: str, x: Tensor, importance: Tensor | None = None) -> Tensor:
     for start in range(0, x.shape[0], step):
         rows = x[start : start + step].float().contiguous()
         quant.check(type, rows)
-        cpu.quantize(type, rows, weights, out[start : start + step])
+        native.quantize(type, rows, weights, out[start : start + step])
     return out

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from tiercel.errors import RequestError
 from tiercel.families.family import Runs
-from tiercel.ops.cpu import training as native
+from tiercel.ops.cpu import training
 from tiercel.ops.linear import QTensor
 
 
@@ -67,12 +67,12 @@ class LowRank(torch.autograd.Function):
         ctx: Any, y: Tensor, x: Tensor, A_RK: Tensor, B_NR: Tensor, scale: float, multiplier: Tensor | None, p: float
     ) -> Tensor:
         factor = scale / (1 - p) * (1.0 if multiplier is None else multiplier.view(-1, 1))
-        ctx.factor, ctx.native = factor, native.takes(y, x) and A_RK.dtype == torch.float32
+        ctx.factor, ctx.native = factor, training.takes(y, x) and A_RK.dtype == torch.float32
         with torch.autocast(x.device.type, enabled=False):
             if ctx.native:
-                ctx.dropout = native.Dropout.of(p)
-                a_TR = native.narrow(native.rows(x), A_RK.t().contiguous(), ctx.dropout)
-                added = native.widen(a_TR, (B_NR * factor).t().contiguous(), native.rows(y), y.dtype)
+                ctx.dropout = training.Dropout.of(p)
+                a_TR = training.lora_a(training.rows(x), A_RK.t().contiguous(), ctx.dropout)
+                added = training.lora_b(a_TR, (B_NR * factor).t().contiguous(), training.rows(y), y.dtype)
             else:
                 ctx.dropout = None if p == 0 else kept(x, p)
                 a_TR = _dropped(x, ctx.dropout, A_RK.dtype) @ A_RK.t()
@@ -86,11 +86,11 @@ class LowRank(torch.autograd.Function):
         x, A_RK, B_NR, a_TR = ctx.saved_tensors
         scaled_NR, dx = B_NR * ctx.factor, None
         if ctx.native:
-            dy_TN, x_TK = native.rows(dy), native.rows(x)
-            da_TR = native.narrow(dy_TN, scaled_NR)
-            dB_NR, dA_RK = native.correlate_rows(dy_TN, a_TR), native.correlate(da_TR, x_TK, ctx.dropout)
+            dy_TN, x_TK = training.rows(dy), training.rows(x)
+            da_TR = training.lora_a(dy_TN, scaled_NR)
+            dB_NR, dA_RK = training.lora_grad_rows(dy_TN, a_TR), training.lora_grad(da_TR, x_TK, ctx.dropout)
             if ctx.needs_input_grad[1]:
-                dx = native.widen(da_TR, A_RK, None, x.dtype, ctx.dropout).view(x.shape)
+                dx = training.lora_b(da_TR, A_RK, None, x.dtype, ctx.dropout).view(x.shape)
         else:
             dy_TN = dy.flatten(0, -2).to(scaled_NR.dtype)
             da_TR = dy_TN @ scaled_NR

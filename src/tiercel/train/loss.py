@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from tiercel.model.decoder import Decoder
-from tiercel.ops.cpu import training as native
+from tiercel.ops.cpu import training
 from tiercel.train.data import Rows
 
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers of a slice
@@ -93,8 +93,8 @@ class FrozenHead(torch.autograd.Function):
 
 def _losses(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
     """−log softmax(logits)[target], and its gradient in their dtype and, where kernels make it, in their place."""
-    if native.takes(logits_TV):
-        return native.cross_entropy_(logits_TV, targets_T), logits_TV
+    if training.takes(logits_TV):
+        return training.cross_entropy_(logits_TV, targets_T), logits_TV
     logp_TV, targets_T1 = logits_TV.float().log_softmax(1), targets_T.unsqueeze(1)
     losses_T = -logp_TV.gather(1, targets_T1).squeeze(1)
     p_TV = logp_TV.exp_()

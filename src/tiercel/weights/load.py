@@ -24,7 +24,7 @@ from tiercel.families.pattern import rows as pattern_rows
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import fast_bf16, initialize, named_weights, set_weight
-from tiercel.ops import cpu
+from tiercel.ops.cpu import native
 from tiercel.ops.linear import NUMBERS, QTensor
 from tiercel.plan import check_fits, parameter_count
 from tiercel.quant import PACKED_TYPES, held_bytes, row_bytes
@@ -141,7 +141,7 @@ def _kind(row: TensorMapping, shape: tuple[int, ...], dtype: torch.dtype, source
     """The type a tensor is held in.  Norms, convolutions and decays are never held narrower than they are stored."""
     stored = "F32" if source is None else source.stored(row)
     if row.keep_fp32 or len(shape) < 2:
-        exact = dtype == torch.float32 or cpu.there  # the kernels read these in float32
+        exact = dtype == torch.float32 or native.available  # the kernels read these in float32
         return "F32" if exact or stored not in STORED.values() else stored
     return stored if packed and stored in PACKED_TYPES else STORED[dtype]
 
@@ -152,7 +152,7 @@ def _bytes(kind: str, shape: tuple[int, ...], matrix: bool) -> tuple[int, int]:
         packed = math.prod(shape[:-1]) * row_bytes(kind, shape[-1])
         return packed, packed
     plain = math.prod(shape) * PLAIN[kind][1]
-    if not (matrix and cpu.there and kind == "BF16"):
+    if not (matrix and native.available and kind == "BF16"):
         return plain, plain
     *experts, N, K = shape
     count, held = math.prod(experts), held_bytes(kind, N, K)
@@ -166,7 +166,7 @@ def _is_matrix(row: TensorMapping) -> bool:
 
 def _empty(kind: str, shape: tuple[int, ...], matrix: bool) -> nn.Parameter | QTensor | list[QTensor]:
     """Memory for one tensor: a QTensor for what is packed or read by kernels, a list of them for experts."""
-    if matrix and (kind in PACKED_TYPES or (cpu.there and kind in NUMBERS)):
+    if matrix and (kind in PACKED_TYPES or (native.available and kind in NUMBERS)):
         *experts, N, K = shape
         return [QTensor(kind, (N, K)) for _ in range(experts[0])] if experts else QTensor(kind, (N, K))
     return nn.Parameter(torch.empty(shape, dtype=torch_dtype(kind)), requires_grad=False)

@@ -64,7 +64,7 @@ BINDINGS(m) {
         launch(paged_attention,
            PagedAttention{batch, ptr<float>(q), ptr<float>(cos), ptr<float>(sin), ptr<float>(y), stride, half, H, K, P, window, scale},
            false, {state_of(batch), values(q, T, H * P, stride), values(cos, T, half), values(sin, T, half)},
-           {values(y, T, H * P), {&((StateDescriptor*)batch.rows[0].state)->partials, sizeof(i64)}});
+           {values(y, T, H * P), {&((StateDescriptor*)batch.seqs[0].descriptor)->partials, sizeof(i64)}});
     });
 }
 

@@ -79,13 +79,13 @@ class Mamba1(nn.Module):
         assert memory is not None
         parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, *self._norm_weights()
         weight_KC, bias_C, dt_bias_I, A_NI, D_I, *norms = self._derived(parameters, self._derive)
-        texts = batch.texts(memory.at)
+        metadata = batch.metadata(memory.at)
         xz_TI = self.in_proj(u_TD).float()
-        x_TI = mixers.conv1d(texts, xz_TI, weight_KC, bias_C)
-        dt_TR, B_TN, C_TN = mixers.select(texts, self.x_proj(x_TI).float(), norms, c.dt_rank, c.state, self.eps)
+        x_TI = mixers.conv1d(metadata, xz_TI, weight_KC, bias_C)
+        dt_TR, B_TN, C_TN = mixers.split_norm(metadata, self.x_proj(x_TI).float(), norms, c.dt_rank, c.state, self.eps)
         dt_TI = self.dt(dt_TR).float()
         return mixers.selective_scan(
-            texts, x_TI, dt_TI, dt_bias_I, B_TN, C_TN, A_NI, D_I, xz_TI, taps=c.conv, chunk=memory.chunk
+            metadata, x_TI, dt_TI, dt_bias_I, B_TN, C_TN, A_NI, D_I, xz_TI, taps=c.conv, chunk=memory.chunk
         )
 
     def _derive(self) -> tuple[Tensor | None, ...]:

@@ -23,9 +23,9 @@ BINDINGS(m) {
         launch(add, Add{ptr<float>(a), ptr<float>(b), ptr<float>(y), n}, n < SMALL,
            {{ptr<void>(a), n * f32}, {ptr<void>(b), n * f32}}, {{ptr<void>(y), n * f32}});
     });
-    m.def("gate", [](Address gate, Address up, Address y, i64 n, int activation) {
-        launch(gate, Gate{ptr<float>(gate), ptr<float>(up), ptr<float>(y), n, activation}, n < SMALL,
-           {{ptr<void>(gate), n * f32}, {ptr<void>(up), n * f32}}, {{ptr<void>(y), n * f32}});
+    m.def("gate", [](Address g, Address up, Address y, i64 n, int activation) {
+        launch(gate, Gate{ptr<float>(g), ptr<float>(up), ptr<float>(y), n, activation}, n < SMALL,
+           {{ptr<void>(g), n * f32}, {ptr<void>(up), n * f32}}, {{ptr<void>(y), n * f32}});
     });
 }
 

@@ -175,7 +175,7 @@ def plain(
 class DeviceQTensor(QTensor):
     """A packed matrix on a GPU: of TYPES, made by `on_device`.  Answers in the dtype of its inputs."""
 
-    in_panels = False
+    repacked = False
 
     def __init__(
         self,

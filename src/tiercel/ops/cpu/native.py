@@ -1,0 +1,211 @@
+"""The native kernels, under the names of their references in `tiercel.ops`; tensors in, tensors out.
+
+An extension module does the work (`module.cpp`).  Where it was not built, or with TIERCEL_ISA=torch, the network runs
+on the torch references.  TIERCEL_ISA=avx512 | avx2 | portable selects an instruction set.
+
+Everything here is float32 between ops and without gradients.  While a `CapturedGraph` records, every call is noted with
+its addresses, and outputs come from the graph's own memory: the step can then be run again without Python.
+
+Letters: T tokens, N outputs and K inputs of a matrix, D width, B bytes of a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tiercel.errors import RequestError
+from tiercel.quant import panel_bytes as panel_bytes
+from tiercel.runtime.workspace import LARGE, passing
+
+if TYPE_CHECKING:
+    from tiercel.ops.cpu.capture import CapturedGraph
+
+extension: Any
+try:
+    from tiercel.ops.cpu import _native as extension  # type: ignore[attr-defined, no-redef]
+except ImportError:  # not built for this interpreter or machine
+    extension = None
+
+REQUESTED_ISA = os.environ.get("TIERCEL_ISA", "")
+
+
+def _choose() -> str:
+    """The instruction set in use; "torch" without kernels or by request."""
+    if REQUESTED_ISA == "torch" or (extension is None and not REQUESTED_ISA):
+        return "torch"
+    found = [] if extension is None else extension.available()
+    if REQUESTED_ISA and REQUESTED_ISA not in found:
+        raise RequestError(f"TIERCEL_ISA={REQUESTED_ISA} is not here; this machine has {', '.join([*found, 'torch'])}")
+    if REQUESTED_ISA:
+        extension.choose(REQUESTED_ISA)
+    extension.set_threads(torch.get_num_threads())
+    return str(extension.isa())
+
+
+isa = _choose()
+available = isa != "torch"
+
+
+@contextlib.contextmanager
+def single_threaded(on: bool) -> Iterator[None]:
+    """Give torch one thread on this thread meanwhile, if `on`.
+
+    The kernels have threads of their own, and what is left for torch, copies and sampling, is small.  On a busy machine
+    each torch loop on two threads waits for a core: a copy of a 0.5B's state took 700 ms beside two busy programs, and
+    5 ms on one thread.
+    """
+    threads = torch.get_num_threads()
+    if on:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+capturing: CapturedGraph | None = None  # the graph that records
+
+
+def empty(*shape: int) -> Tensor:
+    """Uninitialised memory for an output, float32."""
+    if capturing is not None:
+        return capturing.empty(*shape)
+    nbytes = 4 * math.prod(shape)
+    return torch.empty(shape) if nbytes < LARGE else passing(nbytes).view(torch.float32).view(shape)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether a kernel takes these: contiguous float32 in CPU memory, and no gradient is wanted."""
+    if not available or torch.is_grad_enabled():
+        return False
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """w · x / √(mean(x²) + eps)"""
+    y_TD = empty(*x_TD.shape)
+    width = x_TD.shape[-1]
+    extension.rms_norm(x_TD.data_ptr(), weight_D.data_ptr(), y_TD.data_ptr(), x_TD.numel() // width, width, eps)
+    return y_TD
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b"""
+    y = empty(*a.shape)
+    extension.add(a.data_ptr(), b.data_ptr(), y.data_ptr(), a.numel())
+    return y
+
+
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+
+def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) · up"""
+    y = empty(*gate.shape)
+    extension.gate(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel(), ACTIVATIONS[activation])
+    return y
+
+
+# ── matrices: see ops/linear.py
+
+FORMATS: dict[str, int] = {} if extension is None else {name: i for i, name in enumerate(extension.formats)}
+SUPER_BLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+
+def quantize(quant_type: str, x: Tensor, weights: Tensor | None, out: Tensor) -> None:
+    """`quant.quantize` for SUPER_BLOCKS, bit for bit; all tensors contiguous, weights (n) float32."""
+    rows, width = x.shape
+    at = 0 if weights is None else weights.data_ptr()
+    extension.quantize(FORMATS[quant_type], x.data_ptr(), at, out.data_ptr(), rows, width, out.shape[1])
+
+
+def repack(quant_type: str, raw_NB: Tensor, panels: Tensor, shape: Sequence[int], start: int) -> None:
+    """Interleave rows from `start`, a multiple of 16, into panels of 16 rows."""
+    N, K = shape
+    assert start % 16 == 0 and start + len(raw_NB) <= N and (len(raw_NB) % 16 == 0 or start + len(raw_NB) == N)
+    extension.repack(raw_NB.data_ptr(), panels.data_ptr(), K, N, start, len(raw_NB), FORMATS[quant_type])
+
+
+def unpack_rows(quant_type: str, raw_NB: Tensor, panels: Tensor, shape: Sequence[int], start: int) -> None:
+    """Inverse of `repack`: write the file's bytes of rows from `start` into `raw_NB`."""
+    N, K = shape
+    assert start % 16 == 0 and start + len(raw_NB) <= N
+    extension.unpack_rows(raw_NB.data_ptr(), panels.data_ptr(), K, N, start, len(raw_NB), FORMATS[quant_type])
+
+
+def compress_bf12(panels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Panels of "BF16" as panels of "BF16_12", the same numbers: see bf12.h."""
+    N, K = shape
+    sizes = torch.empty(-(-N // 16), dtype=torch.int64)
+    highest = torch.empty(len(sizes), dtype=torch.uint8)
+    extension.compress_bf12(panels.data_ptr(), 0, sizes.data_ptr(), highest.data_ptr(), K, N)
+    head = -(-sizes.nbytes // 64) * 64
+    ends = sizes.cumsum(0) + head
+    out = torch.empty(int(ends[-1]), dtype=torch.uint8)
+    out[: sizes.nbytes] = (ends - sizes).view(torch.uint8)
+    extension.compress_bf12(panels.data_ptr(), out.data_ptr(), sizes.data_ptr(), highest.data_ptr(), K, N)
+    return out
+
+
+def get_rows(quant_type: str, panels: Tensor, shape: Sequence[int], which_T: Tensor) -> Tensor:
+    """Rows by number, (T, K) float32."""
+    y_TK = empty(len(which_T), shape[1])
+    extension.get_rows(
+        panels.data_ptr(), which_T.data_ptr(), y_TK.data_ptr(), shape[1], len(which_T), 1.0, FORMATS[quant_type]
+    )  # fmt: skip
+    return y_TK
+
+
+# type: (inputs that share a scale, zero point of its unsigned quants), which the quantization of inputs depends on
+INPUT_BLOCKS = {
+    "Q4_0": (32, 8), "Q4_1": (32, 0), "Q5_0": (32, 16), "Q5_1": (32, 0), "Q8_0": (32, 128), "Q2_K": (16, 0),
+    "Q3_K": (16, 4), "Q4_K": (32, 0), "Q5_K": (32, 0), "Q6_K": (16, 32), "INT8": (32, 128), "NF4": (32, 128),
+}  # fmt: skip
+
+
+def _quantized_input(quant_type: str, x_TK: Tensor) -> Tensor | None:
+    """The inputs of a product as its kernel reads them; while capturing, once for all products with the same inputs."""
+    is_bf16 = quant_type in ("BF16", "BF16_12")
+    if quant_type not in INPUT_BLOCKS and not is_bf16:
+        return None
+    T, K = x_TK.shape
+    sub, zero = INPUT_BLOCKS.get(quant_type, (0, 0))
+    if capturing is not None and (known := capturing.quantized(x_TK, (T, K, sub, zero))) is not None:
+        return known
+    if is_bf16:
+        quantized = empty(T, -(-K // 2))
+        extension.inputs_to_bf16(x_TK.data_ptr(), quantized.data_ptr(), T, K)
+    else:
+        quantized = empty(T, -(-K // 32) * (9 + 64 // sub))
+        extension.quantize_inputs(x_TK.data_ptr(), quantized.data_ptr(), T, K, sub, zero)
+    if capturing is not None:
+        capturing.keep_quantized(x_TK, (T, K, sub, zero), quantized)
+    return quantized
+
+
+def linear(
+    quant_type: str,
+    panels: Tensor,
+    shape: Sequence[int],
+    x_TK: Tensor,
+    bias_N: Tensor | None,
+    scale: float,
+    exact: bool,
+) -> Tensor:
+    """scale · x Wᵀ + b, (T, N); exact: inputs stay float32."""
+    N, K = shape
+    T = x_TK.shape[0]
+    y_TN = empty(T, N)
+    quantized = None if exact or T == 1 else _quantized_input(quant_type, x_TK)
+    extension.linear(
+        panels.data_ptr(), panels.nbytes, x_TK.data_ptr(), 0 if quantized is None else quantized.data_ptr(),
+        0 if bias_N is None else bias_N.data_ptr(), y_TN.data_ptr(), K, N, T, scale, FORMATS[quant_type], exact,
+    )  # fmt: skip
+    return y_TN
