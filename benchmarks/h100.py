@@ -395,7 +395,7 @@ def decode32() -> None:
 
 def scan() -> None:
     """The chunk scan alone, 8K tokens of one layer, beside mamba-ssm's kernel where it is installed."""
-    from tiercel.ops.triton.ssd import ssd
+    from tiercel.mixers.mamba2.triton import ssd
 
     H, P, N, L = 24, 128, 256, 8192
     xBC = torch.randn(L, H * P + 2 * N, device="cuda", dtype=torch.bfloat16) / 8

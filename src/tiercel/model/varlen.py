@@ -142,7 +142,7 @@ class VarlenBatch:
     ) -> Tensor:
         """Mamba-2 → y + D x (T, H, P), float32 or wider."""
         if triton.there and x_THP.is_cuda:
-            from tiercel.ops.triton import ssd_varlen as kernels
+            from tiercel.mixers.mamba2 import triton_varlen as kernels
 
             if kernels.takes(x_THP, dt_TH):
                 return kernels.ssd_varlen(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, self.document_BL)

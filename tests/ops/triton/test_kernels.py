@@ -9,7 +9,9 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="pip install triton")
 
 from ops.triton.conftest import DEVICE
+from tiercel.mixers.attention import triton as attention_kernels
 from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.mamba2 import triton as ssd_kernels
 from tiercel.mixers.mamba2.chunked import ssd_reference
 from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.model.state_cache import AttentionSlots, Mamba2Slots
@@ -18,10 +20,8 @@ from tiercel.ops.conv1d import conv1d_reference
 from tiercel.ops.norm import gated_rms_norm, rms_norm_reference
 from tiercel.ops.pointwise import gate_reference
 from tiercel.ops.rotary import rotate
-from tiercel.ops.triton import attention as attention_kernels
 from tiercel.ops.triton import conv1d as conv_kernels
 from tiercel.ops.triton import norm as norm_kernels
-from tiercel.ops.triton import ssd as ssd_kernels
 
 F32, BF16 = torch.float32, torch.bfloat16
 

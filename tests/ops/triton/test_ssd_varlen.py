@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton", reason="pip install triton")
 
 from ops.triton.conftest import DEVICE
+from tiercel.mixers.mamba2.triton_varlen import ssd_varlen
 from tiercel.model.varlen import VarlenBatch
-from tiercel.ops.triton.ssd_varlen import ssd_varlen
 
 NAMES = ["C", "x", "dt", "A", "B", "D"]
 

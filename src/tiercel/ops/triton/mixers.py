@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiercel.mixers.attention import triton as steps
+from tiercel.mixers.mamba2.triton import ssd, ssd_step
 from tiercel.ops import attention as prompts
 from tiercel.ops.triton import FEW
-from tiercel.ops.triton import attention as steps
 from tiercel.ops.triton.conv1d import conv1d, remember_columns
 from tiercel.ops.triton.norm import gated_norm
-from tiercel.ops.triton.ssd import ssd, ssd_step
 
 Texts = tuple[Any, Any]  # what `model.slots.DeviceBatch.metadata_for` returns: one part's memory, and the batch
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiercel.ops.triton.ssd import SMALLEST
+from tiercel.mixers.mamba2.triton import SMALLEST
 
 CHUNK = 64
 WIDEST = 128  # head_dim, of which a program holds all
