@@ -22,7 +22,8 @@ from reasoner import score
 import tiercel
 from tiercel.problems import FAMILIES, LARGER
 from tiercel.train.grpo import Rules, grpo
-from tiercel.train.loop import Settings, read_log
+from tiercel.train.log import read_log
+from tiercel.train.loop import Settings
 from tiercel.train.rewards import problems
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     rules = Rules(
         prompts=args.prompts,
         answers=args.answers,
-        most=args.most,
+        max_tokens=args.most,
         updates=args.updates,
         tries=args.tries,
         seed=args.seed,

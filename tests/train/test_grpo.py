@@ -16,7 +16,7 @@ from tiercel.model.layers import initialize
 from tiercel.problems import FAMILIES
 from tiercel.sampling.params import SamplingParams
 from tiercel.train import rewards
-from tiercel.train.grpo import Player, Rollouts, Rules, advantages, grpo, loss, surrogate
+from tiercel.train.grpo import RolloutEngine, Rollouts, Rules, advantages, grpo, make_loss, surrogate
 from tiercel.train.loop import Settings, fit
 from tiercel.train.loss import next_token_logprobs, next_token_loss
 from tiercel.train.rewards import Task
@@ -49,34 +49,34 @@ def test_the_loss_is_the_one_worked_out_by_hand():
 
 def test_log_probabilities_of_training_and_of_the_engine_are_of_the_same_tokens():
     network = tiny.network("attention+mamba2 mamba1", native=False).train().requires_grad_(True)
-    player = Player(network, None, slots=8, dtype=torch.float32)
+    engine = RolloutEngine(network, None, slots=8, dtype=torch.float32)
     params = SamplingParams(n=6, max_tokens=9, logprobs=0)
     tasks = [Task(tiny.ids(length), lambda answer: float(len(answer) % 2)) for length in (5, 3, 20)]
-    samples = [sample for group in player.play(tasks, params, [1, 2, 3]) for sample in group]
+    samples = [sample for group in engine.generate(tasks, params, [1, 2, 3]) for sample in group]
     assert len(samples) == 18 and len({tuple(s.tokens) for s in samples}) > 9
-    judged = Rollouts(network, player, lambda n: tasks[n], Rules())._rows(samples, {})
+    judged = Rollouts(network, engine, lambda n: tasks[n], Rules())._rows(samples, {})
     assert judged.count == sum(len(s.tokens) for s in samples)
     assert (next_token_logprobs(network, judged) - judged.rollout_T).abs().max() < 1e-3
     assert torch.allclose(-next_token_logprobs(network, judged).sum(), next_token_loss(network, judged))
-    again = [sample for group in player.play(tasks, params, [1, 2, 3]) for sample in group]
+    again = [sample for group in engine.generate(tasks, params, [1, 2, 3]) for sample in group]
     assert [s.tokens for s in again] == [s.tokens for s in samples]
 
 
 def test_the_engine_plays_with_the_weights_of_the_last_update():
     network = trainable()
-    player = Player(network, None, slots=4, dtype=torch.float32)
+    engine = RolloutEngine(network, None, slots=4, dtype=torch.float32)
     greedy = SamplingParams(temperature=0, max_tokens=8)
     task = [Task(tiny.ids(7), lambda answer: 0.0)]
-    first = player.play(task, greedy)[0][0].tokens
+    first = engine.generate(task, greedy)[0][0].tokens
     with torch.no_grad():
         for p in network.parameters():
             p.add_(torch.randn_like(p) * 0.3)
-    player.take(network)
+    engine.load_weights(network)
     tokens = list(tiny.ids(7))
     for _ in range(8):
         with torch.no_grad():
             tokens.append(int(network(torch.tensor(tokens))[-1].argmax()))
-    assert player.play(task, greedy)[0][0].tokens == tokens[7:] != first
+    assert engine.generate(task, greedy)[0][0].tokens == tokens[7:] != first
 
 
 def few(answer: str) -> float:
@@ -87,11 +87,11 @@ def few(answer: str) -> float:
 
 def test_the_reward_rises_within_seconds():
     network = trainable()
-    player = Player(network, None, slots=32)
-    rules = Rules(prompts=4, answers=8, most=6, updates=2, tries=4)
-    stream = Rollouts(network, player, lambda number: Task(tiny.ids(4, number % 3), few), rules)
+    engine = RolloutEngine(network, None, slots=32)
+    rules = Rules(prompts=4, answers=8, max_tokens=6, updates=2, tries=4)
+    stream = Rollouts(network, engine, lambda number: Task(tiny.ids(4, number % 3), few), rules)
     settings = Settings(steps=44, lr=1.5e-2, schedule="constant", weight_decay=0.0, quiet=True)
-    log = fit(network, stream, settings, loss(rules)).log
+    log = fit(network, stream, settings, make_loss(rules)).log
     first, last = (sum(line["reward"] for line in part) / len(part) for part in (log[:4], log[-4:]))
     assert first < 0.55 and last > 0.85, (first, last)
     assert {"reward", "length", "signal", "skipped"} <= set(log[0])
@@ -99,19 +99,19 @@ def test_the_reward_rises_within_seconds():
 
 def test_groups_that_say_nothing_are_skipped_counted_and_replaced():
     network = trainable()
-    player = Player(network, None, slots=16)
+    engine = RolloutEngine(network, None, slots=16)
     dull = Task(tiny.ids(4), lambda answer: 1.0)
     stream = Rollouts(
         network,
-        player,
+        engine,
         lambda number: dull if number % 2 else Task(tiny.ids(4), few),
-        Rules(prompts=3, answers=4, most=4),
+        Rules(prompts=3, answers=4, max_tokens=4),
     )
-    told = next(stream).told
-    assert told["skipped"] >= 1 and 0 < told["signal"] < 0.8
-    assert stream.position == (1, told["skipped"] + round(told["signal"] * stream.position[1]))
+    notes = next(stream).notes
+    assert notes["skipped"] >= 1 and 0 < notes["signal"] < 0.8
+    assert stream.position == (1, notes["skipped"] + round(notes["signal"] * stream.position[1]))
     assert stream.position[1] > 3  # others were drawn
-    stream = Rollouts(network, player, lambda number: dull, Rules(prompts=2, answers=2, most=4))
+    stream = Rollouts(network, engine, lambda number: dull, Rules(prompts=2, answers=2, max_tokens=4))
     with pytest.raises(TiercelError, match="none had answers of different worth"):
         next(stream)
 
@@ -123,7 +123,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_and_leaves_a_model(tmp_path):
     def tasks(number: int) -> Task:
         return Task(tiny.ids(4, number % 3), few)
 
-    rules = Rules(prompts=3, answers=4, most=5, updates=2)
+    rules = Rules(prompts=3, answers=4, max_tokens=5, updates=2)
     settings = Settings(steps=4, lr=1e-3, save_every=2, eval_every=2, out=tmp_path / "run", quiet=True)
     found = grpo(config, tasks, settings, rules, tests=[tasks(0)])
     assert {"before", "after"} <= set(found)

@@ -235,7 +235,7 @@ def grpo(
     settings = Settings(steps=rounds, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
         accumulate=accumulate, save_every=save_every, eval_every=eval_every, log_every=1, dtype=dtype,
         recompute=recompute, resume=resume, out=out, quiet=quiet or json)  # fmt: skip
-    rules = Rules(prompts=prompts, answers=answers, most=most, updates=updates, tries=tries, seed=seed)
+    rules = Rules(prompts=prompts, answers=answers, max_tokens=most, updates=updates, tries=tries, seed=seed)
     found = grpo(config, tasks, settings, rules, tests=held, tokenizer=tokenizer, slots=slots)
     if "before" in found and not json:
         print(f"held-out problems: {found['before']:.1%} before, {found['after']:.1%} after")

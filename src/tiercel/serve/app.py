@@ -27,6 +27,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tiercel.errors import RequestError, TiercelError
+from tiercel.hub import hub
+from tiercel.runtime.atomic import remove_leftovers
 from tiercel.runtime.exit import leave
 from tiercel.serve.connection import connection
 from tiercel.serve.errors import APIError, error_response, log, response_to
@@ -84,6 +86,7 @@ def make_app(service: Service) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def life(app: Starlette) -> Any:
+        await asyncio.to_thread(remove_leftovers, hub.home() / "blobs")
         service.models.start()
         yield
         try:

@@ -209,7 +209,7 @@ class Rows:
     counted_T: Tensor
     targets_T: Tensor
     count: int
-    told: dict[str, float] = field(default_factory=dict, kw_only=True)  # what the log says beside the loss
+    notes: dict[str, float] = field(default_factory=dict, kw_only=True)  # what the log says beside the loss
 
     def to(self, device: torch.device | str, *, recompute: bool = False) -> Rows:
         self.batch.recompute = recompute

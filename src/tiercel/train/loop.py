@@ -3,9 +3,9 @@
     fit(network, batches, settings)       steps of: micro-batches → sum of losses / counted tokens → clip → AdamW
 
 Every step is a line of out/log.jsonl: {"step", "loss", "lr", "grad_norm", "tokens", "counted", "seconds"}; evaluations
-are lines {"step", "eval_loss"} or what `test` says.  Nothing waits for a GPU between two of every `log_every` steps.  A
-loss or gradient that is no number stops the run before it has changed a weight, and the first layer it appears in is
-named.
+are lines {"step", "eval_loss"} or what `test` returns.  Nothing waits for a GPU between two of every `log_every` steps.
+A loss or gradient that is not finite stops the run before it has changed a weight, and the first layer it appears in
+is named.
 """
 
 from __future__ import annotations
@@ -14,26 +14,33 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tiercel.errors import FormatError, RequestError, TiercelError
 from tiercel.model.decoder import Decoder
+from tiercel.runtime.lock import lock_folder
 from tiercel.train import checkpoint, parallel
 from tiercel.train.data import Rows
+from tiercel.train.log import Line, TrainingLog
 from tiercel.train.loss import next_token_loss
+from tiercel.train.nonfinite import find_nonfinite
 from tiercel.train.optim import SCHEDULES, adamw, clip, rate
+from tiercel.train.progress import ProgressBar
 
 Loss = Callable[[Decoder, Rows], Tensor]  # the sum over a micro-batch's counted tokens
 
+# may differ between a run and its continuation
+FREE_SETTINGS = ("out", "resume", "quiet", "log_every", "save_every", "eval_every", "device", "compile", "recompute")
+
 
 class Stream(Protocol):
-    """An endless iterator of micro-batches that knows where it is: `train.data.Batches`."""
+    """An endless iterator of micro-batches with a position: `train.data.Batches`."""
 
     position: Any
 
@@ -95,6 +102,22 @@ class Result:
     log: list[dict[str, Any]] = field(repr=False)
 
 
+@dataclass
+class StepRecord:
+    """One optimizer step whose numbers may still be on the device.
+
+    loss, grad_norm: float32 scalars.  tokens: of all ranks, padding included.  counted: tokens in the loss.
+    """
+
+    step: int
+    micros: list[Rows]
+    loss: Tensor
+    lr: float
+    grad_norm: Tensor
+    tokens: int
+    counted: int
+
+
 def fit(
     network: Decoder,
     batches: Stream,
@@ -105,98 +128,212 @@ def fit(
     test: Callable[[Decoder], dict[str, float]] | None = None,
     on_step: Callable[[int, Decoder], None] | None = None,
 ) -> Result:
-    """Train the network in place: every parameter that wants a gradient.
+    """Train the network in place: every parameter that requires a gradient.
 
-    held_out: gives the micro-batches of an evaluation.  test: any other, its numbers go into the log; also before the
-    first step.  on_step: called after every step.
-    Raises TiercelError when the loss is no number, naming the first layer.
+    Args:
+        network: float32 weights.
+        batches: micro-batches of this rank.
+        settings: steps, rates, what is written and where.
+        loss_fn: the sum of losses over a micro-batch's counted tokens.
+        held_out: gives the micro-batches of an evaluation, anew at every call.
+        test: any other evaluation; its numbers go into the log, also before the first step.
+        on_step: called after every step.
+
+    Returns:
+        Step, losses, tokens, seconds and the log.
+
+    Raises:
+        TiercelError: the loss or a gradient is not finite (the first layer is named), or a file cannot be written.
+        RequestError: nothing requires a gradient, the folder is in use, or resumed with other settings.
     """
-    s, us = settings, parallel.ranks()
-    network.train().to(s.device)
-    parallel.shard(network)
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    if not parameters:
-        raise RequestError("no parameter wants a gradient: call network.requires_grad_(True) first")
-    if s.dtype == "bf16" and s.device == "cuda":
-        torch.set_float32_matmul_precision("high")
-    optimizer = adamw(network, s.lr, weight_decay=s.weight_decay, betas=s.betas)
-    log = Log(s.out if us.first else None)
-    begin = _resume(s, network, optimizer, batches, log) if s.resume else 0
-    if begin == 0:
-        log.clear()
-        if test is not None:
-            log.write({"step": 0} | test(network))
-    if s.compile:
-        for block in network.layers:
-            block.compile()
-    bad = torch.zeros((), device=s.device)
-    recent: list[tuple[list[Rows], list[Tensor | float | int]]] = []
-    eval_loss: float | None = None
-    started = last = time.perf_counter()
-    with progress(s, begin) as show:
-        for step in range(begin, s.steps):
-            lr = s.lr * rate(step, s.steps, s.schedule, warmup=s.warmup, decay=s.decay, floor=s.floor)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            micros = [next(batches) for _ in range(s.accumulate)]
-            counted = _over_ranks(sum(rows.count for rows in micros), s)
-            loss = torch.zeros((), device=s.device)
-            for rows in micros:
-                with autocast(s):
-                    summed = loss_fn(network, rows.to(s.device, recompute=s.recompute)) / max(1, counted)
-                (summed * us.count).backward()  # the mean over ranks is taken of gradients: theirs add up then
-                loss = loss + summed.detach()
-            loss = parallel.total(loss)
-            norm = clip(parameters, s.clip)
-            bad = torch.maximum(bad, (~(loss.isfinite() & norm.isfinite())).float())
-            optimizer.found_inf = bad  # type: ignore[attr-defined]  # fused AdamW leaves all as it is where this is 1
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            recent.append(
-                (micros, [step + 1, loss, lr, norm, us.count * sum(r.tokens_BL.numel() for r in micros), counted])
+    trainer = Trainer(network, batches, settings, loss_fn, held_out=held_out, test=test, on_step=on_step)
+    with ExitStack() as stack:
+        if settings.out is not None and parallel.ranks().first:
+            stack.enter_context(lock_folder(settings.out, "another training run"))
+        return trainer.run()
+
+
+class Trainer:
+    """A network, its optimizer, its data and its log; `run` is the loop.  Arguments as of `fit`."""
+
+    def __init__(
+        self,
+        network: Decoder,
+        batches: Stream,
+        settings: Settings,
+        loss_fn: Loss = next_token_loss,
+        *,
+        held_out: Callable[[], Iterable[Rows]] | None = None,
+        test: Callable[[Decoder], dict[str, float]] | None = None,
+        on_step: Callable[[int, Decoder], None] | None = None,
+    ) -> None:
+        self.network, self.batches, self.settings, self.loss_fn = network, batches, settings, loss_fn
+        self.held_out, self.test, self.on_step = held_out, test, on_step
+        network.train().to(settings.device)
+        parallel.shard(network)
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise RequestError("no parameter requires a gradient: call network.requires_grad_(True) first")
+        if settings.dtype == "bf16" and settings.device == "cuda":
+            torch.set_float32_matmul_precision("high")
+        self.optimizer = adamw(network, settings.lr, weight_decay=settings.weight_decay, betas=settings.betas)
+        self.log = TrainingLog(settings.out if parallel.ranks().first else None)
+        self.nonfinite = torch.zeros((), device=settings.device)  # 1 from the first step that is not finite
+        self.recent: list[StepRecord] = []  # steps whose numbers are not in the log yet
+        self.eval_loss: float | None = None
+        self.clock = time.perf_counter()  # when the last logged step ended
+
+    def run(self) -> Result:
+        """Train to `settings.steps`, from the last whole checkpoint where `settings.resume` is set."""
+        s = self.settings
+        begin = self.resume() if s.resume else 0
+        if begin == 0:
+            self.log.clear()
+            if self.test is not None:
+                self.log.write({"step": 0} | self.test(self.network))
+        if s.compile:
+            for block in self.network.layers:
+                block.compile()
+        started = self.clock = time.perf_counter()
+        hidden = s.quiet or not parallel.ranks().first
+        with ProgressBar(s.steps, begin, hidden=hidden) as bar:
+            for step in range(begin + 1, s.steps + 1):
+                self.recent.append(self.train_step(step))
+                save, evaluate = self._due(step, s.save_every), self._due(step, s.eval_every)
+                if save or evaluate or step % s.log_every == 0 or s.device == "cpu":
+                    self._log_recent(bar)
+                if evaluate:
+                    self.evaluate(step)
+                if save and s.out is not None:
+                    self.save(step)
+                if self.on_step is not None:
+                    self.on_step(step, self.network)
+        self.log.sync()
+        return self._result(time.perf_counter() - started)
+
+    def train_step(self, step: int) -> StepRecord:
+        """Take one step of the optimizer, number 1 … steps; weights stay as they are where it is not finite."""
+        s, ranks = self.settings, parallel.ranks()
+        lr = s.lr * rate(step - 1, s.steps, s.schedule, warmup=s.warmup, decay=s.decay, floor=s.floor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        micros = [next(self.batches) for _ in range(s.accumulate)]
+        counted = _over_ranks(sum(rows.count for rows in micros), s)
+        loss = torch.zeros((), device=s.device)
+        for rows in micros:
+            with autocast(s):
+                summed = self.loss_fn(self.network, rows.to(s.device, recompute=s.recompute)) / max(1, counted)
+            (summed * ranks.count).backward()  # gradients are averaged over ranks; scaled so, they add up
+            loss = loss + summed.detach()
+        loss = parallel.total(loss)
+        norm = clip(self.parameters, s.clip)
+        self.nonfinite = torch.maximum(self.nonfinite, (~(loss.isfinite() & norm.isfinite())).float())
+        self.optimizer.found_inf = self.nonfinite  # type: ignore[attr-defined]  # fused AdamW skips a step where this is 1
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = ranks.count * sum(rows.tokens_BL.numel() for rows in micros)
+        return StepRecord(step, micros, loss, lr, norm, tokens, counted)
+
+    def evaluate(self, step: int) -> None:
+        """Write the results of `test` and of the held-out data into the log."""
+        if self.test is not None:
+            self.log.write({"step": step} | self.test(self.network))
+        if self.held_out is not None:
+            self.eval_loss = evaluate(self.network, self.held_out(), self.settings, self.loss_fn)
+            self.log.write({"step": step, "eval_loss": self.eval_loss})
+        self.clock = time.perf_counter()
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint that a run can resume from."""
+        assert self.settings.out is not None
+        self.log.sync()
+        place = checkpoint.Progress(step, self.batches.position)
+        extra = {"settings": _plain(self.settings)}
+        checkpoint.save(self.settings.out / "checkpoints", place, self.network, self.optimizer, extra)
+        self.clock = time.perf_counter()
+
+    def resume(self) -> int:
+        """Go back to the last whole checkpoint, if there is one.
+
+        Returns:
+            Steps done; 0 without a checkpoint.
+
+        Raises:
+            RequestError: it was made with other settings.
+            FormatError: every checkpoint is damaged, or it is beyond `settings.steps` or of another network.
+        """
+        s = self.settings
+        found = None if s.out is None else checkpoint.last_whole(s.out / "checkpoints")
+        if found is None:
+            return 0
+        before, now = found.state.get("settings", {}), _plain(s)
+        differ = [name for name in before if name not in FREE_SETTINGS and before[name] != now.get(name)]
+        if differ:
+            name = differ[0]
+            raise RequestError(
+                f"{found.path} was made with {name} {before[name]}, not {now.get(name)}: resume with the same"
             )
-            done = step + 1 == s.steps
-            save = done or (s.save_every > 0 and (step + 1) % s.save_every == 0)
-            evaluate_ = done or (s.eval_every > 0 and (step + 1) % s.eval_every == 0)
-            if save or evaluate_ or (step + 1) % s.log_every == 0 or s.device == "cpu":
-                lines = [line | micros[0].told for line, (micros, _) in zip(_fetch(recent), recent, strict=True)]
-                if bad.item():
-                    _refuse(network, recent, lines, s, loss_fn)
-                now = time.perf_counter()
-                for line in lines:
-                    log.write(line | {"seconds": round((now - last) / len(lines), 6)})
-                show(log.lines[-1], sum(line["tokens"] for line in lines) / (now - last), len(lines))
-                last, recent = now, []
-            if evaluate_ and test is not None:
-                log.write({"step": step + 1} | test(network))
-                last = time.perf_counter()
-            if evaluate_ and held_out is not None:
-                eval_loss = evaluate(network, held_out(), s, loss_fn)
-                log.write({"step": step + 1, "eval_loss": eval_loss})
-                last = time.perf_counter()
-            if save and s.out is not None:
-                log.sync()
-                place = checkpoint.Progress(step + 1, batches.position)
-                checkpoint.save(s.out / "checkpoints", place, network, optimizer, {"settings": _plain(s)})
-                last = time.perf_counter()
-            if on_step is not None:
-                on_step(step + 1, network)
-    log.sync()
-    steps = [line for line in log.lines if "loss" in line]
-    tail = steps[-s.log_every :]
-    return Result(
-        step=s.steps,
-        loss=sum(line["loss"] for line in tail) / max(1, len(tail)),
-        eval_loss=eval_loss,
-        tokens=sum(line["tokens"] for line in steps),
-        seconds=time.perf_counter() - started,
-        log=log.lines,
-    )
+        step = int(found.state["step"])
+        if step > s.steps:
+            raise FormatError(f"{found.path} is already beyond --steps {s.steps}")
+        checkpoint.load(found, self.network, self.optimizer)
+        position = found.state["position"]
+        self.batches.position = tuple(position) if isinstance(position, list) else position
+        self.log.rewind(step)
+        return step
+
+    def _due(self, step: int, every: int) -> bool:
+        return step == self.settings.steps or (every > 0 and step % every == 0)
+
+    def _log_recent(self, bar: ProgressBar) -> None:
+        """Fetch the numbers of the last steps from the device, and write them."""
+        lines = _lines(self.recent)
+        if self.nonfinite.item():
+            self._refuse(lines)
+        now = time.perf_counter()
+        for line in lines:
+            self.log.write(line | {"seconds": round((now - self.clock) / len(lines), 6)})
+        bar.advance(len(lines), self.log.lines[-1], sum(line["tokens"] for line in lines) / (now - self.clock))
+        self.clock, self.recent = now, []
+
+    def _refuse(self, lines: list[Line]) -> None:
+        """Repeat the first step that was not finite, which has changed nothing, and name where it begins."""
+        wrong = next(i for i, line in enumerate(lines) if not math.isfinite(line["loss"] + line["grad_norm"]))
+        line, micros = lines[wrong], self.recent[wrong].micros
+        where = "the loss"
+        if parallel.ranks().count > 1:  # one rank alone cannot run a sharded network
+            where = "a layer that a run on one rank would name"
+        else:
+            for rows in micros:
+                if name := find_nonfinite(self.network, rows.to(self.settings.device), self._autocast_loss):
+                    where = name
+                    break
+        what = "loss" if not math.isfinite(line["loss"]) else "gradient"
+        raise TiercelError(
+            f"step {line['step']}: the {what} is not a number, first in {where}; no weight was changed by it: "
+            "go on from the last checkpoint with a smaller --lr, or look at the data"
+        )
+
+    def _autocast_loss(self, network: Decoder, rows: Rows) -> Tensor:
+        with autocast(self.settings):
+            return self.loss_fn(network, rows)
+
+    def _result(self, seconds: float) -> Result:
+        steps = [line for line in self.log.lines if "loss" in line]
+        tail = steps[-self.settings.log_every :]
+        return Result(
+            step=self.settings.steps,
+            loss=sum(line["loss"] for line in tail) / max(1, len(tail)),
+            eval_loss=self.eval_loss,
+            tokens=sum(line["tokens"] for line in steps),
+            seconds=seconds,
+            log=self.log.lines,
+        )
 
 
 @torch.no_grad()
 def evaluate(network: Decoder, batches: Iterable[Rows], settings: Settings, loss_fn: Loss = next_token_loss) -> float:
-    """The mean loss of a counted token."""
+    """Return the mean loss of a counted token, in nats."""
     total, counted = torch.zeros((), device=settings.device), 0
     for rows in batches:
         with autocast(settings):
@@ -205,178 +342,25 @@ def evaluate(network: Decoder, batches: Iterable[Rows], settings: Settings, loss
     return float(parallel.total(total)) / max(1, _over_ranks(counted, settings))
 
 
+def autocast(s: Settings) -> AbstractContextManager[Any]:
+    """Return the context in which products are bfloat16, where the settings ask for it."""
+    return torch.autocast(s.device, torch.bfloat16) if s.dtype == "bf16" else nullcontext()
+
+
 def _over_ranks(count: int, s: Settings) -> int:
     return count if parallel.ranks().count == 1 else int(parallel.total(torch.tensor(count, device=s.device)))
 
 
-def autocast(s: Settings) -> AbstractContextManager[Any]:
-    return torch.autocast(s.device, torch.bfloat16) if s.dtype == "bf16" else nullcontext()
-
-
-# ── what went wrong ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def _fetch(recent: list[tuple[list[Rows], list[Any]]]) -> list[dict[str, Any]]:
-    """Numbers of a few steps from the device, in one piece."""
-    lines = [line for _, line in recent]
-    numbers = torch.stack([t for line in lines for t in (line[1], line[3])]).tolist()
-    names = "step", "loss", "lr", "grad_norm", "tokens", "counted"
+def _lines(records: list[StepRecord]) -> list[Line]:
+    """Return the log lines of a few steps, with one transfer from the device."""
+    numbers = torch.stack([t for record in records for t in (record.loss, record.grad_norm)]).view(-1, 2).tolist()
     return [
-        dict(zip(names, (line[0], numbers[2 * i], line[2], numbers[2 * i + 1], *line[4:]), strict=True))
-        for i, line in enumerate(lines)
+        {"step": r.step, "loss": loss, "lr": r.lr, "grad_norm": norm, "tokens": r.tokens, "counted": r.counted}
+        | r.micros[0].notes
+        for r, (loss, norm) in zip(records, numbers, strict=True)
     ]
 
 
-def _refuse(network: Decoder, recent: list[Any], lines: list[dict[str, Any]], s: Settings, loss_fn: Loss) -> None:
-    """The first step that went wrong has changed nothing: do it again and look."""
-    wrong = next(i for i, line in enumerate(lines) if not math.isfinite(line["loss"] + line["grad_norm"]))
-    line, micros = lines[wrong], recent[wrong][0]
-    several = parallel.ranks().count > 1  # one rank alone cannot run a sharded network
-    where = "a layer that a run on one rank would name" if several else None
-    where = where or next((name for rows in micros if (name := first_bad(network, rows, s, loss_fn))), "the loss")
-    what = "loss" if not math.isfinite(line["loss"]) else "gradient"
-    raise TiercelError(
-        f"step {line['step']}: the {what} is not a number, first in {where}; no weight was changed by it: "
-        "go on from the last checkpoint with a smaller --lr, or look at the data"
-    )
-
-
-def first_bad(network: Decoder, rows: Rows, settings: Settings, loss_fn: Loss) -> str | None:
-    """The first parameter, then the first module's output, then the first parameter's gradient that is not finite."""
-    for name, p in network.named_parameters():
-        if not p.detach().isfinite().all():
-            return name
-    found: list[str] = []
-
-    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, given: Any, out: Any) -> None:
-            if not found and isinstance(out, Tensor) and not out.isfinite().all():
-                found.append(name)
-
-        return hook
-
-    hooks = [module.register_forward_hook(look(name)) for name, module in network.named_modules() if name]
-    try:
-        with autocast(settings):
-            loss = loss_fn(network, rows.to(settings.device))
-        if found or not loss.isfinite():
-            return found[0] if found else None
-        loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    bad = [name for name, p in network.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    network.zero_grad()
-    return f"the gradient of {bad[-1]}" if bad else None  # the way back meets the last ones first
-
-
-# ── the log ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Log:
-    """log.jsonl, and its lines."""
-
-    def __init__(self, out: Path | None) -> None:
-        self.path = None if out is None else out / "log.jsonl"
-        self.lines: list[dict[str, Any]] = []
-        self._waiting: list[dict[str, Any]] = []
-
-    def clear(self) -> None:
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_bytes(b"")
-
-    def rewind(self, step: int) -> None:
-        """Forget what came after a checkpoint."""
-        if self.path is None:
-            return
-        self.lines = [line for line in read_log(self.path) if line["step"] <= step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        from tiercel.runtime.atomic import atomic_write
-
-        with atomic_write(self.path) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in self.lines).encode())
-
-    def write(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
-        self._waiting.append(line)
-        if len(self._waiting) >= 10:
-            self.sync()
-
-    def sync(self) -> None:
-        if self.path is not None and self._waiting:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in self._waiting)
-        self._waiting = []
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """All whole lines: a process that was killed may have left half of one."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
-
-
-def _resume(s: Settings, network: Decoder, optimizer: torch.optim.Optimizer, batches: Stream, log: Log) -> int:
-    """Back to the last checkpoint, if there is one → steps done."""
-    found = checkpoint.complete(s.out / "checkpoints") if s.out is not None else []
-    if not found:
-        return 0
-    state = checkpoint.load(found[-1], network, optimizer)
-    before, now = state["settings"], _plain(s)
-    differ = [name for name in before if name not in FREE and before[name] != now.get(name)]
-    if differ:
-        name = differ[0]
-        raise RequestError(
-            f"{found[-1]} was made with {name} {before[name]}, not {now.get(name)}: resume with the same"
-        )
-    if state["step"] > s.steps:
-        raise FormatError(f"{found[-1]} is already beyond --steps {s.steps}")
-    batches.position = tuple(state["position"]) if isinstance(state["position"], list) else state["position"]
-    log.rewind(state["step"])
-    return int(state["step"])
-
-
-FREE = ("out", "resume", "quiet", "log_every", "save_every", "eval_every", "device", "compile", "recompute")
-
-
 def _plain(s: Settings) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(s), default=str))
-
-
-# ── the bar ──────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class progress:
-    """A bar on stderr with loss, tokens/s and time left; silent where nobody looks."""
-
-    def __init__(self, s: Settings, begin: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=s.quiet or not parallel.ranks().first,
-        )
-        self.task = self.bar.add_task("training", total=s.steps, completed=begin, numbers="")
-
-    def __enter__(self) -> Callable[[dict[str, Any], float, int], None]:
-        self.bar.start()
-        return self.show
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def show(self, line: dict[str, Any], rate: float, steps: int) -> None:
-        first = {"loss": line["loss"]} if "reward" not in line else {k: line[k] for k in ("reward", "length", "signal")}
-        numbers = [*(f"{name} {value:.4g}" for name, value in first.items()), f"{rate:,.0f} tokens/s"]
-        self.bar.update(self.task, advance=steps, numbers=" · ".join(numbers))
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(s), default=str))
+    return plain

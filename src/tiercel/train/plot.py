@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tiercel.errors import RequestError
-from tiercel.train.loop import read_log
+from tiercel.train.log import read_log
 
 
 def plot(log: str | Path, out: str | Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import secrets
+import os
 from pathlib import Path
 
 from starlette.requests import Request
@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from tiercel.errors import RequestError
 from tiercel.hub import hub, store
+from tiercel.runtime.atomic import open_part, sync_folder
 from tiercel.serve.errors import APIError
 from tiercel.serve.service import service_of
 
@@ -44,11 +45,11 @@ async def _receive(request: Request, path: Path, digest: str) -> None:
     """The body into a file that gets its name only when its digest is right."""
     settings = service_of(request).settings
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    part, file = open_part(path)
     sha256, size = hashlib.sha256(), 0
     chunks = request.stream()
     try:
-        with part.open("xb") as file:
+        with file:
             while True:
                 try:
                     async with asyncio.timeout(settings.body_timeout):  # for each chunk: the whole may be large
@@ -62,10 +63,13 @@ async def _receive(request: Request, path: Path, digest: str) -> None:
                     raise APIError(413, f"a blob may have {settings.blob_bytes} bytes")
                 sha256.update(chunk)
                 file.write(chunk)
-        got = f"sha256:{sha256.hexdigest()}"
-        if got != digest.replace("-", ":"):
-            raise APIError(400, f'digest mismatch, expected "{digest}", got "{got}"')
-        part.replace(path)
+            got = f"sha256:{sha256.hexdigest()}"
+            if got != digest.replace("-", ":"):
+                raise APIError(400, f'digest mismatch, expected "{digest}", got "{got}"')
+            file.flush()
+            await asyncio.to_thread(os.fsync, file.fileno())
+            part.replace(path)
+        await asyncio.to_thread(sync_folder, path.parent)
     finally:
         part.unlink(missing_ok=True)
 

@@ -1,0 +1,68 @@
+"""Files appear whole or not at all, and what a killed writer left goes away."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tiercel.errors import TiercelError
+from tiercel.runtime import atomic
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tiercel.runtime.atomic import atomic_write
+with atomic_write(Path(sys.argv[1])) as file:
+    file.write(b"half")
+    file.flush()
+    {end}
+"""
+
+
+def writer(path, end):
+    return [sys.executable, "-c", KILLED.format(end=end), str(path)]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(atomic, "_swept", set())
+
+
+def parts(folder):
+    return [p for p in folder.iterdir() if p.name.endswith(".part")]
+
+
+@pytest.mark.parametrize("next_name", ["a.json", "b.gguf"])
+def test_what_a_killed_writer_left_is_gone_after_the_next_write(tmp_path, next_name):
+    subprocess.run(writer(tmp_path / "a.json", "os.kill(os.getpid(), signal.SIGKILL)"))
+    assert len(parts(tmp_path)) == 1 and not (tmp_path / "a.json").exists()
+    with atomic.atomic_write(tmp_path / next_name) as file:
+        file.write(b"whole")
+    assert not parts(tmp_path) and (tmp_path / next_name).read_bytes() == b"whole"
+
+
+def test_the_file_of_a_writer_at_work_stays(tmp_path):
+    process = subprocess.Popen(writer(tmp_path / "a.json", "print(flush=True); input()"), stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)  # fmt: skip
+    process.stdout.readline()
+    atomic.remove_leftovers(tmp_path)
+    assert len(parts(tmp_path)) == 1
+    process.communicate(b"\n")
+    assert process.returncode == 0 and (tmp_path / "a.json").read_bytes() == b"half" and not parts(tmp_path)
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    for name in ("x.part", ".model.gguf.part", ".a.json.0123456.part", "a.json.01234567.part"):
+        (tmp_path / name).write_bytes(b"")
+    atomic.remove_leftovers(tmp_path)
+    assert len(parts(tmp_path)) == 4
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"old")
+    with (
+        pytest.raises(TiercelError, match=r"could not write .*a\.json: full"),
+        atomic.atomic_write(tmp_path / "a.json"),
+    ):
+        raise OSError(28, "full")
+    assert (tmp_path / "a.json").read_bytes() == b"old" and not parts(tmp_path)
