@@ -34,6 +34,7 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.device_sampler import DeviceSampler
 from tiercel.model.gpu_layout import place
 from tiercel.model.layers import Embedding, Linear, deviation, fresh, initialize, set_weight
+from tiercel.model.parameters import parameters
 from tiercel.model.state_cache import PAGE, Mamba2Slots, StateCache
 from tiercel.ops.triton.linear import DeviceQTensor, gated
 from tiercel.ops.triton.tiled import Tile, tile
@@ -82,7 +83,7 @@ def network(name: str, kind: str = "bf16") -> Decoder:
     config = config_of(name)
     with torch.device("meta"):
         net = Decoder(config).eval().requires_grad_(False)
-    depth, g = len(config.layers), torch.Generator().manual_seed(0)
+    depth, g, table = len(config.layers), torch.Generator().manual_seed(0), parameters(config)
     torch.manual_seed(0)
     for owner, module in net.named_modules():
         for leaf, p in list(module._parameters.items()):
@@ -91,15 +92,13 @@ def network(name: str, kind: str = "bf16") -> Decoder:
             full = f"{owner}.{leaf}" if owner else leaf
             matrix = isinstance(module, (Linear, Embedding)) and leaf == "weight"
             if matrix and kind != "bf16":
-                set_weight(module, leaf, packed(kind, tuple(p.shape), deviation(full, p.shape, depth)))
+                set_weight(module, leaf, packed(kind, tuple(p.shape), deviation(table[full], depth)))
                 continue
             if matrix:
-                w = torch.empty(p.shape, dtype=torch.bfloat16, device="cuda").normal_(
-                    0, deviation(full, p.shape, depth)
-                )
+                w = torch.empty(p.shape, dtype=torch.bfloat16, device="cuda").normal_(0, deviation(table[full], depth))
             else:
-                precise = leaf in ("A_log", "D", "dt_bias")
-                w = fresh(full, p.shape, depth, g).to("cuda", torch.float32 if precise else torch.bfloat16)
+                dtype = torch.float32 if table[full].fp32_on_gpu else torch.bfloat16
+                w = fresh(table[full], depth, g).to("cuda", dtype)
             set_weight(module, leaf, torch.nn.Parameter(w, requires_grad=False))
     net._tie()
     place(net)

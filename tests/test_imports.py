@@ -34,8 +34,8 @@ ALLOWED = {("model", "weights"), ("text", "weights")}
 
 
 def part_of(module: str) -> str:
-    if module == "model.config":
-        return module
+    if module in ("model.config", "model.parameters"):  # data, no torch
+        return "model.config"
     top = module.split(".")[0]
     return PART.get(top, top)
 

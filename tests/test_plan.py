@@ -15,7 +15,8 @@ from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.attention.rope import RopeConfig
 from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba2.config import Mamba2Config
-from tiercel.model.config import LayerConfig, Mixer, ModelConfig
+from tiercel.mixers.spec import MixerSpec
+from tiercel.model.config import LayerConfig, ModelConfig
 from tiercel.plan import check_fits, human_bytes, kv_bytes_per_token, parameter_count, pattern, state_bytes
 
 
@@ -53,7 +54,7 @@ def test_falcon_h1_7b_keeps_45056_bytes_per_token_and_132_mib_per_sequence() -> 
     assert state_bytes(FALCON_7B, bytes=2) == 66 * 2**20
 
 
-def of(*mixers: Mixer, feed_forward: GatedMLPConfig | MoEConfig | None = None) -> LayerConfig:
+def of(*mixers: MixerSpec, feed_forward: GatedMLPConfig | MoEConfig | None = None) -> LayerConfig:
     return LayerConfig(mixers=mixers, feed_forward=feed_forward)
 
 

@@ -19,7 +19,7 @@ from tiercel.hub import hub
 from tiercel.model.layers import named_weights
 from tiercel.ops.linear import QTensor, multiply_reference
 from tiercel.train.causal_lm import CausalLM, coverage
-from tiercel.train.lora import TARGETS, adapt, matched, save
+from tiercel.train.lora import adapt, matched, save
 from tiercel.train.lora_layer import LowRank, kept
 from tiercel.weights import adapters
 from tiercel.weights import load as weights
@@ -55,7 +55,7 @@ def base(tmp_path_factory):
     return folder
 
 
-def random_adapter(path, out, seed=0, targets=TARGETS, **settings):
+def random_adapter(path, out, seed=0, targets=(), **settings):
     network, _, layout = weights.load(path, **settings)
     torch.manual_seed(seed)
     adapted = adapt(network, layout, rank=3, alpha=6, targets=targets)
@@ -76,7 +76,7 @@ def randomize(adapted):
 @pytest.mark.parametrize("name", ["h1-gate_first", "h1-no_norm", "llama-biases", "mamba2-groups2", "jamba-experts"])
 def test_an_adapter_made_here_loads_in_peft_over_transformers_with_the_same_logits(models, tmp_path, name):
     path, x = models(name), nasty.tokens(23)
-    there = [name for name in THEIRS if name in matched(open_checkpoint(path).layout, TARGETS)]
+    there = [name for name in THEIRS if name in matched(open_checkpoint(path).layout, ())]
     network, _, layout = weights.load(path)
     adapted = adapt(network, layout, rank=3, targets=there)
     randomize(adapted)
@@ -125,7 +125,7 @@ def test_a_target_that_matches_nothing_is_refused(models):
     layout = open_checkpoint(models("h1-no_norm")).layout
     with pytest.raises(RequestError, match=r"'x_proj' matches nothing.*down_proj.*in_proj"):
         matched(layout, ["q_proj", "x_proj"])
-    assert matched(layout, TARGETS) == sorted([*THEIRS, "out_proj"])
+    assert matched(layout, ()) == sorted([*THEIRS, "out_proj"])
 
 
 # ── learning
@@ -146,7 +146,8 @@ def test_every_adapter_weight_of_every_target_has_a_gradient_after_one_step(base
         losses.append(float(loss))
         optimizer.step()
     found = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
-    assert {name.split(".lora_")[0].rpartition(".")[2] for name in found} == set(TARGETS)
+    targets = {"q", "k", "v", "o", "in_proj", "out_proj", "gate", "up", "down"}
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in found} == targets
     assert all(bool((g.abs().amax() > 0) and g.isfinite().all()) for g in found.values())
     assert losses[1] < losses[0]
 

@@ -11,13 +11,14 @@ import pytest
 
 from tiercel.errors import FormatError, RequestError, UnsupportedError
 from tiercel.families import from_gguf, from_hf
-from tiercel.families.pattern import names, pattern, read_file
+from tiercel.families.pattern import pattern, read_file
 from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
 from tiercel.feed_forward.moe.config import MoEConfig
 from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.model.config import ModelConfig
+from tiercel.model.parameters import parameters
 from tiercel.plan import parameter_count
 
 SEVEN_B = {
@@ -266,7 +267,7 @@ def test_the_names_of_a_pattern_are_the_networks(words):
     from tiercel.model.decoder import Decoder
 
     config = pattern(words, width=32, vocab_size=50, tied=False)
-    assert {name for name, _ in names(config)} == {name for name, _ in Decoder(config).named_parameters()}
+    assert set(parameters(config)) == {name for name, _ in Decoder(config).named_parameters()}
 
 
 def test_a_config_survives_its_own_json():

@@ -11,7 +11,7 @@ from tiercel.errors import RequestError
 from tiercel.families.pattern import pattern
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
-from tiercel.model.tensor_parallel import share
+from tiercel.model.tensor_parallel import shard
 
 SIZES = dict(width=24, vocab_size=97, heads=6, kv_heads=2, head_dim=10, ffn_width=40, repeat=2, chunk=16, norm_eps=1e-2)
 MAMBA = dict(expand=3.0, mamba_head_dim=9, groups=2, state=7)
@@ -46,7 +46,7 @@ def process(rank, port, folder):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     out = {}
     for name in LAYERS:
-        part = share(network(name), rank, 2)
+        part = shard(network(name), rank, 2)
         state = part.new_state()
         rows = [part(IDS[:30], state), *(part(IDS[i : i + 1], state) for i in range(30, 45))]
         out[name] = torch.cat(rows), part(IDS), sum(p.numel() for p in part.layers.parameters())
@@ -78,5 +78,5 @@ def test_two_are_as_one(tmp_path):
 )
 def test_what_does_not_divide_is_said_in_a_line(changes, what):
     with pytest.raises(RequestError, match=what) as error:
-        share(network("falcon_h1", **changes), 0, 2)
+        shard(network("falcon_h1", **changes), 0, 2)
     assert "\n" not in str(error.value)

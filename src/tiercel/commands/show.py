@@ -13,9 +13,6 @@ from typing import Any
 
 from tiercel.errors import FormatError
 from tiercel.hub.fetch import read_json, shards_of
-from tiercel.mixers.attention.config import AttentionConfig
-from tiercel.mixers.mamba1.config import Mamba1Config
-from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.model.config import ModelConfig
 from tiercel.plan import human_bytes, kv_bytes_per_token, parameter_count, pattern, state_bytes
 
@@ -85,18 +82,8 @@ def _network(family: str, config: ModelConfig) -> dict[str, Any]:
 
 
 def _heads(config: ModelConfig) -> list[str]:
-    """Each different mixer in words, in the order of its first layer."""
-    words: dict[str, None] = {}
-    for mixer in dict.fromkeys(mixer for layer in config.layers for mixer in layer.mixers):
-        match mixer:
-            case AttentionConfig():
-                window = f", window {mixer.window}" if mixer.window else ""
-                words[f"attention {mixer.heads} × {mixer.head_dim}, {mixer.kv_heads} key/value{window}"] = None
-            case Mamba2Config():
-                words[f"mamba2 {mixer.heads} × {mixer.head_dim}, state {mixer.state}, {mixer.groups} group(s)"] = None
-            case Mamba1Config():
-                words[f"mamba1 {mixer.inner} channels, state {mixer.state}"] = None
-    return list(words)
+    """Each different mixer, in the order of its first layer."""
+    return list(dict.fromkeys(mixer.describe() for layer in config.layers for mixer in layer.mixers))
 
 
 def _safetensors_types(path: Path) -> Counter[str]:

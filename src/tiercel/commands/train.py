@@ -167,10 +167,10 @@ def lora(
     json: Json = False,
 ) -> None:
     """Learn the answers of conversations in an adapter (LoRA; with --quantize QLoRA)."""
-    from tiercel.train.lora import TARGETS, lora
+    from tiercel.train.lora import lora
 
     roles = _roles(loss_on)
-    wanted = tuple(word.strip() for word in targets.split(",") if word.strip()) or TARGETS
+    wanted = tuple(word.strip() for word in targets.split(",") if word.strip())
     settings = _settings(steps, epochs, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
         accumulate=accumulate, save_every=save_every, eval_every=eval_every, device=device, recompute=recompute,
         resume=resume, out=out, quiet=quiet or json)  # fmt: skip

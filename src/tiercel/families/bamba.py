@@ -10,12 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from tiercel.families.falcon_h1 import read_mamba2
-from tiercel.families.family import Family, TensorMapping, attention_rows, mamba2_rows, mlp_rows, norm_rows, top_rows
+from tiercel.families.family import Family, TensorMapping, module_rows, norm_rows, top_rows
 from tiercel.families.fields import Fields
 from tiercel.families.rope import fixed_length, read_rope
 from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
 from tiercel.mixers.attention.config import AttentionConfig
-from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.model.config import LayerConfig, ModelConfig
 
 
@@ -66,13 +65,10 @@ def rows(config: ModelConfig) -> Iterator[TensorMapping]:
     for i, layer in enumerate(config.layers):
         hf, mixer = f"model.layers.{i}", layer.mixers[0]
         yield from norm_rows(i, f"{hf}.input_layernorm.weight", f"{hf}.pre_ff_layernorm.weight")
-        if isinstance(mixer, AttentionConfig):
-            yield from attention_rows(i, mixer, f"{hf}.self_attn")
-        else:
-            assert isinstance(mixer, Mamba2Config)
-            yield from mamba2_rows(i, mixer, f"{hf}.mamba")
-        assert isinstance(layer.feed_forward, GatedMLPConfig)
-        yield from mlp_rows(i, layer.feed_forward, f"{hf}.feed_forward")
+        assert layer.feed_forward is not None
+        part = "self_attn" if isinstance(mixer, AttentionConfig) else "mamba"
+        yield from module_rows(i, mixer, config.width, f"{hf}.{part}")
+        yield from module_rows(i, layer.feed_forward, config.width, f"{hf}.feed_forward")
 
 
 BAMBA = Family("bamba", ("bamba",), read)

@@ -22,10 +22,9 @@ from tiercel.errors import FormatError
 from tiercel.families.family import (
     Family,
     Metadata,
+    Scales,
     TensorMapping,
-    attention_rows,
-    mamba2_rows,
-    mlp_rows,
+    module_rows,
     norm_rows,
     tensor_shape,
     top_rows,
@@ -121,6 +120,16 @@ def rows(
 ) -> Iterator[TensorMapping]:
     gate, down = mlp
     ssm = tuple(ssm)
+    into, out = m["attention_in"], m["attention_out"]
+    of_attention = {
+        "q.weight": into, "k.weight": into * m["key"], "k.bias": m["key"], "v.weight": into, "o.weight": out,
+        "o.bias": out,
+    }  # fmt: skip
+    of_mamba2: Scales = {
+        "in_proj.weight": [scale * m["ssm_in"] for scale in ssm], "in_proj.bias": ssm, "out_proj.weight": m["ssm_out"],
+        "out_proj.bias": m["ssm_out"],
+    }  # fmt: skip
+    of_mlp = {"gate.weight": gate, "gate.bias": gate, "down.weight": down, "down.bias": down}
     yield from top_rows(
         config,
         embed="model.embed_tokens.weight",
@@ -131,14 +140,11 @@ def rows(
     for i, layer in enumerate(config.layers):
         hf = f"model.layers.{i}"
         attention, mamba2 = layer.mixers
-        assert isinstance(attention, AttentionConfig) and isinstance(mamba2, Mamba2Config)
-        assert isinstance(layer.feed_forward, GatedMLPConfig)
+        assert layer.feed_forward is not None
         yield from norm_rows(i, f"{hf}.input_layernorm.weight", f"{hf}.pre_ff_layernorm.weight", gguf_ffn="ffn_norm")
-        yield from attention_rows(
-            i, attention, f"{hf}.self_attn", into=m["attention_in"], key=m["key"], out=m["attention_out"]
-        )
-        yield from mamba2_rows(i, mamba2, f"{hf}.mamba", into=m["ssm_in"], parts=ssm, out=m["ssm_out"])
-        yield from mlp_rows(i, layer.feed_forward, f"{hf}.feed_forward", gate=gate, down=down)
+        yield from module_rows(i, attention, config.width, f"{hf}.self_attn", scales=of_attention)
+        yield from module_rows(i, mamba2, config.width, f"{hf}.mamba", scales=of_mamba2)
+        yield from module_rows(i, layer.feed_forward, config.width, f"{hf}.feed_forward", scales=of_mlp)
 
 
 def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:

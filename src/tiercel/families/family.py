@@ -5,39 +5,23 @@ and what happens in between.  Read forwards the rows load a checkpoint, backward
 either side is an error.  Multipliers (muP) are part of the rows: ours = theirs × scale on the Hugging Face side,
 nothing on the GGUF side, where llama.cpp's converter folds them too.
 
-Forms, what a tensor looks like on the other side (applied in `weights.transforms`):
-
-    conv       (C, K) here, (C, 1, K) there
-    column     (H) here, (H, 1) there
-    groups     (I) here, (G, I / G) there
-    neg_exp    A_log here, A = −exp(A_log) there
-    interleave rows of q and k: rotate-half here, neighbouring pairs there (llama.cpp's `llama` architecture)
+What a tensor looks like on the other side is a `mixers.spec.Transform` (applied in `weights.transforms`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
-from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
-from tiercel.feed_forward.moe.config import MoEConfig
-from tiercel.mixers.attention.config import AttentionConfig
-from tiercel.mixers.mamba1.config import Mamba1Config
-from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.mixers.spec import MixerSpec, ModuleSpec, Param, Transform
 from tiercel.model.config import ModelConfig
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 Runs = tuple[tuple[int, float], ...]  # (how many rows, their multiplier), along dim 0
-
-
-@dataclass(frozen=True)
-class Transform:
-    """One of the forms above, with the number it needs (groups, heads)."""
-
-    name: str
-    n: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,125 +97,63 @@ def norm_rows(i: int, hf_mixer: str, hf_ffn: str | None, gguf_ffn: str = "ffn_no
         yield TensorMapping(f"layers.{i}.ffn_norm.weight", hf_ffn, f"blk.{i}.{gguf_ffn}", keep_fp32=True)
 
 
-def attention_rows(
-    i: int, c: AttentionConfig, hf: str, *, into: float = 1.0, key: float = 1.0, out: float = 1.0, pairs: bool = False
+Scales = Mapping[str, "float | Sequence[float]"]  # a sequence: of `Param.parts`, one each
+
+
+def module_rows(
+    i: int,
+    spec: ModuleSpec,
+    width: int,
+    hf: str,
+    *,
+    names: Mapping[str, str] = _NOTHING,
+    scales: Scales = _NOTHING,
+    gguf_forms: Mapping[str, tuple[Transform, ...]] = _NOTHING,
+    fused: Mapping[str, tuple[str, int, int]] = _NOTHING,
+    aliases: Mapping[str, tuple[str, ...]] = _NOTHING,
 ) -> Iterator[TensorMapping]:
-    """q, k, v, o under `hf`.  into, key, out: Falcon-H1's multipliers; pairs: GGUF keeps q and k interleaved."""
-    ours = f"layers.{i}.mixers.attention"
-    for name, gguf, heads, scale in (
-        ("q", "attn_q", c.heads, 1.0),
-        ("k", "attn_k", c.kv_heads, key),
-        ("v", "attn_v", 0, 1.0),
-    ):
-        transforms = (Transform("interleave", heads),) if pairs and heads else ()
+    """The rows of one mixer or feed-forward of layer i, from its `params`.
+
+    hf: what its tensors' names begin with in a folder.  The other tables go by `Param.name`:
+    names: below `hf`, where they differ from `Param.hf`
+    scales: multipliers, ours = theirs × scale
+    gguf_forms: more changes of form on the way to GGUF
+    fused, aliases: as in `TensorMapping`
+    """
+    part = f"mixers.{spec.kind}" if isinstance(spec, MixerSpec) else "feed_forward"
+    for p in spec.params(width):
+        theirs = f"{hf}.{names.get(p.name, p.hf)}"
+        stacked = tuple(theirs.format(e=e) for e in range(p.shape[0])) if "{e}" in theirs else theirs
         yield TensorMapping(
-            f"{ours}.{name}.weight",
-            f"{hf}.{name}_proj.weight",
-            f"blk.{i}.{gguf}.weight",
-            into * scale,
-            gguf_forms=transforms,
+            f"layers.{i}.{part}.{p.name}",
+            stacked,
+            None if p.gguf is None else f"blk.{i}.{p.gguf}",
+            _scale(p, scales.get(p.name, 1.0)),
+            p.hf_form,
+            p.gguf_forms + gguf_forms.get(p.name, ()),
+            p.keep_fp32,
+            fused.get(p.name),
+            aliases.get(p.name, ()),
         )
-        if c.qkv_bias:
-            yield TensorMapping(
-                f"{ours}.{name}.bias", f"{hf}.{name}_proj.bias", f"blk.{i}.{gguf}.bias", scale, gguf_forms=transforms
-            )
-    yield TensorMapping(f"{ours}.o.weight", f"{hf}.o_proj.weight", f"blk.{i}.attn_output.weight", out)
-    if c.out_bias:
-        yield TensorMapping(f"{ours}.o.bias", f"{hf}.o_proj.bias", f"blk.{i}.attn_output.bias", out)
 
 
-def mamba1_rows(i: int, c: Mamba1Config, hf: str) -> Iterator[TensorMapping]:
-    ours, gguf = f"layers.{i}.mixers.mamba1", f"blk.{i}"
-    yield TensorMapping(f"{ours}.in_proj.weight", f"{hf}.in_proj.weight", f"{gguf}.ssm_in.weight")
-    yield TensorMapping(
-        f"{ours}.conv", f"{hf}.conv1d.weight", f"{gguf}.ssm_conv1d.weight", hf_form=Transform("conv"), keep_fp32=True
-    )
-    if c.conv_bias:
-        yield TensorMapping(f"{ours}.conv_bias", f"{hf}.conv1d.bias", f"{gguf}.ssm_conv1d.bias", keep_fp32=True)
-    yield TensorMapping(f"{ours}.x_proj.weight", f"{hf}.x_proj.weight", f"{gguf}.ssm_x.weight")
-    yield TensorMapping(f"{ours}.dt.weight", f"{hf}.dt_proj.weight", f"{gguf}.ssm_dt.weight")
-    yield TensorMapping(f"{ours}.dt_bias", f"{hf}.dt_proj.bias", f"{gguf}.ssm_dt.bias", keep_fp32=True)
-    yield TensorMapping(
-        f"{ours}.A_log", f"{hf}.A_log", f"{gguf}.ssm_a", gguf_forms=(Transform("neg_exp"),), keep_fp32=True
-    )
-    yield TensorMapping(f"{ours}.D", f"{hf}.D", f"{gguf}.ssm_d", keep_fp32=True)
-    if c.inner_norms:
-        for name in ("dt", "B", "C"):
-            theirs = name.lower()
-            yield TensorMapping(
-                f"{ours}.{name}_norm.weight",
-                f"{hf}.{theirs}_layernorm.weight",
-                f"{gguf}.ssm_{theirs}_norm.weight",
-                keep_fp32=True,
-            )
-    yield TensorMapping(f"{ours}.out_proj.weight", f"{hf}.out_proj.weight", f"{gguf}.ssm_out.weight")
-    if c.proj_bias:
-        yield TensorMapping(f"{ours}.in_proj.bias", f"{hf}.in_proj.bias", None)
-        yield TensorMapping(f"{ours}.out_proj.bias", f"{hf}.out_proj.bias", None)
+def _scale(param: Param, scale: float | Sequence[float]) -> float | Runs:
+    """One number where all runs have the same."""
+    if isinstance(scale, (int, float)):
+        return scale
+    return tuple(zip(param.parts, scale, strict=True)) if len(set(scale)) > 1 else scale[0]
 
 
-def mamba2_rows(
-    i: int, c: Mamba2Config, hf: str, *, into: float = 1.0, parts: Iterable[float] = (1.0,) * 5, out: float = 1.0
-) -> Iterator[TensorMapping]:
-    """parts: Falcon-H1's multipliers of z, x, B, C and dt; the bias of in_proj is scaled by them but not by `into`."""
-    ours, gguf = f"layers.{i}.mixers.mamba2", f"blk.{i}"
-    GN = c.groups * c.state
-    runs = tuple(zip((c.inner, c.inner, GN, GN, c.heads), parts, strict=True))
-    yield TensorMapping(f"{ours}.in_proj.weight", f"{hf}.in_proj.weight", f"{gguf}.ssm_in.weight", _runs(runs, into))
-    if c.in_bias:
-        yield TensorMapping(f"{ours}.in_proj.bias", f"{hf}.in_proj.bias", None, _runs(runs, 1.0))
-    yield TensorMapping(
-        f"{ours}.conv", f"{hf}.conv1d.weight", f"{gguf}.ssm_conv1d.weight", hf_form=Transform("conv"), keep_fp32=True
-    )
-    if c.conv_bias:
-        yield TensorMapping(f"{ours}.conv_bias", f"{hf}.conv1d.bias", f"{gguf}.ssm_conv1d.bias", keep_fp32=True)
-    yield TensorMapping(f"{ours}.dt_bias", f"{hf}.dt_bias", f"{gguf}.ssm_dt.bias", keep_fp32=True)
-    column = Transform("column")
-    yield TensorMapping(
-        f"{ours}.A_log", f"{hf}.A_log", f"{gguf}.ssm_a", gguf_forms=(Transform("neg_exp"), column), keep_fp32=True
-    )
-    yield TensorMapping(f"{ours}.D", f"{hf}.D", f"{gguf}.ssm_d", gguf_forms=(column,), keep_fp32=True)
-    if c.gated_norm != "none":
-        transforms = (Transform("groups", c.groups),)
-        yield TensorMapping(
-            f"{ours}.out_norm", f"{hf}.norm.weight", f"{gguf}.ssm_norm.weight", gguf_forms=transforms, keep_fp32=True
-        )
-    yield TensorMapping(f"{ours}.out_proj.weight", f"{hf}.out_proj.weight", f"{gguf}.ssm_out.weight", out)
-    if c.out_bias:
-        yield TensorMapping(f"{ours}.out_proj.bias", f"{hf}.out_proj.bias", None, out)
+def paired(heads: int, kv_heads: int) -> dict[str, tuple[Transform, ...]]:
+    """gguf_forms of attention whose q and k rows GGUF keeps in neighbouring pairs (architecture `llama`)."""
+    forms = {"q": (Transform("interleave", heads),), "k": (Transform("interleave", kv_heads),)}
+    return {f"{name}.{leaf}": form for name, form in forms.items() for leaf in ("weight", "bias")}
 
 
-def _runs(runs: Runs, factor: float) -> float | Runs:
-    """Runs times a factor; a single number where all are equal."""
-    scaled = tuple((count, scale * factor) for count, scale in runs)
-    return scaled if len({scale for _, scale in scaled}) > 1 else scaled[0][1]
-
-
-def mlp_rows(i: int, c: GatedMLPConfig, hf: str, *, gate: float = 1.0, down: float = 1.0) -> Iterator[TensorMapping]:
-    for name, scale in (("gate", gate), ("up", 1.0), ("down", down)):
-        ours, gguf = f"layers.{i}.feed_forward.{name}", f"blk.{i}.ffn_{name}"
-        yield TensorMapping(f"{ours}.weight", f"{hf}.{name}_proj.weight", f"{gguf}.weight", scale)
-        if c.bias:
-            yield TensorMapping(f"{ours}.bias", f"{hf}.{name}_proj.bias", f"{gguf}.bias", scale)
-
-
-def moe_rows(
-    i: int, c: MoEConfig, hf: str, *, router: str, names: tuple[str, str, str], fused: str
-) -> Iterator[TensorMapping]:
-    """names: what an expert calls gate, up and down; fused: where transformers 5.x keeps them all."""
-    ours, gguf = f"layers.{i}.feed_forward", f"blk.{i}"
-    other = f"{fused.removesuffix('.experts')}.{router.rpartition('.')[2]}.weight"
-    yield TensorMapping(
-        f"{ours}.router.weight", f"{router}.weight", f"{gguf}.ffn_gate_inp.weight", keep_fp32=True, aliases=(other,)
-    )
-    places = {
-        "gate": (f"{fused}.gate_up_proj", 0, 2),
-        "up": (f"{fused}.gate_up_proj", 1, 2),
-        "down": (f"{fused}.down_proj", 0, 1),
-    }
-    for name, theirs in zip(("gate", "up", "down"), names, strict=True):
-        experts = tuple(f"{hf}.{e}.{theirs}.weight" for e in range(c.experts))
-        yield TensorMapping(f"{ours}.{name}", experts, f"{gguf}.ffn_{name}_exps.weight", fused=places[name])
+def fused_experts(hf: str) -> dict[str, tuple[str, int, int]]:
+    """Where transformers 5.x keeps all experts under `hf`: gate above up in one tensor."""
+    both = f"{hf}.gate_up_proj"
+    return {"gate": (both, 0, 2), "up": (both, 1, 2), "down": (f"{hf}.down_proj", 0, 1)}
 
 
 # ── GGUF metadata that several families share ────────────────────────────────────────────────────────────

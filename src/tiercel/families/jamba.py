@@ -17,10 +17,8 @@ from tiercel.families.family import (
     Family,
     Metadata,
     TensorMapping,
-    attention_rows,
-    mamba1_rows,
-    mlp_rows,
-    moe_rows,
+    fused_experts,
+    module_rows,
     norm_rows,
     tensor_shape,
     top_rows,
@@ -101,18 +99,13 @@ def rows(config: ModelConfig) -> Iterator[TensorMapping]:
     for i, layer in enumerate(config.layers):
         hf, mixer, ffn = f"model.layers.{i}", layer.mixers[0], layer.feed_forward
         yield from norm_rows(i, f"{hf}.input_layernorm.weight", f"{hf}.pre_ff_layernorm.weight")
-        if isinstance(mixer, AttentionConfig):
-            yield from attention_rows(i, mixer, f"{hf}.self_attn")
-        else:
-            assert isinstance(mixer, Mamba1Config)
-            yield from mamba1_rows(i, mixer, f"{hf}.mamba")
+        part = "self_attn" if isinstance(mixer, AttentionConfig) else "mamba"
+        yield from module_rows(i, mixer, config.width, f"{hf}.{part}")
         hf += ".feed_forward"
-        if isinstance(ffn, MoEConfig):
-            names = ("gate_proj", "up_proj", "down_proj")
-            yield from moe_rows(i, ffn, f"{hf}.experts", router=f"{hf}.router", names=names, fused=f"{hf}.experts")
-        else:
-            assert isinstance(ffn, GatedMLPConfig)
-            yield from mlp_rows(i, ffn, hf)
+        assert ffn is not None
+        names = {"router.weight": "router.weight"} if isinstance(ffn, MoEConfig) else {}
+        fused = fused_experts(f"{hf}.experts")
+        yield from module_rows(i, ffn, config.width, hf, names=names, fused=fused)
 
 
 def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:

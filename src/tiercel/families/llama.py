@@ -18,10 +18,10 @@ from tiercel.families.family import (
     Family,
     Metadata,
     TensorMapping,
-    attention_rows,
-    mlp_rows,
-    moe_rows,
+    fused_experts,
+    module_rows,
     norm_rows,
+    paired,
     tensor_shape,
     top_rows,
 )
@@ -30,8 +30,9 @@ from tiercel.families.rope import fixed_length, gguf_rope_limits, read_gguf_rope
 from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
 from tiercel.feed_forward.moe.config import MoEConfig
 from tiercel.mixers.attention.config import AttentionConfig
-from tiercel.model.config import FeedForward, LayerConfig, ModelConfig
+from tiercel.model.config import LayerConfig, ModelConfig
 
+MIXTRAL_EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
@@ -56,7 +57,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     )
     activation = f.choice("hidden_act", "silu", ACTIVATIONS)
     ffn_width = f.size("intermediate_size")
-    feed_forward: FeedForward = GatedMLPConfig(
+    feed_forward: GatedMLPConfig | MoEConfig = GatedMLPConfig(
         width=ffn_width, activation=activation, bias=f.flag("mlp_bias", False) if kind == "llama" else False
     )
     if kind == "mixtral":
@@ -112,17 +113,22 @@ def rows(config: ModelConfig, *, pairs: bool = True) -> Iterator[TensorMapping]:
         attention, feed_forward = layer.mixers[0], layer.feed_forward
         assert isinstance(attention, AttentionConfig)
         interleaved = pairs and not (attention.qkv_bias and not attention.out_bias)
+        forms = paired(attention.heads, attention.kv_heads) if interleaved else {}
         yield from norm_rows(i, f"{hf}.input_layernorm.weight", f"{hf}.post_attention_layernorm.weight")
-        yield from attention_rows(i, attention, f"{hf}.self_attn", pairs=interleaved)
+        yield from module_rows(i, attention, config.width, f"{hf}.self_attn", gguf_forms=forms)
+        assert feed_forward is not None
         if isinstance(feed_forward, MoEConfig):
-            moe = f"{hf}.block_sparse_moe"
-            names = ("w1", "w3", "w2")
-            yield from moe_rows(
-                i, feed_forward, f"{moe}.experts", router=f"{moe}.gate", names=names, fused=f"{hf}.mlp.experts"
+            yield from module_rows(
+                i,
+                feed_forward,
+                config.width,
+                f"{hf}.block_sparse_moe",
+                names={name: f"experts.{{e}}.{theirs}.weight" for name, theirs in MIXTRAL_EXPERT.items()},
+                fused=fused_experts(f"{hf}.mlp.experts"),
+                aliases={"router.weight": (f"{hf}.mlp.gate.weight",)},
             )
         else:
-            assert feed_forward is not None
-            yield from mlp_rows(i, feed_forward, f"{hf}.mlp")
+            yield from module_rows(i, feed_forward, config.width, f"{hf}.mlp")
 
 
 def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
@@ -140,7 +146,7 @@ def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[
         out_bias="blk.0.attn_output.bias" in tensors,
     )
     experts = metadata.get(f"{arch}.expert_count", 0)
-    feed_forward: FeedForward
+    feed_forward: GatedMLPConfig | MoEConfig
     if experts:
         feed_forward = MoEConfig(
             width=m.size("feed_forward_length"), experts=m.size("expert_count"), active=m.size("expert_used_count")
@@ -181,7 +187,7 @@ def write_gguf(config: ModelConfig) -> dict[str, Any]:
 
 def limits(config: ModelConfig) -> Iterator[str]:
     attention, feed_forward = config.layers[0].mixers[0], config.layers[0].feed_forward
-    assert isinstance(attention, AttentionConfig) and feed_forward is not None
+    assert isinstance(attention, AttentionConfig) and isinstance(feed_forward, GatedMLPConfig | MoEConfig)
     for layer in config.layers:
         mixer = layer.mixers[0]
         assert isinstance(mixer, AttentionConfig)
@@ -203,7 +209,8 @@ def qwen2_limits(config: ModelConfig) -> Iterator[str]:
 def write(config: ModelConfig, kind: str = "") -> dict[str, Any]:
     """A config.json for a network that came from a GGUF file."""
     attention, feed_forward = config.layers[0].mixers[0], config.layers[0].feed_forward
-    assert isinstance(attention, AttentionConfig) and attention.rope is not None and feed_forward is not None
+    assert isinstance(attention, AttentionConfig) and attention.rope is not None
+    assert isinstance(feed_forward, GatedMLPConfig | MoEConfig)
     moe = isinstance(feed_forward, MoEConfig)
     kind = kind or ("mixtral" if moe else "llama")
     names = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "qwen2": "Qwen2ForCausalLM"}

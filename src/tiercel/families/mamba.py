@@ -17,8 +17,7 @@ from tiercel.families.family import (
     Family,
     Metadata,
     TensorMapping,
-    mamba1_rows,
-    mamba2_rows,
+    module_rows,
     norm_rows,
     tensor_shape,
     top_rows,
@@ -26,7 +25,7 @@ from tiercel.families.family import (
 from tiercel.families.fields import Fields
 from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba2.config import Mamba2Config
-from tiercel.model.config import LayerConfig, Mixer, ModelConfig
+from tiercel.model.config import LayerConfig, ModelConfig
 
 CONTEXT = 1 << 20  # nothing in these models ends at a length; llama.cpp writes the same number
 
@@ -38,7 +37,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     inner = int(f.number("expand", 2.0, positive=True) * width)
     kernel = f.size("conv_kernel", 4, largest=256)
     f.only("hidden_act", "silu", "swish")
-    mixer: Mixer
+    mixer: Mamba1Config | Mamba2Config
     if f.data.get("model_type") == "mamba":
         inner = f.size("intermediate_size", inner)
         auto = f.data.get("time_step_rank", "auto") == "auto"
@@ -86,18 +85,14 @@ def rows(config: ModelConfig) -> Iterator[TensorMapping]:
     for row in top_rows(config, embed="backbone.embeddings.weight", norm="backbone.norm_f.weight"):
         yield replace(row, aliases=("backbone.embedding.weight",)) if row.ours == "embed.weight" else row
     for i, layer in enumerate(config.layers):
-        hf, mixer = f"backbone.layers.{i}", layer.mixers[0]
+        hf = f"backbone.layers.{i}"
         yield from norm_rows(i, f"{hf}.norm.weight", None)
-        if isinstance(mixer, Mamba1Config):
-            yield from mamba1_rows(i, mixer, f"{hf}.mixer")
-        else:
-            assert isinstance(mixer, Mamba2Config)
-            yield from mamba2_rows(i, mixer, f"{hf}.mixer")
+        yield from module_rows(i, layer.mixers[0], config.width, f"{hf}.mixer")
 
 
 def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
     m = Metadata(metadata, metadata["general.architecture"])
-    mixer: Mixer = read_gguf_mamba2(m, tensors) if m.arch == "mamba2" else read_gguf_mamba1(m, tensors)
+    mixer = read_gguf_mamba2(m, tensors) if m.arch == "mamba2" else read_gguf_mamba1(m, tensors)
     config = ModelConfig(
         vocab_size=tensor_shape(tensors, "token_embd.weight")[0],
         width=m.size("embedding_length"),
@@ -136,7 +131,8 @@ def write_gguf_mamba1(c: Mamba1Config) -> dict[str, Any]:
 
 def write_gguf(config: ModelConfig) -> dict[str, Any]:
     mixer = config.layers[0].mixers[0]
-    keys = write_gguf_mamba1(mixer) if isinstance(mixer, Mamba1Config) else write_gguf_mamba2(mixer)  # type: ignore[arg-type]
+    assert isinstance(mixer, Mamba1Config | Mamba2Config)
+    keys = write_gguf_mamba1(mixer) if isinstance(mixer, Mamba1Config) else write_gguf_mamba2(mixer)
     return keys | {
         "block_count": len(config.layers),
         "context_length": config.max_length,
@@ -170,6 +166,7 @@ def limits(config: ModelConfig) -> Iterator[str]:
 def write(config: ModelConfig) -> dict[str, Any]:
     """A config.json for a network that came from a GGUF file."""
     c = config.layers[0].mixers[0]
+    assert isinstance(c, Mamba1Config | Mamba2Config)
     out: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -177,10 +174,10 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tied,
         "residual_in_fp32": config.residual_fp32,
-        "conv_kernel": c.conv,  # type: ignore[union-attr]
-        "state_size": c.state,  # type: ignore[union-attr]
-        "expand": c.inner / config.width,  # type: ignore[union-attr]
-        "use_conv_bias": c.conv_bias,  # type: ignore[union-attr]
+        "conv_kernel": c.conv,
+        "state_size": c.state,
+        "expand": c.inner / config.width,
+        "use_conv_bias": c.conv_bias,
     }
     if out["expand"].is_integer():
         out["expand"] = int(out["expand"])

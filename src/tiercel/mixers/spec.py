@@ -1,29 +1,46 @@
 """What a mixer or a feed-forward is, as data: its parameters, its buffers, its cost.
 
 Standard library only, so `plan` and `show` need no torch.  A mixer is one folder with one subclass of `MixerSpec` (its
-config) and one line in `mixers/__init__.py`; everything that lists parameters or buffers is derived from these tables:
+config) and one line in `mixers/registry.py`; everything that lists parameters or buffers is derived from these tables:
 
     Param    checkpoint and GGUF names, counts, shapes, initial values, fp32 set, weight decay, packing, tensor-parallel
              shards, LoRA targets
     Buffer   allocation on CPU and GPU, kernel descriptors, trim, fork, snapshot, saved files, bytes in `plan`
-    Cost     operations and bytes of a step or a prompt, which `plan` adds up
+    Cost     operations and values of a step or a prompt, which `plan` adds up
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
+
+from tiercel.errors import FormatError, RequestError
 
 if TYPE_CHECKING:
     from torch import nn
 
-Init = Literal["linear", "embedding", "zeros", "ones", "conv", "dt_bias", "A_log"]
+Init = Literal["linear", "residual", "embedding", "zeros", "ones", "dt_bias", "A_log"]
 Shard = Literal["replicate", "column", "row"]  # Megatron's words: column splits outputs, row splits inputs and sums
 Dtype = Literal["model", "float32"]
 Lifetime = Literal["page", "pending", "sequence", "scratch"]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A tensor's form in a foreign file and the number it needs; applied in `weights.transforms`.
+
+    conv        (C, K) here, (C, 1, K) there
+    column      (H) here, (H, 1) there
+    groups      (I) here, (G, I / G) there; n = G
+    neg_exp     A_log here, A = −exp(A_log) there
+    interleave  rows of q and k: rotate-half here, neighbouring pairs there (llama.cpp's `llama`); n = heads
+    """
+
+    name: str
+    n: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,33 +49,61 @@ class Param:
 
     name, shape   as in `named_parameters()` of the module: "in_proj.weight", (N, K)
     hf, gguf      default names below the layer ("in_proj.weight"; "ssm_in.weight"); a family may give others.
-                  gguf None: GGUF has no place for it
-    transforms    named changes of form on the way to a file: hf_form, gguf_forms (`weights/transforms.py`)
-    init          how an untrained network draws it
+                  "{e}" in hf: one tensor for each index of the first axis.  gguf None: GGUF has no place for it
+    hf_form, gguf_forms   changes of form on the way to a file
+    init          how an untrained network draws it (`model.layers.fresh`); residual: a matrix whose output is added
+                  to the residual stream
     keep_fp32     norms, convolutions, decays, routers: at least float32 where it matters, never packed
+    fp32_on_gpu   stays float32 on a GPU too, where norms and convolutions take the matrices' dtype
     decay         weight decay applies in training
     shard, parts  how tensor parallelism splits it; parts: runs of rows, each split on its own ([z | x | B | C | dt])
-    lora          a LoRA target
-    role          its class in quantization recipes and fidelity reports ("attn_v", "ffn_down", "ssm_in", …)
+    reads_input   its Linear multiplies the layer's input, so a GPU may compute it together with others that do
+    lora          a LoRA target by default
+    role          its class in quantization recipes ("attn_v", "ffn_down", …)
     """
 
     name: str
     shape: tuple[int, ...]
     hf: str
     gguf: str | None
-    hf_form: tuple[str, int] | None = None
-    gguf_forms: tuple[tuple[str, int], ...] = ()
+    hf_form: Transform | None = None
+    gguf_forms: tuple[Transform, ...] = ()
     init: Init = "linear"
     keep_fp32: bool = False
+    fp32_on_gpu: bool = False
     decay: bool = True
     shard: Shard = "replicate"
     parts: tuple[int, ...] = ()
+    reads_input: bool = False
     lora: bool = False
     role: str = "other"
 
     @property
     def values(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def packs(self) -> bool:
+        """Whether it may be quantized: matrices and stacks of them, not what a recurrence or routing rests on."""
+        return len(self.shape) > 1 and not self.keep_fp32
+
+
+def linear(
+    name: str, shape: tuple[int, int], hf: str, gguf: str | None, *, bias: bool, **fields: Any
+) -> Iterator[Param]:
+    """A Linear's weight and its bias; hf, gguf: names without ".weight".  fields: of both, as in `Param`.
+
+    gguf None for the bias alone: `bias_gguf=None`.
+    """
+    bias_gguf = fields.pop("bias_gguf", gguf)
+    weight = None if gguf is None else f"{gguf}.weight"
+    yield Param(name=f"{name}.weight", shape=shape, hf=f"{hf}.weight", gguf=weight, **fields)
+    if bias:
+        of_bias = {key: value for key, value in fields.items() if key in ("shard", "parts")}
+        gguf = None if bias_gguf is None else f"{bias_gguf}.bias"
+        yield Param(
+            name=f"{name}.bias", shape=shape[:1], hf=f"{hf}.bias", gguf=gguf, init="zeros", decay=False, **of_bias
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,30 +132,39 @@ class Buffer:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a mixer does besides its matrices, for `plan`.  All counts are of one layer.
+    """What a layer does besides its matrices, for `plan`.  Keys of `ops` and `reads` are rates of `plan.machines`.
 
-    ops      operations by the rate that bounds them: {"attention": …, "scan2": …, "conv": …} (plan/machines.py)
-    read     bytes of state and keys read in a step of one row
-    width    float32 values per token that lie between its products (working memory, pointwise time)
+    ops      of reading the new tokens: {"attend": floating-point operations}, {"scan": state values × tokens}
+    reads    values read in a step of one row: {"attend_read": keys and values}, {"scan_read": state values};
+             keys and values in the model's dtype, states in float32
+    width    float32 values of one token that are in memory at once between its products
+    between  values of one token that its products write or read, those of `ops` aside
     """
 
-    ops: dict[str, float] = field(default_factory=dict)
-    read: float = 0.0
+    ops: Mapping[str, float] = field(default_factory=dict)
+    reads: Mapping[str, float] = field(default_factory=dict)
     width: int = 0
+    between: int = 0
 
 
 class ModuleSpec(ABC):
     """What mixers and feed-forwards share."""
 
     kind: ClassVar[str]  # its name in config files: "attention", "mamba2", "gated_mlp"
+    word: ClassVar[str | None] = None  # its name in a pattern ("mamba2 attention/moe"); None: it has none
+    tables: ClassVar[Mapping[str, type]] = {}  # fields that hold a dataclass of their own in a config file
 
     @abstractmethod
     def params(self, width: int) -> tuple[Param, ...]:
-        """Every parameter, in the module's order; width: of the residual stream."""
+        """Every parameter, in the order of files; width: of the residual stream.
+
+        With the layer's own tensors ("conv") moved before those of its parts ("in_proj.weight"), this is the order of
+        the layer's `named_parameters()`.
+        """
 
     @abstractmethod
     def describe(self) -> str:
-        """One line for `tiercel show`: "64 heads of 64, state 128, 1 group"."""
+        """One line for `tiercel show`: "mamba2 24 × 64, state 128, 1 group(s)"."""
 
     @abstractmethod
     def shard(self, size: int) -> Self:
@@ -124,10 +178,26 @@ class ModuleSpec(ABC):
     def build(self, width: int, eps: float) -> nn.Module:
         """The layer; imports torch."""
 
+    @classmethod
+    def from_pattern(cls, width: int, **sizes: Any) -> Self:
+        """The spec that a word of a pattern stands for; sizes: the arguments of `families.pattern.pattern`."""
+        raise RequestError(f"{cls.kind} has no word in a pattern: give its fields in a config file")
+
+    @property
+    def label(self) -> str:
+        """Its name in the picture of a network: "mamba2", "moe 2 of 8"."""
+        return self.kind
+
+    def _divided(self, what: str, count: int, size: int) -> int:
+        if count % size:
+            raise RequestError(f"{count} {what} cannot be split over {size} processes")
+        return count // size
+
 
 class MixerSpec(ModuleSpec):
     """A mixer: attention, a state-space model, a linear attention, a convolution."""
 
+    report_class: ClassVar[str | None] = None  # its class in fidelity reports; None: its kind
     chunk: int  # tokens after which a recurrent state is committed at the latest; attention has none
 
     @abstractmethod
@@ -147,9 +217,43 @@ class MixerSpec(ModuleSpec):
 class FeedForwardSpec(ModuleSpec):
     """A feed-forward: gated MLP, experts."""
 
+    width: int  # of its hidden layer, of one expert
+
     @abstractmethod
     def cost(self, tokens: int) -> Cost:
         """Of `tokens` tokens, its matrices aside."""
 
+    def routing(self) -> tuple[int, int]:
+        """(active, experts): how many of how many stacked matrices a token meets."""
+        return 1, 1
 
-Registry = dict[str, Callable[..., ModuleSpec]]
+
+S = TypeVar("S", bound=ModuleSpec)
+
+
+class Registry(dict[str, type[S]], Generic[S]):
+    """Spec classes by kind; an unknown kind is a FormatError that lists the known ones."""
+
+    def __init__(self, what: str, classes: Iterable[type[S]]) -> None:
+        super().__init__()
+        self.what = what
+        for cls in classes:
+            self.register(cls)
+
+    def register(self, cls: type[S]) -> type[S]:
+        """Add a class under its `kind`; usable as a decorator.
+
+        Raises:
+            RequestError: another class has that kind.
+        """
+        if self.get(cls.kind, cls) is not cls:
+            raise RequestError(f"there is a {self.what} {cls.kind!r} already: {self[cls.kind].__name__}")
+        self[cls.kind] = cls
+        return cls
+
+    def __missing__(self, kind: object) -> type[S]:
+        raise FormatError(f"unknown {self.what} {kind!r:.60}; known: {', '.join(self)}")
+
+    def words(self) -> dict[str, type[S]]:
+        """The classes that have a word in patterns, by it."""
+        return {cls.word: cls for cls in self.values() if cls.word is not None}

@@ -7,45 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
-from tiercel.feed_forward.gated_mlp.layer import GatedMLP
-from tiercel.feed_forward.moe.layer import MoE
-from tiercel.mixers.attention.config import AttentionConfig
-from tiercel.mixers.attention.layer import Attention
-from tiercel.mixers.mamba1.layer import Mamba1
-from tiercel.mixers.mamba2.config import Mamba2Config
-from tiercel.mixers.mamba2.layer import Mamba2
 from tiercel.model.batch import Batch
-from tiercel.model.config import LayerConfig, Mixer
+from tiercel.model.config import LayerConfig
 from tiercel.model.layers import RMSNorm
 from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.pointwise import add
 
-
-def build_mixer(config: Mixer, width: int, eps: float) -> nn.Module:
-    if isinstance(config, AttentionConfig):
-        return Attention(config, width)
-    return Mamba2(config, width, eps) if isinstance(config, Mamba2Config) else Mamba1(config, width, eps)
+if TYPE_CHECKING:
+    from tiercel.model.gpu_layout import MergedLinear
 
 
 class Block(nn.Module):
     def __init__(self, config: LayerConfig, width: int, eps: float) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(width, eps)
-        self.mixers = nn.ModuleDict({mixer.kind: build_mixer(mixer, width, eps) for mixer in config.mixers})
+        self.mixers = nn.ModuleDict({mixer.kind: mixer.build(width, eps) for mixer in config.mixers})
         self.feed_forward: nn.Module | None = None
-        self.joint: Any = None  # on a GPU: `model.placed.MergedLinear` of the matrices that read the normalised input
+        self.joint: MergedLinear | None = None  # on a GPU: of the matrices that multiply the normalised input
         if config.feed_forward is not None:
             self.ffn_norm = RMSNorm(width, eps)
-            dense = isinstance(config.feed_forward, GatedMLPConfig)
-            self.feed_forward = (GatedMLP if dense else MoE)(config.feed_forward, width)  # type: ignore[arg-type]
+            self.feed_forward = config.feed_forward.build(width, eps)
 
     def forward(self, x_TD: Tensor, batch: Batch | VarlenBatch, states: Sequence[Sequence[Any]]) -> Tensor:
-        """x: (T, D) → (T, D).  memories: for each mixer, what every row remembers (None: nothing)."""
+        """x: (T, D) → (T, D).  states: for each mixer the state of every row (None: without one)."""
         h_TD = self.mixer_norm(x_TD)
         precomputed = self.joint(h_TD) if self.joint is not None and batch.step and self.joint.holds() else {}
         given = {"precomputed": precomputed} if precomputed else {}
@@ -54,6 +42,8 @@ class Block(nn.Module):
         if self.feed_forward is None:
             return reduce(add, mixed, x_TD)
         x_TD, h_TD = self.ffn_norm.after(x_TD, mixed)
-        if batch.step and isinstance(self.feed_forward, GatedMLP) and not self.feed_forward._forward_hooks:
-            return self.feed_forward.add_to(x_TD, h_TD)
+        add_to = getattr(self.feed_forward, "add_to", None)  # a product that adds to its input, where there is one
+        if batch.step and add_to is not None and not self.feed_forward._forward_hooks:
+            added: Tensor = add_to(x_TD, h_TD)
+            return added
         return add(x_TD, self.feed_forward(h_TD))

@@ -2,8 +2,8 @@
 
     ModelConfig   embed → layers → norm → logits
     LayerConfig   mixers that run in parallel on one normalised input, and an optional feed-forward
-    mixers        AttentionConfig · Mamba1Config · Mamba2Config
-    feed-forward  GatedMLPConfig · MoEConfig
+    mixers        `mixers.spec.MixerSpec`: those of `mixers/registry.py`
+    feed-forward  `mixers.spec.FeedForwardSpec`: those of `feed_forward/registry.py`
 
 Letters used across the package: B batch rows, L length, D width, H heads, P head dim, N state,
 G groups, K conv kernel, V vocabulary, C chunk, F feed-forward width, E experts, I inner width.
@@ -14,26 +14,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
-from tiercel.feed_forward.moe.config import MoEConfig
-from tiercel.mixers.attention.config import AttentionConfig
-from tiercel.mixers.attention.rope import RopeConfig
+from tiercel.feed_forward.registry import FEED_FORWARDS
 from tiercel.mixers.checks import check, check_sizes
-from tiercel.mixers.mamba1.config import Mamba1Config
-from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.mixers.registry import MIXERS
+from tiercel.mixers.spec import FeedForwardSpec, MixerSpec, ModuleSpec, Registry
 
-Mixer = AttentionConfig | Mamba1Config | Mamba2Config
-FeedForward = GatedMLPConfig | MoEConfig
+Mixer = MixerSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
     """Mixers run in parallel on one normalised input and are summed; at most one of a kind."""
 
-    mixers: tuple[Mixer, ...]
-    feed_forward: FeedForward | None = None
+    mixers: tuple[MixerSpec, ...]
+    feed_forward: FeedForwardSpec | None = None
 
     def __post_init__(self) -> None:
         kinds = [mixer.kind for mixer in self.mixers]
@@ -89,10 +85,6 @@ class ModelConfig:
         return _build(cls, data | {"layers": tuple(layers)})
 
 
-_MIXERS: dict[str, Any] = {c.kind: c for c in (AttentionConfig, Mamba1Config, Mamba2Config)}
-_FEED_FORWARDS: dict[str, Any] = {c.kind: c for c in (GatedMLPConfig, MoEConfig)}
-
-
 def _plain(config: Any) -> dict[str, Any]:
     out: dict[str, Any] = {"kind": config.kind} if hasattr(config, "kind") else {}
     for f in dataclasses.fields(config):
@@ -122,22 +114,27 @@ def _layer_from_dict(data: dict[str, Any]) -> LayerConfig:
     assert isinstance(mixers, list)
     feed_forward = data.get("feed_forward")
     return LayerConfig(
-        mixers=tuple(_part(mixer, _MIXERS, "mixer") for mixer in mixers),
-        feed_forward=None if feed_forward is None else _part(feed_forward, _FEED_FORWARDS, "feed-forward"),
+        mixers=tuple(_part(mixer, MIXERS) for mixer in mixers),
+        feed_forward=None if feed_forward is None else _part(feed_forward, FEED_FORWARDS),
     )
 
 
-def _part(data: Any, kinds: dict[str, Any], what: str) -> Any:
-    check(isinstance(data, dict), f"a {what} must be a table of fields, not {data!r}")
+S = TypeVar("S", bound=ModuleSpec)
+
+
+def _part(data: Any, registry: Registry[S]) -> S:
+    check(isinstance(data, dict), f"a {registry.what} must be a table of fields, not {data!r}")
     data = dict(data)
     kind = data.pop("kind", None)
-    check(isinstance(kind, str) and kind in kinds, f"unknown {what} {kind!r}; known: {', '.join(kinds)}")
-    if isinstance(data.get("rope"), dict):
-        data["rope"] = _build(RopeConfig, data["rope"])
+    cls = registry[kind if isinstance(kind, str) else str(kind)]
+    for name, table in cls.tables.items():
+        if isinstance(data.get(name), dict):
+            data[name] = _build(table, data[name])
     for key, value in data.items():
         if isinstance(value, list):
             data[key] = tuple(math.inf if v == "inf" else v for v in value)
-    return _build(kinds[kind], data)
+    found: S = _build(cls, data)
+    return found
 
 
 def _build(cls: Any, data: dict[str, Any]) -> Any:
@@ -149,7 +146,9 @@ def _build(cls: Any, data: dict[str, Any]) -> Any:
         for k, value in data.items()
     }
     for name, value in data.items():
-        check(_fits(value, str(fields[name].type)), f"{cls.__name__}.{name} cannot be {value!r}")
+        annotation = fields[name].type
+        annotation = annotation if isinstance(annotation, str) else annotation.__name__
+        check(_fits(value, annotation), f"{cls.__name__}.{name} cannot be {value!r}")
     missing = [n for n, f in fields.items() if n not in data and f.default is dataclasses.MISSING]
     check(not missing, f"{cls.__name__} needs {missing[:1]}")
     return cls(**data)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tiercel.errors import RequestError
-from tiercel.mixers.attention.layer import Attention
-from tiercel.mixers.mamba2.layer import Mamba2
+from tiercel.mixers.spec import ModuleSpec
 from tiercel.model.layers import Linear, set_weight
+from tiercel.model.parameters import parameters
 from tiercel.ops import triton
 from tiercel.ops.linear import QTensor, linear
 
@@ -47,9 +47,6 @@ class MergedLinear:
         return dict(zip(self.linears, linear(h_TD, self.weight).split(widths, -1), strict=True))
 
 
-PRECISE = ("A_log", "D", "dt_bias")  # stay float32
-
-
 def move(network: Decoder, device: str | torch.device) -> None:
     """Put a network on a GPU to be run: packed matrices in the planes of its kernels, the rest in bfloat16 (float32
     where the matrices are).  RequestError where there is no such GPU."""
@@ -62,7 +59,8 @@ def move(network: Decoder, device: str | torch.device) -> None:
     plain = (
         torch.float32 if network.embed.weight.dtype == torch.float32 and not _any_packed(network) else torch.bfloat16
     )
-    for module in network.modules():
+    exact = {name for name, param in parameters(network.config).items() if param.fp32_on_gpu}
+    for path, module in network.named_modules():
         for name, value in [*vars(module).items(), *module._parameters.items()]:
             if isinstance(value, QTensor):
                 moved: Any = on_device(value, device)
@@ -71,7 +69,7 @@ def move(network: Decoder, device: str | torch.device) -> None:
             elif isinstance(value, list) and value and isinstance(value[0], QTensor):
                 raise RequestError("packed experts have no kernels for GPUs yet: load the model with dtype='bfloat16'")
             elif isinstance(value, nn.Parameter):
-                kind = torch.float32 if name in PRECISE else plain
+                kind = torch.float32 if f"{path}.{name}" in exact else plain
                 set_weight(module, name, nn.Parameter(value.detach().to(device, kind), requires_grad=False))
     network._tie()
     network._graphs.clear()
@@ -83,24 +81,26 @@ def _any_packed(network: Decoder) -> bool:
 
 def place(network: Decoder) -> None:
     """Join what reads one input, and let norms round where packed matrices follow; weights are on their device."""
-    for block in cast("Sequence[Block]", network.layers):
-        readers: list[Linear] = []
-        for mixer in block.mixers.values():
-            if isinstance(mixer, Mamba2):
-                readers.append(mixer.in_proj)
-            elif isinstance(mixer, Attention):
-                readers += [mixer.q, mixer.k, mixer.v]
+    width = network.config.width
+    for config, block in zip(network.config.layers, cast("Sequence[Block]", network.layers), strict=True):
+        readers = [m for spec in config.mixers for m in _readers(block.mixers[spec.kind], spec, width)]
         alike = [m for m in readers if type(m) is Linear and m.bias is None and _kind(m) == _kind(readers[0])]
         block.joint = MergedLinear(alike) if len(alike) > 1 else None
         block.mixer_norm.feeds_packed = any(_packed(m) for m in readers)
-        if block.feed_forward is not None:
-            block.ffn_norm.feeds_packed = _packed(getattr(block.feed_forward, "gate", None))
+        if block.feed_forward is not None and config.feed_forward is not None:
+            block.ffn_norm.feeds_packed = any(map(_packed, _readers(block.feed_forward, config.feed_forward, width)))
     network.norm.feeds_packed = _packed(network.head)
+
+
+def _readers(module: nn.Module, spec: ModuleSpec, width: int) -> list[Linear]:
+    """Its Linears that multiply the layer's input."""
+    names = [p.name.removesuffix(".weight") for p in spec.params(width) if p.reads_input and p.name.endswith(".weight")]
+    return [cast(Linear, module.get_submodule(name)) for name in names]
 
 
 def _kind(m: Linear) -> object:
     return m.weight.dtype if isinstance(m.weight, Tensor) else m.weight.type
 
 
-def _packed(m: nn.Module | None) -> bool:
+def _packed(m: nn.Module) -> bool:
     return getattr(getattr(m, "weight", None), "meets_rounded", False)

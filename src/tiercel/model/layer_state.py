@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tiercel.errors import RequestError
 from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.checks import LARGEST
 from tiercel.mixers.mamba1.config import Mamba1Config
@@ -408,4 +409,6 @@ def layer_state(config: Mixer, dtype: torch.dtype, device: torch.device, pool: C
         return AttentionState(config, dtype, device)
     if isinstance(config, Mamba2Config):
         return Mamba2State(config, dtype, device, pool)
-    return Mamba1State(config, dtype, device, pool)
+    if isinstance(config, Mamba1Config):
+        return Mamba1State(config, dtype, device, pool)
+    raise RequestError(f"there is no state for {config.kind} layers")

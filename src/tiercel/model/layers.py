@@ -10,16 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiercel.mixers.spec import Param
 from tiercel.model.lora import LoRADelta
+from tiercel.model.parameters import parameters
 from tiercel.ops.cpu import native
 from tiercel.ops.linear import QTensor, linear
 from tiercel.ops.norm import add_rms_norm, rms_norm
+
+if TYPE_CHECKING:
+    from tiercel.model.decoder import Decoder
 
 Matrix = Tensor | QTensor
 Precomputed = Mapping[nn.Module, Tensor]  # answers of Linears that were computed together with others
@@ -116,43 +121,39 @@ def fast_bf16() -> bool:
 
 
 @torch.no_grad()
-def initialize(network: nn.Module, seed: int = 0) -> None:
-    """Fresh weights for training, in place: the same seed gives the same network.  The rules are those of `fresh`."""
+def initialize(network: Decoder, seed: int = 0) -> None:
+    """Draw fresh weights for training, in place: the same seed gives the same network."""
     g = torch.Generator().manual_seed(seed)
-    depth = sum(1 for name, _ in network.named_modules() if name.endswith("mixer_norm"))
+    depth, table = len(network.config.layers), parameters(network.config)
     for name, p in network.named_parameters():
-        p.copy_(fresh(name, p.shape, depth, g))
+        p.copy_(fresh(table[name], depth, g))
 
 
-def fresh(name: str, shape: Sequence[int], depth: int, g: torch.Generator) -> Tensor:
+def fresh(param: Param, depth: int, g: torch.Generator) -> Tensor:
     """A new parameter of a network of `depth` layers, float32.
 
     Matrices N(0, `deviation`²); Mamba parameters as the papers draw them: A uniform in 1 … 16 per head (Mamba-2)
     or 1 … N per state (Mamba-1), D = 1, dt log-uniform in [0.001, 0.1] stored through the inverse of softplus.
     """
-    owner, _, leaf = name.rpartition(".")
-    if leaf == "dt_bias":
+    shape = param.shape
+    if param.init == "dt_bias":
         dt = torch.exp(torch.rand(shape, generator=g) * math.log(100.0) + math.log(0.001))
         return dt + torch.log(-torch.expm1(-dt))
-    if leaf == "A_log" and len(shape) == 1:
+    if param.init == "A_log" and len(shape) == 1:
         return torch.log(1 + 15 * torch.rand(shape, generator=g))
-    if leaf == "A_log":
+    if param.init == "A_log":
         return torch.log(torch.arange(1, shape[1] + 1)).expand(*shape)
-    if leaf in ("D", "out_norm") or owner.endswith("norm"):
-        return torch.ones(shape)
-    if leaf == "bias" or leaf == "conv_bias":
-        return torch.zeros(shape)
-    return torch.randn(shape, generator=g) * deviation(name, shape, depth)
+    if param.init in ("ones", "zeros"):
+        return torch.full(shape, float(param.init == "ones"))
+    return torch.randn(shape, generator=g) * deviation(param, depth)
 
 
-def deviation(name: str, shape: Sequence[int], depth: int) -> float:
+def deviation(param: Param, depth: int) -> float:
     """The spread of a fresh matrix, convolution or stack of expert matrices: fan-in^−½, fan-in being the last axis.
 
     Smaller by √(2 · depth) where it writes into the residual stream; 0.02 for the embedding.
     """
-    owner, _, leaf = name.rpartition(".")
-    part = owner.rpartition(".")[2]
-    if part == "embed":
+    if param.init == "embedding":
         return 0.02
-    std = shape[-1] ** -0.5
-    return std / math.sqrt(2 * depth) if part in ("o", "out_proj", "down") or leaf == "down" else std
+    std = param.shape[-1] ** -0.5
+    return std / math.sqrt(2 * depth) if param.init == "residual" else std

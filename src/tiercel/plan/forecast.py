@@ -15,21 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tiercel.errors import RequestError
-from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
-from tiercel.feed_forward.moe.config import MoEConfig
-from tiercel.mixers.attention.config import AttentionConfig
-from tiercel.mixers.attention.rope import RopeConfig
-from tiercel.mixers.mamba1.config import Mamba1Config
-from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.mixers.spec import Cost
 from tiercel.model.config import LayerConfig, ModelConfig
+from tiercel.model.parameters import parameters
 from tiercel.plan.machines import Machine, Product
-from tiercel.plan.sizes import PAGE, kv_bytes_per_token, open_bytes, parameter_count, shapes, state_bytes
+from tiercel.plan.sizes import PAGE, kv_bytes_per_token, open_bytes, parameter_count, state_bytes
 from tiercel.quant import PACKED_TYPES, fits, held_bytes, recipes, row_bytes
 
 FORWARD = 512  # tokens of one call while a prompt is read (generate.PREFILL)
@@ -74,16 +70,16 @@ def matrices(
 
     stored: type of each parameter, or of all, as the file has them.  Raises RequestError for names not known.
     """
-    all_ = list(shapes(config))
-    kinds = dict.fromkeys((name for name, *_ in all_), stored) if isinstance(stored, str) else dict(stored)
+    table = parameters(config)
+    kinds = dict.fromkeys(table, stored) if isinstance(stored, str) else dict(stored)
     if quantize is not None:
         if dtype != "auto":
             raise RequestError(f"choose one: --dtype {dtype} or --quantize {quantize}")
         if (recipe := recipes.find(quantize)) is None:
             raise RequestError(f"no recipe {quantize!r}; known: {', '.join(recipes.RECIPES)}")
-        kinds |= recipes.kinds({name: shape for name, shape, _ in all_}, recipe)
+        kinds |= recipes.kinds(table, recipe)
     if dtype == "auto":
-        largest = kinds.get(max(all_, key=lambda part: math.prod(part[1]))[0], "BF16")
+        largest = kinds.get(max(table, key=lambda name: table[name].values), "BF16")
         plain = "F32" if largest in ("F32", "F64") or largest in PACKED_TYPES else "BF16"
     elif (found := FLOATS.get(dtype)) is not None:
         plain = found
@@ -96,7 +92,7 @@ def matrices(
         own = kinds.get(name, plain)
         return own if dtype == "auto" and own in PACKED_TYPES and fits(own, shape[-1]) else plain
 
-    return [Matrix(name, kind(name, shape, keep_fp32), shape, keep_fp32) for name, shape, keep_fp32 in all_]
+    return [Matrix(name, kind(name, p.shape, p.keep_fp32), p.shape, p.keep_fp32) for name, p in table.items()]
 
 
 @dataclass(frozen=True)
@@ -210,31 +206,27 @@ def _working(config: ModelConfig, slots: int) -> int:
 
 
 def _layer_width(layer: LayerConfig) -> int:
-    """Numbers of one token between the norms of a layer."""
-    width = 0
-    for mixer in layer.mixers:
-        if isinstance(mixer, AttentionConfig):
-            width += (2 * mixer.heads + 2 * mixer.kv_heads) * mixer.head_dim
-        elif isinstance(mixer, Mamba2Config):
-            width += 2 * (mixer.inner + mixer.channels) + mixer.heads
-        else:
-            width += 5 * mixer.inner
-    ffn = layer.feed_forward
-    return max(width, 3 * ffn.width * (ffn.active if isinstance(ffn, MoEConfig) else 1) if ffn else 0)
+    """Values of one token between the norms of a layer."""
+    mixers = sum(cost.width for cost in _mixer_costs(layer, 1, 0))
+    return max(mixers, layer.feed_forward.cost(1).width if layer.feed_forward else 0)
+
+
+def _mixer_costs(layer: LayerConfig, tokens: int, context: int) -> list[Cost]:
+    return [mixer.cost(tokens, context) for mixer in layer.mixers]
 
 
 # ── speed
 
 
 def step_seconds(config: ModelConfig, held: list[Matrix], machine: Machine, context: int, rows: int = 1) -> float:
-    """One token of each of so many sequences, all of them at this length."""
-    size, read = _state_size(held), 0.0
-    attention = size * sum(
-        2 * m.kv_heads * m.head_dim * min(context, m.window or context)
-        for layer in config.layers for m in layer.mixers if isinstance(m, AttentionConfig)
-    )  # fmt: skip
-    mamba1, mamba2 = _cells(config)
-    read += attention / machine.attend_read + 4 * mamba2 / machine.scan_read + 4 * mamba1 / machine.scan1_read
+    """One token of each of `rows` sequences, all of them at this length."""
+    nbytes: dict[str, float] = defaultdict(float)
+    for layer, count in Counter(config.layers).items():
+        for mixer in layer.mixers:
+            size = 4 if mixer.recurrent else _state_size(held)
+            for rate, values in mixer.cost(1, context).reads.items():
+                nbytes[rate] += count * size * values
+    read = sum(total / machine.rate(rate) for rate, total in nbytes.items())
     layers = len(config.layers) * machine.layer_s
     return _products(config, held, machine, rows) + rows * read + layers
 
@@ -244,33 +236,18 @@ def prefill_seconds(config: ModelConfig, held: list[Matrix], machine: Machine, t
     calls, last = divmod(tokens, FORWARD)
     products = calls * _products(config, held, machine, FORWARD, prompt=True)
     products += _products(config, held, machine, last, prompt=True) if last else 0.0
-    pairs = 0.0
-    for layer in config.layers:
-        for m in layer.mixers:
-            if isinstance(m, AttentionConfig):
-                window = min(m.window or tokens, tokens)
-                pairs += 4 * m.heads * m.head_dim * (window * tokens - window * window / 2)
-    mamba1, mamba2 = _cells(config)
-    scans = tokens * (mamba2 / machine.scan + mamba1 / machine.scan1)
-    between = 4 * tokens * sum(_between(config, layer) for layer in config.layers) / machine.flow
+    ops: dict[str, float] = defaultdict(float)
+    between = 0
+    for layer, count in Counter(config.layers).items():
+        costs = _mixer_costs(layer, tokens, 0)
+        between += count * (4 * config.width + sum(cost.between for cost in costs))
+        between += count * layer.feed_forward.cost(tokens).between if layer.feed_forward else 0
+        for cost in costs:
+            for rate, number in cost.ops.items():
+                ops[rate] += count * number
+    mixers = sum(number / machine.rate(rate) for rate, number in ops.items())
     layers = (calls + bool(last)) * len(config.layers) * machine.layer_s
-    return products + pairs / machine.attend + scans + between + layers
-
-
-def _between(config: ModelConfig, layer: LayerConfig) -> int:
-    """Numbers of one token that a product writes or reads in a layer; those of a scan are in the scan's own rate."""
-    mixers = sum((2 * m.heads + 2 * m.kv_heads) * m.head_dim for m in layer.mixers if isinstance(m, AttentionConfig))
-    ffn = layer.feed_forward
-    return 4 * config.width + mixers + (3 * ffn.width * (ffn.active if isinstance(ffn, MoEConfig) else 1) if ffn else 0)
-
-
-def _cells(config: ModelConfig) -> tuple[int, int]:
-    """State values of all Mamba-1 and of all Mamba-2 layers."""
-    mixers = [m for layer in config.layers for m in layer.mixers]
-    return (
-        sum(m.inner * m.state for m in mixers if isinstance(m, Mamba1Config)),
-        sum(m.inner * m.state for m in mixers if isinstance(m, Mamba2Config)),
-    )
+    return products + mixers + 4 * tokens * between / machine.flow + layers
 
 
 def _products(config: ModelConfig, held: list[Matrix], machine: Machine, rows: int, prompt: bool = False) -> float:
@@ -289,10 +266,10 @@ def _read(config: ModelConfig, held: list[Matrix], rows: int, prompt: bool) -> I
         if matrix.keep_fp32 or len(matrix.shape) < 2 or (matrix.name == "embed.weight" and not config.tied):
             continue  # an embedding is looked up
         if len(matrix.shape) == 3:
-            moe = config.layers[int(matrix.name.split(".")[1])].feed_forward
-            assert isinstance(moe, MoEConfig)
-            touched = min(1.0, rows * moe.active / moe.experts)
-            yield matrix, max(1, rows * moe.active // moe.experts), touched
+            feed_forward = config.layers[int(matrix.name.split(".")[1])].feed_forward
+            assert feed_forward is not None
+            active, experts = feed_forward.routing()
+            yield matrix, max(1, rows * active // experts), min(1.0, rows * active / experts)
         elif matrix.name in ("embed.weight", "head.weight"):
             yield matrix, 1 if prompt else rows, 1.0
         else:
@@ -320,11 +297,12 @@ def transformer_of(config: ModelConfig) -> ModelConfig:
     D, L = config.width, len(config.layers)
     head_dim = 128 if D >= 2048 else 64
     heads = max(4, D // head_dim // 4 * 4)
-    attention = AttentionConfig(heads=heads, kv_heads=heads // 4, head_dim=head_dim, rope=RopeConfig(theta=500_000.0))
+    mixer = {"kind": "attention", "heads": heads, "kv_heads": heads // 4, "head_dim": head_dim,
+             "rope": {"theta": 500_000.0}}  # fmt: skip
 
     def shape(width: int) -> ModelConfig:
-        layer = LayerConfig(mixers=(attention,), feed_forward=GatedMLPConfig(width=width))
-        return dataclasses.replace(config, layers=(layer,) * L)
+        layer = {"mixers": [mixer], "feed_forward": {"kind": "gated_mlp", "width": width}, "repeat": L}
+        return ModelConfig.from_dict(config.to_dict() | {"layers": [layer]})
 
     smallest = shape(256)
     each = 3 * D * L

@@ -25,6 +25,9 @@ class Product:
     many: float
 
 
+RATES = ("attend", "attend_read", "scan", "scan_read", "scan1", "scan1_read", "flow")
+
+
 @dataclass(frozen=True)
 class Machine:
     """memory, free: bytes in all, and what a model may take.  gpu: no panels, a CUDA context instead of our process
@@ -54,6 +57,13 @@ class Machine:
 
     def product(self, kind: str) -> Product:
         return self.products.get(kind) or self.products["F32" if kind in ("F32", "F16") else "packed"]
+
+    def rate(self, name: str) -> float:
+        """What bounds a mixer's work (`mixers.spec.Cost`); RequestError for a name that is no rate of machines."""
+        if name not in RATES:
+            raise RequestError(f"machines have no rate {name!r}; known: {', '.join(RATES)}")
+        value: float = getattr(self, name)
+        return value
 
     @property
     def measured(self) -> bool:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from tiercel.mixers.spec import Param
 from tiercel.quant import fits
 
 
@@ -97,63 +98,56 @@ def find(name: str) -> str | None:
     return name if name in RECIPES else None
 
 
-def kinds(shapes: Mapping[str, tuple[int, ...]], recipe: str, *, importance: bool = False) -> dict[str, str]:
+def kinds(params: Mapping[str, Param], recipe: str, *, importance: bool = False) -> dict[str, str]:
     """Our parameter name → the type it is packed in; a name that is left out stays unpacked.
 
-    shapes: of all parameters of the network, layers in order (`weights.checkpoint.parameter_shapes`); without
-    `head.weight` the embedding is the output.  importance: whether an importance matrix is there (llama.cpp then
-    protects the first `down` matrices of Q4_0 and Q5_0).
+    params: all parameters of the network, layers in order (`model.parameters`); without `head.weight` the embedding
+    is the output.  importance: whether an importance matrix is there (llama.cpp then protects the first `down`
+    matrices of Q4_0 and Q5_0).
     """
     chosen = RECIPES[recipe]
-    matrices = {name: shape for name, shape in shapes.items() if packs(name, shape)}
-    layers = 1 + max((_layer(name) for name in shapes if name.startswith("layers.")), default=-1)
-    experts = next((shape[0] for shape in matrices.values() if len(shape) == 3), 1)
-    shared = _queries_per_key(shapes)
-    attentions = sum(name.endswith("attention.v.weight") for name in matrices)
+    matrices = {name: param for name, param in params.items() if param.packs}
+    layers = 1 + max((_layer(name) for name in params if name.startswith("layers.")), default=-1)
+    experts = next((param.shape[0] for param in matrices.values() if len(param.shape) == 3), 1)
+    shared = _queries_per_key(params)
+    attentions = sum(param.role == "attn_v" for param in matrices.values())
     is_70b = layers == attentions == 80 and shared > 1
-    seen = {"v": 0, "down": 0}
+    seen = {"attn_v": 0, "ffn_down": 0}
     found: dict[str, str] = {}
-    for name, shape in matrices.items():
-        role = _role(name)
+    for name, param in matrices.items():
+        role, row = param.role, param.shape[-1]
         kind: str | None = chosen.base
-        if role == "output" or (role == "embed" and "head.weight" not in shapes):
-            kind = output(chosen.base, shape[-1])
+        if role == "output" or (role == "embed" and "head.weight" not in params):
+            kind = output(chosen.base, row)
         elif role == "embed":
             kind = None if chosen.base == "NF4" else chosen.base
         elif chosen.file_type is None:
             pass  # our own recipes know one type
-        elif role == "v":
-            place = Place(seen["v"], attentions, shared)
+        elif role == "attn_v":
+            place = Place(seen[role], attentions, shared)
             kind = chosen.v(place) if chosen.v else chosen.base
             if is_70b and kind in ("Q3_K", "Q4_K"):
                 kind = "Q5_K"
             kind = "Q8_0" if experts == 8 else kind
-        elif role == "k" and experts == 8:
+        elif role == "attn_k" and experts == 8:
             kind = "Q8_0"
-        elif role == "down":
+        elif role == "ffn_down":
             # the i-th of its kind, but the i-th layer in models with experts, where not every layer has them
-            place = Place(_layer(name) if experts > 1 else seen["down"], layers, shared)
+            place = Place(_layer(name) if experts > 1 else seen[role], layers, shared)
             kind = chosen.down(place) if chosen.down else chosen.base
             if importance and chosen.base in ("Q4_0", "Q5_0") and place.i < place.n // 8:
                 kind = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}[chosen.base]
-        elif role == "o" and experts == 8:
+        elif role == "attn_output" and experts == 8:
             kind = "Q5_K" if recipe in Q5_OUT else chosen.base
-        elif role == "o" and chosen.o:
+        elif role == "attn_output" and chosen.o:
             kind = chosen.o(Place(0, 1, shared))
         if role in seen:
             seen[role] += 1
-        if kind is not None and not fits(kind, shape[-1]):
+        if kind is not None and not fits(kind, row):
             kind = NARROWER.get(kind)
-        if kind is not None and fits(kind, shape[-1]):
+        if kind is not None and fits(kind, row):
             found[name] = kind
     return found
-
-
-def packs(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter may be packed: matrices and stacks of them, not what the recurrence or routing rests on."""
-    if len(shape) == 3:
-        return True  # expert matrices
-    return len(shape) == 2 and name.endswith(".weight") and not name.endswith(("norm.weight", "router.weight"))
 
 
 def output(base: str, row: int) -> str | None:
@@ -186,14 +180,7 @@ def _layer(name: str) -> int:
     return int(name.split(".")[1])
 
 
-def _role(name: str) -> str:
-    parts = name.removesuffix(".weight").split(".")
-    if parts == ["head"]:
-        return "output"
-    return parts[-1] if parts[-1] == "embed" or "attention" in parts or "feed_forward" in parts else "other"
-
-
-def _queries_per_key(shapes: Mapping[str, tuple[int, ...]]) -> int:
+def _queries_per_key(params: Mapping[str, Param]) -> int:
     """Of the first layer; 0 when it has no attention."""
-    q, k = (shapes.get(f"layers.0.mixers.attention.{name}.weight") for name in "qk")
-    return q[0] // k[0] if q and k else 0
+    rows = {p.role: p.shape[0] for name, p in params.items() if name.startswith("layers.0.") and len(p.shape) > 1}
+    return rows["attn_q"] // rows["attn_k"] if "attn_q" in rows and "attn_k" in rows else 0

@@ -22,6 +22,7 @@ from tiercel.errors import RequestError, UnsupportedError
 from tiercel.families.family import Layout
 from tiercel.hub import hub
 from tiercel.model.decoder import Decoder
+from tiercel.model.parameters import parameters
 from tiercel.runtime.atomic import atomic_write
 from tiercel.train import start
 from tiercel.train.causal_lm import CausalLM, coverage
@@ -29,8 +30,6 @@ from tiercel.train.loop import Settings, fit
 from tiercel.weights.adapters import CONFIG, FOLDED, folds, module_rows
 from tiercel.weights.checkpoint import read_json
 from tiercel.weights.load import load
-
-TARGETS = ("q", "k", "v", "o", "in_proj", "out_proj", "gate", "up", "down")  # our names of projections
 
 
 def lora(
@@ -41,7 +40,7 @@ def lora(
     rank: int = 16,
     alpha: float = 32,
     dropout: float = 0.0,
-    targets: Sequence[str] = TARGETS,
+    targets: Sequence[str] = (),
     quantize: str | None = None,
     loss_on: Sequence[str] = ("assistant",),
     held_out: str | Path | None = None,
@@ -52,7 +51,8 @@ def lora(
 ) -> dict[str, Any]:
     """Train an adapter on what some roles say, and write it to settings.out.
 
-    targets: projections by our names or the checkpoint's ("q_proj").  quantize: a recipe such as "q4_k_m" or "nf4".
+    targets: projections by our names ("q") or the checkpoint's ("q_proj"); none: those whose `Param.lora` is set.
+    quantize: a recipe such as "q4_k_m" or "nf4".
     Other arguments and the answer: as of `sft`; "coverage" tells which part learns.
     """
     start.prepare(settings.out, settings.resume)
@@ -80,7 +80,7 @@ def adapt(
     rank: int = 16,
     alpha: float = 32,
     dropout: float = 0.0,
-    targets: Sequence[str] = TARGETS,
+    targets: Sequence[str] = (),
     name: str = "",
 ) -> Any:
     """The network in PEFT's hands, only the adapter wanting gradients.  RequestError for a target nothing matches."""
@@ -100,21 +100,25 @@ def adapt(
 
 
 def matched(layout: Layout, targets: Sequence[str]) -> list[str]:
-    """The checkpoint's names of the projections meant; RequestError where one is in no layer.
+    """The checkpoint's names of the targets, those whose `Param.lora` is set where none are named.
 
-    The default list means those of them that there are.
+    Raises:
+        RequestError: a target is in no layer, or the network has none.
     """
-    modules = module_rows(layout)
-    ours = {name: row.ours.removesuffix(".weight").rpartition(".")[2] for name, row in modules.items()}
-    leaf = {name: name.rpartition(".")[2] for name in modules}
-    layers = [name for name in modules if modules[name].ours.startswith("layers.")]
-    found: set[str] = set()
-    for target in targets:
-        names = {leaf[name] for name in layers if target in (ours[name], leaf[name])}
-        if not names and tuple(targets) != TARGETS:
-            known = ", ".join(sorted({leaf[name] for name in layers if not modules[name].keep_fp32}))
-            raise RequestError(f"the target {target!r} matches nothing in this network; it has {known}")
-        found |= names
+    modules, params = module_rows(layout), parameters(layout.config)
+    layers = [name for name, row in modules.items() if row.ours.startswith("layers.")]
+    ours = {name: modules[name].ours.removesuffix(".weight").rpartition(".")[2] for name in layers}
+    leaf = {name: name.rpartition(".")[2] for name in layers}
+    if not targets:
+        found = {leaf[name] for name in layers if params[modules[name].ours].lora}
+    else:
+        found = set()
+        for target in targets:
+            names = {leaf[name] for name in layers if target in (ours[name], leaf[name])}
+            if not names:
+                known = ", ".join(sorted({leaf[name] for name in layers if not modules[name].keep_fp32}))
+                raise RequestError(f"the target {target!r} matches nothing in this network; it has {known}")
+            found |= names
     if not found:
         raise RequestError("none of the targets is in this network")
     return sorted(found)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tiercel.model.decoder import Decoder
+from tiercel.model.parameters import parameters
 from tiercel.train.parallel import whole
 
 SCHEDULES = ("cosine", "wsd", "constant")
@@ -36,15 +38,21 @@ def adamw(
     """Decay for matrices alone: norms, biases, convolutions, A_log, D and dt_bias stay as large as they like."""
     decayed: list[Tensor] = []
     free: list[Tensor] = []
+    undecayed = _undecayed(network)
     for name, p in network.named_parameters():
         if p.requires_grad:
-            (decayed if is_matrix(name, p) else free).append(p)
+            (decayed if p.dim() >= 2 and name not in undecayed else free).append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=1e-8, fused=True)
 
 
-def is_matrix(name: str, p: Tensor) -> bool:
-    return p.dim() >= 2 and name.rpartition(".")[2] not in ("A_log", "conv")
+def _undecayed(network: nn.Module) -> set[str]:
+    """Names of the parameters of decoders in it whose `Param.decay` is off."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in network.named_modules() if isinstance(module, Decoder)
+        for name, param in parameters(module.config).items() if not param.decay
+    }  # fmt: skip
 
 
 def clip(parameters: Sequence[Tensor], limit: float) -> Tensor:

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from tiercel.errors import FormatError, ModelNotFound
 from tiercel.families import from_gguf, from_hf
-from tiercel.families.family import Layout, Runs, TensorMapping, Transform
+from tiercel.families.family import Layout, Runs, TensorMapping
+from tiercel.mixers.spec import Transform
 from tiercel.model.decoder import Decoder
+from tiercel.model.parameters import parameters
 from tiercel.plan import parameter_count
 from tiercel.quant import PACKED_TYPES, PACKINGS, dequantize
 from tiercel.tokenizer.tokenizer import Tokenizer
@@ -226,18 +228,19 @@ def read_json(path: Path) -> Any:
 
 def outline(layout: Layout) -> Decoder:
     """The network without memory: shapes only.  FormatError for sizes no memory could hold."""
-    if (count := parameter_count(layout.config)) > MOST_PARAMETERS:
-        raise FormatError(f"the config describes {count:.1e} parameters: no such model exists")
+    parameter_shapes(layout)
     with torch.device("meta"):
-        network = Decoder(layout.config)
-    differ = {row.ours for row in layout.rows} ^ {name for name, _ in network.named_parameters()}
-    assert not differ, f"{layout.family.name}: table and network differ in {sorted(differ)[:3]}"
-    return network
+        return Decoder(layout.config)
 
 
 def parameter_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
-    """The shapes of all our tensors."""
-    return {name: tuple(p.shape) for name, p in outline(layout).named_parameters()}
+    """The shapes of all our tensors.  FormatError for sizes no memory could hold."""
+    if (count := parameter_count(layout.config)) > MOST_PARAMETERS:
+        raise FormatError(f"the config describes {count:.1e} parameters: no such model exists")
+    shapes = {name: param.shape for name, param in parameters(layout.config).items()}
+    differ = {row.ours for row in layout.rows} ^ set(shapes)
+    assert not differ, f"{layout.family.name}: table and network differ in {sorted(differ)[:3]}"
+    return shapes
 
 
 def _by(shape: Sequence[int]) -> str:

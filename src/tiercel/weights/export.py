@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError, UnsupportedError
-from tiercel.families.family import Layout, TensorMapping, Transform, refuse
+from tiercel.families.family import Layout, TensorMapping, refuse
+from tiercel.mixers.spec import Transform
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import named_weights
 from tiercel.ops.linear import QTensor
@@ -275,9 +276,10 @@ def _extra_gguf(source: Source, tensors: Iterable[OutTensor]) -> Iterator[OutTen
         kind = recipes.output(embed.type, embed.shape[-1]) if embed.type in PACKINGS else embed.type
         assert kind is not None
         yield replace(embed, name="output.weight", type=kind, rows=partial(_scaled_embedding, source, row))
-    rope = getattr(config.layers[0].mixers[0], "rope", None)
+    attention: Any = config.layers[0].mixers[0]
+    rope = getattr(attention, "rope", None)
     if rope is not None and (rope.factors is not None or rope.scaling == "llama3"):
-        head_dim = config.layers[0].mixers[0].head_dim  # type: ignore[union-attr]
+        head_dim = attention.head_dim
         plain, _ = frequencies(replace(rope, scaling="none", factors=None), head_dim)
         divisors = plain / frequencies(rope, head_dim)[0]
         yield OutTensor("rope_freqs.weight", tuple(divisors.shape), "F32", lambda a, b: divisors[a:b])

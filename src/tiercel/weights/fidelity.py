@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tiercel.errors import DoesNotFit, RequestError
 from tiercel.families.family import Layout, TensorMapping
+from tiercel.mixers import MIXERS
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import named_weights
 from tiercel.quant import PACKED_TYPES
@@ -31,12 +32,6 @@ MARKS = (512, 8192)
 SPAN = 64
 EXCERPTS = {512: 4}  # of the text; other marks have one
 CHUNK = 512
-CLASSES = {
-    "attention": (".attention.",),
-    "mamba": (".mamba1.", ".mamba2."),
-    "feed-forward": (".feed_forward.",),
-    "embedding and output": ("embed.", "head."),
-}
 Progress = Callable[[int, int], None]  # (tokens read, tokens in all)
 
 
@@ -79,8 +74,7 @@ def measure(view: Quantized, tokens: Sequence[int], progress: Progress | None = 
         raise RequestError(f"the report needs at least {MARKS[0]} tokens: " + "; ".join(skipped.values()))
     network, dtype = _network(view.base)
     rows = [row for row in view.layout.rows if row.ours in view.kinds]
-    classes = {"all": rows} | {name: [row for row in rows if _is(row, marks)] for name, marks in CLASSES.items()}
-    classes = {name: members for name, members in classes.items() if members}
+    classes = {"all": rows} | classed(rows)
     report = _counter(progress, (1 + len(classes)) * sum(len(ids) for ids in excerpts))
     truth = [_log_probs(network, ids, report) for ids in excerpts]
     costs = []
@@ -172,8 +166,17 @@ def _compare(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return (p.exp() * (p - q)).sum(-1).clamp(min=0), p.argmax(-1) == q.argmax(-1)
 
 
-def _is(row: TensorMapping, marks: Sequence[str]) -> bool:
-    return any(mark in row.ours if mark.startswith(".") else row.ours.startswith(mark) for mark in marks)
+def classed(rows: Sequence[TensorMapping]) -> dict[str, list[TensorMapping]]:
+    """Tensors by their mixer's `report_class`, then those of feed-forwards, then embedding and output."""
+    of_mixers = {cls.report_class or kind: list[TensorMapping]() for kind, cls in MIXERS.items()}
+    classes = of_mixers | {"feed-forward": [], "embedding and output": []}
+    for row in rows:
+        _, _, part, *rest = row.ours.split(".") if row.ours.startswith("layers.") else ("", "", "top")
+        if part == "mixers":
+            classes[MIXERS[rest[0]].report_class or rest[0]].append(row)
+        elif part in ("feed_forward", "top"):
+            classes["feed-forward" if part == "feed_forward" else "embedding and output"].append(row)
+    return {name: members for name, members in classes.items() if members}
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:

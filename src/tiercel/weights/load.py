@@ -123,8 +123,7 @@ def build(layout: Layout, dtype: torch.dtype, source: Source | None = None, *, p
     Matrices of a source are laid out for running where there are kernels, without one they are plain, to be trained.
     packed: matrices that the source has in a packed type keep it.
     """
-    network = outline(layout)
-    shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    network, shapes = outline(layout), parameter_shapes(layout)
     matrices = {row.ours for row in layout.rows if source and _is_matrix(row) and len(shapes[row.ours]) > 1}
     kinds = {row.ours: _kind(row, shapes[row.ours], dtype, source, packed) for row in layout.rows}
     sizes = [_bytes(kinds[name], shape, name in matrices) for name, shape in shapes.items()]

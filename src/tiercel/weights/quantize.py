@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tiercel.errors import RequestError
 from tiercel.families.family import Layout, TensorMapping
+from tiercel.model.parameters import output_parameter, parameters
 from tiercel.quant import PACKED_TYPES, dequantize
 from tiercel.quant.recipes import RECIPES, find, kinds
 from tiercel.tokenizer.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ def recipe_named(name: str) -> str:
 def quantized(source: Source, recipe: str, importance: Importance | None = None) -> Quantized:
     """A source seen through a recipe ("q4_k_m", "int8", "nf4" …)."""
     recipe = recipe_named(recipe)
-    chosen = kinds(parameter_shapes(source.layout), recipe, importance=importance is not None)
+    chosen = kinds(parameters(source.layout.config), recipe, importance=importance is not None)
     return Quantized(source, chosen, RECIPES[recipe].file_type, importance or {})
 
 
@@ -116,7 +117,8 @@ def quantize(
     view = quantized(source, recipe, importance)
     config = source.layout.config
     if gguf and config.tied and config.logit_scale != 1.0:  # the output becomes a tensor of its own there
-        view.kinds = kinds(shapes | {"head.weight": shapes["embed.weight"]}, recipe, importance=importance is not None)
+        params = parameters(config) | {"head.weight": output_parameter(config)}
+        view.kinds = kinds(params, recipe, importance=importance is not None)
     if recipe == "nf4":  # transformers knows no other type beside it, and no packed experts
         view.kinds = {ours: kind for ours, kind in view.kinds.items() if kind == "NF4" and len(shapes[ours]) == 2}
     packed = {row.ours: shapes[row.ours] for row in source.layout.rows if row.ours in view.kinds}

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from tiercel.errors import RequestError
 from tiercel.families.family import Layout, TensorMapping
+from tiercel.mixers.spec import Param
 from tiercel.model.layers import deviation, fresh
+from tiercel.model.parameters import parameters
 from tiercel.quant import BLOCKS, PACKED_TYPES, dequantize, recipes, row_bytes
 from tiercel.quant.nf4 import LEVELS
 from tiercel.tokenizer.tokenizer import Tokenizer
-from tiercel.weights.checkpoint import parameter_shapes
 from tiercel.weights.stored import torch_dtype
 
 TILE_VALUES = 1 << 18
@@ -93,11 +94,11 @@ class RandomSource:
         self.layout, self.kinds, self.seed = layout, kinds, seed
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return parameter_shapes(self.layout)
+    def params(self) -> dict[str, Param]:
+        return parameters(self.layout.config)
 
     def stored(self, row: TensorMapping) -> str:
-        plain = "F32" if row.keep_fp32 or len(self.shapes[row.ours]) < 2 else "BF16"
+        plain = "F32" if row.keep_fp32 or len(self.params[row.ours].shape) < 2 else "BF16"
         return self.kinds.get(row.ours, plain)
 
     def tokenizer(self) -> Tokenizer | None:
@@ -108,17 +109,17 @@ class RandomSource:
         kind = self.stored(row)
         if kind in PACKED_TYPES:
             return dequantize(kind, self.raw(row, start, stop))
-        shape = self.shapes[row.ours]
+        shape = self.params[row.ours].shape
         if row.keep_fp32 or len(shape) < 2:
             depth = len(self.layout.config.layers)
             g = torch.Generator().manual_seed(zlib.crc32(row.ours.encode(), self.seed))
-            return fresh(row.ours, shape, depth, g)[start:stop].to(torch_dtype(kind))
+            return fresh(self.params[row.ours], depth, g)[start:stop].to(torch_dtype(kind))
         wide = torch.from_numpy(self._tiles(row, start, stop, lambda g, rows: _values(g, (rows, *shape[1:]))))
         return (wide.float() * (self._deviation(row) * math.sqrt(12) / 65536)).to(torch_dtype(kind))
 
     def raw(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         """The same rows as bytes: uint8, the last axis counted in bytes."""
-        kind, shape = self.stored(row), self.shapes[row.ours]
+        kind, shape = self.stored(row), self.params[row.ours].shape
         if kind not in PACKED_TYPES:
             return self.read(row, start, stop).contiguous().view(torch.uint8)
         inner = (*shape[1:-1], row_bytes(kind, shape[-1]))
@@ -126,11 +127,11 @@ class RandomSource:
         return torch.from_numpy(self._tiles(row, start, stop, lambda g, rows: _packed(g, kind, (rows, *inner), spread)))
 
     def _deviation(self, row: TensorMapping) -> float:
-        return deviation(row.ours, self.shapes[row.ours], len(self.layout.config.layers))
+        return deviation(self.params[row.ours], len(self.layout.config.layers))
 
     def _tiles(self, row: TensorMapping, start: int, stop: int, make: _Make) -> np.ndarray:
         """Rows start … stop, cut out of the tiles that hold them."""
-        shape = self.shapes[row.ours]
+        shape = self.params[row.ours].shape
         size = max(1, TILE_VALUES // math.prod(shape[1:]))
         key, parts = zlib.crc32(row.ours.encode()), []
         for tile in range(start // size, -(-stop // size)):
@@ -142,13 +143,13 @@ class RandomSource:
 
 def kinds_of(layout: Layout, recipe: str) -> dict[str, str]:
     """`RandomSource.kinds` of a recipe: a name of `quant.recipes`, or f32, bf16, f16."""
-    shapes = parameter_shapes(layout)
+    params = parameters(layout.config)
     if recipe in FLOATS:
-        matrices = [row.ours for row in layout.rows if not row.keep_fp32 and len(shapes[row.ours]) > 1]
+        matrices = [name for name, param in params.items() if param.packs]
         return dict.fromkeys(matrices, recipe.upper())
     if (known := recipes.find(recipe)) is None:
         raise RequestError(f"no recipe {recipe!r}; known: {', '.join((*recipes.RECIPES, *FLOATS))}")
-    return recipes.kinds(shapes, known)
+    return recipes.kinds(params, known)
 
 
 def _bytes(g: np.random.SFC64, count: int) -> np.ndarray:

@@ -1,11 +1,12 @@
-"""What a tensor of ours looks like in a foreign file, and back: the forms of `families.family`, on tensors."""
+"""What a tensor of ours looks like in a foreign file, and back: `mixers.spec.Transform`, on tensors."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from tiercel.families.family import Runs, Transform
+from tiercel.families.family import Runs
+from tiercel.mixers.spec import Transform
 
 WHOLE = ("interleave", "groups", "column", "neg_exp")  # forms that cannot be cut into row blocks
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from tiercel.mixers.attention.rope import RopeConfig
 from tiercel.mixers.checks import check, check_sizes
+from tiercel.mixers.spec import Buffer, Cost, MixerSpec, Param, linear
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
+class AttentionConfig(MixerSpec):
     """Grouped-query attention; causal always, windowed when `window` is given."""
 
     kind: ClassVar[str] = "attention"
+    word: ClassVar[str | None] = "attention"
+    tables: ClassVar[dict[str, type]] = {"rope": RopeConfig}
     heads: int
     kv_heads: int
     head_dim: int
@@ -29,3 +35,61 @@ class AttentionConfig:
         check(self.rope is None or self.head_dim % 2 == 0, f"rotary needs an even head_dim, not {self.head_dim}")
         if self.window is not None:
             check_sizes(self, "window")
+
+    def params(self, width: int) -> tuple[Param, ...]:
+        out: list[Param] = []
+        for name, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
+            out += linear(
+                name, (heads * self.head_dim, width), f"{name}_proj", f"attn_{name}", bias=self.qkv_bias,
+                shard="column", reads_input=True, lora=True, role=f"attn_{name}",
+            )  # fmt: skip
+        out += linear(
+            "o", (width, self.heads * self.head_dim), "o_proj", "attn_output", bias=self.out_bias,
+            init="residual", shard="row", lora=True, role="attn_output",
+        )  # fmt: skip
+        return tuple(out)
+
+    def buffers(self) -> tuple[Buffer, ...]:
+        shape = self.kv_heads, self.head_dim
+        return tuple(Buffer(name=name, shape=shape, dtype="model", lifetime="page") for name in ("k", "v"))
+
+    def cost(self, tokens: int, context: int) -> Cost:
+        """Pairs of a window W over n tokens: W n − W² / 2, four operations for each head and dim."""
+
+        def pairs(n: int) -> float:
+            window = min(self.window or n, n)
+            return window * n - window * window / 2
+
+        width = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
+        return Cost(
+            ops={"attend": 4 * self.heads * self.head_dim * (pairs(context + tokens) - pairs(context))},
+            reads={"attend_read": 2 * self.kv_heads * self.head_dim * min(context, self.window or context)},
+            width=width,
+            between=width,
+        )
+
+    def describe(self) -> str:
+        window = f", window {self.window}" if self.window else ""
+        return f"attention {self.heads} × {self.head_dim}, {self.kv_heads} key/value{window}"
+
+    def shard(self, size: int) -> Self:
+        heads = self._divided("heads", self.heads, size)
+        return replace(self, heads=heads, kv_heads=self._divided("key/value heads", self.kv_heads, size))
+
+    def build(self, width: int, eps: float) -> nn.Module:
+        from tiercel.mixers.attention.layer import Attention
+
+        return Attention(self, width)
+
+    @classmethod
+    def from_pattern(cls, width: int, **sizes: Any) -> Self:
+        head_dim = sizes.get("head_dim") or min(64, width)
+        heads = sizes.get("heads") or max(1, width // head_dim)
+        theta = sizes.get("rope_theta", 10_000.0)
+        return cls(
+            heads=heads,
+            kv_heads=sizes.get("kv_heads") or heads,
+            head_dim=head_dim,
+            rope=None if theta is None else RopeConfig(theta=float(theta)),
+            window=sizes.get("window"),
+        )
