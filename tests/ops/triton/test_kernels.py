@@ -14,6 +14,7 @@ from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.mamba2 import triton as ssd_kernels
 from tiercel.mixers.mamba2.chunked import ssd_reference
 from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.mixers.mamba2.triton_step import ssd_step
 from tiercel.model.state_cache import AttentionSlots, Mamba2Slots
 from tiercel.ops.attention import attention_reference
 from tiercel.ops.conv1d import conv1d_reference
@@ -158,7 +159,7 @@ def test_steps_of_several_texts_are_the_recurrence(H, P, G, N):
             [rand(streams[0].shape[1]) if s < 0 else streams[s][n] for s, n in zip(rows, at, strict=True)]
         )
         dt = torch.stack([rand(H) if s < 0 else raw[s][n] for s, n in zip(rows, at, strict=True)])
-        y = ssd_kernels.ssd_step(xBC, dt, bias, A, D, memory, whole(*rows), length, base, dt_limit=(0.01, 2.0))
+        y = ssd_step(xBC, dt, bias, A, D, memory, whole(*rows), length, base, dt_limit=(0.01, 2.0))
         for row, slot in enumerate(rows):
             if slot >= 0:
                 texts[slot].append(y[row])
