@@ -272,7 +272,7 @@ def _packed_error(kind: str) -> float:
     for rows in (1, 8, 32):
         x = torch.randn(rows, 3072, device="cuda")
         pairs = [(m.multiply(x), x @ W.T)]
-        if rows == 1 and m.meets_rounded:
+        if rows == 1 and m.takes_q8:
             base = torch.randn(1, 1088, device="cuda")
             pairs.append((m.meet_rounded(x, base=base) - base, x @ W.T))
             pairs.append((gated(x, m, up, "silu"), torch.nn.functional.silu(x @ W.T) * (x @ U.T)))

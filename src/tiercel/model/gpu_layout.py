@@ -103,4 +103,4 @@ def _kind(m: Linear) -> object:
 
 
 def _packed(m: nn.Module) -> bool:
-    return getattr(getattr(m, "weight", None), "meets_rounded", False)
+    return getattr(getattr(m, "weight", None), "takes_q8", False)

@@ -33,7 +33,7 @@ NONE_PRECOMPUTED: Precomputed = MappingProxyType({})
 
 def quantizes_input(after: nn.Module) -> dict[str, bool]:
     """What to tell a kernel whose answer goes to this Linear on a GPU."""
-    return {"round": True} if getattr(after.weight, "meets_rounded", False) else {}
+    return {"round": True} if getattr(after.weight, "takes_q8", False) else {}
 
 
 class Linear(nn.Linear):
