@@ -1,176 +1,18 @@
-"""The Mamba-2 scan: a prompt in chunks, and a step of many texts over their committed states and open chunks.
-
-    committed S (slots, H, N, P) float32, before token `base` · rings of R open inputs: x (slots, H, R, P),
-    B (slots, G, R, N), dt (slots, H, R) float32; the input of position p is number p mod R
+"""The Mamba-2 scan of a prompt in chunks; a step is `mixers/mamba2/triton_step.py`'s.
 
 Formulas and letters: `mixers/mamba2/chunked.py`.  Decays are float64 sums, as differences of long sums are taken.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiercel.ops.triton.launch import early, others_done
+from tiercel.mixers.mamba2.triton_step import precision
 
 SMALLEST = tl.constexpr(-87.0)
-
-
-FEW_TILE, MANY_TILE = (256, 32, 8), (64, 64, 4)  # of a step's state, (N, P), and warps: for few texts and many
-
-
-@triton.jit
-def _softplus(x):
-    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
-
-
-# ── a step: one new token of each text
-
-
-@triton.jit
-def _convolved(row, ring, weight, bias, c, real, position, size, C, K: tl.constexpr, BIAS: tl.constexpr):
-    """Channels c of the newest token: silu of their convolution as the ring would hold it; what goes into it."""
-    new = tl.load(row + c, real, 0.0).to(ring.dtype.element_ty)
-    sum_ = tl.load(bias + c, real, 0.0).to(tl.float32) if BIAS else new.to(tl.float32) * 0.0
-    for k in tl.static_range(K - 1):
-        before = position - (K - 1 - k)
-        at = tl.maximum(before, 0) % size * C
-        old = tl.load(ring + at + c, real & (before >= 0), 0.0).to(tl.float32)
-        sum_ += tl.load(weight + k * C + c, real, 0.0).to(tl.float32) * old
-    sum_ += tl.load(weight + (K - 1) * C + c, real, 0.0).to(tl.float32) * new.to(tl.float32)
-    return (sum_ * tl.sigmoid(sum_)).to(ring.dtype.element_ty).to(tl.float32), new
-
-
-@triton.jit
-def _step(
-    xBC, dt_in, dt_bias, A, D, S, x_ring, B_ring, dt_ring, columns, weight, bias, slot_T, length_S, base_S, y,
-    stride_xBC, stride_dt, stride_y, low, high, H, P, N, G, R, size,
-    CONV: tl.constexpr, BIAS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr,
-    TILES: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """TILES of BN numbers of the state; those of the first are asked for before the new token is there."""
-    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot = tl.load(slot_T + t).to(tl.int64)
-    if slot >= 0:
-        length, base = tl.load(length_S + slot), tl.load(base_S + slot)
-        open_ = length - base  # at most CHUNK
-        g = h // (H // G)
-        head, group = slot * H + h, slot * G + g
-        j = tl.arange(0, BJ)
-        p = tl.program_id(2) * BP + tl.arange(0, BP)
-        kept, inside = j < open_, p < P
-        number = (base + j) % R
-        a = tl.load(A + h)
-        dt = tl.load(dt_ring + head * R + number, kept, 0.0)
-        decay_J = tl.cumsum(dt * a, 0)
-        last = tl.sum(dt * a, 0)
-        weight_J = tl.exp(tl.maximum(last - decay_J, SMALLEST)) * dt  # into the state after the open inputs
-        both = kept[:, None] & inside[None, :]
-        n = tl.arange(0, BN)
-        S_NP = tl.load(S + (head * N + n)[:, None] * P + p[None, :], (n < N)[:, None] & inside[None, :], 0.0)
-        B_JN = tl.load(
-            B_ring + (group * R + number)[:, None] * N + n[None, :], kept[:, None] & (n < N)[None, :], 0.0
-        ).to(tl.float32)  # fmt: skip
-        x_JP = tl.load(x_ring + (head * R + number)[:, None] * P + p[None, :], both, 0.0).to(tl.float32)
-        others_done(EARLY)
-        row = xBC + t * stride_xBC
-        C = H * P + 2 * G * N
-        ring = columns + slot * size * C
-        newest = ring + (length % size) * C  # nobody reads there in this step
-        if CONV > 0:
-            x_P, raw = _convolved(row, ring, weight, bias, h * P + p, inside, length, size, C, CONV, BIAS)
-            tl.store(newest + h * P + p, raw, inside)
-        else:
-            x_P = tl.load(row + h * P + p, inside, 0.0).to(tl.float32)
-        keeps = (h % (H // G) == 0) & (tl.program_id(2) == 0)
-        commit = open_ >= CHUNK
-        y_P, scores_J, score = tl.zeros((BP,), tl.float32), tl.zeros((BJ,), tl.float32), 0.0
-        for i in tl.static_range(TILES):
-            n = i * BN + tl.arange(0, BN)
-            real = n < N
-            of_B, of_C = H * P + g * N + n, H * P + (G + g) * N + n
-            if CONV > 0:
-                B_new, raw_B = _convolved(row, ring, weight, bias, of_B, real, length, size, C, CONV, BIAS)
-                C_N, raw_C = _convolved(row, ring, weight, bias, of_C, real, length, size, C, CONV, BIAS)
-                tl.store(newest + of_B, raw_B, real & keeps)
-                tl.store(newest + of_C, raw_C, real & keeps)
-            else:
-                B_new = tl.load(row + of_B, real, 0.0).to(tl.float32)
-                C_N = tl.load(row + of_C, real, 0.0).to(tl.float32)
-            at = S + (head * N + n)[:, None] * P + p[None, :]
-            there = real[:, None] & inside[None, :]
-            if i > 0:
-                S_NP = tl.load(at, there, 0.0)
-                B_JN = tl.load(
-                    B_ring + (group * R + number)[:, None] * N + n[None, :], kept[:, None] & real[None, :], 0.0
-                ).to(tl.float32)  # fmt: skip
-            y_P += tl.sum(S_NP * C_N[:, None], 0)
-            scores_J += tl.sum(B_JN * C_N[None, :], 1)
-            score += tl.sum(B_new * C_N, 0)
-            if commit:
-                added = tl.dot(tl.trans(B_JN * weight_J[:, None]), x_JP, input_precision=PRECISION)
-                tl.store(at, S_NP * tl.exp(last) + added, there)
-            if keeps:
-                tl.store(B_ring + (group * R + length % R) * N + n, B_new.to(B_ring.dtype.element_ty), real)
-        raw = tl.load(dt_in + t * stride_dt + h).to(tl.float32) + tl.load(dt_bias + h)
-        dt_new = tl.minimum(tl.maximum(_softplus(raw), low), high)
-        y_P = y_P * tl.exp(last) + tl.sum(x_JP * (weight_J * scores_J)[:, None], 0)
-        y_P = y_P * tl.exp(dt_new * a) + (dt_new * score + tl.load(D + h)) * x_P
-        tl.store(y + t * stride_y + h * P + p, y_P.to(y.dtype.element_ty), inside)
-        here = head * R + length % R
-        tl.store(x_ring + here * P + p, x_P.to(x_ring.dtype.element_ty), inside)
-        if tl.program_id(2) == 0:
-            tl.store(dt_ring + here, dt_new)
-    else:
-        others_done(EARLY)
-        p = tl.program_id(2) * BP + tl.arange(0, BP)
-        tl.store(y + t * stride_y + h * P + p, tl.zeros((BP,), y.dtype.element_ty), p < P)
-
-
-def ssd_step(
-    xBC_TC: Tensor,
-    dt_TH: Tensor,
-    dt_bias_H: Tensor,
-    A_H: Tensor,
-    D_H: Tensor,
-    memory: Any,
-    slot_T: Tensor,
-    length_S: Tensor,
-    base_S: Tensor,
-    *,
-    dt_limit: tuple[float, float],
-    conv: tuple[Tensor, Tensor | None] | None = None,
-) -> Tensor:
-    """y + D x (T, H · P) float32 of one new token of each text; its input joins the ring, and where a chunk is full S
-    is rewritten (its base and all lengths are the caller's to move on).
-
-    memory: `model.slots.Mamba2Slots`, with at most a chunk of open inputs.  slot_T: −1 for nobody's rows, whose y is 0.
-    conv: weight (K, C) and bias, where xBC is not convolved yet: for few rows, as every head makes B and C anew.
-    """
-    weight_KC, bias_C = (A_H, None) if conv is None else conv
-    T = xBC_TC.shape[0]
-    _, H, N, P = memory.S.shape
-    G, R = memory.B.shape[1:3]
-    y_TI = torch.empty(T, H * P, dtype=torch.float32, device=xBC_TC.device)
-    most_N, most_P, warps = FEW_TILE if T < 8 else MANY_TILE
-    BN, BP = (max(16, min(most, triton.next_power_of_2(n))) for most, n in ((most_N, N), (most_P, P)))
-    _step[(T, H, triton.cdiv(P, BP))](
-        xBC_TC, dt_TH, dt_bias_H, A_H, D_H, memory.S, memory.x, memory.B, memory.dt, memory.columns, weight_KC,
-        weight_KC if bias_C is None else bias_C, slot_T, length_S, base_S, y_TI,
-        xBC_TC.stride(0), dt_TH.stride(0), y_TI.stride(0), *dt_limit, H, P, N, G, R,
-        memory.columns.shape[1], CONV=0 if conv is None else len(weight_KC), BIAS=bias_C is not None,
-        CHUNK=memory.chunk, BJ=max(16, triton.next_power_of_2(memory.chunk)),
-        TILES=triton.cdiv(N, BN), BN=BN, BP=BP, PRECISION=_precision(memory.x), num_warps=warps, **early(),
-    )  # fmt: skip
-    return y_TI
-
-
-def _precision(t: Tensor) -> str:
-    return "ieee" if t.dtype == torch.float32 else "tf32"
 
 
 # ── a prompt, or more of one: L inputs from a chunk's start, outputs of all but the first `skip` of them.  Chunks of CH
@@ -332,7 +174,7 @@ def ssd(
     whole = triton.cdiv(commit, CH)
     chunks = whole + 1
     BN, BP = (max(16, min(64, triton.next_power_of_2(n))) for n in (N, P))
-    precision = _precision(xBC_LC)
+    dot_precision = precision(xBC_LC)
     a_HL = torch.empty(H, L, dtype=torch.float64, device=device)
     scores = torch.empty(chunks, G, CH, CH, device=device)
     states = torch.empty(chunks, H, N, P, device=device)
@@ -340,15 +182,15 @@ def ssd(
     stride, ends = xBC_LC.stride(0), (whole, commit)
     _decays[(chunks, H)](dt_LH, A_H, a_HL, H, L, *ends, CH=CH)
     _scores[(chunks, G, (CH // BI) ** 2)](
-        xBC_LC, scores, stride, H * P, N, G, L, skip, *ends, CH=CH, BI=BI, BN=BN, PRECISION=precision
+        xBC_LC, scores, stride, H * P, N, G, L, skip, *ends, CH=CH, BI=BI, BN=BN, PRECISION=dot_precision
     )  # fmt: skip
     if whole:
         _states[(whole, H, triton.cdiv(N, BN) * triton.cdiv(P, BP))](
-            xBC_LC, dt_LH, a_HL, states, stride, H, P, N, G, L, *ends, CH=CH, BJ=32, BN=BN, BP=BP, PRECISION=precision
+            xBC_LC, dt_LH, a_HL, states, stride, H, P, N, G, L, *ends, CH=CH, BJ=32, BN=BN, BP=BP, PRECISION=dot_precision
         )  # fmt: skip
     _pass_on[(H, triton.cdiv(N * P, 1024))](states, a_HL, S_HNP, H, N * P, L, *ends, CH=CH, BLOCK=1024)
     _outputs[(chunks * (CH // BI), H, triton.cdiv(P, BP))](
         xBC_LC, dt_LH, a_HL, scores, states, D_H, y_LI, stride, y_LI.stride(0), H, P, N, G, L, skip, *ends,
-        CH=CH, BI=BI, BN=BN, BP=BP, PRECISION=precision,
+        CH=CH, BI=BI, BN=BN, BP=BP, PRECISION=dot_precision,
     )  # fmt: skip
     return y_LI

@@ -1,7 +1,7 @@
 """One new token of each sequence through convolution and scan, at the bytes of the committed states.
 
-    slots:     S (slots, H, N, P) before token `base` · rings of R pending inputs: x (slots, H, R, P), B (slots, G, R, N),
-               dt (slots, H, R) float32; the input of position p is number p mod R · conv ring of raw columns
+    S (slots, H, N, P) before token `base` · rings of R pending inputs: x (slots, H, R, P), B (slots, G, R, N),
+    dt (slots, H, R) float32; the input of position p is number p mod R · a ring of raw columns for the convolution
 
 Two kernels:
 
@@ -88,7 +88,7 @@ def _prepare(
     K: tl.constexpr, BIAS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     CN: tl.constexpr, BP: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A program has a group of a row; those after all groups have a head of ROWS rows, whose full chunks they commit."""
+    """A program has a group of a row; those after all groups commit the full chunks of a head of ROWS rows."""
     job = tl.program_id(0)
     j = tl.arange(0, BJ)
     if job < T * G:
@@ -224,10 +224,10 @@ def ssd_step(
     dt_limit: tuple[float, float],
     conv: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """y + D x (T, H · P) float32 of one new token of each sequence; its input joins the rings, and where a chunk is full
-    S is rewritten (its base and all lengths are the caller's to move on).
+    """y + D x (T, H · P) float32 of one new token of each sequence; its input joins the rings, and where a chunk is
+    full S is rewritten (its base and all lengths are the caller's to move on).
 
-    memory: `Mamba2Slots`, with at most a chunk of pending inputs.  slot_T: −1 for rows without a sequence, whose y is 0.
+    memory: `Mamba2Slots`, with at most a chunk of pending inputs.  slot_T: −1 for rows without a sequence (y = 0).
     conv: weight (K, C) and bias, where xBC is not convolved yet.
     """
     weight_KC, bias_C = (A_H, None) if conv is None else conv

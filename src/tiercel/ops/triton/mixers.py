@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tiercel.mixers.attention import triton as steps
-from tiercel.mixers.mamba2.triton import ssd, ssd_step
+from tiercel.mixers.mamba2.triton import ssd
+from tiercel.mixers.mamba2.triton_step import ssd_step
 from tiercel.ops import attention as prompts
 from tiercel.ops.triton import FEW
 from tiercel.ops.triton.conv1d import conv1d, remember_columns
@@ -75,19 +76,10 @@ def mamba2(
     H, C = A_H.shape[0], weight_KC.shape[1]
     I = H * head_dim
     xBC_TC, dt_TH = zxBCdt_TD[:, I : I + C], zxBCdt_TD[:, I + C :]
-    if batch.step and len(xBC_TC) <= FEW:
+    if batch.step:
         return ssd_step(
             xBC_TC, dt_TH, dt_bias_H, A_H, D_H, memory, batch.slot_T, batch.slots.length_S, batch.slots.base_S,
             dt_limit=dt_limit, conv=(weight_KC, bias_C),
-        )  # fmt: skip
-    if batch.step:
-        out_TC = torch.empty(xBC_TC.shape, dtype=memory.x.dtype, device=xBC_TC.device)
-        conv1d(
-            xBC_TC, memory.columns, weight_KC, bias_C, batch.slot_T, batch.position_T, batch.first_T, out_TC, store=True
-        )  # fmt: skip
-        return ssd_step(
-            out_TC, dt_TH, dt_bias_H, A_H, D_H, memory, batch.slot_T, batch.slots.length_S, batch.slots.base_S,
-            dt_limit=dt_limit,
         )  # fmt: skip
     dt_TH = torch.nn.functional.softplus(dt_TH.float() + dt_bias_H).clamp(*dt_limit)
     rows = []
