@@ -174,7 +174,7 @@ def ssd(
     whole = triton.cdiv(commit, CH)
     chunks = whole + 1
     BN, BP = (max(16, min(64, triton.next_power_of_2(n))) for n in (N, P))
-    dot_precision = precision(xBC_LC)
+    by = precision(xBC_LC)
     a_HL = torch.empty(H, L, dtype=torch.float64, device=device)
     scores = torch.empty(chunks, G, CH, CH, device=device)
     states = torch.empty(chunks, H, N, P, device=device)
@@ -182,15 +182,15 @@ def ssd(
     stride, ends = xBC_LC.stride(0), (whole, commit)
     _decays[(chunks, H)](dt_LH, A_H, a_HL, H, L, *ends, CH=CH)
     _scores[(chunks, G, (CH // BI) ** 2)](
-        xBC_LC, scores, stride, H * P, N, G, L, skip, *ends, CH=CH, BI=BI, BN=BN, PRECISION=dot_precision
+        xBC_LC, scores, stride, H * P, N, G, L, skip, *ends, CH=CH, BI=BI, BN=BN, PRECISION=by
     )  # fmt: skip
     if whole:
         _states[(whole, H, triton.cdiv(N, BN) * triton.cdiv(P, BP))](
-            xBC_LC, dt_LH, a_HL, states, stride, H, P, N, G, L, *ends, CH=CH, BJ=32, BN=BN, BP=BP, PRECISION=dot_precision
+            xBC_LC, dt_LH, a_HL, states, stride, H, P, N, G, L, *ends, CH=CH, BJ=32, BN=BN, BP=BP, PRECISION=by
         )  # fmt: skip
     _pass_on[(H, triton.cdiv(N * P, 1024))](states, a_HL, S_HNP, H, N * P, L, *ends, CH=CH, BLOCK=1024)
     _outputs[(chunks * (CH // BI), H, triton.cdiv(P, BP))](
         xBC_LC, dt_LH, a_HL, scores, states, D_H, y_LI, stride, y_LI.stride(0), H, P, N, G, L, skip, *ends,
-        CH=CH, BI=BI, BN=BN, BP=BP, PRECISION=dot_precision,
+        CH=CH, BI=BI, BN=BN, BP=BP, PRECISION=by,
     )  # fmt: skip
     return y_LI
