@@ -26,7 +26,7 @@ FAKE = """
 import sys, time
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from tiercel import cli, run
+from tiercel.commands import cli, run
 from tiercel.errors import ContextOverflow, DoesNotFit
 from tiercel.sampling.params import SamplingParams
 
@@ -152,7 +152,7 @@ def test_commands_that_compute_nothing_start_without_torch(words: str, home: dic
 import sys, time
 began = time.perf_counter()
 sys.argv = ["tiercel", *{words.split()!r}]
-from tiercel import cli
+from tiercel.commands import cli
 try:
     cli.main()
 except SystemExit:

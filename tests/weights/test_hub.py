@@ -379,7 +379,7 @@ def pull_in_a_process(name: str, env: dict[str, str]) -> dict[str, Any]:
     code = f"""
 import json, sys
 from tiercel.errors import TiercelError
-from tiercel.weights import hub
+from tiercel.hub import hub
 from tiercel.hub.fetch import HubFile
 hub.KNOWN["tiny:7b"] = HubFile("org/repo", "Q4_K_M")
 try:
