@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import tiercel
-from tiercel.bench import SHORT_PROMPT, Case, cores, run, spread
+from tiercel.bench.case import SHORT_PROMPT, Case
 from tiercel.bench.models import write
 from tiercel.bench.peers import LlamaBench, Worker, require
-from tiercel.commands.chat import waiting
+from tiercel.bench.run import cores, run, spread
+from tiercel.commands.chat.render import waiting
 from tiercel.commands.doctor import cpu_name
 
 HERE = Path(__file__).parent

@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure --lengths again, and keep what is faster")
     parser.add_argument("--write", action="store_true", help="measure nothing: docs/long-context.md and its plot")
     args = parser.parse_args()
-    from tiercel.bench import cores
+    from tiercel.bench.run import cores
     from tiercel.commands.doctor import cpu_name
 
     about = {"model": args.model, "quantize": args.quantize, "machine": cpu_name(), "threads": args.threads or cores()}

@@ -178,7 +178,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(Case(**json.loads(args.child)), 1 if args.memory else 2)))
         return
-    from tiercel.bench import cores
+    from tiercel.bench.run import cores
     from tiercel.commands.doctor import cpu_name
 
     args.threads = args.threads or cores()

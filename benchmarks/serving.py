@@ -31,8 +31,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tiercel.bench import cores
 from tiercel.bench.models import random_source
+from tiercel.bench.run import cores
 from tiercel.hub import hub
 from tiercel.weights.export import export
 from tiercel.weights.gguf import GGUFFile, Typed, write_gguf

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import tiercel
-from tiercel.bench import cores
 from tiercel.bench.models import random_source
+from tiercel.bench.run import cores
 from tiercel.engine import Engine
 from tiercel.engine.request import Sequence
 from tiercel.engine.speculative import Drafter, prompt_lookup

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from tiercel.bench import Case, models, run
+from tiercel.bench import models
+from tiercel.bench.case import Case
 from tiercel.bench.models import random_layout, random_source
 from tiercel.bench.peers import Worker, llama_bench
 from tiercel.bench.report import show
+from tiercel.bench.run import run
 from tiercel.bench.traffic import bytes_per_step, weight_bytes
 from tiercel.errors import ModelNotFound, RequestError, TiercelError, UnsupportedError
 from tiercel.families.shapes import SHAPES

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tiercel.commands.chat import duration, timing_block, with_parameter
+from tiercel.commands.chat.render import duration, timing_block
+from tiercel.commands.chat.repl import with_parameter
 from tiercel.commands.doctor import report
 from tiercel.errors import RequestError
 from tiercel.sampling.params import SamplingParams
@@ -55,7 +56,7 @@ class Fake:
                 if kind == "text":
                     self.last.text += text
                 else:
-                    self.last.thoughts += text
+                    self.last.reasoning += text
                 yield SimpleNamespace(kind=kind, text=text)
             self.last.finish_reason = "stop"
         finally:
@@ -88,12 +89,12 @@ class Fake:
             yield "text", "You "
             yield "text", f"said: {said}"
 
-def open_talker(name, dtype, context, report):
+def open_backend(name, dtype, context, report):
     if name == "huge":
         raise DoesNotFit("huge needs 9 TB of memory and 1 GB are free: close something")
     return Fake()
 
-run.open_talker = open_talker
+run.open_backend = open_backend
 cli.main()
 """
 

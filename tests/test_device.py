@@ -5,7 +5,7 @@ import torch
 
 import tiercel
 import tiny
-from tiercel.bench import Case
+from tiercel.bench.case import Case
 from tiercel.errors import RequestError
 
 

@@ -123,7 +123,7 @@ def test_a_context_that_has_no_room_is_made_shorter_and_said_so(monkeypatch):
 
 @pytest.mark.slow
 def test_a_gguf_file_is_planned_from_its_header(tmp_path):
-    from tiercel.bench import Case
+    from tiercel.bench.case import Case
     from tiercel.bench.models import write
     from tiercel.bench.traffic import weight_bytes
     from tiercel.weights.load import load

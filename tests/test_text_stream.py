@@ -129,11 +129,11 @@ STREAMS = [  # name, what the model writes, opened by the template, thoughts, an
 ]
 
 
-@pytest.mark.parametrize(("name", "words", "opened", "thoughts", "answer"), STREAMS, ids=[s[0] for s in STREAMS])
-def test_thoughts_are_apart_from_the_answer(name: str, words: str, opened: bool, thoughts: str, answer: str) -> None:
+@pytest.mark.parametrize(("name", "words", "opened", "reasoning", "answer"), STREAMS, ids=[s[0] for s in STREAMS])
+def test_thoughts_are_apart_from_the_answer(name: str, words: str, opened: bool, reasoning: str, answer: str) -> None:
     text = make("untagged")
     for ids in (text.encode(words), spell(text, words)):
-        assert run(text, ids, starts_in_thinking=opened) == (thoughts, answer)
+        assert run(text, ids, starts_in_thinking=opened) == (reasoning, answer)
     assert run(text, text.encode(words), thinking="off", starts_in_thinking=opened) == ("", words)
     for kind in ("llama-bpe", "flagged", "never"):  # tags are tokens
         tagged = make(kind)
@@ -143,17 +143,17 @@ def test_thoughts_are_apart_from_the_answer(name: str, words: str, opened: bool,
         elif name == "talking about tags":
             assert found == ("x", "Use  for it"), "a token of its own is the model's doing"
         else:
-            assert found == (thoughts, answer), kind
+            assert found == (reasoning, answer), kind
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="<>/think \né", max_size=12), st.text(alphabet="<>/think \né", max_size=12))
-def test_any_thoughts_and_answer_are_told_apart(thoughts: str, answer: str) -> None:
+def test_any_thoughts_and_answer_are_told_apart(reasoning: str, answer: str) -> None:
     text = make("untagged")
-    thoughts = thoughts.replace(CLOSE, "")
-    inside = (thoughts + CLOSE).index(CLOSE)
-    whole = OPEN + thoughts + CLOSE + answer
-    expected = (thoughts[:inside], (thoughts + CLOSE)[inside + len(CLOSE) :] + answer)
+    reasoning = reasoning.replace(CLOSE, "")
+    inside = (reasoning + CLOSE).index(CLOSE)
+    whole = OPEN + reasoning + CLOSE + answer
+    expected = (reasoning[:inside], (reasoning + CLOSE)[inside + len(CLOSE) :] + answer)
     assert run(text, spell(text, whole)) == run(text, text.encode(whole)) == expected
 
 

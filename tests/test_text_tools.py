@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_text_stream import make, run, spell
-from tiercel.tokenizer.tools import HERMES, LLAMA, MISTRAL, ToolDelta, ToolForm, ToolParser
+from tiercel.tokenizer.tool_formats import HERMES, LLAMA, MISTRAL, ToolDelta, ToolFormat
+from tiercel.tokenizer.tool_parser import ToolParser
 
 TEMPLATES = {
     "hermes": "{% if tools %}<tools>{% endif %}... <tool_call>\n{{ call | tojson }}\n</tool_call>",
@@ -126,8 +127,8 @@ def test_the_first_letters_of_long_arguments_do_not_wait_for_the_last():
 
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_the_template_says_how_calls_are_written(kind):
-    form = ToolForm.of(TEMPLATES[kind])
-    assert (form and form.kind) == kind
+    form = ToolFormat.of(TEMPLATES[kind])
+    assert (form and form.name) == kind
 
 
 @pytest.mark.parametrize(

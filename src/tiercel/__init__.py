@@ -20,8 +20,8 @@ __version__ = "0.1.0"
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 _HOME = {
-    "load": "llm",
-    "Model": "llm",
+    "load": "api",
+    "Model": "api",
     "LLM": "llm",
     "SamplingParams": "sampling.params",
     "pattern": "families.pattern",
@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from tiercel.api import Model, load
     from tiercel.errors import (
         Busy,
         ContextOverflow,
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from tiercel.families.pattern import pattern
-    from tiercel.llm import LLM, Model, load
+    from tiercel.llm import LLM
     from tiercel.sampling.params import SamplingParams
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from tiercel.engine.output_processor import OutputProcessor
 from tiercel.model.decoder import Decoder
 from tiercel.model.state import State
+from tiercel.runtime.timing import Times
 from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece
 
@@ -51,18 +51,6 @@ def generate_reference(network: Decoder, prompt: Sequence[int], count: int) -> l
         for _ in range(count):
             tokens.append(int(network(torch.tensor(tokens, device=device), logits_to_keep=1)[-1].argmax()))
     return tokens[len(prompt) :]
-
-
-@dataclass
-class Times:
-    """Seconds, from the start of the call.  queue: before the prompt's turn came · prompt · generation · total
-    first_token: until the first token was there, queue and prompt included."""
-
-    queue: float = 0.0
-    prompt: float = 0.0
-    generation: float = 0.0
-    total: float = 0.0
-    first_token: float = 0.0
 
 
 class Generation(OutputProcessor):

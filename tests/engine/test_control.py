@@ -45,7 +45,7 @@ def test_a_schema_asked_for_by_any_name_is_followed(model):
 def test_thoughts_within_a_budget_and_then_the_form(model):
     params = SamplingParams(structured={"json": SCHEMA}, thinking_budget=5, max_tokens=200, seed=1)
     (choice,) = answers(Engine(model), [(PROMPT, params, {"thinking": "auto", "starts_in_thinking": True})])
-    assert choice.constraints.thinking_tokens == 5 and choice.thoughts
+    assert choice.constraints.thinking_tokens == 5 and choice.reasoning
     assert json.loads(choice.text)["a"] in ("x", "yy")
 
 
@@ -69,7 +69,7 @@ def test_guessing_changes_no_token_of_any_request_in_a_mixed_batch(model, guesse
     drafted = answers(engine, asked)
     assert engine.stats.drafts_proposed > 10
     for one, other in zip(plain, drafted, strict=True):
-        assert (one.token_ids, one.text, one.thoughts) == (other.token_ids, other.text, other.thoughts)
+        assert (one.token_ids, one.text, one.reasoning) == (other.token_ids, other.text, other.reasoning)
         assert (one.finish_reason, one.logprobs) == (other.finish_reason, other.logprobs)
 
 

@@ -73,10 +73,10 @@ def test_tools_go_to_the_template_that_knows_them(server):
 
 def said(text, cuts):
     """The parts of an answer that comes in pieces of so many characters."""
-    from tiercel.tokenizer.tools import ToolForm
+    from tiercel.tokenizer.tool_formats import ToolFormat
 
     choice, parts = (
-        ChoiceReader(GenerationRequest([1], SamplingParams(), tool_form=ToolForm.of("tools <tool_call>"))),
+        ChoiceReader(GenerationRequest([1], SamplingParams(), tool_format=ToolFormat.of("tools <tool_call>"))),
         [],
     )
     counts = Usage()

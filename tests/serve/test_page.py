@@ -81,8 +81,8 @@ def test_stop_and_regenerate(page):
 def test_thoughts_are_folded_away(page):
     ask(page, "Think", model="thinker:latest")
     last = answered(page)
-    thoughts = last.locator("details.thoughts")
-    assert thoughts.count() == 1 and not thoughts.evaluate("node => node.open")
+    reasoning = last.locator("details.thoughts")
+    assert reasoning.count() == 1 and not reasoning.evaluate("node => node.open")
     page.locator("#think").uncheck()
     ask(page, "Do not think", model="thinker:latest")
     assert answered(page).locator("details.thoughts").count() == 0

@@ -84,11 +84,11 @@ def test_leaving_waits_for_no_thread_and_loses_nothing(tmp_path):
     script = """
 import atexit, threading
 from pathlib import Path
-from tiercel.runtime.exit import leave
+from tiercel.runtime.exit import hard_exit
 threading.Thread(target=threading.Event().wait).start()
 atexit.register(Path("done").touch)
 print("said", end="")
-leave(3)
+hard_exit(3)
 """
     ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, timeout=60, text=True)
     assert (ended.returncode, ended.stdout) == (3, "said")

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
-from tiercel.runtime.exit import leave
+from tiercel.runtime.exit import hard_exit
 from tiercel.train import parallel
 from tiercel.train.data import Batches, Documents
 from tiercel.train.loop import Settings, fit
@@ -37,4 +37,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[1:]:
         run(Path(name))
-    leave()
+    hard_exit()

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import tiny
 from tiercel.commands import cli, run
-from tiercel.commands.chat import answer_by_vote
+from tiercel.commands.chat.render import answer_by_vote
 from tiercel.sampling.params import SamplingParams
 from tiercel.voting import VoteSettings
 

@@ -24,7 +24,7 @@ from tiercel.quant import recipes
 from tiercel.weights.gguf import GGUFFile
 
 if TYPE_CHECKING:
-    from tiercel.bench import Case, Report
+    from tiercel.bench.case import Case, Report
     from tiercel.weights.random import RandomSource
 
 FLOATS = ("f32", "bf16", "f16")

@@ -25,7 +25,7 @@ from tiercel.bench.rss import peak_rss
 from tiercel.errors import TiercelError, UnsupportedError
 
 if TYPE_CHECKING:
-    from tiercel.bench import Case
+    from tiercel.bench.case import Case
     from tiercel.bench.models import Files
 
 WATCH_EVERY = 0.01  # seconds between two looks at a child's memory

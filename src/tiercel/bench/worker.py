@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tiercel.bench import SHORT_PROMPT
+from tiercel.bench.case import SHORT_PROMPT
 from tiercel.bench.rss import peak_rss
 
 BUFFER_BYTES = 1 << 29
@@ -116,12 +116,12 @@ class Tiercel:
         self.kept: dict[Any, Any] = {}
 
     def _load(self, order: dict[str, Any]) -> Any:
-        from tiercel import llm
+        from tiercel import api
         from tiercel.bench.models import random_source
         from tiercel.weights import load
 
         if "random" not in order:
-            model = llm.load(order["path"], dtype=order["dtype"])
+            model = api.load(order["path"], dtype=order["dtype"])
             self.architecture = model.layout.family.name
             return model.network
         source = random_source(order["model"], order["random"])

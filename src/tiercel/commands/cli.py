@@ -65,7 +65,7 @@ def _wants_json() -> bool:
 
 
 def _complain(message: str) -> None:
-    from tiercel.commands.chat import complain
+    from tiercel.commands.chat.render import complain
 
     if _wants_json():
         print_json({"error": message})
@@ -114,7 +114,7 @@ def pull(
 
     By short name, or by org/repo or org/repo:quantization of the hub.
     """
-    from tiercel.commands.chat import waiting
+    from tiercel.commands.chat.render import waiting
     from tiercel.hub import hub
     from tiercel.plan import human_bytes
 
@@ -194,7 +194,7 @@ def export(
     """Write a model as a GGUF file or as a Hugging Face folder."""
     _check_floats(dtype)
     _check_free(out, force)
-    from tiercel.commands.chat import waiting
+    from tiercel.commands.chat.render import waiting
     from tiercel.hub import hub
 
     with waiting(f"exporting {model}") as report:
@@ -223,7 +223,7 @@ def plan(
 ) -> None:
     """Say whether a model will fit, and how fast it will be, before anything is loaded."""
     from tiercel.commands import plan as planning
-    from tiercel.commands.chat import waiting
+    from tiercel.commands.chat.render import waiting
 
     if plot is not None and plot.suffix != ".svg":
         raise RequestError(f"--plot writes an .svg file, not {plot}")
@@ -254,7 +254,7 @@ def merge(
     """
     _check_floats(dtype)
     _check_free(out, force)
-    from tiercel.commands.chat import waiting
+    from tiercel.commands.chat.render import waiting
     from tiercel.hub import hub
 
     with waiting(f"merging {model}") as report:
@@ -292,9 +292,10 @@ def bench(
 
     Beside a peer the rounds are taken in turn, and ratios are those of one round.
     """
-    from tiercel.bench import Case, run
+    from tiercel.bench.case import Case
     from tiercel.bench.report import show
-    from tiercel.commands.chat import waiting
+    from tiercel.bench.run import run
+    from tiercel.commands.chat.render import waiting
 
     case = Case(
         model,
@@ -343,7 +344,7 @@ def quantize(
     _check_free(out, force)
     if report and text is None:
         raise RequestError("--report measures over a text; name a file with --text")
-    from tiercel.commands.chat import waiting
+    from tiercel.commands.chat.render import waiting
     from tiercel.commands.quantize import shrink, told
 
     with waiting(f"quantizing {model}") as bar:

@@ -98,7 +98,7 @@ def evaluate(
 
 
 def _run(answerer: Any, task: Any, settings: Any, under: Path, fresh: bool) -> Result:
-    from tiercel.commands.chat import waiting
+    from tiercel.commands.chat.render import waiting
     from tiercel.evals.run import evaluate as ask
 
     with waiting(task.name, 0.5, unit="items") as report:
@@ -123,7 +123,7 @@ def _answerer(
             )
         return Endpoint(endpoint, model)
     import tiercel
-    from tiercel.commands.chat import waiting
+    from tiercel.commands.chat.render import waiting
     from tiercel.evals.local import LocalModel
     from tiercel.hub import hub
 
@@ -155,7 +155,7 @@ def compare(
 
     The same command goes on where it was interrupted.  What failed is said in its place; the rest is kept.
     """
-    from tiercel.commands.chat import waiting
+    from tiercel.commands.chat.render import waiting
     from tiercel.errors import RequestError
     from tiercel.evals import compare as side
     from tiercel.evals.task import Settings, open_task

@@ -136,7 +136,7 @@ def this_machine(kinds: Sequence[str] = (), *, measure: bool = False) -> Machine
 
 
 def _threads() -> int:
-    from tiercel.bench import cores
+    from tiercel.bench.run import cores
 
     return int(os.environ.get("OMP_NUM_THREADS") or cores())
 

@@ -14,7 +14,7 @@ from tiercel.commands.options import Json, ModelName, print_json
 from tiercel.errors import RequestError
 
 if TYPE_CHECKING:
-    from tiercel.commands.chat import ChatBackend, Prompt
+    from tiercel.commands.chat.backend import ChatBackend, Prompt
     from tiercel.sampling.params import SamplingParams
 
 DEFAULT_MODEL = "reasoner"  # it comes with the package: `hub.BUNDLED`
@@ -78,21 +78,23 @@ def run(
     began = time.perf_counter()
     packing: dict[str, Any] = ({"quantize": quantize} if quantize else {}) | ({"exact": True} if exact else {})
     packing |= {} if device == "cpu" else {"device": device}
-    talker = _open(model, dtype, context, **packing)
+    backend = _open(model, dtype, context, **packing)
     load = time.perf_counter() - began
-    params = dataclasses.replace(talker.default_params(), **given)
+    params = dataclasses.replace(backend.default_params(), **given)
     if text is None:
-        _converse(talker, model, params, system=system, verbose=verbose, hide_thinking=hide_thinking, think=think)
+        _converse(backend, model, params, system=system, verbose=verbose, hide_thinking=hide_thinking, think=think)
         return
     question: Prompt = text if raw else _messages(system, text)
     if votes is not None:
-        from tiercel.commands.chat import answer_by_vote
+        from tiercel.commands.chat.render import answer_by_vote
 
-        told = answer_by_vote(talker, question, params, votes, raw=raw, think=think, verbose=verbose, quiet=json)
+        told = answer_by_vote(backend, question, params, votes, raw=raw, think=think, verbose=verbose, quiet=json)
         if json:
             print_json({"model": model} | told)
         return
-    _answer(talker, model, question, params, load, raw=raw, think=think, hide=hide_thinking, verbose=verbose, json=json)
+    _answer(
+        backend, model, question, params, load, raw=raw, think=think, hide=hide_thinking, verbose=verbose, json=json
+    )
 
 
 def _model_and_words(model: str, words: list[str]) -> tuple[str, list[str]]:
@@ -130,12 +132,12 @@ def _messages(system: str | None, text: str) -> list[dict[str, str]]:
     return [*first, {"role": "user", "content": text}]
 
 
-def open_talker(
+def open_backend(
     name: str, dtype: str, context: int | None, report: Callable[[str, int, int], None], **packing: Any
 ) -> ChatBackend:
     """The model behind a name, with a memory of its conversation; packing: `load`'s quantize, exact and device."""
     import tiercel
-    from tiercel.commands.chat import ModelTalker
+    from tiercel.commands.chat.backend import ModelBackend
     from tiercel.commands.plan import fit
     from tiercel.hub import hub
 
@@ -150,30 +152,30 @@ def open_talker(
         progress=lambda done, total: report(f"loading {name}", done, total),
         **packing,
     )
-    return ModelTalker(loaded)
+    return ModelBackend(loaded)
 
 
 def _open(name: str, dtype: str, context: int | None, **packing: Any) -> ChatBackend:
     """A running server's model where it has it and nothing else is asked for, else one loaded here."""
-    from tiercel.commands.chat import waiting
+    from tiercel.commands.chat.render import waiting
 
     if dtype == "auto" and context is None and not packing:
         from tiercel.serve.remote import RemoteBackend
 
-        if (talker := RemoteBackend.find(name)) is not None:
-            return talker
+        if (backend := RemoteBackend.find(name)) is not None:
+            return backend
     with waiting(f"loading {name}") as report:
-        return open_talker(name, dtype, context, report, **packing)
+        return open_backend(name, dtype, context, report, **packing)
 
 
-def _converse(talker: ChatBackend, name: str, params: SamplingParams, **settings: Any) -> None:
-    from tiercel.commands.chat import Conversation
+def _converse(backend: ChatBackend, name: str, params: SamplingParams, **settings: Any) -> None:
+    from tiercel.commands.chat.repl import Conversation
 
-    Conversation(talker, name, params, **settings).run()
+    Conversation(backend, name, params, **settings).run()
 
 
 def _answer(
-    talker: ChatBackend,
+    backend: ChatBackend,
     name: str,
     question: Prompt,
     params: SamplingParams,
@@ -185,22 +187,22 @@ def _answer(
     verbose: bool,
     json: bool,
 ) -> None:
-    from tiercel.commands.chat import speak, timing_block
+    from tiercel.commands.chat.render import speak, timing_block
 
-    pieces = talker.ask(question, params, raw=raw, think=think)
+    pieces = backend.ask(question, params, raw=raw, think=think)
     if not json:
         speak(pieces, hide_thinking=hide)
         print(flush=True)
     for _ in pieces:
         pass
-    last = talker.last
+    last = backend.last
     assert last is not None, "an answer that was asked for is known"
     if json:
         times = {"load_s": load, "prompt_s": last.times.prompt, "generation_s": last.times.generation}
         print_json({
             "model": name,
             "text": last.text,
-            "thinking": last.thoughts,
+            "thinking": last.reasoning,
             "prompt_tokens": len(last.prompt_ids),
             "cached_tokens": last.cached_tokens,
             "completion_tokens": len(last.token_ids),

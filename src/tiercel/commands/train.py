@@ -9,7 +9,7 @@ import typer
 
 from tiercel.commands.options import Json, print_json
 from tiercel.errors import RequestError
-from tiercel.runtime.exit import leave
+from tiercel.runtime.exit import hard_exit
 
 if TYPE_CHECKING:
     from tiercel.train.loop import Settings
@@ -19,7 +19,7 @@ def _ended(*_: Any, **__: Any) -> None:
     from tiercel.train.parallel import ranks
 
     if ranks().count > 1:  # gloo's threads must not see Python end
-        leave()
+        hard_exit()
 
 
 app = typer.Typer(

@@ -53,7 +53,7 @@ class OutputProcessor:
     ) -> None:
         self.tokenizer, self.prompt_ids, self.params, self.index = tokenizer, list(prompt_ids), params, index
         self.room = _room(len(self.prompt_ids), params, max_length)
-        self.text = self.thoughts = ""
+        self.text = self.reasoning = ""
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
@@ -163,7 +163,7 @@ class OutputProcessor:
             if piece.kind == "text":
                 self.text += piece.text
             else:
-                self.thoughts += piece.text
+                self.reasoning += piece.text
             yield piece
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tiercel.engine.output_processor import OutputProcessor
 from tiercel.engine.speculative import Speculation
 from tiercel.errors import TiercelError
-from tiercel.generate import Times
+from tiercel.runtime.timing import Times
 from tiercel.sampling.logprobs import Logprob
 from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece

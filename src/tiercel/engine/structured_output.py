@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError, TiercelError
-from tiercel.runtime import subprocess as child
+from tiercel.runtime.subprocess import call, terminate
 from tiercel.sampling.params import Structured
 
 if TYPE_CHECKING:
@@ -271,10 +271,10 @@ class _Worker:
     def stop(self) -> None:
         process, self.process = self.process, None
         if process is not None:
-            child.end(process)
+            terminate(process)
 
     def _exchange(self, job: dict[str, Any], patience: float) -> str | None:
         """One job, one answer; None where the process died or was ended."""
         assert self.process is not None
-        answer = child.exchange(self.process, json.dumps(job).encode("ascii"), patience, MOST_ANSWER_BYTES)
+        answer = call(self.process, json.dumps(job).encode("ascii"), patience, MOST_ANSWER_BYTES)
         return None if answer is None else str(answer["error"])

@@ -128,8 +128,8 @@ def timed_here(each: Entrant, length: int) -> dict[str, Any]:
     """Prefill, decode and peak memory of a model in a process of its own; of an address what its answers show."""
     if each.address is not None:
         return timed_there(each, length)
-    from tiercel.bench import cores
     from tiercel.bench.peers import Worker
+    from tiercel.bench.run import cores
     from tiercel.hub import hub
 
     path = str(hub.resolve(each.name, pull=True))

@@ -18,8 +18,8 @@ from tiercel.sampling.params import SamplingParams
 from tiercel.voting.voter import Voter
 
 if TYPE_CHECKING:
+    from tiercel.api import Model
     from tiercel.engine.request import Request
-    from tiercel.llm import Model
     from tiercel.model.state import State
 
 TOGETHER = 64  # samples of one question that run at once; more come in groups
@@ -208,7 +208,7 @@ def _answers(key: int, requests: list[Request]) -> Answers:
     vote = first.watch.result(first) if isinstance(first.watch, Voter) and error is None else None
     choices = [choice for request in requests for choice in request.choices]
     samples = [
-        Sample(choice.text, choice.thoughts, choice.finish_reason, len(choice.token_ids))
+        Sample(choice.text, choice.reasoning, choice.finish_reason, len(choice.token_ids))
         for choice in (choices if vote is None else choices[: vote.counted])
     ]
     seconds = max(request.times.total - request.times.queue for request in requests)

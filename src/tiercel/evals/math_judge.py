@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from tiercel.errors import RequestError
-from tiercel.runtime import subprocess as child
+from tiercel.runtime.subprocess import kill_after, terminate
 
 SECONDS, START_SECONDS = 5.0, 60.0
 WORKER = Path(__file__).with_name("math_worker.py")
@@ -56,13 +56,13 @@ class Judge:
     def close(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            child.end(process)
+            terminate(process)
 
     def _line(self, seconds: float) -> str | None:
         """The next line, or None when none came in time or the process is gone."""
         process = self._process
         assert process is not None and process.stdout is not None
-        with child.within(process, seconds):
+        with kill_after(process, seconds):
             return process.stdout.readline().strip() or None
 
 

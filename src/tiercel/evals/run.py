@@ -31,7 +31,7 @@ from tiercel.voting.answers import normal
 from tiercel.voting.settings import VoteSettings
 
 if TYPE_CHECKING:
-    from tiercel.llm import Model
+    from tiercel.api import Model
 
 Record = dict[str, Any]
 Progress = Callable[[int, int, float], None]  # items done, items in all, running score

@@ -1,4 +1,4 @@
-"""The end of this process, at once."""
+"""Ending this process at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 from typing import NoReturn
 
 
-def leave(status: int = 0) -> NoReturn:
-    """End the process now, with what atexit has to do, and without taking Python to pieces.
+def hard_exit(status: int = 0) -> NoReturn:
+    """End the process now: run the atexit handlers, but not the interpreter's shutdown.
 
     Python would wait for every thread, also for one that loads a model or waits for a silent hub; and a thread of C++
     that lets go of a tensor meanwhile, as gloo's do, asks a finalizing Python for its lock and aborts the process

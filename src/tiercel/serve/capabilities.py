@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tiercel.tokenizer.tokenizer import Tokenizer
-    from tiercel.tokenizer.tools import ToolForm
+    from tiercel.tokenizer.tool_formats import ToolFormat
 
 
 def capabilities(template: str) -> list[str]:
     """The capabilities of /api/show.  template: all chat templates of the model, or ""."""
     found = ["completion", "embedding"]
-    if tool_form(template) is not None:
+    if tool_format(template) is not None:
         found.append("tools")
     return [*found, "thinking"] if can_reason(template) else found
 
@@ -22,11 +22,11 @@ def can_reason(template: str) -> bool:
     return "<think>" in template or "enable_thinking" in template
 
 
-def tool_form(template: str) -> ToolForm | None:
+def tool_format(template: str) -> ToolFormat | None:
     """How the model writes tool calls; None where its template has no tools."""
-    from tiercel.tokenizer.tools import ToolForm
+    from tiercel.tokenizer.tool_formats import ToolFormat
 
-    return ToolForm.of(template) if "tools" in template else None
+    return ToolFormat.of(template) if "tools" in template else None
 
 
 def template_text(tokenizer: Tokenizer | None) -> str:

@@ -21,7 +21,8 @@ from tiercel.voting import Voter
 
 if TYPE_CHECKING:
     from tiercel.engine.request import Update
-    from tiercel.tokenizer.tools import ToolDelta, ToolParser
+    from tiercel.tokenizer.tool_formats import ToolDelta
+    from tiercel.tokenizer.tool_parser import ToolParser
 
 
 @asynccontextmanager
@@ -38,7 +39,7 @@ async def generate(
     if service.shutdown is not None:
         raise service.shutdown
     lease.reserve(len(generation.prompt_ids))
-    form = generation.tool_form
+    form = generation.tool_format
     voter = None if generation.vote is None else Voter(generation.vote)
     stream = lease.loaded.engine.submit(
         generation.prompt_ids, generation.params, thinking=generation.reasoning,
@@ -114,10 +115,10 @@ class ChoiceReader:
         self.in_reasoning = generation.starts_in_reasoning
         self.called = False
         self.parser: ToolParser | None = None
-        if generation.tool_form is not None:
-            from tiercel.tokenizer.tools import ToolParser
+        if generation.tool_format is not None:
+            from tiercel.tokenizer.tool_parser import ToolParser
 
-            self.parser = ToolParser(generation.tool_form)
+            self.parser = ToolParser(generation.tool_format)
 
     def delta(self, update: Update, usage: Usage) -> OutputDelta:
         """What an update adds; its reasoning tokens are counted in `usage`."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from tiercel import voting
 from tiercel.errors import ContextOverflow, RequestError
 from tiercel.sampling.params import SamplingParams, Structured
-from tiercel.serve.capabilities import can_reason, template_text, tool_form
+from tiercel.serve.capabilities import can_reason, template_text, tool_format
 from tiercel.serve.defaults import sampling_params
 from tiercel.serve.models import Lease
 from tiercel.serve.tool_grammar import call_grammar
@@ -59,7 +59,7 @@ def prepare(
     """
     model, options, fields = lease.loaded.model, options or PromptOptions(), dict(fields)
     tokenizer, chat = model.tokenizer, is_chat(prompt)
-    form = tool_form(template_text(tokenizer)) if options.tools else None
+    form = tool_format(template_text(tokenizer)) if options.tools else None
     if options.tools and form is None:
         raise RequestError(f'"{lease.served.name}" does not support tools')
     if is_chat(prompt):
@@ -71,7 +71,7 @@ def prepare(
     if options.forced and options.tools:
         if structured is not None:
             raise RequestError("an answer has one form: a forced tool call, or response_format")
-        from tiercel.tokenizer.tools import LLAMA
+        from tiercel.tokenizer.tool_formats import LLAMA
 
         structured, form = {"grammar": call_grammar(options.tools)}, LLAMA  # that form reads bare objects
     if structured is not None:

@@ -10,37 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from tiercel.errors import ModelNotFound, RequestError
 from tiercel.hub import hub
+from tiercel.runtime.timing import Times
 from tiercel.sampling.params import SamplingParams
 from tiercel.serve.client import Client
 from tiercel.serve.ollama.options import OPTION_OF_PARAM
+from tiercel.tokenizer.stream import Piece
 
 if TYPE_CHECKING:
     from tiercel.voting.settings import VoteSettings
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A piece of an answer: kind "text" or "thinking"."""
-
-    kind: str
-    text: str
-
-
 @dataclass
-class Times:
-    """Seconds, as the server measured them."""
-
-    prompt: float = 0.0
-    generation: float = 0.0
-    total: float = 0.0
-
-
-@dataclass
-class Answer:
+class RemoteAnswer:
     """What the server said; of token ids only the number."""
 
     text: str = ""
-    thoughts: str = ""
+    reasoning: str = ""
     prompt_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     cached_tokens: int = 0
@@ -53,7 +38,7 @@ class RemoteBackend:
 
     def __init__(self, client: Client, model: str) -> None:
         self.client, self.model = client, model
-        self._last: Answer | None = None
+        self._last: RemoteAnswer | None = None
         self._base = SamplingParams(max_tokens=None)
 
     @classmethod
@@ -79,7 +64,7 @@ class RemoteBackend:
     def ask(
         self, prompt: Any, params: SamplingParams, *, raw: bool = False, think: bool | None = None
     ) -> Iterator[Any]:
-        self._last = Answer()
+        self._last = RemoteAnswer()
         return self._pieces(*self._request(prompt, params, raw, think), self._last)
 
     def vote(
@@ -124,7 +109,7 @@ class RemoteBackend:
             raise RequestError(f"{unknown} cannot be asked of a server; stop it (or set TIERCEL_HOST) to run here")
         return {OPTION_OF_PARAM[name]: value for name, value in changed.items()}
 
-    def _pieces(self, path: str, body: dict[str, Any], answer: Answer) -> Iterator[Piece]:
+    def _pieces(self, path: str, body: dict[str, Any], answer: RemoteAnswer) -> Iterator[Piece]:
         began = time.perf_counter()
         try:
             for line in self.client.stream(path, body):
@@ -136,7 +121,7 @@ class RemoteBackend:
                     if kind == "text":
                         answer.text += text
                     else:
-                        answer.thoughts += text
+                        answer.reasoning += text
                     yield Piece(kind, text)
                 if line["done"]:
                     answer.finish_reason = line["done_reason"]

@@ -12,7 +12,7 @@ from tiercel.voting import VoteSettings
 if TYPE_CHECKING:
     from tiercel.engine.structured_output import Grammar
     from tiercel.sampling.logprobs import Logprob
-    from tiercel.tokenizer.tools import ToolDelta, ToolForm
+    from tiercel.tokenizer.tool_formats import ToolDelta, ToolFormat
 
 Think = bool | str | None  # reasoning on, off, at an effort, or the model's default
 Message = dict[str, Any]  # as chat templates read it
@@ -33,7 +33,7 @@ class GenerationRequest:
     reasoning: str = "off"
     starts_in_reasoning: bool = False
     turn_start: int | None = None
-    tool_form: ToolForm | None = None
+    tool_format: ToolFormat | None = None
     grammar: Grammar | None = None
     vote: VoteSettings | None = None
     tenant: str = ""

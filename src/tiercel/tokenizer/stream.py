@@ -143,9 +143,9 @@ class TextStream:
             self._held = _beginning_of(self._close, text)
             return self._piece(text[: len(text) - len(self._held)])
         self._held = ""
-        thoughts = self._piece(before)
+        reasoning = self._piece(before)
         self._inside = False
-        return [*thoughts, *self._piece(after)]
+        return [*reasoning, *self._piece(after)]
 
 
 class _Bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.errors import FormatError, RequestError, TiercelError
-from tiercel.runtime import subprocess as child
+from tiercel.runtime.subprocess import call, terminate
 
 SECONDS = 1.0  # of processor time, counted in the worker
 PATIENCE = 1.4  # of wall clock: where processor time cannot be counted, or the machine is busy
@@ -65,7 +65,7 @@ class _Worker:
     def ask(self, job: bytes) -> dict[str, Any]:
         with self.lock:
             process = self.start()
-            answer = child.exchange(process, job, PATIENCE + len(job) * SECONDS_PER_BYTE, MOST_ANSWER_BYTES)
+            answer = call(process, job, PATIENCE + len(job) * SECONDS_PER_BYTE, MOST_ANSWER_BYTES)
             if answer is None:
                 self.stop()
                 raise FormatError(
@@ -83,7 +83,7 @@ class _Worker:
             self.process, self.owner = _spawn(), os.getpid()
         except OSError as error:
             raise TiercelError(f"cannot start {sys.executable} to render a chat template: {error.strerror}") from None
-        if child.exchange(self.process, b"", START, MOST_ANSWER_BYTES) is None:
+        if call(self.process, b"", START, MOST_ANSWER_BYTES) is None:
             self.stop()
             raise TiercelError(f"the process that renders chat templates did not start ({sys.executable})")
         return self.process
@@ -93,7 +93,7 @@ class _Worker:
         process, self.process = self.process, None
         if process is None or self.owner != os.getpid():
             return
-        child.end(process)
+        terminate(process)
 
 
 _worker = _Worker()
@@ -130,9 +130,9 @@ def check_messages(messages: Any) -> list[dict[str, Any]]:
         role = message.get("role") if isinstance(message, dict) else None
         if not isinstance(role, str) or not role.replace("_", "").replace("-", "").isalnum() or len(role) > 64:
             raise RequestError(f"message {number} needs a role such as 'user' or 'assistant', not {role!r}")
-        thoughts = next((message[key] for key in REASONING if message.get(key) is not None), None)
-        if thoughts is not None:
-            message = {"thinking": thoughts, **message, "reasoning_content": thoughts}
+        reasoning = next((message[key] for key in REASONING if message.get(key) is not None), None)
+        if reasoning is not None:
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         checked.append(dict(message))
     return checked
 

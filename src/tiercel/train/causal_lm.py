@@ -29,7 +29,7 @@ from tiercel.ops.linear import QTensor
 from tiercel.train.loss import chunked_cross_entropy, learns
 
 if TYPE_CHECKING:
-    from tiercel.llm import Model
+    from tiercel.api import Model
 
 IGNORED = -100  # a label that is not learned
 

@@ -58,7 +58,7 @@ class Voter:
 
     def ended(self, choice: Sequence) -> None:
         running = self._growing.pop(choice.index, None) or Running(self.settings.window)
-        trace = Trace(choice.index, choice.text, choice.thoughts, len(choice.token_ids), choice.finish_reason)
+        trace = Trace(choice.index, choice.text, choice.reasoning, len(choice.token_ids), choice.finish_reason)
         trace.confidence, trace.token_confidence = running.all(), running.tokens
         if trace.complete:
             trace.answer = self.answer(trace.text)

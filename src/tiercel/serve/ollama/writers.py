@@ -11,7 +11,7 @@ from tiercel.serve.types import GenerationRequest, OutputDelta, Prompt, Tool
 from tiercel.serve.types import Message as TemplateMessage
 
 if TYPE_CHECKING:
-    from tiercel.tokenizer.tools import ToolDelta
+    from tiercel.tokenizer.tool_formats import ToolDelta
 
 B = TypeVar("B", bound=OllamaRequest)
 

@@ -11,7 +11,7 @@ from tiercel.serve.types import OutputDelta, Usage
 
 if TYPE_CHECKING:
     from tiercel.tokenizer.tokenizer import Tokenizer
-    from tiercel.tokenizer.tools import ToolDelta
+    from tiercel.tokenizer.tool_formats import ToolDelta
 
 
 def head(prefix: str, kind: str, model: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tiercel.serve.openai.schemas import ResponsesRequest
 from tiercel.serve.types import OutputDelta
 
 if TYPE_CHECKING:
-    from tiercel.tokenizer.tools import ToolDelta
+    from tiercel.tokenizer.tool_formats import ToolDelta
 
 Event = dict[str, Any]
 

@@ -1,0 +1,271 @@
+"""The front door: `load` gives a Model.
+
+model = tiercel.load("smollm2")
+print(model.generate("Why is the sky blue?"))
+for text in model.stream("And why is it red at night?"): ...
+model.logits([1, 2, 3])                                              # (L, V) float32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiercel.engine.engine import Engine
+from tiercel.engine.request import Request
+from tiercel.engine.session import Session
+from tiercel.engine.speculative import prompt_lookup
+from tiercel.errors import RequestError
+from tiercel.families.family import Layout
+from tiercel.hub import hub
+from tiercel.model.config import ModelConfig
+from tiercel.model.decoder import Decoder
+from tiercel.model.gpu_layout import move
+from tiercel.runtime.timing import Times
+from tiercel.sampling.logprobs import Logprob
+from tiercel.sampling.params import SamplingParams
+from tiercel.tokenizer.stream import Piece
+from tiercel.tokenizer.tokenizer import Tokenizer
+from tiercel.voting import Vote, VoteSettings, vote
+from tiercel.weights import load as weights
+from tiercel.weights.checkpoint import generation_defaults
+from tiercel.weights.export import NetworkSource, export
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or messages
+
+
+class Answer(str):
+    """The answer's text, with what is known of it.
+
+    thinking: the thoughts before it · token_ids · finish_reason: "stop" or "length" · logprobs (when asked for) ·
+    prompt_tokens, cached_tokens: how many the prompt had, and how many of them were not read again · times (seconds)
+    """
+
+    thinking: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: str | int | None
+    logprobs: list[dict[int, Logprob]] | None
+    prompt_tokens: int
+    cached_tokens: int
+    times: Times
+
+    @classmethod
+    def of(cls, request: Request) -> Answer:
+        said = request.choices[0]
+        answer = cls(said.text)
+        answer.thinking, answer.token_ids, answer.logprobs = said.reasoning, said.token_ids, said.logprobs
+        answer.finish_reason, answer.stop_reason = said.finish_reason, said.stop_reason
+        answer.prompt_tokens, answer.cached_tokens = len(request.prompt_ids), request.cached_tokens
+        answer.times = request.times
+        return answer
+
+
+class Model:
+    """A network and its tokenizer: made by `load`.
+
+    network: the Decoder, a torch module · tokenizer: with the chat template; None without one · config: as data
+    max_length: the context in tokens · adapter: the one that is used where none is named · text: alias of tokenizer
+    """
+
+    adapter: str | None = None
+
+    def __init__(
+        self,
+        network: Decoder,
+        tokenizer: Tokenizer | None,
+        layout: Layout,
+        *,
+        name: str,
+        max_length: int | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.network, self.tokenizer, self.layout, self.name = network, tokenizer, layout, name
+        self.defaults = dict(defaults or {})
+        self.max_length = self.config.max_length if max_length is None else max_length
+        if not 0 < self.max_length <= self.config.max_length:
+            raise RequestError(
+                f"a context of {self.max_length} is asked for; {name} was made for 1 to {self.config.max_length}"
+            )
+
+    @property
+    def text(self) -> Tokenizer | None:
+        """Alias of `tokenizer`, its name in version 0.1."""
+        return self.tokenizer
+
+    @text.setter
+    def text(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.network.config
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What runs the prompts of `generate`, `stream` and sessions, and remembers them."""
+        # on plain torch a row's bits depend on how many share its products, and a near tie on its bits
+        return Engine(self, drafter=prompt_lookup if self.network.native else None)
+
+    def load_adapter(self, name: str, path: str | Path, *, lock: AbstractContextManager[Any] | None = None) -> None:
+        """Hold a LoRA adapter (a folder in PEFT's form) under a name, to be named by `generate(…, adapter=name)`.
+
+        lock: of an engine that is not the model's own.  Raises ModelNotFound, FormatError, UnsupportedError.
+        """
+        from tiercel.weights.adapters import read
+
+        adapter, held = read(path, self.layout), self.network.adapters
+        with lock or self.engine.between_steps():
+            if name in held and held[name].id != adapter.id:
+                raise RequestError(f"another adapter is loaded as {name!r}: unload it first, or choose another name")
+            held[name] = adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter.  RequestError when there is none of that name, or an answer under way wears it."""
+        with self.engine.between_steps():
+            if name in self.network.adapters and self.engine.wears(name):
+                raise RequestError(f"the adapter {name!r} is worn by an answer that is under way")
+            self.network.adapters.pop(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that are loaded."""
+        return list(self.network.adapters)
+
+    def logits(self, ids: Sequence[int] | Tensor, *, adapter: str | None = None) -> Tensor:
+        """Token ids (L,) → logits of every next token (L, V), float32, no gradients."""
+        adapter = adapter or self.adapter
+        with torch.no_grad():
+            tokens = torch.as_tensor(ids, dtype=torch.long, device=self.network.embed.weight.device)
+            return self.network(tokens, None if adapter is None else self.network.new_state(adapter))
+
+    def session(self, *, adapter: str | None = None) -> Session:
+        """A conversation's memory; see `engine.session.Session`."""
+        return Session(self.engine, adapter=adapter or self.adapter)
+
+    def encode(self, prompt: Prompt, *, raw: bool = False, **template: Any) -> list[int]:
+        """Token ids of a prompt: messages, or text put as a user's message where the model has a chat template.
+
+        raw: text as it is.  Token ids stay what they are.  Further arguments go to the template.
+        """
+        if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
+            return list(prompt)  # type: ignore[arg-type]
+        if self.tokenizer is None:
+            raise RequestError(f"{self.name} has no tokenizer: give it token ids")
+        if isinstance(prompt, str) and (raw or not self.tokenizer.has_template):
+            return self.tokenizer.encode(prompt)
+        messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.tokenizer.chat(messages, **template)
+
+    def default_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends, else temperature 0.8, top_p 0.9, top_k 40."""
+        return SamplingParams(max_tokens=None, **(self.defaults or {"temperature": 0.8, "top_p": 0.9, "top_k": 40}))
+
+    def pieces(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        think: bool | None = None,
+        session: Session | None = None,
+        adapter: str | None = None,
+        **more: Any,
+    ) -> tuple[Iterator[Piece], Session]:
+        """The answer as it comes, thoughts apart, and the session whose `last` tells about it.
+
+        think: asks the template for thoughts or against them (`enable_thinking`, the name templates use).
+        """
+        ids = self.encode(prompt, raw=raw, **({} if think is None else {"enable_thinking": think}))
+        chat = not raw and self.tokenizer is not None and self.tokenizer.has_template and not _is_ids(prompt)
+        session = session or Session(self.engine, "", adapter or self.adapter)  # remembered with all others
+        starts = chat and self.tokenizer is not None and self.tokenizer.opens_thinking(ids)
+        thinking = "auto" if chat else "off"
+        return session.generate(
+            ids, params or self.default_params(), thinking=thinking, starts_in_thinking=starts, **more
+        ), session
+
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, adapter: str | None = None
+    ) -> Answer:
+        """The whole answer, a string that also knows its thoughts, tokens, times and why it ended."""
+        pieces, session = self.pieces(prompt, params, raw=raw, adapter=adapter)
+        for _ in pieces:
+            pass
+        assert session.last is not None
+        return Answer.of(session.last.request)
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, adapter: str | None = None
+    ) -> Iterator[str]:
+        """The answer's text as it comes (without the thoughts: `pieces` has both)."""
+        pieces, _ = self.pieces(prompt, params, raw=raw, adapter=adapter)
+        return (piece.text for piece in pieces if piece.kind == "text")
+
+    def vote(
+        self,
+        prompt: Prompt,
+        settings: VoteSettings,
+        params: SamplingParams | None = None,
+        *,
+        raw: bool = False,
+        think: bool | None = None,
+        **more: Any,
+    ) -> Vote:
+        """Many answers to one prompt, and the one that they agree on; see `voting.vote` for the further arguments."""
+        ids = self.encode(prompt, raw=raw, **({} if think is None else {"enable_thinking": think}))
+        chat = not raw and self.tokenizer is not None and self.tokenizer.has_template and not _is_ids(prompt)
+        starts = chat and self.tokenizer is not None and self.tokenizer.opens_thinking(ids)
+        more.setdefault("adapter", self.adapter)
+        return vote(self, ids, settings, params, thinking="auto" if chat else "off", starts_in_thinking=starts, **more)
+
+    def export(self, out: str | Path, *, dtype: str | None = None) -> Path:
+        """Write the network as it is now: a .gguf file or a Hugging Face folder."""
+        return export(NetworkSource(self.network, self.layout, self.tokenizer), out, dtype=dtype, name=self.name)
+
+
+def _is_ids(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt)
+
+
+def load(
+    name: str | Path = hub.BUNDLED,
+    *,
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    exact: bool = False,
+    max_length: int | None = None,
+    device: str = "cpu",
+    adapters: Mapping[str, str | Path] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """A model by path, short name or hub name; the small reasoner that comes with this package without one.
+
+    name: a folder with config.json and safetensors, a .gguf file, a pattern file (.json, .toml: fresh weights), a
+    short name such as "smollm2" (pulled when missing) or "org/repo".
+    dtype: "auto" as stored, or float32, bfloat16, float16.  max_length: a smaller context than the model's.
+    quantize: "q4_k_m", "q8_0", "int8", "nf4", …: packed while it is read, so that little more memory is needed.
+    adapters: LoRA adapters to hold beside it, name → folder in PEFT's form; see `Model.load_adapter`.
+    exact: inputs of packed matrices are not rounded to eight bits: slower, and as if the weights were unpacked.
+    device: "cpu", or "cuda" for one GPU.
+    Raises ModelNotFound, FormatError, UnsupportedError, DoesNotFit, Offline.
+    """
+    path = hub.resolve(name, pull=True)
+    network, tokenizer, layout = weights.load(path, dtype=dtype, quantize=quantize, exact=exact, progress=progress)
+    if device != "cpu":
+        move(network, device)
+    defaults = generation_defaults(path)
+    model = Model(network, tokenizer, layout, name=str(name), max_length=max_length, defaults=defaults)
+    for adapter, folder in (adapters or {}).items():
+        model.load_adapter(adapter, folder)
+    own = hub.adapter_of(name)  # what a Modelfile put on
+    if own is not None:
+        model.load_adapter(model.name, own)
+        model.adapter = model.name
+    return model
