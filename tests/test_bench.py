@@ -259,7 +259,7 @@ def test_the_written_file_holds_the_random_weights_as_they_are(tiny: str, tmp_pa
     for row in source.layout.rows:
         stop, kind = source.shapes[row.ours][0], checkpoint.stored(row)
         assert checkpoint.read(row, 0, stop).float().equal(source.read(row, 0, stop).float()), row.ours
-        assert kind == ("F32" if row.precise else source.stored(row))
+        assert kind == ("F32" if row.keep_fp32 else source.stored(row))
         assert theirs[row.gguf].tensor_type.name == kind
     assert gguf.dequantize(theirs["blk.0.ffn_down.weight"].data, theirs["blk.0.ffn_down.weight"].tensor_type) == (
         pytest.approx(source.read(next(r for r in source.layout.rows if r.gguf == "blk.0.ffn_down.weight"), 0, 256))

@@ -34,7 +34,7 @@ from tiercel.sampling.params import SamplingParams
 @dataclass
 class Answer:
     text: str = ""
-    thoughts: str = ""
+    reasoning: str = ""
     prompt_ids: list = field(default_factory=lambda: [1] * 30)
     token_ids: list = field(default_factory=list)
     cached_tokens: int = 10
