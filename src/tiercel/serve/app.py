@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tiercel.errors import RequestError, TiercelError
 from tiercel.hub import hub
 from tiercel.runtime.atomic import remove_leftovers
-from tiercel.runtime.exit import leave
+from tiercel.runtime.exit import hard_exit
 from tiercel.serve.connection import connection
 from tiercel.serve.errors import APIError, error_response, log, response_to
 from tiercel.serve.routes import routes
@@ -201,7 +201,7 @@ async def _run(service: Service, names: list[str], adapters: dict[str, Path]) ->
             f"{service.settings.host}:{service.settings.port} cannot be listened on: another server is there, or the "
             "address is not this machine's; choose another with --port"
         )
-    leave()  # asyncio would wait for the threads of `to_thread`, and taking torch to pieces takes seconds
+    hard_exit()  # asyncio would wait for the threads of `to_thread`, and taking torch to pieces takes seconds
 
 
 def served_name(service: Service, name: str) -> str:
