@@ -9,13 +9,10 @@ nothing: one token's keys and values, and inputs of the open chunk (the state it
 
 from __future__ import annotations
 
-from tiercel.feed_forward.moe.config import MoEConfig
-from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import named_weights
+from tiercel.model.parameters import parameters
 from tiercel.plan import state_bytes
-
-EXPERTS = tuple(f"feed_forward.{name}" for name in ("gate", "up", "down"))  # a gated MLP has .weight behind these
 
 
 def bytes_per_step(network: Decoder, context: int, rows: int) -> int:
@@ -29,15 +26,17 @@ def weight_bytes(network: Decoder) -> int:
 
 
 def weight_reads(network: Decoder, rows: int) -> int:
-    """The part of them that a step of so many rows reads."""
+    """The part of them that a step of `rows` rows reads."""
     config, total = network.config, 0
+    params = parameters(config)
     for name, count in _holdings(network).items():
         if name.startswith("embed.") and not config.tied:
             count = count * rows // config.vocab_size
-        elif name.startswith("layers.") and name.endswith(EXPERTS):
-            moe = config.layers[int(name.split(".")[1])].feed_forward
-            if isinstance(moe, MoEConfig):
-                count = count * min(moe.experts, rows * moe.active) // moe.experts
+        elif name in params and len(params[name].shape) == 3:
+            feed_forward = config.layers[int(name.split(".")[1])].feed_forward
+            assert feed_forward is not None
+            active, experts = feed_forward.routing()
+            count = count * min(experts, rows * active) // experts
         total += count
     return total
 
@@ -52,11 +51,6 @@ def _holdings(network: Decoder) -> dict[str, int]:
 
 
 def _kv_reads(network: Decoder, context: int) -> int:
-    """Keys and values of one row: 2 · kv heads · head dim · tokens in the window, per attention layer."""
-    total = 0
-    for layer in network.config.layers:
-        for mixer in layer.mixers:
-            if isinstance(mixer, AttentionConfig):
-                tokens = min(context, mixer.window or context)
-                total += 2 * mixer.kv_heads * mixer.head_dim * tokens * network.dtype.itemsize
-    return total
+    """Keys and values of one row."""
+    mixers = [mixer for layer in network.config.layers for mixer in layer.mixers if not mixer.recurrent]
+    return int(sum(sum(mixer.cost(1, context).reads.values()) for mixer in mixers)) * network.dtype.itemsize

@@ -36,6 +36,11 @@ class LayerConfig:
         check(bool(kinds), "a layer needs at least one mixer")
         check(len(set(kinds)) == len(kinds), f"a layer holds at most one mixer of a kind, not {kinds}")
 
+    @property
+    def parts(self) -> tuple[ModuleSpec, ...]:
+        """Its mixers, then its feed-forward where it has one."""
+        return self.mixers if self.feed_forward is None else (*self.mixers, self.feed_forward)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

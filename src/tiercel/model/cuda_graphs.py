@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tiercel.feed_forward.moe.layer import MoE
 from tiercel.model.device_sampler import DeviceSampler
 from tiercel.model.state_cache import DeviceBatch, StateCache
 
@@ -37,8 +36,7 @@ class CapturedCUDAStep:
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=slots.device)
         self.slot_B = torch.full((rows,), -1, dtype=torch.int32, device=slots.device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        # experts are chosen on the host still
-        if slots.device.type == "cuda" and not any(isinstance(m, MoE) for m in network.modules()):
+        if slots.device.type == "cuda" and all(m.captured for layer in network.config.layers for m in layer.parts):
             self._record(pool)
 
     def _record(self, pool: Any) -> None:

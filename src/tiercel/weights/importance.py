@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from tiercel.errors import FormatError, RequestError
 from tiercel.families.family import Layout
-from tiercel.feed_forward.moe.layer import MoE
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import Linear
+from tiercel.model.parameters import parameters
 from tiercel.weights.checkpoint import parameter_shapes
 from tiercel.weights.safetensors import open_safetensors, write_safetensors_file
 from tiercel.weights.stored import OutTensor
@@ -74,8 +74,11 @@ def _listening(network: Decoder, sums: dict[str, tuple[Tensor, int]]) -> Iterato
         if isinstance(module, Linear):
             known = "embed.weight" if name == "head" and network.config.tied else f"{name}.weight"
             hooks.append(module.register_forward_pre_hook(hear([known])))
-        elif isinstance(module, MoE):  # what the layer sees stands for what its experts see; `down` goes without
-            hooks.append(module.register_forward_pre_hook(hear([f"{name}.gate", f"{name}.up"])))
+    # of stacked experts the layer's input stands for what each sees; `down` goes without
+    for name, param in parameters(network.config).items():
+        if len(param.shape) == 3 and param.reads_input:
+            layer = network.get_submodule(name.rpartition(".")[0])
+            hooks.append(layer.register_forward_pre_hook(hear([name])))
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ class MoEConfig(FeedForwardSpec):
 
     kind: ClassVar[str] = "moe"
     word: ClassVar[str | None] = "moe"
+    captured: ClassVar[bool] = False  # the choice of experts is read by the host
     width: int
     experts: int
     active: int
@@ -37,7 +38,7 @@ class MoEConfig(FeedForwardSpec):
         return router, *(
             Param(
                 name=name, shape=shape, hf=f"experts.{{e}}.{name}_proj.weight", gguf=f"ffn_{name}_exps.weight",
-                init="residual" if name == "down" else "linear", role=f"ffn_{name}",
+                init="residual" if name == "down" else "linear", role=f"ffn_{name}", reads_input=name != "down",
             )
             for name, shape in shapes.items()
         )  # fmt: skip
