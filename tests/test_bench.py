@@ -112,7 +112,7 @@ def test_the_same_rows_come_however_they_are_cut(recipe: str, tiny: str) -> None
     assert torch.cat([source.raw(row, i, min(i + 333, 4096)) for i in range(0, 4096, 333)]).equal(whole)
     assert source.read(row, 1000, 1100).equal(source.read(row, 0, 4096)[1000:1100])
     for row in one.layout.rows:
-        stop = one.shapes[row.ours][0]
+        stop = one.params[row.ours].shape[0]
         assert one.raw(row, 0, stop).equal(random_source(tiny, recipe).raw(row, 0, stop)), row.ours
     assert not one.raw(one.layout.rows[0], 0, 9).equal(other.raw(one.layout.rows[0], 0, 9))
 
@@ -257,7 +257,7 @@ def test_the_written_file_holds_the_random_weights_as_they_are(tiny: str, tmp_pa
     theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(out).tensors}
     assert len(theirs) == len(source.layout.rows)
     for row in source.layout.rows:
-        stop, kind = source.shapes[row.ours][0], checkpoint.stored(row)
+        stop, kind = source.params[row.ours].shape[0], checkpoint.stored(row)
         assert checkpoint.read(row, 0, stop).float().equal(source.read(row, 0, stop).float()), row.ours
         assert kind == ("F32" if row.keep_fp32 else source.stored(row))
         assert theirs[row.gguf].tensor_type.name == kind
