@@ -35,7 +35,7 @@ from lm_eval.models.huggingface import HFLM
 from tiercel.evals import open_task
 from tiercel.evals.gsm8k import GSM8K
 from tiercel.evals.lm_eval import TiercelLM
-from tiercel.evals.task import Item, Task, chosen
+from tiercel.evals.task import Item, Task, draw_items
 from tiercel.hub import hub
 
 LETTERS = ["A", "B", "C", "D"]
@@ -194,7 +194,7 @@ def main() -> None:
         for task_name, count in (("arc_challenge", args.items), ("mmlu", args.items),
                                  ("gsm8k", args.gsm8k_items or args.items)):  # fmt: skip
             task: Any = open_task(task_name)
-            items = chosen(task.load(args.data), count, 0)
+            items = draw_items(task.load(args.data), count, 0)
             tasks = (arc_task(items, folder) if task_name == "arc_challenge" else mmlu_tasks(items, task, folder)
                      if task_name == "mmlu" else gsm8k_task(items, task, folder, args.gsm8k_tokens))  # fmt: skip
             a, b = (run(model, tasks, None if args.out is None else args.out.with_suffix(f".{who}"))

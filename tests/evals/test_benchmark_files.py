@@ -13,7 +13,7 @@ from tiercel.evals import open_task
 from tiercel.evals.aime25 import ANSWERS
 from tiercel.evals.arc_challenge import check_shape, item_of, kept_fields
 from tiercel.evals.data import rows_of
-from tiercel.evals.task import Item, chosen
+from tiercel.evals.task import Item, draw_items
 
 ROWS = {"aime24": 30, "gsm8k": 1319, "math500": 500, "mmlu": 14042, "arc_challenge": 1172, "humaneval": 164,
         "lambada": 5153}  # fmt: skip
@@ -214,9 +214,9 @@ def test_a_row_may_hold_any_separator():
 
 def test_a_part_is_the_same_each_time_and_grows():
     items = [Item(str(i), "?", "0") for i in range(100)]
-    five, nine = chosen(items, 5, 0), chosen(items, 9, 0)
-    assert five == chosen(items, 5, 0) and {i.id for i in five} < {i.id for i in nine}
-    assert five != chosen(items, 5, 1) and chosen(items, 1000, 0) == items
+    five, nine = draw_items(items, 5, 0), draw_items(items, 9, 0)
+    assert five == draw_items(items, 5, 0) and {i.id for i in five} < {i.id for i in nine}
+    assert five != draw_items(items, 5, 1) and draw_items(items, 1000, 0) == items
     assert five == sorted(five, key=lambda item: int(item.id))
 
 

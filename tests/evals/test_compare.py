@@ -9,7 +9,8 @@ import pytest
 from tiercel.errors import RequestError, TiercelError
 from tiercel.evals import compare as side
 from tiercel.evals.answers import Answers, Sample
-from tiercel.evals.task import Settings, open_task
+from tiercel.evals.registry import open_task
+from tiercel.evals.task import Settings
 
 
 class Scripted:

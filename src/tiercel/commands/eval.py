@@ -10,7 +10,7 @@ import typer
 from tiercel.commands.options import Json, print_json
 
 if TYPE_CHECKING:
-    from tiercel.evals.run import Result
+    from tiercel.evals.aggregate import Result
 
 RUNS = Path("tiercel-evals")
 
@@ -67,8 +67,9 @@ def evaluate(
     beside a report as JSON, Markdown and one HTML page.
     """
     from tiercel.errors import RequestError
+    from tiercel.evals.registry import TASKS, open_task
     from tiercel.evals.report import save, told
-    from tiercel.evals.task import TASKS, Settings, open_task
+    from tiercel.evals.task import Settings
     from tiercel.voting.settings import VoteSettings
 
     if not task:
@@ -158,7 +159,8 @@ def compare(
     from tiercel.commands.chat.render import waiting
     from tiercel.errors import RequestError
     from tiercel.evals import compare as side
-    from tiercel.evals.task import Settings, open_task
+    from tiercel.evals.registry import open_task
+    from tiercel.evals.task import Settings
 
     try:
         wanted = [int(word) for word in lengths.split(",") if int(word)]

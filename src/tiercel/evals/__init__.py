@@ -19,10 +19,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tiercel.evals.run import Result, evaluate
-    from tiercel.evals.task import Settings, Task, open_task
+    from tiercel.evals.aggregate import Result
+    from tiercel.evals.registry import open_task
+    from tiercel.evals.run import evaluate
+    from tiercel.evals.task import Settings, Task
 
-_HOME = {"evaluate": "run", "Result": "run", "Settings": "task", "Task": "task", "open_task": "task"}
+_HOME = {"evaluate": "run", "Result": "aggregate", "Settings": "task", "Task": "task", "open_task": "registry"}
 __all__ = ["Result", "Settings", "Task", "evaluate", "open_task"]
 
 

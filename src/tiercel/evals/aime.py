@@ -34,8 +34,7 @@ class AIME(Task):
         if len(found.rows) != 30:
             raise FormatError(f"{found.path}: {len(found.rows)} rows; an AIME has 30 problems")
         items = []
-        for number, row in enumerate(found.rows, 1):
-            where = f"{found.path}, row {number}"
+        for number, (where, row) in enumerate(found.numbered(), 1):
             gold = field(row, "answer", str, where)
             if not gold.isdecimal() or int(gold) > 999:
                 raise FormatError(f"{where}: {gold[:40]!r} is no answer from 0 to 999")

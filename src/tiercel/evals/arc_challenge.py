@@ -40,7 +40,7 @@ class ARCChallenge(Task):
     def load(self, folder: str | None) -> list[Item]:
         test = open_file(TEST, folder)
         self.sources = [test.about()]
-        items = [item_of(row, f"{test.path}, row {number}") for number, row in enumerate(test.rows, 1)]
+        items = [item_of(row, where) for where, row in test.numbered()]
         check_shape(items, str(test.path))
         return items
 

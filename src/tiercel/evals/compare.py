@@ -20,8 +20,9 @@ from typing import Any
 
 from tiercel.commands import chart
 from tiercel.errors import RequestError, TiercelError
+from tiercel.evals.aggregate import Result
 from tiercel.evals.answers import Answerer, Ask, Question
-from tiercel.evals.run import Result, evaluate
+from tiercel.evals.run import evaluate
 from tiercel.evals.task import Settings, Task
 
 STEPS = 32  # tokens of a timed answer

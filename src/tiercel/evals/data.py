@@ -40,6 +40,11 @@ class Found:
     sha256: str
     rows: list[dict[str, Any]]
 
+    def numbered(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield each row with its place, "FILE, row 3", for messages."""
+        for number, row in enumerate(self.rows, 1):
+            yield f"{self.path}, row {number}", row
+
     def about(self) -> dict[str, Any]:
         return {"file": "/".join(self.path.parts[-2:]), "sha256": self.sha256, "rows": len(self.rows)}
 

@@ -38,8 +38,7 @@ class GSM8K(Task):
         self.sources = [test.about(), train.about()]
         self.examples = [(row["question"], row["answer"]) for row in train.rows[: self.most_shots]]
         items = []
-        for number, row in enumerate(test.rows, 1):
-            where = f"{test.path}, row {number}"
+        for number, (where, row) in enumerate(test.numbered(), 1):
             solution = field(row, "answer", str, where)
             _, mark, gold = solution.rpartition("#### ")
             if not mark or grade.number(gold) is None:

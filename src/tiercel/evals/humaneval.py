@@ -37,8 +37,7 @@ class HumanEval(Task):
         found = open_file(TEST, folder)
         self.sources = [found.about()]
         items = []
-        for number, row in enumerate(found.rows, 1):
-            where = f"{found.path}, row {number}"
+        for where, row in found.numbered():
             texts = {name: field(row, name, str, where) for name in ("prompt", "test", "entry_point", "task_id")}
             items.append(Item(texts["task_id"], texts["prompt"], field(row, "canonical_solution", str, where),
                               more={"test": texts["test"], "entry_point": texts["entry_point"]}))  # fmt: skip

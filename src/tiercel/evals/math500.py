@@ -31,8 +31,7 @@ class MATH500(Task):
         found = open_file(TEST, folder)
         self.sources = [found.about()]
         items = []
-        for number, row in enumerate(found.rows, 1):
-            where = f"{found.path}, row {number}"
+        for where, row in found.numbered():
             level = field(row, "level", int, where)
             items.append(Item(field(row, "unique_id", str, where), field(row, "problem", str, where),
                               field(row, "answer", str, where), group=f"level {level}"))  # fmt: skip

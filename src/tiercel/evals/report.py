@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.evals import plots
-from tiercel.evals.run import Result
+from tiercel.evals.aggregate import Result
 from tiercel.evals.statistics import wilson
 from tiercel.runtime.atomic import atomic_write
 

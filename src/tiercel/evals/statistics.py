@@ -9,10 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-Z95 = 1.959963984540054
+Z_95_PERCENT = 1.959963984540054
 
 
-def wilson(right: float, n: int, z: float = Z95) -> tuple[float, float]:
+def mean(values: Sequence[float]) -> float:
+    """Return the mean; 0 of nothing."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def wilson(right: float, n: int, z: float = Z_95_PERCENT) -> tuple[float, float]:
     """Interval of a share, honest at 0, at 1 and for few items."""
     if n == 0:
         return 0.0, 1.0

@@ -15,8 +15,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tiercel.errors import RequestError
@@ -28,19 +26,6 @@ Kind = Literal["generate", "choose", "continue"]
 Messages = list[dict[str, str]]
 Prompt = str | Messages
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-# name → (file of this folder, class)
-TASKS = {
-    "aime24": ("aime24", "AIME24"),
-    "aime25": ("aime25", "AIME25"),
-    "gsm8k": ("gsm8k", "GSM8K"),
-    "math500": ("math500", "MATH500"),
-    "mmlu": ("mmlu", "MMLU"),
-    "arc_challenge": ("arc_challenge", "ARCChallenge"),
-    "humaneval": ("humaneval", "HumanEval"),
-    "lambada": ("lambada", "LAMBADA"),
-    "problems": ("problems", "Problems"),
-}
 
 
 @dataclass(frozen=True)
@@ -176,22 +161,7 @@ def letters_prompt(item: Item, system: str | None = None) -> Messages:
     return [{"role": "user", "content": f"{item.question}\n\n{listed}\n\n{end}"}]
 
 
-def open_task(name: str, **fields: Any) -> Task:
-    """A benchmark by name, or any JSONL file by path (fields: question, choices, answer, kind; see jsonl.py)."""
-    if name in TASKS:
-        if fields:
-            raise RequestError(f"{name} knows its own fields; they are nameable for a JSONL file only")
-        module, kind = TASKS[name]
-        found: Task = getattr(import_module(f"tiercel.evals.{module}"), kind)()
-        return found
-    if name.endswith((".jsonl", ".json")) or Path(name).is_file():
-        from tiercel.evals.jsonl import JSONL
-
-        return JSONL(Path(name), **fields)
-    raise RequestError(f"no task is called {name!r}; there are {', '.join(TASKS)}, and any FILE.jsonl")
-
-
-def chosen(items: list[Item], limit: int | None, seed: int) -> list[Item]:
+def draw_items(items: list[Item], limit: int | None, seed: int) -> list[Item]:
     """A random part in the order of the file, the same for the same seed; a larger part contains a smaller one."""
     if limit is None or limit >= len(items):
         return items
