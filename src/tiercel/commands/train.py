@@ -1,9 +1,13 @@
-"""`tiercel train …`: options in, one of this folder's loops, what was reached out."""
+"""`tiercel train pretrain | sft | lora | grpo`."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -34,67 +38,105 @@ Out = Annotated[Path, typer.Option(help="Folder for the checkpoint, the log and 
 Config = Annotated[str, typer.Option(help="Pattern file or config.json (fresh weights), or a checkpoint.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="Folder with a tokenizer.json, for a fresh network.")]
 HeldOut = Annotated[Path | None, typer.Option("--eval", help="JSONL that is not trained on, to be evaluated.")]
-Steps = Annotated[int | None, typer.Option(help="Steps of the optimizer.")]
-Epochs = Annotated[float | None, typer.Option(help="Passes over the data, instead of steps.")]
-Batch = Annotated[int, typer.Option(help="Rows of a micro-batch.")]
-Accumulate = Annotated[int, typer.Option(help="Micro-batches of a step.")]
-Length = Annotated[int, typer.Option(help="Tokens of a row.")]
-Lr = Annotated[float, typer.Option(help="The highest learning rate.")]
-Schedule = Annotated[str, typer.Option(help="cosine, wsd or constant.")]
-Warmup = Annotated[int, typer.Option(help="Steps until the learning rate is reached.")]
-WeightDecay = Annotated[float, typer.Option(help="Of matrices.")]
-Clip = Annotated[float, typer.Option(help="Largest norm of the gradient.")]
-SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints to resume from; 0: at the end.")]
-EvalEvery = Annotated[int, typer.Option(help="Steps between evaluations; 0: at the end.")]
-Seed = Annotated[int, typer.Option(help="Of fresh weights and of the order of the data.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="f32, or bf16 for products (weights stay float32).")]
-Recompute = Annotated[bool, typer.Option("--recompute", help="Keep no activations of blocks: slower, less memory.")]
-Compile = Annotated[bool, typer.Option("--compile", help="Let torch.compile make kernels of the blocks.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options that the ways of training share; a command may have other defaults, or lack some."""
+
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimizer.")] = None
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data, instead of steps.")] = None
+    batch: Annotated[int, typer.Option(help="Rows of a micro-batch.")] = 8
+    accumulate: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 1
+    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-3
+    schedule: Annotated[str, typer.Option(help="cosine, wsd or constant.")] = "cosine"
+    warmup: Annotated[int, typer.Option(help="Steps until the learning rate is reached.")] = 20
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.0
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints to resume from; 0: at the end.")] = 500
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: at the end.")] = 0
+    seed: Annotated[int, typer.Option(help="Of fresh weights and of the order of the data.")] = 0
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
+    dtype: Annotated[str, typer.Option(help="f32, or bf16 for products (weights stay float32).")] = "f32"
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Keep no activations of blocks: slower, less memory.")
+    ] = False
+    compile: Annotated[bool, typer.Option("--compile", help="Let torch.compile make kernels of the blocks.")] = False
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False
+    json: Json = False
+
+    def settings(self, out: Path, **changes: Any) -> Settings:
+        """Return the settings of the loop.
+
+        Raises:
+            RequestError: neither or both of --steps and --epochs.
+        """
+        from tiercel.train.loop import Settings
+
+        steps = changes.pop("steps", None)
+        if steps is None and (self.steps is None) == (self.epochs is None):
+            raise RequestError("say how long: --steps or --epochs")
+        shared = {part.name for part in fields(Settings)} & {part.name for part in fields(self)}
+        values = {name: getattr(self, name) for name in shared}
+        values |= {"steps": steps or self.steps or 1, "out": out, "quiet": self.quiet or self.json}
+        return Settings(**values | changes)
+
+
+def takes_options(*without: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command, whose last argument is `options`, the options of `Options`.
+
+    Args:
+        without: names of options that the command lacks.
+        defaults: options whose default differs, or an (annotation, default) where the help does, too.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(Options, include_extras=True)
+        own = inspect.signature(command, eval_str=True)
+        parameters = [p for name, p in own.parameters.items() if name != "options"]
+        names = [part.name for part in fields(Options) if part.name not in without]
+        for part in fields(Options):
+            if part.name in names:
+                given = defaults.get(part.name, part.default)
+                hint, default = given if isinstance(given, tuple) else (hints[part.name], given)
+                kind = inspect.Parameter.KEYWORD_ONLY
+                parameters.append(inspect.Parameter(part.name, kind, default=default, annotation=hint))
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            options = Options(**{name: given.pop(name) for name in names})
+            command(**given, options=options)
+
+        run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]  # what typer reads
+        run.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+        return run
+
+    return decorate
 
 
 @app.command()
+@takes_options(weight_decay=0.1)
 def pretrain(
     data: Data,
     config: Config,
     out: Out,
     tokenizer: Tokenizer = None,
     held_out: HeldOut = None,
-    steps: Steps = None,
-    epochs: Epochs = None,
-    batch: Batch = 8,
-    accumulate: Accumulate = 1,
-    length: Length = 512,
-    lr: Lr = 1e-3,
-    schedule: Schedule = "cosine",
-    warmup: Warmup = 20,
-    weight_decay: WeightDecay = 0.1,
-    clip: Clip = 1.0,
-    save_every: SaveEvery = 500,
-    eval_every: EvalEvery = 0,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = "f32",
-    recompute: Recompute = False,
-    compile: Compile = False,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    json: Json = False,
+    *,
+    options: Options,
 ) -> None:
     """Learn every next token of documents."""
     from tiercel.train.pretrain import pretrain
 
-    settings = _settings(steps, epochs, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
-        accumulate=accumulate, save_every=save_every, eval_every=eval_every, device=device, dtype=dtype,
-        recompute=recompute, compile=compile, resume=resume, out=out, quiet=quiet or json)  # fmt: skip
-    found = pretrain(config, data, settings, tokenizer=tokenizer, held_out=held_out, rows=batch, length=length,
-                     epochs=epochs, seed=seed)  # fmt: skip
-    _say(found, json)
+    found = pretrain(config, data, options.settings(out), tokenizer=tokenizer, held_out=held_out, rows=options.batch,
+                     length=options.length, epochs=options.epochs, seed=options.seed)  # fmt: skip
+    _report(found, options.json)
 
 
 @app.command()
+@takes_options(lr=1e-4)
 def sft(
     data: Data,
     config: Config,
@@ -102,40 +144,19 @@ def sft(
     loss_on: Annotated[str, typer.Option(help="Roles that are learned, with commas; or all.")] = "assistant",
     tokenizer: Tokenizer = None,
     held_out: HeldOut = None,
-    steps: Steps = None,
-    epochs: Epochs = None,
-    batch: Batch = 8,
-    accumulate: Accumulate = 1,
-    length: Length = 512,
-    lr: Lr = 1e-4,
-    schedule: Schedule = "cosine",
-    warmup: Warmup = 20,
-    weight_decay: WeightDecay = 0.0,
-    clip: Clip = 1.0,
-    save_every: SaveEvery = 500,
-    eval_every: EvalEvery = 0,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    dtype: Dtype = "f32",
-    recompute: Recompute = False,
-    compile: Compile = False,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    json: Json = False,
+    *,
+    options: Options,
 ) -> None:
     """Learn the answers of conversations."""
     from tiercel.train.sft import sft
 
-    roles = _roles(loss_on)
-    settings = _settings(steps, epochs, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
-        accumulate=accumulate, save_every=save_every, eval_every=eval_every, device=device, dtype=dtype,
-        recompute=recompute, compile=compile, resume=resume, out=out, quiet=quiet or json)  # fmt: skip
-    found = sft(config, data, settings, loss_on=roles, tokenizer=tokenizer, held_out=held_out, rows=batch,
-                length=length, epochs=epochs, seed=seed)  # fmt: skip
-    _say(found, json)
+    found = sft(config, data, options.settings(out), loss_on=_roles(loss_on), tokenizer=tokenizer, held_out=held_out,
+                rows=options.batch, length=options.length, epochs=options.epochs, seed=options.seed)  # fmt: skip
+    _report(found, options.json)
 
 
 @app.command()
+@takes_options("dtype", "compile", batch=1, accumulate=8, lr=2e-4, warmup=10, save_every=100)
 def lora(
     model: Annotated[str, typer.Argument(help="A model as for run: it stays as it is.")],
     data: Data,
@@ -147,39 +168,30 @@ def lora(
     quantize: Annotated[str | None, typer.Option(help="QLoRA: pack the model first, q4_k_m, nf4, int8 …")] = None,
     loss_on: Annotated[str, typer.Option(help="Roles that are learned, with commas; or all.")] = "assistant",
     held_out: HeldOut = None,
-    steps: Steps = None,
-    epochs: Epochs = None,
-    batch: Batch = 1,
-    accumulate: Accumulate = 8,
-    length: Length = 512,
-    lr: Lr = 2e-4,
-    schedule: Schedule = "cosine",
-    warmup: Warmup = 10,
-    weight_decay: WeightDecay = 0.0,
-    clip: Clip = 1.0,
-    save_every: SaveEvery = 100,
-    eval_every: EvalEvery = 0,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    recompute: Recompute = False,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    json: Json = False,
+    *,
+    options: Options,
 ) -> None:
     """Learn the answers of conversations in an adapter (LoRA; with --quantize QLoRA)."""
     from tiercel.train.lora import lora
 
-    roles = _roles(loss_on)
     wanted = tuple(word.strip() for word in targets.split(",") if word.strip())
-    settings = _settings(steps, epochs, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
-        accumulate=accumulate, save_every=save_every, eval_every=eval_every, device=device, recompute=recompute,
-        resume=resume, out=out, quiet=quiet or json)  # fmt: skip
-    found = lora(model, data, settings, rank=rank, alpha=alpha, dropout=dropout, targets=wanted, quantize=quantize,
-                 loss_on=roles, held_out=held_out, rows=batch, length=length, epochs=epochs, seed=seed)  # fmt: skip
-    _say(found, json, f"tiercel merge {model} {out} merged.gguf, or tiercel serve {model} --adapter name={out}")
+    found = lora(model, data, options.settings(out), rank=rank, alpha=alpha, dropout=dropout, targets=wanted,
+                 quantize=quantize, loss_on=_roles(loss_on), held_out=held_out, rows=options.batch,
+                 length=options.length, epochs=options.epochs, seed=options.seed)  # fmt: skip
+    _report(
+        found, options.json, f"tiercel merge {model} {out} merged.gguf, or tiercel serve {model} --adapter name={out}"
+    )
 
 
 @app.command()
+@takes_options(
+    "steps", "epochs", "batch", "length", "device", "compile",
+    lr=1e-5, schedule="constant",
+    warmup=(Annotated[int, typer.Option(help="Rounds until the learning rate is reached.")], 2),
+    save_every=(Annotated[int, typer.Option(help="Rounds between checkpoints; 0: at the end.")], 10),
+    eval_every=(Annotated[int, typer.Option(help="Rounds between evaluations; 0: at the end.")], 10),
+    seed=(Annotated[int, typer.Option(help="Of the problems and the answers.")], 0),
+)  # fmt: skip
 def grpo(
     config: Config,
     out: Out,
@@ -198,48 +210,33 @@ def grpo(
     updates: Annotated[int, typer.Option(help="Steps of the optimizer in a round.")] = 1,
     tries: Annotated[int, typer.Option(help="Problems drawn in a round, at most so many times --prompts.")] = 3,
     slots: Annotated[int, typer.Option(help="Answers written at once.")] = 32,
-    accumulate: Accumulate = 1,
-    lr: Lr = 1e-5,
-    schedule: Schedule = "constant",
-    warmup: Annotated[int, typer.Option(help="Rounds until the learning rate is reached.")] = 2,
-    weight_decay: WeightDecay = 0.0,
-    clip: Clip = 1.0,
-    save_every: Annotated[int, typer.Option(help="Rounds between checkpoints; 0: at the end.")] = 10,
-    eval_every: Annotated[int, typer.Option(help="Rounds between evaluations; 0: at the end.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of the problems and the answers.")] = 0,
-    dtype: Dtype = "f32",
-    recompute: Recompute = False,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    json: Json = False,
+    *,
+    options: Options,
 ) -> None:
     """Learn from rewards: many answers to a problem, the better ones made likelier."""
     from tiercel.train import rewards
     from tiercel.train.grpo import Rules, grpo
-    from tiercel.train.loop import Settings
 
     if sum(source is not None for source in (problems, data, gym)) != 1:
         raise RequestError("say what to learn from: one of --problems, --data and --gym")
     held: list[rewards.Task] = []
     if problems is not None:
         names, of = [name.strip() for name in problems.split(",")], _whole_numbers("--sizes", sizes)
-        tasks = rewards.problems(names, of, seed)
+        tasks = rewards.problems(names, of, options.seed)
         held = rewards.held_out(names, of, tests)
     elif data is not None:
-        tasks = rewards.questions(data, rewards.named(reward), seed)
+        tasks = rewards.questions(data, rewards.named(reward), options.seed)
     else:
         assert gym is not None
-        tasks = rewards.gym(gym, seed)
+        tasks = rewards.gym(gym, options.seed)
     if held_out is not None:
         held = rewards.all_of(held_out, rewards.named(reward))
-    settings = Settings(steps=rounds, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
-        accumulate=accumulate, save_every=save_every, eval_every=eval_every, log_every=1, dtype=dtype,
-        recompute=recompute, resume=resume, out=out, quiet=quiet or json)  # fmt: skip
-    rules = Rules(prompts=prompts, answers=answers, max_tokens=most, updates=updates, tries=tries, seed=seed)
+    settings = options.settings(out, steps=rounds, log_every=1)
+    rules = Rules(prompts=prompts, answers=answers, max_tokens=most, updates=updates, tries=tries, seed=options.seed)
     found = grpo(config, tasks, settings, rules, tests=held, tokenizer=tokenizer, slots=slots)
-    if "before" in found and not json:
+    if "before" in found and not options.json:
         print(f"held-out problems: {found['before']:.1%} before, {found['after']:.1%} after")
-    _say(found, json)
+    _report(found, options.json)
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:
@@ -258,15 +255,7 @@ def _roles(loss_on: str) -> tuple[str, ...]:
     return roles
 
 
-def _settings(steps: int | None, epochs: float | None, **rest: Any) -> Settings:
-    from tiercel.train.loop import Settings
-
-    if (steps is None) == (epochs is None):
-        raise RequestError("say how long: --steps or --epochs")
-    return Settings(steps=1 if steps is None else steps, **rest)
-
-
-def _say(found: dict[str, Any], json: bool, then: str | None = None) -> None:
+def _report(found: dict[str, Any], json: bool, then: str | None = None) -> None:
     from tiercel.train.parallel import ranks
 
     if not ranks().first:
