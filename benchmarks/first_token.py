@@ -28,7 +28,7 @@ import torch
 
 import tiercel
 from tiercel.bench.models import SHAPES, random_source
-from tiercel.hub import hub
+from tiercel.hub import local_models
 from tiercel.weights.export import export
 from tiercel.weights.gguf import GGUFFile, write_gguf
 from tiercel.weights.stored import OutTensor
@@ -75,7 +75,7 @@ def bare(network: Any, ids: list[int]) -> float:
 
 def with_words(shape: str, folder: Path) -> Path:
     """A GGUF file of that shape, whose vocabulary and chat template are SmolLM2's."""
-    with GGUFFile(hub.resolve("smollm2")) as words:
+    with GGUFFile(local_models.resolve("smollm2")) as words:
         vocabulary = {key: value for key, value in words.metadata.items() if key.startswith("tokenizer.")}
     config = folder / "config.json"
     config.write_text(json.dumps(SHAPES[shape] | {"vocab_size": len(vocabulary["tokenizer.ggml.tokens"])}))

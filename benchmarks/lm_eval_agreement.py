@@ -36,7 +36,7 @@ from tiercel.evals import open_task
 from tiercel.evals.gsm8k import GSM8K
 from tiercel.evals.lm_eval import TiercelLM
 from tiercel.evals.task import Item, Task, draw_items
-from tiercel.hub import hub
+from tiercel.hub import local_models
 
 LETTERS = ["A", "B", "C", "D"]
 
@@ -177,7 +177,7 @@ def main() -> None:
         before = json.loads(args.out.read_text())
         if any(before[name] != value for name, value in about.items()):
             parser.error(f"{args.out} is of {before['model']} in {before['precision']}; give another --out")
-    file = hub.resolve(args.model, pull=True)
+    file = local_models.resolve(args.model, pull=True)
     loading = {"dtype": "float32"} if args.precision == "float32" else {"exact": args.precision == "exact"}
     ours = TiercelLM(tiercel.load(args.model, **loading))
     named = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}

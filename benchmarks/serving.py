@@ -33,7 +33,7 @@ from typing import Any
 
 from tiercel.bench.models import random_source
 from tiercel.bench.run import cores
-from tiercel.hub import hub
+from tiercel.hub import local_models
 from tiercel.weights.export import export
 from tiercel.weights.gguf import GGUFFile, Typed, write_gguf
 from tiercel.weights.stored import OutTensor
@@ -148,7 +148,7 @@ def main() -> None:
             pairs = zip(found[f"tiercel, {when} eight"], found[f"llama-server, {when} eight"], strict=True)
             result[f"ratio, {when} eight"] = statistics.median(a / b for a, b in pairs)
     if options.turns is not None:
-        for name, command in commands(hub.resolve("smollm2"), llama).items():
+        for name, command in commands(local_models.resolve("smollm2"), llama).items():
             with serving(command) as base:
                 model = json.load(urllib.request.urlopen(base + "/v1/models"))["data"][0]["id"]
                 ask(base, model, list(range(100, 164)), 4)

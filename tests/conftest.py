@@ -75,9 +75,9 @@ def smollm2() -> Path:
         if not Path(given).is_file():
             pytest.fail(f"TIERCEL_TEST_SMOLLM2 names no file: {given}")
         return Path(given)
-    from tiercel.hub import hub
+    from tiercel.hub import local_models
 
-    found = hub.find("smollm2")
+    found = local_models.find("smollm2")
     if found is None:
         pytest.skip("SmolLM2 is not here; `tiercel pull smollm2` or set TIERCEL_TEST_SMOLLM2 to its GGUF")
     return found.path

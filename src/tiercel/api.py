@@ -23,7 +23,7 @@ from tiercel.engine.session import Session
 from tiercel.engine.speculative import prompt_lookup
 from tiercel.errors import RequestError
 from tiercel.families.family import Layout
-from tiercel.hub import hub
+from tiercel.hub import local_models
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import move
@@ -235,7 +235,7 @@ def _is_ids(prompt: Prompt) -> bool:
 
 
 def load(
-    name: str | Path = hub.BUNDLED,
+    name: str | Path = local_models.BUNDLED,
     *,
     dtype: str | torch.dtype = "auto",
     quantize: str | None = None,
@@ -256,7 +256,7 @@ def load(
     device: "cpu", or "cuda" for one GPU.
     Raises ModelNotFound, FormatError, UnsupportedError, DoesNotFit, Offline.
     """
-    path = hub.resolve(name, pull=True)
+    path = local_models.resolve(name, pull=True)
     network, tokenizer, layout = weights.load(path, dtype=dtype, quantize=quantize, exact=exact, progress=progress)
     if device != "cpu":
         move(network, device)
@@ -264,7 +264,7 @@ def load(
     model = Model(network, tokenizer, layout, name=str(name), max_length=max_length, defaults=defaults)
     for adapter, folder in (adapters or {}).items():
         model.load_adapter(adapter, folder)
-    own = hub.adapter_of(name)  # what a Modelfile put on
+    own = local_models.adapter_of(name)  # what a Modelfile put on
     if own is not None:
         model.load_adapter(model.name, own)
         model.adapter = model.name

@@ -15,7 +15,7 @@ from typing import Any
 from tiercel.api import Answer, Model, Prompt, load
 from tiercel.engine.request import Request
 from tiercel.errors import RequestError
-from tiercel.hub import hub
+from tiercel.hub import local_models
 from tiercel.sampling.logprobs import Logprob
 from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ class LLM:
             warnings.warn("; ".join(f"{name}: {ELSEWHERE[name]}" for name in idle), stacklevel=2)
         self.model = load(model, dtype=dtype, max_length=max_model_len)
         if tokenizer is not None and str(tokenizer) != str(model):
-            self.model.tokenizer = Tokenizer.from_folder(hub.resolve(tokenizer, pull=True))
+            self.model.tokenizer = Tokenizer.from_folder(local_models.resolve(tokenizer, pull=True))
         self.seed, self._count = seed, 0
 
     def get_tokenizer(self) -> Tokenizer | None:

@@ -15,7 +15,7 @@ import tiny
 from families import nasty
 from tiercel.engine.engine import Engine
 from tiercel.errors import FormatError, ModelNotFound, RequestError, UnsupportedError
-from tiercel.hub import hub
+from tiercel.hub import local_models
 from tiercel.model.layers import named_weights
 from tiercel.ops.linear import QTensor, multiply_reference
 from tiercel.train.causal_lm import CausalLM, coverage
@@ -388,6 +388,6 @@ def test_a_modelfile_puts_an_adapter_on(models, tmp_path, monkeypatch):
     x = nasty.tokens(9)
     direct = tiercel.load(tmp_path / "m.gguf", adapters={"a": tmp_path / "poet"}).logits(x, adapter="a")
     for name in ("bard", "bard2"):
-        assert hub.adapter_of(name) is not None
+        assert local_models.adapter_of(name) is not None
         assert torch.equal(tiercel.load(name).logits(x), direct)
-    assert peft.LoraConfig.from_pretrained(hub.adapter_of("bard")).r == 3
+    assert peft.LoraConfig.from_pretrained(local_models.adapter_of("bard")).r == 3

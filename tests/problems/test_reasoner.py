@@ -18,7 +18,7 @@ import tiercel
 from tiercel.errors import FormatError, ModelNotFound, RequestError
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, read_file, rows
-from tiercel.hub import hub, store
+from tiercel.hub import local_models, store
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
 from tiercel.problems import conversations
@@ -73,9 +73,9 @@ def here(package, tmp_path, monkeypatch):
 
 
 def test_the_reasoner_is_here_without_a_pull(here):
-    assert hub.resolve("reasoner") == here
-    assert [(m.name, m.source) for m in hub.list_models()] == [("reasoner", "package")]
-    assert hub.pull("reasoner", verify=True).fetched is False
+    assert local_models.resolve("reasoner") == here
+    assert [(m.name, m.source) for m in local_models.list_models()] == [("reasoner", "package")]
+    assert local_models.pull("reasoner", verify=True).fetched is False
 
 
 def test_load_without_a_name_gives_the_reasoner(here):
@@ -89,7 +89,7 @@ def test_load_without_a_name_gives_the_reasoner(here):
 def test_it_is_removed_with_the_package_only(here):
     with pytest.raises(RequestError, match="part of Tiercel"):
         store.remove("reasoner")
-    assert hub.find("reasoner")
+    assert local_models.find("reasoner")
 
 
 def test_a_damaged_file_is_said(here, tmp_path, monkeypatch):
@@ -99,14 +99,14 @@ def test_a_damaged_file_is_said(here, tmp_path, monkeypatch):
     (copy / "model.safetensors").write_bytes(data)
     monkeypatch.setenv("TIERCEL_REASONER", str(copy))
     with pytest.raises(FormatError, match="install tiercel again"):
-        hub.pull("reasoner", verify=True)
+        local_models.pull("reasoner", verify=True)
 
 
 def test_a_package_without_weights_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("TIERCEL_REASONER", str(tmp_path))
     with pytest.raises(ModelNotFound, match="tiercel run smollm2"):
-        hub.find("reasoner")
-    assert "reasoner" not in [model.name for model in hub.list_models()]
+        local_models.find("reasoner")
+    assert "reasoner" not in [model.name for model in local_models.list_models()]
 
 
 def test_nothing_is_installed_that_does_not_load(tmp_path, package):
@@ -130,7 +130,7 @@ def test_nothing_is_installed_that_does_not_load(tmp_path, package):
      "why?", "Tom has 3 apples.", "(1+2)*3"],
 )  # fmt: skip
 def test_this_reads_as_a_prompt(text):
-    assert hub.reads_as_prompt(text)
+    assert local_models.reads_as_prompt(text)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def test_this_reads_as_a_prompt(text):
      "https://huggingface.co/a/b", "What", "42", "", " ", "a\0b"],
 )  # fmt: skip
 def test_this_does_not(text):
-    assert not hub.reads_as_prompt(text)
+    assert not local_models.reads_as_prompt(text)
 
 
 def test_a_file_or_folder_that_is_there_is_no_prompt(tmp_path, monkeypatch):
     (tmp_path / "what is it?").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert not hub.reads_as_prompt("what is it?")
+    assert not local_models.reads_as_prompt("what is it?")
 
 
 def test_run_takes_a_lone_prompt_to_the_reasoner(here):

@@ -226,11 +226,11 @@ def test_client_meets_errors_with_their_status(client):
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """An empty home."""
-    from tiercel.hub import hub
+    from tiercel.hub import local_models
     from tiercel.hub import store as names
 
     monkeypatch.setenv("TIERCEL_HOME", str(tmp_path))
-    return hub, names, tmp_path
+    return local_models, names, tmp_path
 
 
 def test_blobs_are_taken_only_under_their_own_digest(server, store):
@@ -253,8 +253,8 @@ def test_blobs_are_taken_only_under_their_own_digest(server, store):
 
 
 def test_create_copy_and_delete(server, store, smollm2, client):
-    hub, names, home = store
-    names.put("base", hub.LocalModel("smollm2", smollm2, 0, "", 0.0, "test"), {})
+    local_models, names, home = store
+    names.put("base", local_models.LocalModel("smollm2", smollm2, 0, "", 0.0, "test"), {})
     progress = list(client.create(model="mine:v1", from_="base", system="Be short.", stream=True,
                                   parameters={"temperature": 0, "stop": ["\n"]}))  # fmt: skip
     assert progress[-1].status == "success"

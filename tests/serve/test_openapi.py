@@ -33,7 +33,7 @@ def test_no_case_of_schemathesis_surprises(start, checkpoints, tmp_path, monkeyp
     monkeypatch.setenv("TIERCEL_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr("tiercel.hub.hub.KNOWN", {})
+    monkeypatch.setattr("tiercel.hub.local_models.KNOWN", {})
     # requests come one at a time, and a model has its own place: nobody is ever sent away
     patient = {"first_token_timeout": 3600, "token_timeout": 3600, "body_timeout": 300}
     server = start(slots=4, models=4, cache_bytes=1 << 26, **patient)

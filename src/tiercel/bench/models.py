@@ -18,8 +18,8 @@ from tiercel.families import from_gguf, from_hf
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, read_file, rows
 from tiercel.families.shapes import SHAPES
-from tiercel.hub import hub
-from tiercel.hub.fetch import read_json
+from tiercel.hub import local_models
+from tiercel.hub.download import read_json
 from tiercel.quant import recipes
 from tiercel.weights.gguf import GGUFFile
 
@@ -43,7 +43,7 @@ def prepare(case: Case, scratch: Path, report: Report) -> Files:
     """Find the model, and write what is missing into `scratch`."""
     source: Path | RandomSource
     if case.random is None:
-        source = hub.resolve(case.model, pull=True, progress=report)
+        source = local_models.resolve(case.model, pull=True, progress=report)
         if source.suffix in (".json", ".toml") and case.vs:
             raise RequestError(f"{case.model} is a pattern and has no weights that a peer could read; add --random")
         gguf = source if source.suffix == ".gguf" else next(iter(sorted(source.glob("*.gguf"))), None)
@@ -80,7 +80,7 @@ def write(case: Case, out: Path, report: Report) -> None:
     from tiercel.weights.export import export
 
     report(f"writing {out.name}", 0, 0)
-    source: Any = hub.resolve(case.model) if case.random is None else random_source(case.model, case.random)
+    source: Any = local_models.resolve(case.model) if case.random is None else random_source(case.model, case.random)
     export(source, out, dtype=None if out.suffix == ".gguf" else "bfloat16", name=case.model)
 
 

@@ -115,11 +115,11 @@ def pull(
     By short name, or by org/repo or org/repo:quantization of the hub.
     """
     from tiercel.commands.chat.render import waiting
-    from tiercel.hub import hub
+    from tiercel.hub import local_models
     from tiercel.plan import human_bytes
 
     with waiting(f"pulling {name}") as report:
-        model = hub.pull(name, verify=verify, progress=report)
+        model = local_models.pull(name, verify=verify, progress=report)
     if json:
         print_json(_plain(model) | {"fetched": model.fetched})
     else:
@@ -131,10 +131,10 @@ def pull(
 @app.command("ls", hidden=True)
 def list_(json: Json = False) -> None:
     """List the models that are here (also: ls)."""
-    from tiercel.hub import hub
+    from tiercel.hub import local_models
     from tiercel.plan import human_bytes
 
-    models = hub.list_models()
+    models = local_models.list_models()
     if json:
         print_json([_plain(model) for model in models])
         return
@@ -164,9 +164,9 @@ def _ago(then: float) -> str:
 def show(model: ModelName, json: Json = False) -> None:
     """Say what a model is, from its config or header alone."""
     from tiercel.commands.show import describe, table
-    from tiercel.hub import hub
+    from tiercel.hub import local_models
 
-    found = describe(hub.resolve(model))
+    found = describe(local_models.resolve(model))
     if json:
         print_json({"name": model} | found)
     else:
@@ -195,10 +195,10 @@ def export(
     _check_floats(dtype)
     _check_free(out, force)
     from tiercel.commands.chat.render import waiting
-    from tiercel.hub import hub
+    from tiercel.hub import local_models
 
     with waiting(f"exporting {model}") as report:
-        path = hub.resolve(model, pull=True, progress=report)
+        path = local_models.resolve(model, pull=True, progress=report)
         report(f"exporting {model}", 0, 0)
         from tiercel.weights import export as weights
 
@@ -255,10 +255,10 @@ def merge(
     _check_floats(dtype)
     _check_free(out, force)
     from tiercel.commands.chat.render import waiting
-    from tiercel.hub import hub
+    from tiercel.hub import local_models
 
     with waiting(f"merging {model}") as report:
-        path = hub.resolve(model, pull=True, progress=report)
+        path = local_models.resolve(model, pull=True, progress=report)
         report(f"merging {model}", 0, 0)
         from tiercel.weights import adapters
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.errors import RequestError
-from tiercel.hub.hub import hub_cache, list_models, models_folder
+from tiercel.hub.local_models import hub_cache, list_models, models_folder
 from tiercel.plan import human_bytes
 
 USEFUL = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8",

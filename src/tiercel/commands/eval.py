@@ -126,10 +126,10 @@ def _answerer(
     import tiercel
     from tiercel.commands.chat.render import waiting
     from tiercel.evals.local import LocalModel
-    from tiercel.hub import hub
+    from tiercel.hub import local_models
 
     with waiting(f"loading {model}") as report:
-        hub.resolve(model, pull=True, progress=report)
+        local_models.resolve(model, pull=True, progress=report)
         loaded = tiercel.load(model, dtype=dtype, quantize=quantize, exact=exact, max_length=context,
                               progress=lambda done, total: report(f"loading {model}", done, total))  # fmt: skip
     return LocalModel(loaded)

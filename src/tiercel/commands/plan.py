@@ -23,8 +23,8 @@ from tiercel.families import from_gguf, from_hf
 from tiercel.families.family import Layout
 from tiercel.families.pattern import read_file
 from tiercel.families.shapes import SHAPES
-from tiercel.hub import hub
-from tiercel.hub.fetch import read_json
+from tiercel.hub import local_models
+from tiercel.hub.download import read_json
 from tiercel.model.config import ModelConfig
 from tiercel.plan import human_bytes
 from tiercel.plan.forecast import LENGTHS, Forecast, forecast, matrices, smaller, transformer_of
@@ -64,7 +64,7 @@ def subject(name: str) -> Subject:
     if path.is_dir() and (path / "config.json").is_file():
         return _of_path(name, path)  # a config alone will do
     try:
-        local = hub.find(name)
+        local = local_models.find(name)
     except ModelNotFound:
         local = None
     if local is not None:
@@ -122,7 +122,7 @@ def this_machine(kinds: Sequence[str] = (), *, measure: bool = False) -> Machine
     name = cpu_name()
     if not kinds:
         return Machine("this", memory.total, memory.available)
-    file = hub.home() / "machine.json"
+    file = local_models.home() / "machine.json"
     key = f"{name}, {_threads()} thread(s), {os.environ.get('TIERCEL_ISA', '')}, probe {PROBE}"
     known = read_json(file) if file.is_file() else {}
     known = known if isinstance(known, dict) else {}

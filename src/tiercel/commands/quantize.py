@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.errors import RequestError
-from tiercel.hub import hub
+from tiercel.hub import local_models
 from tiercel.plan import human_bytes
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights import importance as importances
@@ -32,7 +32,7 @@ def shrink(
 ) -> dict[str, Any]:
     """All of `tiercel quantize`; answers what its --json prints.  text: measure over it."""
     recipe = recipe_named(recipe)
-    source = open_checkpoint(hub.resolve(name, pull=True, progress=progress))
+    source = open_checkpoint(local_models.resolve(name, pull=True, progress=progress))
     measured = None if text is None else _tokens(source, text)
     learned = None
     notes: dict[str, Any] = {}

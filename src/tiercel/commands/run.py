@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tiercel.commands.chat.backend import ChatBackend, Prompt
     from tiercel.sampling.params import SamplingParams
 
-DEFAULT_MODEL = "reasoner"  # it comes with the package: `hub.BUNDLED`
+DEFAULT_MODEL = "reasoner"  # it comes with the package: `local_models.BUNDLED`
 
 
 def run(
@@ -99,9 +99,9 @@ def run(
 
 def _model_and_words(model: str, words: list[str]) -> tuple[str, list[str]]:
     """The first word is a model's name, unless it stands alone and reads as a prompt."""
-    from tiercel.hub import hub
+    from tiercel.hub import local_models
 
-    if not words and model != DEFAULT_MODEL and hub.reads_as_prompt(model):
+    if not words and model != DEFAULT_MODEL and local_models.reads_as_prompt(model):
         return DEFAULT_MODEL, [model]
     return model, words
 
@@ -139,9 +139,9 @@ def open_backend(
     import tiercel
     from tiercel.commands.chat.backend import ModelBackend
     from tiercel.commands.plan import fit
-    from tiercel.hub import hub
+    from tiercel.hub import local_models
 
-    hub.resolve(name, pull=True, progress=report)
+    local_models.resolve(name, pull=True, progress=report)
     fitted = fit(name, context=context, dtype=dtype, quantize=packing.get("quantize"))
     if sys.stderr.isatty() or fitted.context < (context or fitted.wanted):
         print(fitted.line, file=sys.stderr, flush=True)

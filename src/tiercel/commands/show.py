@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.errors import FormatError
-from tiercel.hub.fetch import read_json, shards_of
+from tiercel.hub.download import read_json, shards_of
 from tiercel.model.config import ModelConfig
 from tiercel.plan import human_bytes, kv_bytes_per_token, parameter_count, pattern, state_bytes
 

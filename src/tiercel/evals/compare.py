@@ -131,9 +131,9 @@ def timed_here(each: Entrant, length: int) -> dict[str, Any]:
         return timed_there(each, length)
     from tiercel.bench.peers import Worker
     from tiercel.bench.run import cores
-    from tiercel.hub import hub
+    from tiercel.hub import local_models
 
-    path = str(hub.resolve(each.name, pull=True))
+    path = str(local_models.resolve(each.name, pull=True))
     with Worker({"engine": "tiercel", "threads": cores(), "dtype": "auto", "path": path}) as worker:
         order = {"prompts": [length], "generate": STEPS, "context": length, "batch": 1}
         turn = worker.round(order)

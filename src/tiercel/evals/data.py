@@ -102,10 +102,10 @@ def _place(file: File, folder: str | Path | None) -> Path:
         if not path.is_file():
             raise RequestError(f"{path} is not there; it can be had from {file.url}")
         return path
-    from tiercel.hub import hub
+    from tiercel.hub import local_models
 
     beside = Path(tiercel.__file__).resolve().parents[3] / "shared" / "data" / file.path
-    kept = hub.home() / "data" / file.path
+    kept = local_models.home() / "data" / file.path
     for path in (beside, kept):
         if path.is_file():
             return path

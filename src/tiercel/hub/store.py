@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.errors import FormatError, ModelNotFound, RequestError
-from tiercel.hub import hub
-from tiercel.hub.fetch import file_digest, read_json
+from tiercel.hub import local_models
+from tiercel.hub.download import file_digest, read_json
 from tiercel.runtime.atomic import atomic_write
 
 DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
@@ -33,22 +33,22 @@ def blob_path(digest: str) -> Path:
     found = DIGEST.fullmatch(digest)
     if not found:
         raise RequestError("a digest is sha256: and 64 hexadecimal digits")
-    return hub.home() / "blobs" / f"sha256-{found[1]}"
+    return local_models.home() / "blobs" / f"sha256-{found[1]}"
 
 
 def copy(source: str, target: str) -> None:
     """Another name for a model.  Raises ModelNotFound, RequestError."""
-    local = hub.find(source)
+    local = local_models.find(source)
     if local is None:
         raise ModelNotFound(f"{source} is not on this machine; type: tiercel pull {source}")
-    old = hub.store_folder(local.name)
+    old = local_models.store_folder(local.name)
     extras = read_json(old / "tiercel.json").get("extras") if old else None
-    put(target, local, extras if isinstance(extras, dict) else {}, hub.adapter_of(local.name))
+    put(target, local, extras if isinstance(extras, dict) else {}, local_models.adapter_of(local.name))
 
 
-def put(target: str, local: hub.LocalModel, extras: Mapping[str, Any], adapter: Path | None = None) -> None:
+def put(target: str, local: local_models.LocalModel, extras: Mapping[str, Any], adapter: Path | None = None) -> None:
     """Make `target` a name of the model, with what a Modelfile adds.  adapter: a folder in PEFT's form, copied."""
-    folder = hub.store_folder(target)
+    folder = local_models.store_folder(target)
     if folder is None:
         raise RequestError(f"{target[:80]!r} cannot be a name: small letters, digits and .-_, with a tag after a colon")
     if not local.path.is_file():
@@ -96,20 +96,20 @@ def checked_adapter(adapter: Path, model: Path) -> Path:
 
 def remove(name: str) -> None:
     """Take a model off this machine.  Raises ModelNotFound; RequestError for the one inside the package."""
-    folder = hub.store_folder(name)
+    folder = local_models.store_folder(name)
     if folder is not None and (folder / "tiercel.json").is_file():
         (folder / "tiercel.json").unlink()
         shutil.rmtree(folder, ignore_errors=True)
         if folder.parent.is_dir() and not any(folder.parent.iterdir()):
             folder.parent.rmdir()
         return
-    if name == hub.BUNDLED:
+    if name == local_models.BUNDLED:
         raise RequestError(f"{name} is a part of Tiercel itself, and goes only with it")
-    repo = hub.repo_name(name) if not hub.is_path(name) else None
-    local = hub.find(name) if repo else None
+    repo = local_models.repo_name(name) if not local_models.is_path(name) else None
+    local = local_models.find(name) if repo else None
     if repo is None or local is None or local.source == "path":
         raise ModelNotFound(f"no model {name[:80]!r}; type: tiercel list")
-    hub.forget(local)
+    local_models.forget(local)
 
 
 # ── Modelfiles
@@ -122,14 +122,14 @@ def create(name: str, wanted: Modelfile, folder: Path) -> None:
     """
     extras = check_extras(wanted.extras)
     base = wanted.base
-    if hub.is_path(base):
+    if local_models.is_path(base):
         base = str((folder / Path(base).expanduser()).resolve())
-    local = hub.find(base)
+    local = local_models.find(base)
     if local is None:
         raise ModelNotFound(f"{base} is not on this machine; type: tiercel pull {base}")
-    old = None if local.source == "path" else hub.store_folder(local.name)
+    old = None if local.source == "path" else local_models.store_folder(local.name)
     before = read_json(old / "tiercel.json").get("extras") if old else None
-    worn = hub.adapter_of(local.name) if old else None
+    worn = local_models.adapter_of(local.name) if old else None
     if wanted.adapter:
         worn = checked_adapter((folder / Path(wanted.adapter).expanduser()).resolve(), local.path)
         extras["adapter"] = worn.name

@@ -27,7 +27,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tiercel.errors import RequestError, TiercelError
-from tiercel.hub import hub
+from tiercel.hub import local_models
 from tiercel.runtime.atomic import remove_leftovers
 from tiercel.runtime.exit import hard_exit
 from tiercel.serve.connection import connection
@@ -86,7 +86,7 @@ def make_app(service: Service) -> ASGIApp:
 
     @contextlib.asynccontextmanager
     async def life(app: Starlette) -> Any:
-        await asyncio.to_thread(remove_leftovers, hub.home() / "blobs")
+        await asyncio.to_thread(remove_leftovers, local_models.home() / "blobs")
         service.models.start()
         yield
         try:
@@ -208,12 +208,12 @@ def served_name(service: Service, name: str) -> str:
     """The name under which a model of the command line is served."""
     import re
 
-    from tiercel.hub import hub
+    from tiercel.hub import local_models
 
     path = Path(name).expanduser()
-    if not (hub.is_path(name) or (path.exists() and hub.short_name(name) is None)):
+    if not (local_models.is_path(name) or (path.exists() and local_models.short_name(name) is None)):
         return name
-    resolved = hub.resolve(name)
+    resolved = local_models.resolve(name)
     short = re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower() if path.is_file() else path.resolve().name.lower())
     short = short.strip("-._")[:64] or "model"
     service.models.paths[short] = resolved

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiercel.errors import DoesNotFit, ModelNotFound, RequestError
-from tiercel.hub import hub
-from tiercel.hub.fetch import read_json
+from tiercel.hub import local_models
+from tiercel.hub.download import read_json
 from tiercel.serve.errors import BUSY, APIError, log
 from tiercel.serve.settings import Settings
 
@@ -67,7 +67,7 @@ class ServedModel:
     """
 
     name: str
-    local: hub.LocalModel
+    local: local_models.LocalModel
     extras: dict[str, Any] = field(default_factory=dict)
     adapter: Path | None = None
 
@@ -175,20 +175,23 @@ class Models:
             below = self.find(base)
             return ServedModel(short, below.local, {**below.extras, "from": base, "adapter": folder.name}, folder)
         if path := self.paths.get(short):
-            return ServedModel(short, hub.LocalModel(short, path, _bytes(path), "", path.stat().st_mtime, "path"))
+            at_path = local_models.LocalModel(short, path, _bytes(path), "", path.stat().st_mtime, "path")
+            return ServedModel(short, at_path)
         try:
-            is_name = not hub.is_path(name) and (hub.short_name(name) or hub.repo_name(name))
-            local = hub.find(name) if is_name else None
+            named = local_models.short_name(name) or local_models.repo_name(name)
+            local = local_models.find(name) if named and not local_models.is_path(name) else None
         except ModelNotFound:
             local = None
         if local is None or local.source == "path":
             raise APIError(404, f"model '{name[:200]}' not found", param="model")
-        return ServedModel(name, local, extras_of(local), hub.adapter_of(local.name))
+        return ServedModel(name, local, extras_of(local), local_models.adapter_of(local.name))
 
     def all(self) -> list[ServedModel]:
         """Every model that a client may name."""
-        here = hub.list_models()
-        found = [ServedModel(local.name, local, extras_of(local), hub.adapter_of(local.name)) for local in here]
+        here = local_models.list_models()
+        found = [
+            ServedModel(local.name, local, extras_of(local), local_models.adapter_of(local.name)) for local in here
+        ]
         return [*(self.find(name) for name in (*self.paths, *self.adapters)), *found]
 
     # ── memory
@@ -295,9 +298,9 @@ def _collect() -> None:
     give_back()
 
 
-def extras_of(local: hub.LocalModel) -> dict[str, Any]:
+def extras_of(local: local_models.LocalModel) -> dict[str, Any]:
     """What a Modelfile added: the extras of its manifest."""
-    folder = hub.store_folder(local.name)
+    folder = local_models.store_folder(local.name)
     found = read_json(folder / "tiercel.json").get("extras") if folder else None
     return found if isinstance(found, dict) else {}
 

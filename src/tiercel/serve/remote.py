@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tiercel.errors import ModelNotFound, RequestError
-from tiercel.hub import hub
+from tiercel.hub import local_models
 from tiercel.runtime.timing import Times
 from tiercel.sampling.params import SamplingParams
 from tiercel.serve.client import Client
@@ -44,7 +44,7 @@ class RemoteBackend:
     @classmethod
     def find(cls, model: str) -> RemoteBackend | None:
         """A backend, where a server runs that has this model; None for a path, which this process loads."""
-        if hub.is_path(model) or (client := Client.find()) is None:
+        if local_models.is_path(model) or (client := Client.find()) is None:
             return None
         try:
             client.post("/api/show", {"model": model})

@@ -20,7 +20,7 @@ import torch
 
 from tiercel.errors import RequestError, UnsupportedError
 from tiercel.families.family import Layout
-from tiercel.hub import hub
+from tiercel.hub import local_models
 from tiercel.model.decoder import Decoder
 from tiercel.model.parameters import parameters
 from tiercel.runtime.atomic import atomic_write
@@ -56,7 +56,7 @@ def lora(
     Other arguments and the answer: as of `sft`; "coverage" tells which part learns.
     """
     start.prepare(settings.out, settings.resume)
-    network, tokenizer, layout = load(hub.resolve(model, pull=True), quantize=quantize)
+    network, tokenizer, layout = load(local_models.resolve(model, pull=True), quantize=quantize)
     torch.manual_seed(seed)
     adapted = adapt(network, layout, rank=rank, alpha=alpha, dropout=dropout, targets=targets, name=str(model))
     documents, batches, evaluation = start.read(

@@ -14,7 +14,7 @@ from tiercel.families import from_hf
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, read_file
 from tiercel.families.pattern import rows as pattern_rows
-from tiercel.hub import hub
+from tiercel.hub import local_models
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import initialize
 from tiercel.plan import check_fits, parameter_count
@@ -41,7 +41,7 @@ def open_network(config: str | Path, tokenizer_path: str | Path | None = None, *
     if path.suffix in (".json", ".toml") and path.is_file():
         network, tokenizer, layout = _fresh(path, seed)
     else:
-        network, tokenizer, layout = _stored(hub.resolve(config, pull=True))
+        network, tokenizer, layout = _stored(local_models.resolve(config, pull=True))
     if tokenizer_path is not None:
         path = Path(tokenizer_path)
         folder = path if path.is_dir() else path.parent

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tiercel.errors import RequestError
-from tiercel.hub import hub, store
+from tiercel.hub import local_models, store
 from tiercel.runtime.atomic import open_part, sync_folder
 from tiercel.serve.errors import APIError
 from tiercel.serve.service import service_of
@@ -74,14 +74,14 @@ async def _receive(request: Request, path: Path, digest: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def adapter_from_blobs(files: dict[str, str], local: hub.LocalModel) -> Path:
+def adapter_from_blobs(files: dict[str, str], local: local_models.LocalModel) -> Path:
     """Two files that were sent in as blobs, as a folder.  Raises APIError 400, FormatError (they do not fit)."""
     paths = {name: store.blob_path(digest) for name, digest in files.items()}
     for name, path in paths.items():
         if not path.is_file():
             raise APIError(400, f'blob "{files[name]}" not found')
     both = " ".join(paths[name].name for name in store.ADAPTER_FILES)
-    folder = hub.home() / "blobs" / f"adapter-{hashlib.sha256(both.encode()).hexdigest()}"
+    folder = local_models.home() / "blobs" / f"adapter-{hashlib.sha256(both.encode()).hexdigest()}"
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in paths.items():
         if not (folder / name).exists():
@@ -89,7 +89,7 @@ def adapter_from_blobs(files: dict[str, str], local: hub.LocalModel) -> Path:
     return store.checked_adapter(folder, local.path)
 
 
-def model_from_blob(files: dict[str, str]) -> hub.LocalModel:
+def model_from_blob(files: dict[str, str]) -> local_models.LocalModel:
     """One GGUF file that was sent in as a blob; it is opened.  Raises APIError 400, FormatError."""
     from tiercel.commands.show import describe
 
@@ -104,4 +104,4 @@ def model_from_blob(files: dict[str, str]) -> hub.LocalModel:
         link.hardlink_to(path)
     describe(link)
     stat = link.stat()
-    return hub.LocalModel(digest, link, stat.st_size, digest[7:19], stat.st_mtime, "blob")
+    return local_models.LocalModel(digest, link, stat.st_size, digest[7:19], stat.st_mtime, "blob")

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tiercel.errors import ModelNotFound
-from tiercel.hub import hub, store
+from tiercel.hub import local_models, store
 from tiercel.serve.body import read
 from tiercel.serve.defaults import sampling_params
 from tiercel.serve.errors import APIError
@@ -32,7 +32,7 @@ async def pull(request: Request) -> Response:
     check_may_manage(request)
     body = await read(request, Pull)
     name = body.wanted()
-    if hub.is_path(name) or not (hub.short_name(name) or hub.repo_name(name)):
+    if local_models.is_path(name) or not (local_models.short_name(name) or local_models.repo_name(name)):
         raise APIError(400, "invalid model name")
     return _progress(request, body.stream, _pulling(name))
 
@@ -59,7 +59,7 @@ def _progress(request: Request, stream: bool | None, events: AsyncGenerator[dict
 async def _pulling(name: str) -> AsyncGenerator[dict[str, Any], None]:
     yield {"status": "pulling manifest"}
     digest = "sha256:" + hashlib.sha256(name.encode()).hexdigest()
-    async for what, done, total in _reports(lambda report: hub.pull(name, progress=report)):
+    async for what, done, total in _reports(lambda report: local_models.pull(name, progress=report)):
         if what.startswith("checking"):
             yield {"status": "verifying sha256 digest"}
         else:
@@ -89,7 +89,7 @@ async def create(request: Request) -> Response:
     check_may_manage(request)
     body = await read(request, Create)
     name = body.wanted()
-    if hub.store_folder(name) is None:
+    if local_models.store_folder(name) is None:
         raise APIError(400, "invalid model name")
     if body.adapters and set(body.adapters) != set(store.ADAPTER_FILES):
         raise APIError(400, f"adapters: the two files {' and '.join(store.ADAPTER_FILES)} make an adapter")
@@ -128,7 +128,7 @@ async def copy(request: Request) -> Response:
     """Give a model another name."""
     check_may_manage(request)
     body = await read(request, Copy)
-    if hub.store_folder(body.destination) is None:
+    if local_models.store_folder(body.destination) is None:
         raise APIError(400, "invalid destination name")
     service_of(request).models.find(body.source)
     await asyncio.to_thread(store.copy, body.source, body.destination)

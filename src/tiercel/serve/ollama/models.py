@@ -13,8 +13,8 @@ from starlette.responses import Response
 
 import tiercel
 from tiercel.errors import FormatError
-from tiercel.hub import hub
-from tiercel.hub.fetch import read_json
+from tiercel.hub import local_models
+from tiercel.hub.download import read_json
 from tiercel.serve.models import Loaded, Models, ServedModel
 from tiercel.serve.names import tagged, timestamp
 from tiercel.serve.service import service_of
@@ -71,7 +71,7 @@ def details(served: ServedModel) -> dict[str, Any]:
 
 def digest(served: ServedModel) -> str:
     """The sha256 of a file from the store; elsewhere the hub's commit, or one of the name."""
-    folder = hub.store_folder(served.name)
+    folder = local_models.store_folder(served.name)
     found = read_json(folder / "tiercel.json").get("sha256") if folder else None
     return found if isinstance(found, str) else served.local.id or hashlib.sha256(served.name.encode()).hexdigest()
 

@@ -69,7 +69,7 @@ def tensors_of(path: Path) -> list[dict[str, Any]]:
 
 def chat_template(path: Path) -> str:
     """The chat template of a file, without loading the model; "" where there is none."""
-    from tiercel.hub.fetch import read_json
+    from tiercel.hub.download import read_json
     from tiercel.weights.gguf import GGUFFile
 
     if path.is_dir():

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiercel.errors import FormatError, ModelNotFound
-from tiercel.hub.fetch import (
+from tiercel.hub.download import (
     PLAIN_FILE,
     HubFile,
     Progress,
