@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tiercel.ops import attention as op
-from tiercel.ops.attention import attention, attention_reference
+from tiercel.mixers.attention import sdpa as op
+from tiercel.mixers.attention.sdpa import attention, attention_reference
 
 
 def qkv(H, K, L, T, D, seed=0):

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.attention.rope import RopeConfig
+from tiercel.mixers.attention.rotary import frequencies, rotate
+from tiercel.mixers.attention.sdpa import attention_reference
 from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba1.reference import selective_scan_reference
 from tiercel.mixers.mamba2.chunked import ssd_reference
@@ -25,18 +27,19 @@ from tiercel.model import layer_state, pages
 from tiercel.model import state as state_module
 from tiercel.model.batch import Batch
 from tiercel.model.state import State
-from tiercel.ops.attention import attention_reference
 from tiercel.ops.conv1d import conv1d_reference
 from tiercel.ops.cpu import native
 from tiercel.ops.norm import gated_rms_norm
-from tiercel.ops.rotary import frequencies, rotate
 from tiercel.runtime import allocator as pool
 from tiercel.runtime.allocator import CachingAllocator
 
 pytestmark = pytest.mark.skipif(not native.available, reason="the native extension was not built, or is not wanted")
 
 if native.available:
-    from tiercel.ops.cpu import mixers
+    from tiercel.mixers.attention import cpu as attention_cpu
+    from tiercel.mixers.mamba1 import cpu as mamba1_cpu
+    from tiercel.mixers.mamba2 import cpu as mamba2_cpu
+    from tiercel.ops.cpu.batch import causal_conv1d
 
 ISAS = native.extension.available() if native.available else []
 CPU = torch.device("cpu")
@@ -75,7 +78,7 @@ class Attention:
             state.reserve(length)
         part = states[0].layers[0][0].at
         turn = None if c.rope is None else batch.rotary(c.rope, c.head_dim)
-        y = mixers.attention(
+        y = attention_cpu.attention(
             batch.metadata(part), *inputs, turn, heads=c.heads, kv_heads=c.kv_heads, scale=0.3, window=c.window
         )  # fmt: skip
         return _grown(states, lengths, y)
@@ -108,7 +111,7 @@ class Mamba2:
 
     def step(self, states: Sequence[State], lengths: Sequence[int], zxBCdt: Tensor) -> Tensor:
         c, part, batch = self.config, states[0].layers[0][0], Batch(lengths, states)
-        y = mixers.mamba2(
+        y = mamba2_cpu.mamba2(
             batch.metadata(part.at), zxBCdt, self.weight, self.bias, self.dt_bias, self.A, self.D,
             head_dim=c.head_dim, groups=c.groups, state=c.state, chunk=part.chunk, dt_limit=c.dt_limit,
         )  # fmt: skip
@@ -151,9 +154,9 @@ class Mamba1:
     def step(self, states: Sequence[State], lengths: Sequence[int], xz: Tensor, chosen: Tensor) -> Tensor:
         c, part, batch = self.config, states[0].layers[0][0], Batch(lengths, states)
         texts = batch.metadata(part.at)
-        x = mixers.conv1d(texts, xz, self.weight, self.bias)
-        dt, B, C = mixers.split_norm(texts, chosen, self.norms, c.inner, c.state, 1e-3)
-        y = mixers.selective_scan(
+        x = causal_conv1d(texts, xz[:, : c.inner], self.weight, self.bias)[0]
+        dt, B, C = mamba1_cpu.split_norm(texts, chosen, self.norms, c.inner, c.state, 1e-3)
+        y = mamba1_cpu.selective_scan(
             texts, x, dt, self.dt_bias, B, C, self.A, self.D, xz, taps=c.conv, chunk=part.chunk
         )  # fmt: skip
         return _grown(states, lengths, y)
@@ -353,10 +356,10 @@ def test_angles_are_as_true_as_torchs(start: int) -> None:
 @pytest.mark.parametrize("tokens, width, groups", [(1, 16, 1), (3, 72, 3), (17, 160, 2), (5, 50, 1)])
 def test_the_gated_norm_is_its_reference(tokens: int, width: int, groups: int, gate_first: bool) -> None:
     y, z, w = torch.randn(tokens, width), torch.randn(tokens, width + 13), torch.randn(width)
-    got = mixers.gated_norm(y, z, w, 1e-4, groups, gate_first)
+    got = native.gated_norm(y, z, w, 1e-4, groups, gate_first)
     expected = gated_rms_norm(y.double(), z[:, :width].double(), w.double(), 1e-4, groups, gate_first)
     torch.testing.assert_close(got, expected.float(), atol=1e-6, rtol=1e-5)
-    plain = mixers.gated_norm(y, z, None, 1e-4, groups, gate_first)
+    plain = native.gated_norm(y, z, None, 1e-4, groups, gate_first)
     torch.testing.assert_close(plain, y * F.silu(z[:, :width]), atol=1e-6, rtol=1e-5)
 
 

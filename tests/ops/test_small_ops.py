@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from tiercel.mixers.attention.rope import RopeConfig
+from tiercel.mixers.attention.rotary import frequencies, rotate
 from tiercel.ops.conv1d import conv1d, conv1d_reference
 from tiercel.ops.moe import moe, moe_reference, route
 from tiercel.ops.norm import gated_rms_norm, rms_norm, rms_norm_reference
 from tiercel.ops.pointwise import ACTIVATIONS, gate, gate_reference
-from tiercel.ops.rotary import frequencies, rotate
 
 
 @pytest.mark.parametrize("L, C, K", [(1, 3, 4), (9, 5, 4), (2, 1, 1), (7, 6, 2)])

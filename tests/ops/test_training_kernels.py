@@ -6,8 +6,8 @@ What they are for is tested where it is used: scans, convolutions and attention 
 import pytest
 import torch
 
+from tiercel.mixers.attention.varlen import Products
 from tiercel.mixers.mamba2.varlen import Chunks, ssd_varlen
-from tiercel.ops.attention_varlen import Products
 from tiercel.ops.conv1d_varlen import PastRows, conv1d_silu_varlen
 from tiercel.ops.cpu import native, training
 from tiercel.ops.norm import Normed

@@ -63,7 +63,7 @@ def read_rope(f: Fields, *, theta: float, max_length: int, fraction: float = 1.0
 
 
 def _longrope(r: Fields, original: int, max_length: int) -> dict[str, Any]:
-    """The factors for texts up to the original length; see ops.rotary."""
+    """The factors for texts up to the original length; see `mixers.attention.rotary`."""
     short = r.numbers("short_factor")
     r.numbers("long_factor", ())
     if not short or not all(value > 0 for value in short):

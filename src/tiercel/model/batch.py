@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tiercel.mixers.attention.cpu import rotary
 from tiercel.mixers.attention.rope import RopeConfig
+from tiercel.mixers.attention.rotary import frequencies
+from tiercel.mixers.backend import Backend
 from tiercel.model.layer_state import LayerState
 from tiercel.model.state import State
-from tiercel.ops.cpu import mixers, native
-from tiercel.ops.rotary import frequencies
+from tiercel.ops.cpu import native
+from tiercel.ops.cpu.batch import BatchMetadata
 
 frequencies_of = lru_cache(maxsize=None)(frequencies)  # also keeps alive what a recorded step points to
 
@@ -28,10 +30,11 @@ class Batch:
     """Where each row's new tokens lie (`spans`), and the states they go on from.
 
     adapters: what each row wears, [] for nobody.
-    rows (B, 3) int64: address of the state's words, first token, how many (`SeqSlice` in ops/cpu/kernels.h).
+    rows (B, 3) int64: address of its state's descriptor, first token, how many (`SeqSlice` in ops/cpu/kernels.h).
     native: whether this forward runs on the kernels; its activations are float32 then.
     """
 
+    backend: Backend = "cpu"
     step = False  # of a device: `model.slots.DeviceBatch`
 
     def __init__(
@@ -56,18 +59,13 @@ class Batch:
         """Go on from these states, one for each row: what a recorded step needs to be run on other texts."""
         self._rows[:, 0] = [state.address for state in states]
 
-    def metadata(self, layer: int) -> mixers.BatchMetadata:
+    def metadata(self, layer: int) -> BatchMetadata:
         """The sequences, and the layer whose descriptor begins here in their states, as native kernels read them."""
-        return mixers.BatchMetadata(self.rows.data_ptr(), len(self.lengths), layer, self.is_bf16, self.tokens)
+        return BatchMetadata(self.rows.data_ptr(), len(self.lengths), layer, self.is_bf16, self.tokens)
 
-    def metadata_for(self, memory: LayerState) -> mixers.BatchMetadata:
+    def metadata_for(self, memory: LayerState) -> BatchMetadata:
         """The same, for what one mixer remembers."""
         return self.metadata(memory.at)
-
-    @property
-    def mixers(self) -> Any:
-        """Where the ops of a native forward are."""
-        return mixers
 
     def side_by_side(self, runs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
         """What each of a layer's mixers answers."""
@@ -85,7 +83,7 @@ class Batch:
         if key not in self._rotary:
             f_R, scale = frequencies_of(rope, head_dim)
             if self.native:
-                self._rotary[key] = mixers.rotary(self.metadata(0), f_R, scale)
+                self._rotary[key] = rotary(self.metadata(0), f_R, scale)
                 return self._rotary[key]
             angle_TR = torch.outer(self.positions_T.float(), f_R.to(self.device))
             self._rotary[key] = (angle_TR.cos() * scale, angle_TR.sin() * scale)

@@ -31,9 +31,9 @@ Precomputed = Mapping[nn.Module, Tensor]  # answers of Linears that were compute
 NONE_PRECOMPUTED: Precomputed = MappingProxyType({})
 
 
-def quantizes_input(after: nn.Module) -> dict[str, bool]:
-    """What to tell a kernel whose answer goes to this Linear on a GPU."""
-    return {"round": True} if getattr(after.weight, "takes_q8", False) else {}
+def quantizes_input(after: nn.Module) -> bool:
+    """Whether a kernel whose output goes to this Linear also quantizes it, on a GPU."""
+    return getattr(after.weight, "takes_q8", False)
 
 
 class Linear(nn.Linear):

@@ -24,11 +24,12 @@ from torch import Tensor
 from tiercel.errors import RequestError
 from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.attention.rope import RopeConfig
+from tiercel.mixers.attention.rotary import frequencies
+from tiercel.mixers.backend import Backend
 from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.model.config import Mixer
 from tiercel.model.layer_state import LONGEST_CHUNK
 from tiercel.model.pages import PAGE
-from tiercel.ops.rotary import frequencies
 
 if TYPE_CHECKING:
     from tiercel.model.decoder import Decoder
@@ -150,7 +151,7 @@ class StateCache:
         return sum(memory.nbytes for layer in self.layers for memory in layer)
 
     def frequencies(self, rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-        """`ops.rotary.frequencies`, on the device."""
+        """`mixers.attention.rotary.frequencies`, on the device."""
         key = (rope, head_dim)
         if key not in self._frequencies:
             f_R, scale = frequencies(rope, head_dim)
@@ -275,6 +276,7 @@ class DeviceBatch:
     """
 
     native = True
+    backend: Backend = "triton"
     adapters: Sequence[str | None] = ()
 
     def __init__(self, slots: StateCache, rows: Sequence[int], lengths: Sequence[int]) -> None:
@@ -300,13 +302,6 @@ class DeviceBatch:
         batch.position_T = slots.length_S[slot_B.clamp(min=0).long()]
         batch.first_T = torch.arange(B, dtype=torch.int32, device=slots.device)
         return batch
-
-    @property
-    def mixers(self) -> Any:
-        """Where the ops are; Triton is imported when a device is used."""
-        from tiercel.ops.triton import mixers
-
-        return mixers
 
     def metadata_for(self, memory: AttentionSlots | Mamba2Slots) -> Texts:
         return Texts(memory, self)

@@ -7,7 +7,7 @@ documents or heads; all of it is torch with gradients, and runs where the tensor
     ssd              Mamba-2 as in `ops.ssd`, all chunks at once: inside a chunk a masked product, between chunks the
                      states, whose decay is zero across a document's start; on a GPU kernels of our own where Triton is
     selective_scan   Mamba-1 as in `ops.scan`; `linear_scan` has its own backward
-    conv1d_silu      inside documents, as `ops.conv1d`; attend as `ops.attention`
+    conv1d_silu      inside documents, as `ops.conv1d`; attend as `mixers.attention.sdpa`
 
 Inputs of a scan are float32 or wider; on CUDA under autocast its products are rounded like others, its sums of
 logarithms are float64.  Letters: B rows, L their length, T = B · L, C chunks, Q tokens of one, and those of `ops.ssd`.
@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiercel.mixers.attention.rope import RopeConfig
+from tiercel.mixers.attention.varlen import Documents, attention_varlen
 from tiercel.mixers.mamba2.varlen import Chunks, ssd_varlen
 from tiercel.model.batch import frequencies_of
 from tiercel.ops import triton
-from tiercel.ops.attention_varlen import Documents, attention_varlen
 from tiercel.ops.conv1d_varlen import PastRows, conv1d_silu_varlen, takes
 
 CHUNK = 64  # a chunk's matrices cost Q for each token, its state N · P: for heads and states of 64 they meet here

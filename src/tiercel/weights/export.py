@@ -18,11 +18,11 @@ from torch import Tensor
 
 from tiercel.errors import RequestError, UnsupportedError
 from tiercel.families.family import Layout, TensorMapping, refuse
+from tiercel.mixers.attention.rotary import frequencies
 from tiercel.mixers.spec import Transform
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import named_weights
 from tiercel.ops.linear import QTensor
-from tiercel.ops.rotary import frequencies
 from tiercel.quant import PACKED_TYPES, PACKINGS, recipes
 from tiercel.quant.recipes import file_type
 from tiercel.runtime.atomic import atomic_write

@@ -11,16 +11,16 @@ pytest.importorskip("triton", reason="pip install triton")
 from ops.triton.conftest import DEVICE
 from tiercel.mixers.attention import triton as attention_kernels
 from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.attention.rotary import rotate
+from tiercel.mixers.attention.sdpa import attention_reference
 from tiercel.mixers.mamba2 import triton as ssd_kernels
 from tiercel.mixers.mamba2.chunked import ssd_reference
 from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.mixers.mamba2.triton_step import ssd_step
 from tiercel.model.state_cache import AttentionSlots, Mamba2Slots
-from tiercel.ops.attention import attention_reference
 from tiercel.ops.conv1d import conv1d_reference
 from tiercel.ops.norm import gated_rms_norm, rms_norm_reference
 from tiercel.ops.pointwise import gate_reference
-from tiercel.ops.rotary import rotate
 from tiercel.ops.triton import conv1d as conv_kernels
 from tiercel.ops.triton import norm as norm_kernels
 

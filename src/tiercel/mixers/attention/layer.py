@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.attention.ops import attention_op
+from tiercel.mixers.attention.rotary import rotate
+from tiercel.mixers.attention.sdpa import attention
 from tiercel.model.batch import Batch
 from tiercel.model.layer_state import AttentionState
 from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, quantizes_input
 from tiercel.model.varlen import VarlenBatch
-from tiercel.ops.attention import attention
-from tiercel.ops.rotary import rotate
 
 
 class Attention(nn.Module):
@@ -66,13 +67,16 @@ class Attention(nn.Module):
     ) -> Tensor:
         c = self.config
         assert states[0] is not None
-        return batch.mixers.attention(
+        q_TI, k_TM, v_TM = (precomputed[m] if m in precomputed else m(h_TD) for m in (self.q, self.k, self.v))
+        return attention_op(batch.backend)(
             batch.metadata_for(states[0]),
-            *(precomputed[m] if m in precomputed else m(h_TD) for m in (self.q, self.k, self.v)),
+            q_TI,
+            k_TM,
+            v_TM,
             None if c.rope is None else batch.rotary(c.rope, c.head_dim),
             heads=c.heads,
             kv_heads=c.kv_heads,
             scale=self.scale,
             window=c.window,
-            **quantizes_input(self.o),
+            round=quantizes_input(self.o),
         )

@@ -2,7 +2,7 @@
 
     k, v (pages, K, PAGE, P) · table (slots, most pages of a text) int32: page i of a text begins at its token i · PAGE
 
-The attention of prompts is PyTorch's; formulas: `ops/attention.py`, `ops/rotary.py`.
+The attention of prompts is PyTorch's; formulas: `mixers/attention/sdpa.py`, `mixers/attention/rotary.py`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiercel.mixers.mamba1 import cpu
 from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba1.reference import selective_scan
 from tiercel.model.batch import Batch
@@ -26,7 +27,7 @@ from tiercel.model.layer_state import Mamba1State
 from tiercel.model.layers import Linear, RMSNorm
 from tiercel.model.varlen import VarlenBatch, wide
 from tiercel.ops.conv1d import conv1d
-from tiercel.ops.cpu import mixers
+from tiercel.ops.cpu.batch import causal_conv1d
 
 
 class Mamba1(nn.Module):
@@ -81,10 +82,10 @@ class Mamba1(nn.Module):
         weight_KC, bias_C, dt_bias_I, A_NI, D_I, *norms = self._derived(parameters, self._derive)
         metadata = batch.metadata(memory.at)
         xz_TI = self.in_proj(u_TD).float()
-        x_TI = mixers.conv1d(metadata, xz_TI, weight_KC, bias_C)
-        dt_TR, B_TN, C_TN = mixers.split_norm(metadata, self.x_proj(x_TI).float(), norms, c.dt_rank, c.state, self.eps)
+        x_TI = causal_conv1d(metadata, xz_TI[:, : c.inner], weight_KC, bias_C)[0]
+        dt_TR, B_TN, C_TN = cpu.split_norm(metadata, self.x_proj(x_TI).float(), norms, c.dt_rank, c.state, self.eps)
         dt_TI = self.dt(dt_TR).float()
-        return mixers.selective_scan(
+        return cpu.selective_scan(
             metadata, x_TI, dt_TI, dt_bias_I, B_TN, C_TN, A_NI, D_I, xz_TI, taps=c.conv, chunk=memory.chunk
         )
 

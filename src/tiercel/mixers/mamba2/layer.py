@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tiercel.mixers.mamba2.chunked import ssd
 from tiercel.mixers.mamba2.config import Mamba2Config
+from tiercel.mixers.mamba2.ops import gated_norm_op, mamba2_op
 from tiercel.model.batch import Batch
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layer_state import Mamba2State
@@ -82,13 +83,13 @@ class Mamba2(nn.Module):
         parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, self.out_norm
         weight_KC, bias_C, dt_bias_H, A_H, D_H, norm_I = self._derived(parameters, self._derive)
         zxBCdt_TD = precomputed[self.in_proj] if self.in_proj in precomputed else self.in_proj(u_TD)
-        y_TI = batch.mixers.mamba2(
+        y_TI = mamba2_op(batch.backend)(
             batch.metadata_for(memory), zxBCdt_TD, weight_KC, bias_C, dt_bias_H, A_H, D_H,
             head_dim=c.head_dim, groups=c.groups, state=c.state, chunk=memory.chunk, dt_limit=c.dt_limit,
         )  # fmt: skip
         gate_first = c.gated_norm == "gate_first"
-        return batch.mixers.gated_norm(
-            y_TI, zxBCdt_TD, norm_I, self.eps, c.groups, gate_first, **quantizes_input(self.out_proj)
+        return gated_norm_op(batch.backend)(
+            y_TI, zxBCdt_TD, norm_I, self.eps, c.groups, gate_first, round=quantizes_input(self.out_proj)
         )
 
     def _derive(self) -> tuple[Tensor | None, ...]:

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tiercel.mixers.mamba2 import cpu_train
+from tiercel.mixers.mamba2.cpu_train import Layout
 from tiercel.ops.cpu import training
-from tiercel.ops.cpu.training import Layout
 
 SMALLEST = -60.0  # exp of less is no contribution, and its products would be denormal numbers
 
@@ -183,7 +184,7 @@ def _spread(
     """scale · x by head (K · H, Q, P), other · x by group (K · G, Q, R · P), Σ_p of this with `meets`, (K, Q, H)."""
     K, Q, H, G, P = layout
     if training.takes(x_TI) and dtype != torch.float64:
-        by_head, by_group, dots = training.to_heads(x_TI, scale, other, layout, dtype, meets)
+        by_head, by_group, dots = cpu_train.to_heads(x_TI, scale, other, layout, dtype, meets)
         return by_head, by_group, None if dots is None else dots.view(K, Q, H)
     x = _wide(x_TI).view(K, Q, H, P)
     by_head = _by_head(x if scale is None else x * scale.unsqueeze(3)).flatten(0, 1).to(dtype)
@@ -199,7 +200,7 @@ def _gather(
 ) -> Tensor:
     """by_head + scale · by_group + D x, (T, I) in the dtype of x."""
     if training.takes(x_TI, by_head):
-        return training.from_heads(by_head, by_group, scale, x_TI, D_H, layout)
+        return cpu_train.from_heads(by_head, by_group, scale, x_TI, D_H, layout)
     K, Q, H, _, P = layout
     y = _wide(by_head).view(K, H, Q, P).transpose(1, 2)
     if by_group is not None and scale is not None:
@@ -216,7 +217,7 @@ def _gather_back(
     """For du = by_head + scale · by_group: dt · du + D dy, Σ_p x du (K, Q, H), and of this the second part."""
     K, Q, H, _, P = layout
     if training.takes(x_TI, by_head, dy_TI):
-        dx_TI, dots, left = training.from_heads_backward(
+        dx_TI, dots, left = cpu_train.from_heads_backward(
             by_head, by_group, scale, x_TI, dy_TI, dt.flatten(0, 1), D_H, layout
         )
         return dx_TI, dots.view(K, Q, H), None if left is None else left.view(K, Q, H)
@@ -236,7 +237,7 @@ def _gather_back(
 def _carried(S: Tensor, g_BHCC: Tensor, layout: Layout, *, back: bool = False) -> Tensor:
     """g S, or gᵀ S."""
     if training.takes(S):
-        return training.state_passing(S, g_BHCC, layout, back=back)
+        return cpu_train.state_passing(S, g_BHCC, layout, back=back)
     g = g_BHCC.transpose(2, 3) if back else g_BHCC
     return _per_chunk(g @ _per_row(S, g.shape[3], layout).to(g.dtype), layout).to(S.dtype)
 
@@ -245,7 +246,7 @@ def _carried_dots(S: Tensor, dZ: Tensor, g_BHCC: Tensor, layout: Layout) -> Tens
     """The gradient of g, where g is not zero."""
     C = g_BHCC.shape[3]
     if training.takes(S, dZ):
-        return training.state_passing_grad(S, dZ, C, layout)
+        return cpu_train.state_passing_grad(S, dZ, C, layout)
     return (_per_row(dZ, C, layout) @ _per_row(S, C, layout).transpose(2, 3)).to(g_BHCC.dtype)
 
 
@@ -300,7 +301,7 @@ def _decayed(high_KHQ: Tensor, low_KHQ: Tensor, scores_KGQQ: Tensor, dtype: torc
     """The weights inside chunks, exp(a_t − a_j) · scores, (K · H, Q, Q).  a comes in two numbers, so that nothing of it
     is lost; scores are zero for j > t."""
     if _natively(high_KHQ):
-        return training.decay_weights(high_KHQ, low_KHQ, scores_KGQQ, dtype)
+        return cpu_train.decay_weights(high_KHQ, low_KHQ, scores_KGQQ, dtype)
     G = scores_KGQQ.shape[1]
     return (_decay(high_KHQ, low_KHQ).unflatten(1, (G, -1)) * scores_KGQQ.unsqueeze(2)).flatten(0, 2).to(dtype)
 
@@ -308,7 +309,7 @@ def _decayed(high_KHQ: Tensor, low_KHQ: Tensor, scores_KGQQ: Tensor, dtype: torc
 def _decayed_back(high_KHQ: Tensor, low_KHQ: Tensor, scores_KGQQ: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of scores (K, G, Q, Q), not masked, and of a (K, H, Q)."""
     if _natively(high_KHQ):
-        return training.decay_weights_backward(high_KHQ, low_KHQ, scores_KGQQ, dw)
+        return cpu_train.decay_weights_backward(high_KHQ, low_KHQ, scores_KGQQ, dw)
     G = scores_KGQQ.shape[1]
     ds = (dw.view(*high_KHQ.shape, -1) * _decay(high_KHQ, low_KHQ)).unflatten(1, (G, -1))
     x_KHQQ = (ds * scores_KGQQ.unsqueeze(2)).flatten(1, 2)

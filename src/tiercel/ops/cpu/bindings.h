@@ -58,7 +58,7 @@ inline Range values(Address a, i64 rows, i64 width, i64 stride = 0) {
     return {ptr<void>(a), a && rows > 0 ? ((rows - 1) * (stride ? stride : width) + width) * f32 : 0};
 }
 
-// ── batches (ops/cpu/mixers.py: BatchMetadata) ──
+// ── batches (ops/cpu/batch.py: BatchMetadata) ──
 
 // address of the slices, their number, where the layer's descriptor begins, whether kept as bf16, new tokens in all
 using MetadataTuple = std::tuple<Address, i64, i64, int, i64>;

@@ -81,6 +81,11 @@ def empty(*shape: int) -> Tensor:
     return torch.empty(shape) if nbytes < LARGE else passing(nbytes).view(torch.float32).view(shape)
 
 
+def address(t: Tensor | None) -> int:
+    """Where a float32 tensor's numbers are; 0 for None."""
+    return 0 if t is None else t.data_ptr()
+
+
 def takes(*tensors: Tensor) -> bool:
     """Whether a kernel takes these: contiguous float32 in CPU memory, and no gradient is wanted."""
     if not available or torch.is_grad_enabled():
@@ -94,6 +99,20 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     width = x_TD.shape[-1]
     extension.rms_norm(x_TD.data_ptr(), weight_D.data_ptr(), y_TD.data_ptr(), x_TD.numel() // width, width, eps)
     return y_TD
+
+
+def gated_norm(
+    y_TI: Tensor, z_TI: Tensor, weight_I: Tensor | None, eps: float, groups: int, gate_first: bool, *,
+    round: bool = False,
+) -> Tensor:  # fmt: skip
+    """As `mixers.mamba2.ops.GatedNormOp`; `round` is of no use here."""
+    z_TI = z_TI.float()
+    T, I = y_TI.shape
+    out_TI = empty(T, I)
+    extension.gated_norm(
+        address(y_TI), address(z_TI), address(weight_I), address(out_TI), T, I, z_TI.stride(0), groups, eps, gate_first
+    )  # fmt: skip
+    return out_TI
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tiercel.mixers.attention import cpu_train
 from tiercel.ops.cpu import training
 
 STEP = 32  # widths are its multiples
@@ -117,7 +118,7 @@ class Products(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         weights, ctx.window = q @ k.transpose(2, 3), window
         if training.takes(weights):
-            training.causal_softmax_(weights, window)
+            cpu_train.causal_softmax_(weights, window)
         else:
             L = k.shape[2]
             hidden = torch.ones(L, L, dtype=torch.bool)
@@ -133,7 +134,7 @@ class Products(torch.autograd.Function):
         q, k, v, weights = ctx.saved_tensors
         ds = dy @ v.transpose(2, 3)
         if training.takes(weights):
-            training.causal_softmax_backward_(weights, ds, ctx.window)
+            cpu_train.causal_softmax_backward_(weights, ds, ctx.window)
         else:
             ds = weights * (ds - (weights * ds).sum(-1, keepdim=True))
         return ds @ k, ds.transpose(2, 3) @ q, weights.transpose(2, 3) @ dy, None
