@@ -86,7 +86,7 @@ def test_chunks_equal_transformers(name: str, size: int, length: int, built: Cal
 
 @pytest.mark.parametrize(("name", "length"), [("llama-longrope", 512), ("llama-dynamic", 1024)])
 def test_a_scaling_that_would_rewrite_the_past_ends_the_context(name: str, length: int, loaded: Callable) -> None:
-    """Beyond it transformers turns every earlier key anew; we say the context ends there (mixers/attention/rotary.py)."""
+    """Beyond it transformers turns every earlier key anew; we end the context there (mixers/attention/rotary.py)."""
     assert loaded(name).config.max_length == length
 
 
