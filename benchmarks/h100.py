@@ -191,13 +191,13 @@ def decode_in_engine(net: Decoder, rows: int, steps: int) -> float:
     engine = Engine(model, slots=rows, cache_bytes=0)
     params = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, max_tokens=steps + 16, ignore_eos=True)
     requests = [engine.add(list(range(8 + i, 72 + i)), params) for i in range(rows)]
-    while any(len(request.choices[0].token_ids) < 8 for request in requests):
+    while any(len(request.sequences[0].token_ids) < 8 for request in requests):
         engine.step()
     torch.cuda.synchronize()
-    begin, said = time.perf_counter(), sum(len(request.choices[0].token_ids) for request in requests)
+    begin, said = time.perf_counter(), sum(len(request.sequences[0].token_ids) for request in requests)
     for _ in range(steps):
         engine.step()
-    count = sum(len(request.choices[0].token_ids) for request in requests) - said
+    count = sum(len(request.sequences[0].token_ids) for request in requests) - said
     return count / (time.perf_counter() - begin)
 
 

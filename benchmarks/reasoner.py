@@ -39,7 +39,7 @@ def answers(model: Any, problems: Iterable[Problem], most: int = 512) -> list[tu
             pass
         if request.error is not None:
             raise request.error
-        said = request.choices[0]
+        said = request.sequences[0]
         found.append((said.text, len(said.token_ids), said.finish_reason == "stop"))
     return found
 

@@ -48,13 +48,13 @@ class Knows:
     shift: int  # to another token; 0: none
     vocabulary: int
 
-    def strength(self, tokens: GenericSequence[int]) -> int:
+    def match_class(self, tokens: GenericSequence[int]) -> int:
         return 2
 
     def propose(self, tokens: GenericSequence[int], k: int) -> list[int]:
         return [(token + self.shift) % self.vocabulary for token in self.text[len(tokens) : len(tokens) + k]]
 
-    def note(self, accepted: int) -> None:
+    def record(self, accepted: int) -> None:
         pass
 
 
@@ -71,7 +71,7 @@ def answer(engine: Engine, prompt: list[int], tokens: int) -> Sequence:
     engine.queue(request)
     for _ in engine.run(request):
         pass
-    return request.choices[0]
+    return request.sequences[0]
 
 
 def measure(model: Any, prompt: list[int], tokens: int, rounds: int) -> dict[str, Any]:

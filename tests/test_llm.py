@@ -7,8 +7,8 @@ import torch
 
 import tiercel
 import tiny
+from by_hand import generate_reference
 from tiercel import LLM, RequestError, SamplingParams
-from tiercel.generate import generate_reference
 
 
 @pytest.fixture(scope="module")

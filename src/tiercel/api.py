@@ -58,7 +58,7 @@ class Answer(str):
 
     @classmethod
     def of(cls, request: Request) -> Answer:
-        said = request.choices[0]
+        said = request.sequences[0]
         answer = cls(said.text)
         answer.thinking, answer.token_ids, answer.logprobs = said.reasoning, said.token_ids, said.logprobs
         answer.finish_reason, answer.stop_reason = said.finish_reason, said.stop_reason
@@ -129,7 +129,7 @@ class Model:
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter.  RequestError when there is none of that name, or an answer under way wears it."""
         with self.engine.between_steps():
-            if name in self.network.adapters and self.engine.wears(name):
+            if name in self.network.adapters and self.engine.adapter_in_use(name):
                 raise RequestError(f"the adapter {name!r} is worn by an answer that is under way")
             self.network.adapters.pop(name)
 

@@ -188,13 +188,13 @@ class LLM:
 def _outputs(request: Request) -> list[CompletionOutput]:
     return [
         CompletionOutput(
-            choice.index,
-            choice.text,
-            choice.token_ids,
-            choice.cumulative_logprob,
-            choice.logprobs,
-            choice.finish_reason,
-            choice.stop_reason,
+            sequence.index,
+            sequence.text,
+            sequence.token_ids,
+            sequence.cumulative_logprob,
+            sequence.logprobs,
+            sequence.finish_reason,
+            sequence.stop_reason,
         )
-        for choice in request.choices
+        for sequence in request.sequences
     ]

@@ -279,7 +279,7 @@ def run(model, wanted, **engine):
     requests = [e.add(ids, tiny.GREEDY, adapter=adapter) for ids, adapter in wanted]
     while not e.idle:
         e.step()
-    return [request.choices[0].token_ids for request in requests], requests
+    return [request.sequences[0].token_ids for request in requests], requests
 
 
 def test_rows_of_several_adapters_share_a_step_and_get_what_they_get_alone(base, tmp_path):

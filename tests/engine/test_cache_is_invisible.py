@@ -14,9 +14,9 @@ import torch
 
 import tiercel
 import tiny
+from by_hand import Generation
 from tiercel.engine.engine import Engine
 from tiercel.engine.output_processor import OutputProcessor
-from tiercel.generate import Generation
 from tiercel.model.state import nbytes_together
 from tiercel.runtime import allocator as pool
 from tiercel.sampling.params import SamplingParams
@@ -50,13 +50,13 @@ def networks(built):
 @pytest.fixture(autouse=True)
 def watched(monkeypatch):
     """Every reply keeps the logits it was given; memory is spoiled before it is used and after."""
-    take = OutputProcessor.take
+    sample = OutputProcessor.sample
 
-    def note(self, logits_V):
+    def record(self, logits_V):
         self.__dict__.setdefault("seen", []).append(logits_V.clone())
-        return take(self, logits_V)
+        return sample(self, logits_V)
 
-    monkeypatch.setattr(OutputProcessor, "take", note)
+    monkeypatch.setattr(OutputProcessor, "sample", record)
     monkeypatch.setattr(pool, "spoil", True)
 
 
@@ -66,14 +66,14 @@ class Guesser:
     def __init__(self, dice: random.Random) -> None:
         self.dice = dice
 
-    def strength(self, tokens):
+    def match_class(self, tokens):
         return self.dice.choice([-1, 0, 1])
 
     def propose(self, tokens, k):
         last = [tokens[-1]] * k  # these networks repeat themselves: often right
         return last if self.dice.random() < 0.6 else [self.dice.randrange(WORDS) for _ in range(k)]
 
-    def note(self, accepted):
+    def record(self, accepted):
         pass
 
 
@@ -84,7 +84,7 @@ class Life:
         self.engine = Engine(
             SimpleNamespace(network=network, tokenizer=None, max_length=LONGEST + 60),
             slots=dice.choice([1, 2, 4]),
-            step_tokens=dice.choice([4, 16, 64, 512]),
+            max_num_batched_tokens=dice.choice([4, 16, 64, 512]),
             cache_bytes=dice.choice([0, 200_000, 1 << 20, 1 << 26, 1 << 26]),
             spill=folder / str(seed) if dice.random() < 0.3 else None,
             state_bytes=dice.choice([None, None, 100_000]),
@@ -109,7 +109,7 @@ class Life:
     def act(self) -> None:
         dice, engine = self.dice, self.engine
         what = dice.choice("extend extend extend branch branch again new step step abort preempt evict".split())
-        text = dice.choice([*self.texts[-3:], *(r.choices[0].tokens for r in self.requests[-3:])])
+        text = dice.choice([*self.texts[-3:], *(r.sequences[0].tokens for r in self.requests[-3:])])
         if what == "extend":
             self.ask((text + self.words(dice.randrange(1, 40)))[-LONGEST:])
         elif what == "branch":
@@ -137,21 +137,16 @@ class Life:
         assert (stats.running, stats.waiting, stats.kv_bytes, stats.failed) == (0, 0, 0, 0)
         check_tree(self.engine.cache)
         for request in self.requests:
-            for choice in request.choices:
+            for choice in request.sequences:
                 self.compare(choice)
 
     def compare(self, choice) -> None:
-        by_hand = Generation(
-            self.network, None, choice.prompt_ids, choice.params, LONGEST + 60, self.network.new_state(),
-            choice=choice.index,
-        )  # fmt: skip
+        by_hand = Generation(self.network, choice.prompt_ids, choice.params, LONGEST + 60, index=choice.index)
         if choice.token_ids:
-            pieces = iter(by_hand)
-            del pieces
-            by_hand.room = len(choice.token_ids)
-            by_hand.finish()
+            by_hand.max_output_tokens = len(choice.token_ids)
+            by_hand.run()
         assert choice.token_ids == by_hand.token_ids
-        assert choice.finish_reason == ("length" if len(choice.token_ids) == choice.room else "abort")
+        assert choice.finish_reason == ("length" if len(choice.token_ids) == choice.max_output_tokens else "abort")
         for ours, theirs in zip(choice.__dict__.get("seen", []), by_hand.__dict__.get("seen", []), strict=True):
             if self.network.native:
                 assert torch.equal(ours, theirs)

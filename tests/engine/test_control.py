@@ -11,6 +11,7 @@ from tiercel import SamplingParams, load
 from tiercel.engine.engine import Engine
 from tiercel.engine.speculative import ModelDrafter, NgramDrafter
 from tiercel.errors import RequestError
+from tiercel.model.cpu_runner import CPURunner
 from tiercel.sampling.params import Structured
 
 SCHEMA = {
@@ -31,7 +32,7 @@ def answers(engine, asked):
     requests = [engine.add(ids, params, **more) for ids, params, more in asked]
     while not engine.idle:
         engine.step()
-    return [choice for request in requests for choice in request.choices]
+    return [choice for request in requests for choice in request.sequences]
 
 
 def test_a_schema_asked_for_by_any_name_is_followed(model):
@@ -53,8 +54,8 @@ def test_thoughts_within_a_budget_and_then_the_form(model):
 def test_guessing_changes_no_token_of_any_request_in_a_mixed_batch(model, guesses):
     network = model.network if guesses == "itself" else tiny.network(seed=9)
 
-    def drafter(choice):
-        return NgramDrafter(1, 3) if guesses == "ngrams" else ModelDrafter(network, choice.sampler)
+    def drafter(sequence):
+        return NgramDrafter(1, 3) if guesses == "ngrams" else ModelDrafter(CPURunner(network), sequence.sampler)
 
     asked = [
         (PROMPT * 3, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), {}),

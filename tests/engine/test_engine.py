@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import tiny
-from tiercel.engine import snapshot_policy as marks
+from by_hand import generate_reference
+from tiercel.engine import snapshot_policy as policy
 from tiercel.engine.engine import Engine
-from tiercel.engine.scheduler import BESIDE, Scheduler
+from tiercel.engine.scheduler import MIN_PREFILL_TOKENS, Scheduler
 from tiercel.errors import RequestError
-from tiercel.generate import generate_reference
 from tiercel.model.graph_cache import CapturedStep
 from tiercel.ops.cpu import native
 from tiercel.runtime.allocator import CachingAllocator
@@ -57,7 +57,7 @@ def test_where_the_kernels_run_torch_has_one_thread_in_a_step_and_all_of_its_own
 
 
 def test_a_long_prompt_does_not_stop_a_stream(net):
-    e = engine(net, patience=0.0)
+    e = engine(net, max_decode_delay=0.0)
     stream = e.add(ids(10), greedy(40))
     e.step()
     long = e.add(ids(1500, seed=1), greedy(1))
@@ -67,24 +67,24 @@ def test_a_long_prompt_does_not_stop_a_stream(net):
         if not stream.finished:
             between.append(len(news))
     assert min(between) == 1  # a token in every step
-    assert max(sum(call) for call in e.runner.calls if len(call) > 1) <= BESIDE + 1
+    assert max(sum(call) for call in e.runner.calls if len(call) > 1) <= MIN_PREFILL_TOKENS + 1
 
 
 def test_beside_a_stream_as_much_is_read_as_its_patience_allows_and_never_less_than_is_worth_a_step():
-    scheduler = Scheduler(slots=8, step_tokens=512, patience=0.2)
-    assert scheduler.beside == BESIDE
+    scheduler = Scheduler(slots=8, max_num_batched_tokens=512, max_decode_delay=0.2)
+    assert scheduler.prefill_budget == MIN_PREFILL_TOKENS
     for _ in range(8):
-        scheduler.took(256, seconds=0.25)  # 1024 tokens a second
-    assert 190 <= scheduler.beside <= 204
-    scheduler.took(BESIDE - 1, seconds=10.0)  # too few to say anything
-    assert 190 <= scheduler.beside <= 204
+        scheduler.record_prefill(256, seconds=0.25)  # 1024 tokens a second
+    assert 190 <= scheduler.prefill_budget <= 204
+    scheduler.record_prefill(MIN_PREFILL_TOKENS - 1, seconds=10.0)  # too few to say anything
+    assert 190 <= scheduler.prefill_budget <= 204
     for _ in range(8):
-        scheduler.took(64, seconds=1.0)  # a large network: 64 tokens a second
-    assert scheduler.beside == BESIDE
+        scheduler.record_prefill(64, seconds=1.0)  # a large network: 64 tokens a second
+    assert scheduler.prefill_budget == MIN_PREFILL_TOKENS
 
 
 def test_a_short_prompt_passes_the_rest_of_a_long_one(net):
-    e = engine(net, step_tokens=64)
+    e = engine(net, max_num_batched_tokens=64)
     long = e.add(ids(1500), greedy(1))
     for _ in range(3):
         e.step()
@@ -97,7 +97,7 @@ def test_a_short_prompt_passes_the_rest_of_a_long_one(net):
 
 
 def test_a_long_prompt_is_read_though_short_ones_keep_coming(net):
-    e = engine(net, step_tokens=64, cache_bytes=0)
+    e = engine(net, max_num_batched_tokens=64, cache_bytes=0)
     long = e.add(ids(400), greedy(1))
     for i in range(60):
         e.add(ids(60, seed=i + 1), greedy(1))
@@ -117,7 +117,7 @@ def test_a_request_of_many_answers_gets_its_slots(net):
 
 
 def test_step_tokens_bound_a_step(net):
-    e = engine(net, step_tokens=50, cache_bytes=0)
+    e = engine(net, max_num_batched_tokens=50, cache_bytes=0)
     for i in range(6):
         e.add(ids(200, seed=i), greedy(2))
     run(e)
@@ -132,7 +132,7 @@ def test_n_answers_read_the_prompt_once(net):
     request = e.add(ids(100), SamplingParams(temperature=2.0, seed=3, n=4, max_tokens=6, ignore_eos=True))
     run(e)
     assert read(e) == 100 + 4 * 5
-    assert len({tuple(choice.token_ids) for choice in request.choices}) == 4
+    assert len({tuple(choice.token_ids) for choice in request.sequences}) == 4
 
 
 @pytest.mark.parametrize("words", [tiny.EVERY_KIND, "attention+mamba2", "mamba1/-", "attention"])
@@ -165,7 +165,7 @@ def test_a_conversation_is_read_once_with_its_branches(words):
 def test_where_two_prompts_part_the_third_goes_on(net, monkeypatch):
     """The second visit leaves a snapshot at the place, also where none of those on the way is near."""
     e = engine(net)
-    monkeypatch.setattr(marks, "MAX_BYTES_PER_TOKEN", 1)  # so costly that a prompt gets none on the way
+    monkeypatch.setattr(policy, "MAX_BYTES_PER_TOKEN", 1)  # so costly that a prompt gets none on the way
     system = ids(700)
     for i in range(3):
         request = e.add(system + ids(300, seed=i + 1), greedy(1))
@@ -177,7 +177,7 @@ def test_snapshots_on_the_way_are_no_closer_than_they_are_worth(net, monkeypatch
     """As many bytes for each token as a Transformer would keep, at most: large states leave few."""
     own = net.new_state().own_nbytes
     for tokens, places in ((64, [128, 256, 384, 512]), (256, [256, 512]), (300, [304])):
-        monkeypatch.setattr(marks, "MAX_BYTES_PER_TOKEN", own / tokens)
+        monkeypatch.setattr(policy, "MAX_BYTES_PER_TOKEN", own / tokens)
         e = engine(net)
         e.add(ids(600), greedy(1))
         run(e)
@@ -187,7 +187,7 @@ def test_snapshots_on_the_way_are_no_closer_than_they_are_worth(net, monkeypatch
 
 def test_a_hint_where_the_last_turn_began(net, monkeypatch):
     e = engine(net)
-    monkeypatch.setattr(marks, "MAX_BYTES_PER_TOKEN", 1)
+    monkeypatch.setattr(policy, "MAX_BYTES_PER_TOKEN", 1)
     history, question = ids(700), ids(300, seed=1)
     e.add(history + question, greedy(1), turn=700)
     run(e)
@@ -220,7 +220,7 @@ def test_keys_do_not_see_each_other(net):
     e.forget("a")
     request = e.add(ids(90), greedy(1), key="a")
     run(e)
-    assert request.cached_tokens == 0 and "no earlier text" in request.why_not_cached
+    assert request.cached_tokens == 0 and "no earlier text" in request.cache_miss_reason
 
 
 def test_why_nothing_was_reused_is_said(net, caplog):
@@ -230,7 +230,7 @@ def test_why_nothing_was_reused_is_said(net, caplog):
         request = e.add(ids(40), greedy(1))
         run(e)
     assert "cache is off" in caplog.text and "no earlier text" in caplog.text
-    assert request.why_not_cached and on.stats.not_cached == {"new": 1}
+    assert request.cache_miss_reason and on.stats.not_cached == {"new": 1}
     assert on.stats.prompt_tokens == 40 and on.stats.hit_tokens == 0
 
 
@@ -246,7 +246,7 @@ def test_the_budget_holds_and_the_disk_takes_the_rest(net, tmp_path):
     run(e)
     assert sum(request.cached_tokens for request in again) > 800
     for prompt, request in zip(prompts, again, strict=True):
-        assert request.choices[0].token_ids == generate_reference(net, prompt, 5)
+        assert request.sequences[0].token_ids == generate_reference(net, prompt, 5)
     e.cache.clear()
     assert e.cache.nbytes == e.cache.disk_bytes == 0 and not list((tmp_path / "spill").iterdir())
 
@@ -262,7 +262,7 @@ def test_a_damaged_file_in_the_spill_is_as_if_it_were_not_there(net, tmp_path):
     for prompt in prompts:
         request = e.add(prompt, greedy(5))
         run(e)
-        assert request.choices[0].token_ids == generate_reference(net, prompt, 5)
+        assert request.sequences[0].token_ids == generate_reference(net, prompt, 5)
 
 
 # ── nothing is left behind, nobody suffers for another ──
@@ -270,19 +270,19 @@ def test_a_damaged_file_in_the_spill_is_as_if_it_were_not_there(net, tmp_path):
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 12])
 def test_an_abort_frees_everything_at_once(net, steps):
-    e = engine(net, step_tokens=64, slots=2)
+    e = engine(net, max_num_batched_tokens=64, slots=2)
     keeps = e.add(ids(20), greedy(30))
     goes, queued = e.add(ids(300, seed=1), greedy(30)), e.add(ids(300, seed=2), greedy(30))
     for _ in range(steps):
         e.step()
     e.abort(goes.id), e.abort(queued.id), e.abort("nobody")
-    assert all(choice.state is None for request in (goes, queued) for choice in request.choices)
+    assert all(choice.state is None for request in (goes, queued) for choice in request.sequences)
     last = [update for update in run(e) if update.finish_reason]
     assert {update.request: update.finish_reason for update in last} == {
         goes: "abort", queued: "abort", keeps: "length",
     }  # fmt: skip
     assert (e.stats.running, e.stats.waiting, e.stats.kv_bytes, e.stats.aborted) == (0, 0, 0, 2)
-    assert keeps.choices[0].token_ids == generate_reference(net, ids(20), 30)
+    assert keeps.sequences[0].token_ids == generate_reference(net, ids(20), 30)
 
 
 def test_an_abort_of_many_answers_frees_all_of_them(net):
@@ -291,7 +291,7 @@ def test_an_abort_of_many_answers_frees_all_of_them(net):
     e.step(), e.step(), e.step()
     e.abort(request.id)
     assert [update.finish_reason for update in run(e)][-4:] == ["abort"] * 4
-    assert e.stats.kv_bytes == 0 and e.scheduler.taken == 0
+    assert e.stats.kv_bytes == 0 and e.scheduler.used_slots == 0
 
 
 def test_a_row_of_nan_ends_with_an_error_and_its_neighbours_go_on(net):
@@ -310,7 +310,7 @@ def test_a_row_of_nan_ends_with_an_error_and_its_neighbours_go_on(net):
     updates = run(e)
     (end,) = [update for update in updates if update.request is bad]
     assert end.finish_reason == "error" and "NaN" in str(end.error) and bad.error is end.error
-    assert good.choices[0].token_ids == generate_reference(net, good.prompt_ids, 6)
+    assert good.sequences[0].token_ids == generate_reference(net, good.prompt_ids, 6)
     assert e.stats.failed == 1 and e.stats.kv_bytes == 0
 
 
@@ -332,7 +332,7 @@ def test_a_row_that_raises_ends_alone(net, place):
             raise RuntimeError("bad row")
         return forward(rows, states, **more)
 
-    e = engine(net, step_tokens=64)
+    e = engine(net, max_num_batched_tokens=64)
     forward = e.runner.forward
     e.runner = poisoned(e.runner, raising)
     good = [e.add(ids(50, seed=i), greedy(20)) for i in range(3)]
@@ -340,10 +340,10 @@ def test_a_row_that_raises_ends_alone(net, place):
         e.step()
     bad = e.add([*ids(place, seed=9), 299, 3], greedy(5))
     run(e)
-    assert bad.choices[0].finish_reason == "error" and "bad row" in str(bad.error)
+    assert bad.sequences[0].finish_reason == "error" and "bad row" in str(bad.error)
     for i, request in enumerate(good):
-        assert request.choices[0].token_ids == generate_reference(net, ids(50, seed=i), 20)
-    assert e.stats.kv_bytes == 0 and e.scheduler.taken == 0
+        assert request.sequences[0].token_ids == generate_reference(net, ids(50, seed=i), 20)
+    assert e.stats.kv_bytes == 0 and e.scheduler.used_slots == 0
 
 
 def test_answers_that_outgrow_the_memory_wait_and_lose_nothing(net):
@@ -352,7 +352,7 @@ def test_answers_that_outgrow_the_memory_wait_and_lose_nothing(net):
     run(e)
     assert e.stats.preemptions
     for i, request in enumerate(requests):
-        assert request.choices[0].token_ids == generate_reference(net, ids(60 + i, seed=i), 60)
+        assert request.sequences[0].token_ids == generate_reference(net, ids(60 + i, seed=i), 60)
 
 
 def test_what_cannot_be_served_is_refused_before_anything_runs(net):
@@ -369,15 +369,15 @@ def test_what_cannot_be_served_is_refused_before_anything_runs(net):
             e.add(prompt, params)
     assert e.idle
     with pytest.raises(RequestError, match="slots"):
-        engine(net, slots=9, step_tokens=4)
+        engine(net, slots=9, max_num_batched_tokens=4)
 
 
 def test_updates_add_up_to_the_answer(net):
     e = engine(net)
     request = e.add(ids(30), SamplingParams(temperature=1, seed=1, n=2, max_tokens=9, ignore_eos=True, logprobs=1))
     updates = run(e)
-    for choice in request.choices:
-        mine = [update for update in updates if update.choice == choice.index]
+    for choice in request.sequences:
+        mine = [update for update in updates if update.index == choice.index]
         assert [token for update in mine for token in update.token_ids] == choice.token_ids
         assert [entry for update in mine for entry in update.logprobs] == choice.logprobs
         assert [update.finish_reason for update in mine] == [None] * (len(mine) - 1) + ["length"]
@@ -405,31 +405,31 @@ def test_memory_for_all_slots_and_what_they_leave_is_there_before_they_come():
     network = tiny.network()
     e = engine(network, slots=3)
     e.add(ids(4, seed=9), greedy(2)), run(e)  # a first one makes what lasts
-    while e.look_ahead():
+    while e.prefault():
         pass
     before = touched(network.pool)
-    assert network.pool.nbytes >= sum(e._at_hand)
+    assert network.pool.nbytes >= sum(e.memory_targets)
     for seed in range(3):
         e.add(ids(100, seed=seed), greedy(30))
     run(e)
     assert touched(network.pool) == before, "nothing was touched first, and nothing was given back"
-    assert e.look_ahead(), "what the answers left in the cache is made up for"
+    assert e.prefault(), "what the answers left in the cache is made up for"
 
 
 @pytest.mark.usefixtures("slabs_for_small_things")
 def test_no_more_memory_is_at_hand_than_slots_and_cache_may_take():
     network = tiny.network()
     e = engine(network, slots=3, cache_bytes=200_000)
-    running, left = e._at_hand
+    running, left = e.memory_targets
     assert left > 200_000
     for seed in range(12):  # more than the cache holds
         e.add(ids(100, seed=seed), greedy(30))
         run(e)
-        while e.look_ahead():
+        while e.prefault():
             pass
         slack = CachingAllocator.STEP * torch.get_num_threads()
         assert network.pool.nbytes + e.cache.nbytes <= running + 200_000 + slack + CachingAllocator.SLAB
     off = engine(tiny.network(), slots=3, cache_bytes=0)
-    while off.look_ahead():
+    while off.prefault():
         pass
     assert running <= off.runner.allocator.nbytes <= running + slack

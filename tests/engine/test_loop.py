@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 import tiny
+from by_hand import generate_reference
 from tiercel.engine import loop
 from tiercel.engine.engine import Engine
 from tiercel.engine.loop import AsyncEngine
 from tiercel.errors import Busy, RequestError
-from tiercel.generate import generate_reference
 from tiercel.runtime.allocator import CachingAllocator
 from tiercel.sampling.params import SamplingParams
 from tiny import GREEDY, ids
@@ -56,7 +56,7 @@ def test_leaving_the_iterator_or_cancelling_the_task_frees_the_slot(net):
         await anext(stream)
         task.cancel()
         await stream.cancel()
-        assert stream.request.choices[0].state is None
+        assert stream.request.sequences[0].state is None
         for _ in range(200):
             if many.engine.idle and not many.streams:
                 break
@@ -98,7 +98,7 @@ def test_answers_can_be_ended_and_the_engine_closed_while_all_other_threads_are_
         await anext(stream), await anext(other)
         async with asyncio.timeout(5):
             await stream.cancel()
-            assert stream.request.choices[0].state is None and other.request.choices[0].state is not None
+            assert stream.request.sequences[0].state is None and other.request.sequences[0].state is not None
             await many.close()
         assert many.engine.idle and await many.call(lambda: 3) == 3
         busy.set()
@@ -128,7 +128,7 @@ def test_a_failure_of_the_engine_itself_is_told_to_everybody(net, monkeypatch):
     async def main():
         many = engine(net)
         many.start()
-        monkeypatch.setattr(many.engine.scheduler, "plan", lambda stop: 1 / 0)
+        monkeypatch.setattr(many.engine.scheduler, "schedule", lambda boundary: 1 / 0)
         updates = [update async for update in many.submit(ids(20), LONG)]
         monkeypatch.undo()
         assert updates[-1].finish_reason == "error" and "failed" in str(updates[-1].error)
@@ -153,7 +153,7 @@ def test_work_between_two_steps(net):
 
 
 def test_a_reader_that_is_far_behind_is_cut_off_and_the_log_says_so(net, monkeypatch, caplog):
-    monkeypatch.setattr("tiercel.engine.loop.BEHIND", 20)
+    monkeypatch.setattr("tiercel.engine.loop.MAX_UNREAD_UPDATES", 20)
 
     async def main():
         many = engine(net)
@@ -177,7 +177,7 @@ def test_a_reader_that_is_far_behind_is_cut_off_and_the_log_says_so(net, monkeyp
 def test_an_engine_that_rests_sees_to_memory_and_still_answers_at_once(monkeypatch):
     monkeypatch.setattr(CachingAllocator, "SMALL", 1)
     monkeypatch.setattr(CachingAllocator, "STEP", 1 << 14)
-    monkeypatch.setattr(loop, "REST", 0.01)
+    monkeypatch.setattr(loop, "IDLE_SECONDS", 0.01)
     net = tiny.network()
 
     async def main():
@@ -189,9 +189,9 @@ def test_an_engine_that_rests_sees_to_memory_and_still_answers_at_once(monkeypat
         answer = await asyncio.wait_for(tokens(many.submit(ids(9), GREEDY)), 20)
         for _ in range(2000):
             await asyncio.sleep(0.005)
-            if net.pool.nbytes >= sum(many.engine._at_hand):
+            if net.pool.nbytes >= sum(many.engine.memory_targets):
                 break
-        assert net.pool.nbytes >= sum(many.engine._at_hand)
+        assert net.pool.nbytes >= sum(many.engine.memory_targets)
         await many.close()
         return answer
 

@@ -11,9 +11,9 @@ import torch
 pytest.importorskip("triton", reason="pip install triton")
 
 import tiny
+from by_hand import generate_reference
 from ops.triton.conftest import DEVICE
 from tiercel.engine.engine import Engine
-from tiercel.generate import generate_reference
 from tiercel.model.gpu_runner import GPURunner
 from tiercel.sampling.params import SamplingParams
 from tiny import ids
@@ -30,7 +30,7 @@ def engine(net, slots=2, **more):
         SimpleNamespace(network=net, tokenizer=None, max_length=200),
         slots=slots,
         runner=on_device,
-        **({"cache_bytes": 1 << 24, "step_tokens": 64} | more),
+        **({"cache_bytes": 1 << 24, "max_num_batched_tokens": 64} | more),
     )
 
 
@@ -48,7 +48,7 @@ def expected(net, prompt, params):
 
 
 def answer(request, i=0):
-    return request.choices[i].token_ids
+    return request.sequences[i].token_ids
 
 
 def test_texts_together_then_one_that_goes_on(net):
@@ -83,7 +83,7 @@ def test_the_next_forward_has_begun_when_a_token_is_handed_out(net):
     begun = []
     while not e.idle:
         e.step()
-        begun.append(e._begun is not None)
+        begun.append(e.steps.in_flight is not None)
     assert begun == [True, True, True, True, False]  # two prompts and their first tokens; the last has nothing to begin
     assert answer(first) == expected(net, ids(9), greedy(2))
     assert answer(second) == expected(net, ids(21, 1), greedy(5))
@@ -94,12 +94,12 @@ def test_who_comes_leaves_or_is_sent_back_while_a_forward_is_under_way_changes_n
     stays, leaves = e.add(ids(9), greedy(7)), e.add(ids(30, 1), greedy(7))
     for _ in range(2):
         e.step()
-    assert e._begun is not None
+    assert e.steps.in_flight is not None
     e.abort(leaves.id)
     comes = e.add(ids(17, 2), greedy(3))
     e.step()
     e.step()
-    assert e._begun is not None
+    assert e.steps.in_flight is not None
     e.preempt(e.scheduler.running[0])
     run(e)
     assert answer(stays) == expected(net, ids(9), greedy(7))

@@ -10,10 +10,10 @@ import torch
 
 import tiercel
 import tiny
+from by_hand import generate_reference
 from tiercel.engine.engine import Engine
 from tiercel.engine.session import Session
 from tiercel.errors import FormatError, RequestError
-from tiercel.generate import generate_reference
 from tiercel.sampling.params import SamplingParams
 from tiny import GREEDY, ids
 

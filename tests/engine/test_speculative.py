@@ -10,6 +10,7 @@ import torch
 
 import tiny
 from tiercel.engine.speculative import ModelDrafter, NgramDrafter, Speculation, StepCosts
+from tiercel.model.cpu_runner import CPURunner
 from tiercel.sampling.params import SamplingParams
 from tiercel.sampling.sampler import Sampler
 from tiny import ids
@@ -130,7 +131,7 @@ def test_a_model_that_guesses_for_itself_is_always_right_and_one_that_is_another
         truth = free.answer
     for drafting, always in ((net, True), (tiny.network(words, seed=8), False)):
         text = SpeculativeRun(net, ids(11), params)
-        drafter = ModelDrafter(drafting, text.sampler)
+        drafter = ModelDrafter(CPURunner(drafting), text.sampler)
         while len(text.answer) < 50:
             guess = drafter.propose(text.tokens, 4)
             assert len(guess) == 4
@@ -142,11 +143,11 @@ def test_a_model_that_guesses_for_itself_is_always_right_and_one_that_is_another
 
 def test_a_draft_model_is_not_read_from_the_start_again_when_it_was_wrong():
     net, other = network("mamba2"), tiny.network("mamba2", seed=8)
-    text, drafter = SpeculativeRun(net, ids(40), GREEDY), ModelDrafter(other)
+    text, drafter = SpeculativeRun(net, ids(40), GREEDY), ModelDrafter(CPURunner(other))
     drafter.propose(text.tokens, 4)
     read = []
-    run = drafter._step
-    drafter._step = lambda tokens: (read.append(len(tokens)), run(tokens))[1]
+    run = drafter._forward
+    drafter._forward = lambda tokens: (read.append(len(tokens)), run(tokens))[1]
     for _ in range(60):
         step(net, [text], [drafter.propose(text.tokens, 4)])
     assert max(read) <= 12
@@ -155,17 +156,17 @@ def test_a_draft_model_is_not_read_from_the_start_again_when_it_was_wrong():
 def test_what_was_said_before_is_guessed_again():
     drafter = NgramDrafter()
     text = ids(50)
-    assert drafter.strength(text[:20]) == -1 and drafter.propose(text[:20], 4) == []
+    assert drafter.match_class(text[:20]) == -1 and drafter.propose(text[:20], 4) == []
     said = text + text[:10]
     assert drafter.propose(said, 5) == text[10:15]
     for at in range(10, 20):  # followed as long as it is right
         said.append(text[at])
         assert drafter.propose(said, 5) == text[at + 1 : at + 6]
-    assert drafter.strength(said) == 2
+    assert drafter.match_class(said) == 2
     said.append(999)
     assert drafter.propose(said, 5) == []
     said += text[30:33]
-    assert drafter.propose(said, 3) == text[33:36] and drafter.strength(said) == 0
+    assert drafter.propose(said, 3) == text[33:36] and drafter.match_class(said) == 0
     assert NgramDrafter().propose([1, 2, 3, 1, 2, 3, 1, 2, 3], 7) == [1, 2, 3, 1, 2, 3, 1]
 
 
@@ -174,13 +175,13 @@ def play(chance_of, cost, tokens=400):
     dice, costs, clock, count = random.Random(2), StepCosts(), 0.0, 0
 
     class Guess:
-        def strength(self, tokens):
+        def match_class(self, tokens):
             return 0
 
         def propose(self, tokens, k):
             return [0] * k
 
-        def note(self, accepted):
+        def record(self, accepted):
             pass
 
     spec = Speculation(Guess(), costs)
@@ -189,10 +190,10 @@ def play(chance_of, cost, tokens=400):
         good = 0
         while good < len(draft) and dice.random() < chance_of(count):
             good += 1
-        costs.note(1 + len(draft), cost(1 + len(draft)))
+        costs.record(1 + len(draft), cost(1 + len(draft)))
         clock += cost(1 + len(draft))
         count += good + 1
-        spec.note(len(draft), good)
+        spec.record(len(draft), good)
     return count / clock
 
 
@@ -215,7 +216,7 @@ def measured(cost):
     costs = StepCosts()
     for rows in range(1, 20):
         for _ in range(3):
-            costs.note(rows, cost(rows))
+            costs.record(rows, cost(rows))
     return costs
 
 
@@ -231,13 +232,13 @@ def test_a_text_expects_of_its_guesses_what_other_texts_saw_lately():
     assert len(Speculation(NgramDrafter(), costs).draft(text)) > 1
     for _ in range(20):
         other = Speculation(NgramDrafter(), costs)
-        other.note(len(other.draft(text)), 0)
+        other.record(len(other.draft(text)), 0)
     newcomer = Speculation(NgramDrafter(), costs)
     assert len(newcomer.draft(text)) == 1  # a try
     for _ in range(20):
         other = Speculation(NgramDrafter(), costs)
         guesses = len(other.draft(text))
-        other.note(guesses, guesses)
+        other.record(guesses, guesses)
     assert len(Speculation(NgramDrafter(), costs).draft(text)) > 1
 
 
@@ -245,9 +246,9 @@ def test_costs_are_measured_and_guessed_between():
     costs = StepCosts()
     assert costs.of(5) / costs.of(1) == pytest.approx(1.8)
     for _ in range(3):
-        costs.note(1, 0.010)
-        costs.note(9, 0.026)
+        costs.record(1, 0.010)
+        costs.record(9, 0.026)
     assert costs.of(1) == 0.010 and costs.of(5) == pytest.approx(0.018) and costs.of(9) == 0.026
     assert 0.026 < costs.of(12) < 0.04
-    costs.note(1, 5.0)  # somebody wanted the cores
+    costs.record(1, 5.0)  # somebody wanted the cores
     assert costs.of(1) < 0.012

@@ -32,14 +32,14 @@ def model(net, **changes):
 class Numbers(Voter):
     """There are no words here: a trace answers with the parity of its length."""
 
-    def ended(self, choice):
-        choice.text = str(len(choice.token_ids) % 2)
-        super().ended(choice)
+    def on_finish(self, sequence):
+        sequence.text = str(len(sequence.token_ids) % 2)
+        super().on_finish(sequence)
 
 
 def hold(e, settings, params=PARAMS, prompt=None):
     voter = Numbers(settings)
-    request = e.prepare(prompt or ids(50), params, watch=voter)
+    request = e.prepare(prompt or ids(50), params, controller=voter)
     e.queue(request)
     return voter, request
 
@@ -51,12 +51,12 @@ def test_many_traces_read_one_prompt_once(net):
     made = voter.result(request)
     assert len(made.traces) == made.counted == 20 and made.prompt_tokens == 50
     # the first token of a trace comes from the prompt's logits, the last is not read
-    assert sum(map(sum, e.network.calls)) == 50 + sum(trace.tokens - 1 for trace in made.traces)
+    assert sum(map(sum, e.runner.calls)) == 50 + sum(trace.tokens - 1 for trace in made.traces)
     assert e.stats.prompt_tokens == 50 and e.stats.generated_tokens == made.tokens
-    assert max(map(len, e.network.calls)) <= 4, "no more at once than there are slots"
+    assert max(map(len, e.runner.calls)) <= 4, "no more at once than there are slots"
     assert [update.last for update in updates].count(True) == 1 and updates[-1].last
-    assert len({tuple(choice.token_ids) for choice in request.choices}) > 10, "each trace has its own draws"
-    assert e.stats.kv_bytes == 0 and request.origin is None
+    assert len({tuple(sequence.token_ids) for sequence in request.sequences}) > 10, "each trace has its own draws"
+    assert e.stats.kv_bytes == 0 and request.prefix_state is None
 
 
 def test_a_trace_of_a_vote_is_the_answer_of_the_same_number(net):
@@ -67,7 +67,9 @@ def test_a_trace_of_a_vote_is_the_answer_of_the_same_number(net):
     together = engine(net, slots=8)
     plain = together.add(ids(50), SamplingParams(**(vars(PARAMS) | {"n": 8})))
     run(together)
-    assert [choice.token_ids for choice in request.choices] == [choice.token_ids for choice in plain.choices]
+    assert [sequence.token_ids for sequence in request.sequences] == [
+        sequence.token_ids for sequence in plain.sequences
+    ]
 
 
 @pytest.mark.parametrize("method", ["majority", "deepconf-low", "deepconf-high", "filtered-low"])
@@ -99,13 +101,13 @@ def test_an_unsure_trace_stops_early_and_its_slot_goes_on(net):
     voter, request = hold(e, VoteSettings(k=20, method="deepconf-low", window=4, warmup=6, consensus=0), params)
     news = []
     while not e.idle:
-        before = len(request.choices)
+        before = len(request.sequences)
         step = e.step()
         news += step
         if any(update.finish_reason == "confidence" for update in step) and before < 20:
-            running = sum(choice.finish_reason is None for choice in request.choices)
+            running = sum(sequence.finish_reason is None for sequence in request.sequences)
             e.step()
-            assert len(request.choices) > before and running <= 2
+            assert len(request.sequences) > before and running <= 2
     made = voter.result(request)
     stopped = [trace for trace in made.traces if trace.finish_reason == "confidence"]
     assert made.stopped == len(stopped) >= 3
@@ -115,24 +117,24 @@ def test_an_unsure_trace_stops_early_and_its_slot_goes_on(net):
     reference, asked = hold(full, VoteSettings(k=20, window=4), params)
     run(full)
     assert made.tokens < reference.result(asked).tokens
-    for trace, whole in zip(request.choices, asked.choices, strict=True):
+    for trace, whole in zip(request.sequences, asked.sequences, strict=True):
         assert whole.token_ids[: len(trace.token_ids)] == trace.token_ids, "as far as it came it is the same trace"
 
 
 def test_a_consensus_ends_those_that_still_run(net):
     class Agreed(Voter):
-        def ended(self, choice):
-            choice.text = "42"
-            super().ended(choice)
+        def on_finish(self, sequence):
+            sequence.text = "42"
+            super().on_finish(sequence)
 
     e = engine(net, slots=4)
     voter = Agreed(VoteSettings(k=100, method="deepconf", warmup=5, window=3))
-    request = e.prepare(ids(40), PARAMS, watch=voter)
+    request = e.prepare(ids(40), PARAMS, controller=voter)
     e.queue(request)
     updates = run(e)
     made = voter.result(request)
     assert made.consensus and made.counted == 5 and made.answer == "42"
-    assert len(request.choices) < 12 and request.finished and not e.scheduler.running
+    assert len(request.sequences) < 12 and request.finished and not e.scheduler.running
     assert {update.finish_reason for update in updates if update.finish_reason} <= {"stop", "length", "decided"}
     assert [update.last for update in updates].count(True) == 1
 
@@ -146,9 +148,9 @@ def test_others_come_in_between_the_traces(net):
     other = e.add(ids(5), SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
     while not other.finished:
         e.step()
-    assert len(vote_request.choices) < 30 and not vote_request.finished
+    assert len(vote_request.sequences) < 30 and not vote_request.finished
     run(e)
-    assert len(vote_request.choices) == 60
+    assert len(vote_request.sequences) == 60
 
 
 def test_guesses_change_no_vote(net):
@@ -160,7 +162,7 @@ def test_guesses_change_no_vote(net):
     (first, a), (second, b) = hold(plain, settings, params, prompt), hold(guessing, settings, params, prompt)
     run(plain), run(guessing)
     assert guessing.stats.drafts_accepted > 0
-    assert first.result(a).traces == second.result(b).traces and len(a.choices) == 12
+    assert first.result(a).traces == second.result(b).traces and len(a.sequences) == 12
 
 
 def test_a_vote_that_is_given_up_leaves_nothing(net):
@@ -170,21 +172,21 @@ def test_a_vote_that_is_given_up_leaves_nothing(net):
         e.step()
     e.abort(request.id)
     assert [update.last for update in e.step()].count(True) == 1
-    assert e.idle and request.finished and e.stats.kv_bytes == 0 and not e.scheduler.taken
+    assert e.idle and request.finished and e.stats.kv_bytes == 0 and not e.scheduler.used_slots
     with pytest.raises(RequestError, match="ended before it was decided"):
         voter.result(request)
 
 
 def test_a_broken_trace_ends_the_vote_with_its_error(net):
     class Broken(Numbers):
-        def token(self, choice, logits_V):
-            if choice.index == 5:
+        def on_token(self, sequence, logits_V):
+            if sequence.index == 5:
                 raise ValueError("no such thing")
-            return super().token(choice, logits_V)
+            return super().on_token(sequence, logits_V)
 
     e = engine(net, slots=3)
     voter = Broken(VoteSettings(k=9))
-    request = e.prepare(ids(20), PARAMS, watch=voter)
+    request = e.prepare(ids(20), PARAMS, controller=voter)
     e.queue(request)
     updates = run(e)
     assert updates[-1].last and request.finished and not e.scheduler.running
@@ -197,7 +199,7 @@ def test_memory_that_is_short_changes_no_vote(net):
     first, a = hold(plain, VoteSettings(k=10))
     second, b = hold(short, VoteSettings(k=10))
     run(plain), run(short)
-    assert [choice.token_ids for choice in a.choices] == [choice.token_ids for choice in b.choices]
+    assert [sequence.token_ids for sequence in a.sequences] == [sequence.token_ids for sequence in b.sequences]
     assert first.result(a).table == second.result(b).table
 
 

@@ -1,9 +1,9 @@
-"""What a GPU does while the host hands out a step: the next one.
+"""Launch the next step before this one's tokens are on the host.
 
-Where requests leave the choice of their tokens to the device, the inputs of the next step are there before the host
-has seen them.  So the order of a step is: choose on the device → send the choice to the host → begin the next forward
-→ wait for the choice alone → hand it out, while the device works.  The forward that was begun is claimed by the next
-step; who has ended meanwhile has read its last token for nothing.
+Where requests let the device sample their tokens, the inputs of the next step are on the device before the host has
+seen them.  So the order of a step is: sample on the device → start the copy to the host → launch the next forward →
+wait for the copy → process the outputs, while the device computes.  The next call of `Engine.step` claims that
+forward; a sequence that finished meanwhile has computed its last token in vain.
 """
 
 from __future__ import annotations
@@ -14,40 +14,43 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tiercel.engine.scheduler import ScheduledSequence
+from tiercel.engine.scheduler import ScheduledSequence, ScheduledStep
 from tiercel.ops.sampling import choose
 
 
 class InFlightStep(NamedTuple):
-    """A forward of one token for each row that nobody has handed out: each row's state as it was, and its logits."""
+    """A forward of one token for each sequence whose outputs are not processed yet."""
 
     rows: list[ScheduledSequence]
-    states: list[object]
-    logits: Sequence[Tensor]
+    states: list[object]  # of each sequence, when it was launched
+    logits: list[Tensor]
 
-    def claim(self) -> tuple[list[ScheduledSequence], list[Tensor]]:
-        """The rows that still are where they were, with their logits."""
-        found = [
+    def claim(self) -> ScheduledStep | None:
+        """Return the step of the sequences that still run on the same state; None where there are none."""
+        valid = [
             (row, logits)
             for row, state, logits in zip(self.rows, self.states, self.logits, strict=True)
-            if row.choice.state is state and row.choice.finish_reason is None
+            if row.sequence.state is state and row.sequence.finish_reason is None
         ]
-        return [row for row, _ in found], [logits for _, logits in found]
+        return ScheduledStep([row for row, _ in valid], [logits for _, logits in valid]) if valid else None
 
 
 class PendingTokens:
-    """The next tokens of all rows whose request leaves it to the device, on their way to the host."""
+    """The next tokens of all sequences that are sampled on the device, on their way to the host.
+
+    tokens_B: the tokens on the device
+    """
 
     def __init__(self, rows: Sequence[ScheduledSequence], logits: Sequence[Tensor]) -> None:
-        free = [
-            (row.choice.sampler, row_logits[-1])
+        sampled = [
+            (row.sequence.sampler, row_logits[-1])
             for row, row_logits in zip(rows, logits, strict=True)
-            if row.choice.length == len(row.choice.tokens) and not row.drafts and row.choice.sampler.device_sampled
+            if not row.sequence.num_pending_tokens and not row.draft_tokens and row.sequence.sampler.device_sampled
         ]
-        self.samplers = [sampler for sampler, _ in free]
-        if not free:
+        self.samplers = [sampler for sampler, _ in sampled]
+        if not sampled:
             return
-        logits_BV = torch.stack([logits_V for _, logits_V in free])
+        logits_BV = torch.stack([logits_V for _, logits_V in sampled])
         params = [sampler.params for sampler in self.samplers]
         columns = [
             [0.0 if p.greedy else p.temperature for p in params],
@@ -58,24 +61,25 @@ class PendingTokens:
         ]
         t, min_p, k, top_p, u = torch.tensor(columns, dtype=torch.float64).to(logits_BV.device, non_blocking=True)
         self.tokens_B = choose(logits_BV, t.float(), min_p, k.long(), top_p, u)
-        finite = logits_BV.amax(1).isfinite()  # the sampler says what is wrong with the others
-        told_B, self.there = torch.where(finite, self.tokens_B, -1), None
-        if told_B.is_cuda:
-            self.told_B = torch.empty(len(free), dtype=torch.int64, pin_memory=True)
-            self.told_B.copy_(told_B, non_blocking=True)
-            self.there = torch.cuda.Event()
-            self.there.record()
+        finite = logits_BV.amax(1).isfinite()  # of the others the sampler reports what is wrong
+        checked_B = torch.where(finite, self.tokens_B, -1)
+        self._copied: torch.cuda.Event | None = None
+        if checked_B.is_cuda:
+            self._host_B = torch.empty(len(sampled), dtype=torch.int64, pin_memory=True)
+            self._host_B.copy_(checked_B, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
         else:
-            self.told_B = told_B
+            self._host_B = checked_B
 
     def __len__(self) -> int:
         return len(self.samplers)
 
-    def settle(self) -> None:
-        """Wait until the tokens are here, and tell the samplers."""
+    def wait(self) -> None:
+        """Wait until the tokens are on the host, and hand them to the samplers."""
         if not self.samplers:
             return
-        if self.there is not None:
-            self.there.synchronize()
-        for sampler, token in zip(self.samplers, self.told_B.tolist(), strict=True):
+        if self._copied is not None:
+            self._copied.synchronize()
+        for sampler, token in zip(self.samplers, self._host_B.tolist(), strict=True):
             sampler.device_token = token if token >= 0 else None

@@ -21,28 +21,29 @@ from typing import Any
 
 import torch
 
-from tiercel.engine.engine import Engine, Stats
+from tiercel.engine.core import Stats
+from tiercel.engine.engine import Engine
 from tiercel.engine.request import Request, Update
 from tiercel.errors import Busy, TiercelError
 from tiercel.sampling.params import SamplingParams
 
-BEHIND = 1024  # updates that a reader may leave unread: about 256 KiB of a stream
-FIRST = 0.003  # seconds that the engine waits at most for an answer's first text to be on its way
-REST = 0.2  # seconds without work after which the engine sees to memory
-TURNS = 8  # of the event loop until it is: it passes a queue, a task of its own and who waits for that
+MAX_UNREAD_UPDATES = 1024  # of one request: about 256 KiB of a stream
+FIRST_UPDATE_SECONDS = 0.003  # that the engine waits at most until a request's first update has reached the client
+DELIVERY_ITERATIONS = 8  # event-loop iterations until an update reaches the client (queue, task, waiter)
+IDLE_SECONDS = 0.2  # without work, after which the engine prefaults memory
 
 log = logging.getLogger("tiercel.engine")
 
 
 class Stream:
-    """The updates of one request, as an async iterator; it ends when the request has."""
+    """The updates of one request, as an async iterator that ends with the request."""
 
     def __init__(self, engine: AsyncEngine, request: Request) -> None:
         self.engine, self.request = engine, request
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
         self._open = True
-        self.begun = False  # something was delivered
-        self.unfinished = {choice.index for choice in request.choices}  # their last update is still to be delivered
+        self.begun = False  # an update was delivered
+        self.unfinished = {sequence.index for sequence in request.sequences}  # their last update is to come
 
     async def __aiter__(self) -> AsyncIterator[Update]:
         try:
@@ -50,7 +51,7 @@ class Stream:
                 while True:
                     yield await self.__anext__()
         finally:
-            self._give_up()
+            self._abandon()
 
     async def __anext__(self) -> Update:
         if not self._open:
@@ -66,20 +67,23 @@ class Stream:
         await self.cancel()
 
     async def cancel(self) -> None:
-        """End the request; what it held is free when this returns.  Nothing happens where it has ended."""
+        """End the request; its states are free when this returns.  Nothing happens where it has finished."""
         if not self.request.finished:
             await self.engine.end(self.request)
         self.engine.streams.pop(self.request, None)
 
-    def _give_up(self) -> None:
-        """The same where one cannot wait: the iterator is being closed, perhaps because its task was cancelled."""
+    def _abandon(self) -> None:
+        """End the request without waiting: the iterator is being closed, perhaps because its task was cancelled."""
         if not self.request.finished:
             self.engine.abandon(self.request)
         self.engine.streams.pop(self.request, None)
 
 
 class AsyncEngine:
-    """streams: those who wait for updates.  All methods are for the thread of the event loop that called `start`."""
+    """An `Engine` on a thread of its own, behind asyncio.
+
+    All methods are for the thread of the event loop that called `start`.  streams: of the requests that run.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -91,12 +95,13 @@ class AsyncEngine:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        """Start the thread."""
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, ids: Sequence[int], params: SamplingParams, **more: Any) -> Stream:
-        """Queue a prompt; arguments and errors are those of `Engine.add`."""
+        """Queue a prompt; arguments and errors are those of `Engine.add`.  Raises Busy while the engine shuts down."""
         if self._closing or self._thread is None:
             raise Busy("the engine is shutting down", retry_after=5)
         request = self.engine.add(ids, params, **more)
@@ -105,7 +110,7 @@ class AsyncEngine:
         return stream
 
     async def close(self, drain: float = 0.0) -> None:
-        """Take nothing new, let what runs come to its end for `drain` seconds, end the rest, stop the thread."""
+        """Refuse new requests, let running ones finish for `drain` seconds, end the rest, and stop the thread."""
         self._closing = True
         end = self._loop_time() + drain
         while self.streams and not self.engine.idle and self._loop_time() < end:
@@ -118,14 +123,15 @@ class AsyncEngine:
         if self._thread is not None:
             await self._ended.wait()
             self._thread = None
-            self._serve_calls()  # those that came too late for it
+            self._serve_calls()  # those that the thread did not see any more
 
     @property
     def stats(self) -> Stats:
+        """See `Engine.stats`."""
         return self.engine.stats
 
     async def call(self, work: Callable[[], Any]) -> Any:
-        """Run this between two steps, on the engine's thread: the network is the engine's, and nobody else's."""
+        """Return `work()`, run between two steps on the engine's thread, the only one that uses the network."""
         if self._thread is None:
             return work()
         done: concurrent.futures.Future[Any] = concurrent.futures.Future()
@@ -134,16 +140,16 @@ class AsyncEngine:
         return await asyncio.wrap_future(done)
 
     def wake(self) -> None:
+        """Let the thread look for work."""
         self._awake.set()
 
     def abandon(self, request: Request) -> None:
-        """End it before the next step, without waiting for that."""
+        """End a request before the next step, without waiting for that."""
         self._abandoned.append(request.id)
         self.wake()
 
     async def end(self, request: Request) -> None:
-        """The same, and wait for it.  On the engine's thread, which has no queue and holds the engine's lock anyway; it
-        happens also when who waits is cancelled."""
+        """End a request, and wait until that is done; also when the waiting task is cancelled."""
         self.abandon(request)
         await self.call(self._end_abandoned)
 
@@ -151,7 +157,7 @@ class AsyncEngine:
         return asyncio.get_running_loop().time()
 
     def _run(self, threads: int) -> None:
-        """The engine's thread: step while there is something to do, else sleep."""
+        """Step while there is something to do, else sleep: the engine's thread."""
         torch.set_num_threads(threads)  # OpenMP counts for each thread that calls it
         while True:
             self._awake.clear()
@@ -162,14 +168,14 @@ class AsyncEngine:
             elif self._stopped:
                 break
             else:
-                self._rest()
-        self._tell(self._ended.set)
+                self._sleep()
+        self._call_soon(self._ended.set)
 
-    def _rest(self) -> None:
-        """Until there is something to do.  After a while, see to memory for that: not at once, for who just got an
+    def _sleep(self) -> None:
+        """Wait for work.  After IDLE_SECONDS prefault memory for it: not at once, because a client that just got an
         answer may ask again, or need the cores."""
-        if not self._awake.wait(REST):
-            while self.engine.look_ahead() and not self._awake.is_set():
+        if not self._awake.wait(IDLE_SECONDS):
+            while self.engine.prefault() and not self._awake.is_set():
                 pass
             self._awake.wait()
 
@@ -189,20 +195,20 @@ class AsyncEngine:
     def _step(self) -> list[Update]:
         try:
             return self.engine.step()
-        except Exception as error:  # a mistake of ours: nobody may wait for ever because of it
+        except Exception as error:  # a bug: clients must not wait for ever because of it
             log.exception("the engine failed")
             return self.engine.fail_all(TiercelError(f"the engine failed ({type(error).__name__}: {error}); try again"))
 
     def _send(self, updates: list[Update]) -> None:
-        """To the event loop.  Where an answer begins the next step waits for it: both threads want Python's lock and
-        the cores, and somebody waits for that text."""
+        """Send updates to the event loop.  The next step waits for a request's first update to be delivered: both
+        threads need Python's lock and the cores, and a client waits for that text."""
         self._delivered.clear()
-        self._tell(self._deliver, updates)
+        self._call_soon(self._deliver, updates)
         streams = (self.streams.get(update.request) for update in updates)
         if any(stream is not None and not stream.begun for stream in streams):
-            self._delivered.wait(FIRST)
+            self._delivered.wait(FIRST_UPDATE_SECONDS)
 
-    def _tell(self, what: Callable[..., None], *arguments: Any) -> None:
+    def _call_soon(self, what: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop is gone
             self._loop.call_soon_threadsafe(what, *arguments)
 
@@ -210,28 +216,28 @@ class AsyncEngine:
         begins = False
         for update in updates:
             stream = self.streams.get(update.request)
-            if stream is not None and stream._updates.qsize() >= BEHIND and update.finish_reason is None:
+            if stream is not None and stream._updates.qsize() >= MAX_UNREAD_UPDATES and update.finish_reason is None:
                 self._cut_off(stream)
             elif stream is not None:
                 stream._updates.put_nowait(update)
                 begins, stream.begun = begins or not stream.begun, True
-                (stream.unfinished.add if update.finish_reason is None else stream.unfinished.discard)(update.choice)
+                (stream.unfinished.add if update.finish_reason is None else stream.unfinished.discard)(update.index)
                 if update.last:
                     self.streams.pop(update.request, None)
         if begins:
-            self._pass(TURNS)
+            self._pass(DELIVERY_ITERATIONS)
 
-    def _pass(self, turns: int) -> None:
-        """Let whom a delivery woke go first, so many times, before the engine goes on."""
-        if turns:
-            self._loop.call_soon(self._pass, turns - 1)
+    def _pass(self, iterations: int) -> None:
+        """Let the tasks that a delivery woke run for some event-loop iterations before the engine goes on."""
+        if iterations:
+            self._loop.call_soon(self._pass, iterations - 1)
         else:
             self._delivered.set()
 
     def _cut_off(self, stream: Stream) -> None:
-        """A reader that is far behind: what it has not read is bounded."""
+        """End a request whose reader is far behind, so that its unread updates are bounded."""
         request = stream.request
-        log.warning("request %s: its reader is %d updates behind; the answer was ended", request.id, BEHIND)
+        log.warning("request %s: its reader is %d updates behind; the answer was ended", request.id, MAX_UNREAD_UPDATES)
         error = TiercelError("the answer was ended: it was not read as fast as it came")
         left = sorted(stream.unfinished) or [0]
         for index in left:

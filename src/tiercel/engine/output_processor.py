@@ -1,8 +1,7 @@
-"""One answer as it grows: logits → token → text.
+"""One sequence's output: logits → token → text.
 
-`OutputProcessor` samples, counts, finds the end (end token, stop token, stop string, length), turns tokens into pieces
-with the reasoning apart, and keeps what is known of the answer.
-The loop that feeds it is by hand in `generate.py`, and for many at once in `engine/`.
+`OutputProcessor` samples a token, detects the end (end token, stop token, stop string, length), and detokenizes into
+pieces of text, reasoning apart.
 """
 
 from __future__ import annotations
@@ -25,16 +24,31 @@ if TYPE_CHECKING:
 
 
 class OutputProcessor:
-    """The answer number `index` to a prompt; complete once `finish_reason` is set.
+    """The output of a prompt's sequence number `index`; complete once `finish_reason` is set.
 
-    text, thoughts · token_ids · logprobs (when asked for), cumulative_logprob
-    finish_reason: "stop" (an end token, a stop string, a form that is complete), "length", "loop" (it went in
-                   circles, and that was asked about), "abort", "error", None while it grows
-    stop_reason:   the stop string or stop token id of the caller that ended it, else None
+    Args:
+        tokenizer: detokenizes; None: there are tokens only.
+        vocab_size: V, the length of a row of logits.
+        prompt_ids: token ids of the prompt.
+        params: what is asked.
+        max_length: tokens of prompt and output together.
+        index: number of the sequence among the request's `n`.
+        thinking: how reasoning is read, as in `Tokenizer.stream`.
+        starts_in_thinking: the prompt opened a block of reasoning.
+        grammar: `params.structured`, compiled (structured_output.py).
+        shown: control tokens that appear as their text, the markers of tool calls.
 
-    grammar: `params.structured`, compiled (engine/structured_output.py).
-    shown: control tokens that appear as their text, the markers of tool calls.
-    Raises ContextOverflow, RequestError: the prompt and the parameters are checked before anything is read.
+    Attributes:
+        text, reasoning: the answer and the reasoning before it, so far.
+        token_ids: tokens sampled so far.
+        logprobs, cumulative_logprob: where asked for, else None.
+        max_output_tokens: tokens after which the output ends with "length".
+        finish_reason: "stop" (an end token, a stop string, or a complete form), "length", "loop" (repetition
+            detection), "abort", "error", or a controller's; None while it grows.
+        stop_reason: the caller's stop string or stop token id that ended it, else None.
+
+    Raises:
+        ContextOverflow, RequestError: the prompt or a parameter cannot be served.
     """
 
     def __init__(
@@ -52,7 +66,7 @@ class OutputProcessor:
         shown: Collection[str] = (),
     ) -> None:
         self.tokenizer, self.prompt_ids, self.params, self.index = tokenizer, list(prompt_ids), params, index
-        self.room = _room(len(self.prompt_ids), params, max_length)
+        self.max_output_tokens = _max_output_tokens(len(self.prompt_ids), params, max_length)
         self.text = self.reasoning = ""
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
@@ -66,7 +80,7 @@ class OutputProcessor:
         )
         self.sampler = self._sampler(vocab_size)
         self._stops = [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
-        self._held = ""  # answer text that may be the beginning of a stop string
+        self._held = ""  # text that may be the beginning of a stop string
         self._stream = None
         if tokenizer is not None and params.detokenize:
             special = not params.skip_special_tokens
@@ -76,22 +90,30 @@ class OutputProcessor:
         elif self._stops:
             raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
 
-    def take(self, logits_V: Tensor) -> list[Piece]:
-        """Choose the next token from its logits (V,); the pieces of text it completes, the last ones at the end."""
+    def sample(self, logits_V: Tensor) -> list[Piece]:
+        """Sample the next token from its logits (V,).
+
+        Returns:
+            The pieces of text that it completes; with the last token all that are left.
+
+        Raises:
+            TiercelError: the logits hold NaN or no finite number.
+            RequestError: the request excludes every token.
+        """
         token = self.sampler.sample(logits_V)
         self.sampler.accept(token)
-        self._note(token)
-        ended = token in self.eos or self.stop_reason is not None  # a complete form ends with a token of the answer
-        ends = self.finish_reason == "stop" and ended and self._hidden()
-        pieces = [] if self._stream is None or ends else list(self._pass(self._stream.push(token)))
-        return pieces if self.finish_reason is None else pieces + self._rest()
+        self._append(token)
+        ended = token in self.eos or self.stop_reason is not None  # a complete form ends with a token of the text
+        ends = self.finish_reason == "stop" and ended and self._hides_last_token()
+        pieces = [] if self._stream is None or ends else list(self._filter(self._stream.push(token)))
+        return pieces if self.finish_reason is None else pieces + self._flush()
 
-    def end(self, reason: str) -> list[Piece]:
-        """No more tokens come, for a reason of the caller's; what was held back."""
+    def finish(self, reason: str) -> list[Piece]:
+        """End the output for a reason of the caller's; return the pieces that were held back."""
         if self.finish_reason is not None:
             return []
         self.finish_reason = reason
-        return self._rest()
+        return self._flush()
 
     def _sampler(self, vocab_size: int) -> Sampler:
         words: list[list[int]] = []
@@ -108,8 +130,8 @@ class OutputProcessor:
             constraints=self.constraints,
         )
 
-    def _note(self, token: int) -> None:
-        """Count the token, and see whether it ends the answer."""
+    def _append(self, token: int) -> None:
+        """Append a token, and set `finish_reason` where it ends the output."""
         self.token_ids.append(token)
         if self.logprobs is not None:
             entry = self.sampler.last_logprobs or {}
@@ -121,31 +143,34 @@ class OutputProcessor:
             self.finish_reason, self.stop_reason = "stop", token
         elif self.constraints is not None and self.constraints.finish_reason is not None:
             self.finish_reason = self.constraints.finish_reason
-        elif len(self.token_ids) >= self.room:
+        elif len(self.token_ids) >= self.max_output_tokens:
             self.finish_reason = "length"
 
-    def _hidden(self) -> bool:
-        """An end token is not part of the answer; a stop token of the caller's only when asked for."""
+    def _hides_last_token(self) -> bool:
+        """Whether the last token is not part of the text: an end token, or a stop token where that is not asked for."""
         return self.stop_reason is None or not self.params.include_stop_str_in_output
 
-    def _rest(self) -> list[Piece]:
-        """What was held back, unless a stop string was found."""
+    def _flush(self) -> list[Piece]:
+        """Return the pieces that were held back, unless a stop string was found."""
         if self._stream is None or isinstance(self.stop_reason, str):
             return []
-        pieces = list(self._pass(self._stream.finish()))
+        pieces = list(self._filter(self._stream.finish()))
         if not isinstance(self.stop_reason, str) and self._held:
             held, self._held = self._held, ""
             pieces += self._emit(Piece("text", held))
         return pieces
 
-    def _pass(self, pieces: list[Piece]) -> Iterator[Piece]:
+    def _filter(self, pieces: list[Piece]) -> Iterator[Piece]:
+        """Pass on pieces up to a stop string."""
         for piece in pieces:
             if isinstance(self.stop_reason, str):
                 return
-            yield from self._emit(piece) if piece.kind != "text" or not self._stops else self._search(piece.text)
+            yield from (
+                self._emit(piece) if piece.kind != "text" or not self._stops else self._find_stop_string(piece.text)
+            )
 
-    def _search(self, text: str) -> Iterator[Piece]:
-        """Answer text up to the earliest stop string; what may be the beginning of one waits."""
+    def _find_stop_string(self, text: str) -> Iterator[Piece]:
+        """Pass on text up to the earliest stop string; hold back what may be the beginning of one."""
         text = self._held + text
         found = min(((at, stop) for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
         if found is not None:
@@ -159,6 +184,7 @@ class OutputProcessor:
         yield from self._emit(Piece("text", text[: len(text) - wait]))
 
     def _emit(self, piece: Piece) -> Iterator[Piece]:
+        """Append a piece to the output."""
         if piece.text:
             if piece.kind == "text":
                 self.text += piece.text
@@ -167,8 +193,8 @@ class OutputProcessor:
             yield piece
 
 
-def _room(prompt: int, params: SamplingParams, max_length: int) -> int:
-    """How many tokens the answer may have."""
+def _max_output_tokens(prompt: int, params: SamplingParams, max_length: int) -> int:
+    """Return how many tokens the output may have after a prompt of this many."""
     if prompt == 0:
         raise RequestError("the prompt is empty: it needs at least one token")
     room = max_length - prompt

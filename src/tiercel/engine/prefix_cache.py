@@ -1,15 +1,15 @@
-"""What has been read before, and the places one can go back to.
+"""Prefix cache: snapshots of states at the ends of token runs, in one radix tree for each key.
 
-One tree of token runs for each key.  At the ends of some runs stand snapshots: a snapshot taken at `length` takes a
-state back to any length from its `min_pos` (where its committed state stands) to `length`, so for a new prompt the best
-one is not always at or before the place where the texts part: one a little behind it, cut back, is as good as exact.
+A snapshot taken at `length` can restore any length from its `min_pos` (the committed length of the recurrent state) to
+`length`.  So the best snapshot for a new prompt is not always at or before the position where the sequences part: one
+a little behind it, trimmed, is as good.
 
     shared    how many tokens of a prompt are in the tree
-    length    how many of those a snapshot can bring back
+    length    how many of those a snapshot can restore
 
-The cache has a budget in bytes.  The least useful snapshot goes first: the one that would save the fewest tokens (from
-the snapshot before it), for the most bytes, and was not asked for in the longest time.  With a folder to spill to it
-goes there as a file, and comes back when it is asked for.
+The cache has a budget in bytes.  The least useful snapshot is evicted first: the one that would save the fewest tokens
+(from the snapshot before it), for the most bytes, and was not used for the longest time.  With a spill folder it is
+written to a file there, and read when it is used.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from tiercel.model.pages import Page
 from tiercel.model.runner import Runner
 from tiercel.model.state import Snapshot
 
-PLACE = 8.0  # how much likelier it is that somebody comes back to the end of a text than to its middle
-ON_DISK = 8  # bytes of files for each byte of memory
+TURN_END_WEIGHT = 8.0  # how much likelier a later prompt branches off at the end of a turn than inside it
+DISK_BYTES_PER_BYTE = 8  # of spilled files, for each byte of the budget
+CACHE_MEMORY_SHARE, MAX_CACHE_BYTES = 1 / 8, 4 << 30  # of the free memory, by default
 
 
 @dataclass(eq=False)
 class Entry:
-    """A snapshot in memory, or its file.  weight: how likely it is wanted · used: when it last was, by the clock"""
+    """A snapshot in memory, or its file.  weight: how likely its use is · used: when it last was, by the clock."""
 
     length: int
     min_pos: int
-    nbytes: int  # with all its pages: what its file takes
+    nbytes: int  # with all its pages: the size of its file
     weight: float
     used: int
     snapshot: Snapshot | None = None
@@ -46,7 +47,7 @@ class Entry:
 
 @dataclass(eq=False)
 class Node:
-    """A run of tokens that follows its parent's; `depth` is where it ends in the text."""
+    """A run of tokens that follows its parent's; depth: tokens from the root to its end."""
 
     parent: Node | None
     run: list[int]
@@ -55,16 +56,16 @@ class Node:
     entry: Entry | None = None
     reach: float = float("inf")  # the least `min_pos` of the entries here and below
 
-    def settle(self) -> None:
-        """Bring `reach` up to date, here and above."""
+    def update_reach(self) -> None:
+        """Update `reach`, here and above."""
         node: Node | None = self
         while node is not None:
             own = node.entry.min_pos if node.entry is not None else float("inf")
             node.reach = min([own, *(child.reach for child in node.children.values())])
             node = node.parent
 
-    def path(self) -> Iterator[Node]:
-        """From the parent up to the root."""
+    def ancestors(self) -> Iterator[Node]:
+        """Yield the nodes from the parent to the root."""
         node = self.parent
         while node is not None:
             yield node
@@ -72,8 +73,8 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Found:
-    """shared: tokens that are in the tree · length: how many of them `snapshot` brings back (0: none)"""
+class CacheHit:
+    """A cache lookup.  shared: tokens in the tree · length: how many of them `snapshot` restores (0: none)."""
 
     shared: int
     length: int
@@ -81,7 +82,12 @@ class Found:
 
 
 class PrefixCache:
-    """budget: bytes of snapshots in memory; 0 keeps none.  spill: a folder for those that do not fit."""
+    """Snapshots of the states that `runner` made.
+
+    Args:
+        budget: bytes of snapshots in memory; 0: the cache is off.
+        spill: a folder for snapshots that exceed it; None: they are dropped.
+    """
 
     def __init__(self, runner: Runner, budget: int, spill: Path | None = None) -> None:
         self.runner, self.budget, self.spill = runner, budget, spill
@@ -89,82 +95,87 @@ class PrefixCache:
         self.nodes: set[Node] = set()  # those with an entry
         self.nbytes = self.disk_bytes = 0
         self.clock = self.evictions = 0
-        self._pages: Counter[Page] = Counter()  # how many snapshots hold a page; it is counted once
+        self._pages: Counter[Page] = Counter()  # how many snapshots share a page
         self._files: set[Path] = set()
         if spill is not None:
             spill.mkdir(parents=True, exist_ok=True)
             self._clean = weakref.finalize(self, _delete, self._files)
 
-    def find(self, key: str, tokens: Sequence[int], limit: int) -> Found:
-        """The snapshot that brings back most of the first `limit` of these tokens, and is able to be cut to that."""
+    def find(self, key: str, tokens: Sequence[int], limit: int) -> CacheHit:
+        """Return the snapshot that restores most of the first `limit` of these tokens."""
         tokens = list(tokens)
         while True:
             shared, node = self._look(key, tokens, limit)
             if node is None or node.entry is None:
-                return Found(shared, 0, None)
+                return CacheHit(shared, 0, None)
             self.clock += 1
             node.entry.used = self.clock
             length = min(node.entry.length, shared, limit)
-            if (snapshot := self._in_memory(node)) is not None:
-                return Found(shared, length, snapshot)
-            self._drop(node)  # its file is gone or damaged: look for the next best
+            if (snapshot := self._load(node)) is not None:
+                return CacheHit(shared, length, snapshot)
+            self._drop(node)  # its file is gone or damaged: try the next best
 
-    def put(self, key: str, tokens: Sequence[int], snapshot: Snapshot, *, place: bool) -> None:
-        """Keep a snapshot of these tokens, if it fits.  place: where people come back to, not somewhere on the way."""
+    def put(self, key: str, tokens: Sequence[int], snapshot: Snapshot, *, turn_end: bool) -> None:
+        """Keep a snapshot of these tokens, if it fits.  turn_end: later prompts are likely to branch off there."""
         assert snapshot.length == len(tokens), "a snapshot holds its own tokens and no others"
         if not tokens or snapshot.nbytes > self.budget:
             return
         node = self._node(key, list(tokens))
         self.clock += 1
-        weight = PLACE if place else 1.0
+        weight = TURN_END_WEIGHT if turn_end else 1.0
         if node.entry is None:
             node.entry = Entry(snapshot.length, snapshot.min_pos, snapshot.nbytes, weight, self.clock, snapshot)
-            self._hold(snapshot)
+            self._account(snapshot)
             self.nodes.add(node)
-            node.settle()
+            node.update_reach()
         else:
             node.entry.used, node.entry.weight = self.clock, max(weight, node.entry.weight)
-        self._fit()
+        self._evict()
 
     def along(self, key: str, tokens: Sequence[int]) -> list[Snapshot]:
-        """The snapshots at places on the way through these tokens, shortest first."""
+        """Return the snapshots at turn ends of these tokens, shortest first."""
         tokens, out = list(tokens), []
         node, depth = self.roots.get(key), 0
         while node is not None:
-            if node.entry is not None and node.entry.weight == PLACE and (found := self._in_memory(node)) is not None:
+            if (
+                node.entry is not None
+                and node.entry.weight == TURN_END_WEIGHT
+                and (found := self._load(node)) is not None
+            ):
                 out.append(found)
             child = node.children.get(tokens[depth]) if depth < len(tokens) else None
-            if child is None or _same(child.run, tokens, depth) < len(child.run):
+            if child is None or _common(child.run, tokens, depth) < len(child.run):
                 break
             node, depth = child, child.depth
         return out
 
     def forget(self, key: str) -> None:
-        """Everything of one key."""
+        """Drop all snapshots of a key."""
         root = self.roots.pop(key, None)
-        for node in [node for node in self.nodes if root in (node, *node.path())]:
+        for node in [node for node in self.nodes if root in (node, *node.ancestors())]:
             self._drop(node)
 
     def clear(self) -> None:
+        """Drop all snapshots."""
         for key in list(self.roots):
             self.forget(key)
 
     # ── the tree ──
 
     def _look(self, key: str, tokens: list[int], limit: int) -> tuple[int, Node | None]:
-        """How many tokens are known, and the node whose entry brings back most of them."""
+        """Return how many tokens are in the tree, and the node whose entry restores most of them."""
         node, depth, best = self.roots.get(key), 0, None
         if node is None:
             return 0, None
-        below: list[Node] = []  # where texts go on from the last token that is shared
+        below: list[Node] = []  # continuations of the last shared token
         while True:
             if node.entry is not None and node.entry.min_pos <= limit:
-                best = node  # deeper ones bring back more
+                best = node  # deeper ones restore more
             child = node.children.get(tokens[depth]) if depth < len(tokens) else None
             if child is None:
                 below = list(node.children.values())
                 break
-            same = _same(child.run, tokens, depth)
+            same = _common(child.run, tokens, depth)
             depth += same
             if same < len(child.run):
                 below = [child]
@@ -172,11 +183,11 @@ class PrefixCache:
             node = child
         wanted = min(depth, limit)
         if best is None or best.entry is None or best.entry.length < wanted:
-            best = _reaching(below, wanted) or best
+            best = _find_reaching(below, wanted) or best
         return depth, best
 
     def _node(self, key: str, tokens: list[int]) -> Node:
-        """The node that ends with these tokens, made where there is none."""
+        """Return the node that ends with these tokens; it is added where there is none."""
         node, depth = self.roots.setdefault(key, Node(None, [], 0)), 0
         while depth < len(tokens):
             child = node.children.get(tokens[depth])
@@ -184,20 +195,20 @@ class PrefixCache:
                 child = Node(node, tokens[depth:], len(tokens))
                 node.children[tokens[depth]] = child
                 return child
-            same = _same(child.run, tokens, depth)
+            same = _common(child.run, tokens, depth)
             if same < len(child.run):
                 child = _split(child, same)
             node, depth = child, child.depth
         return node
 
     def _drop(self, node: Node) -> None:
-        """Without its entry, and without what is left of the tree for nobody."""
+        """Remove an entry, and the nodes that only led to it."""
         entry = node.entry
         if entry is None:
             return
         if entry.snapshot is not None:
-            self._let_go(entry.snapshot)
-        self._forget_file(entry)
+            self._release(entry.snapshot)
+        self._delete_file(entry)
         node.entry = None
         self.nodes.discard(node)
         while node.entry is None and not node.children and node.parent is not None:
@@ -206,33 +217,35 @@ class PrefixCache:
             node = parent
         if node.parent is not None and node.entry is None and len(node.children) == 1:
             node = _join(node)
-        node.settle()
+        node.update_reach()
 
     # ── the budget ──
 
-    def _fit(self) -> None:
-        """Send snapshots away, the least useful first, until the rest fits."""
+    def _evict(self) -> None:
+        """Spill or drop snapshots, the least useful first, until the rest fits."""
         while self.nbytes > self.budget:
-            node = min((node for node in self.nodes if node.entry and node.entry.snapshot), key=self._use)
+            node = min((node for node in self.nodes if node.entry and node.entry.snapshot), key=self._utility)
             self.evictions += 1
-            if not (self.spill is not None and self._to_disk(node, self.spill)):
+            if not (self.spill is not None and self._spill(node, self.spill)):
                 self._drop(node)
-        while self.disk_bytes > ON_DISK * self.budget:
-            self._drop(min((node for node in self.nodes if node.entry and node.entry.file), key=self._use))
+        while self.disk_bytes > DISK_BYTES_PER_BYTE * self.budget:
+            self._drop(min((node for node in self.nodes if node.entry and node.entry.file), key=self._utility))
 
-    def _use(self, node: Node) -> float:
-        """Tokens it saves, weighted by how likely that is, for each byte."""
+    def _utility(self, node: Node) -> float:
+        """Return the tokens an entry saves, weighted by how likely that is, for each byte."""
         entry = node.entry
         assert entry is not None
-        before = next((above.depth for above in node.path() if above.entry is not None), 0)
+        before = next((above.depth for above in node.ancestors() if above.entry is not None), 0)
         saved = max(entry.length - before, 1)
-        return entry.weight * saved / ((1 + self.clock - entry.used) * max(self._freed(entry), 1))
+        return entry.weight * saved / ((1 + self.clock - entry.used) * max(self._freeable(entry), 1))
 
-    def _hold(self, snapshot: Snapshot) -> None:
+    def _account(self, snapshot: Snapshot) -> None:
+        """Add a snapshot to `nbytes`; a page that several share counts once."""
         self.nbytes += snapshot.own_nbytes + sum(page.nbytes for page in snapshot.pages if not self._pages[page])
         self._pages.update(snapshot.pages)
 
-    def _let_go(self, snapshot: Snapshot) -> None:
+    def _release(self, snapshot: Snapshot) -> None:
+        """Take a snapshot out of `nbytes`."""
         self.nbytes -= snapshot.own_nbytes
         for page in snapshot.pages:
             self._pages[page] -= 1
@@ -240,14 +253,15 @@ class PrefixCache:
                 del self._pages[page]
                 self.nbytes -= page.nbytes
 
-    def _freed(self, entry: Entry) -> int:
-        """Bytes that are free without it: of its pages the last ones, which no other snapshot holds."""
+    def _freeable(self, entry: Entry) -> int:
+        """Return the bytes that dropping an entry frees: of its pages the last, which no other snapshot holds."""
         if entry.snapshot is None:
             return entry.nbytes
         own = itertools.takewhile(lambda page: self._pages[page] == 1, reversed(entry.snapshot.pages))
         return entry.snapshot.own_nbytes + sum(page.nbytes for page in own)
 
-    def _to_disk(self, node: Node, folder: Path) -> bool:
+    def _spill(self, node: Node, folder: Path) -> bool:
+        """Write an entry's snapshot to a file; False where the disk is full."""
         entry = node.entry
         assert entry is not None and entry.snapshot is not None
         file = folder / f"{secrets.token_hex(8)}.state"
@@ -258,13 +272,13 @@ class PrefixCache:
         except TiercelError:  # the disk is full
             return False
         self._files.add(file)
-        self._let_go(entry.snapshot)
+        self._release(entry.snapshot)
         self.disk_bytes += entry.nbytes
         entry.snapshot, entry.file = None, file
         return True
 
-    def _in_memory(self, node: Node) -> Snapshot | None:
-        """The snapshot, read from its file where it was sent away; None when that cannot be read."""
+    def _load(self, node: Node) -> Snapshot | None:
+        """Return an entry's snapshot, read from its file where it was spilled; None when that cannot be read."""
         entry = node.entry
         assert entry is not None
         if entry.snapshot is None and entry.file is not None:
@@ -272,14 +286,14 @@ class PrefixCache:
                 snapshot = self.runner.load_state(entry.file).snapshot(ending=True)
             except FormatError:
                 return None
-            self._forget_file(entry)
+            self._delete_file(entry)
             entry.snapshot = snapshot
-            self._hold(snapshot)
-            self._fit()
+            self._account(snapshot)
+            self._evict()
             return snapshot
         return entry.snapshot
 
-    def _forget_file(self, entry: Entry) -> None:
+    def _delete_file(self, entry: Entry) -> None:
         if entry.file is not None:
             entry.file.unlink(missing_ok=True)
             self._files.discard(entry.file)
@@ -287,15 +301,15 @@ class PrefixCache:
             entry.file = None
 
 
-def _same(run: list[int], tokens: list[int], start: int) -> int:
-    """How many tokens of the run stand in the text from `start` on."""
+def _common(run: list[int], tokens: list[int], start: int) -> int:
+    """Return how many tokens of a run are in `tokens` from `start` on."""
     if run == tokens[start : start + len(run)]:
         return len(run)
     return next((i for i, (a, b) in enumerate(zip(run, tokens[start:], strict=False)) if a != b), len(tokens) - start)
 
 
-def _reaching(nodes: list[Node], length: int) -> Node | None:
-    """A node here or below whose entry can be cut back to this length."""
+def _find_reaching(nodes: list[Node], length: int) -> Node | None:
+    """Return a node here or below whose entry can restore this length."""
     node = next((node for node in nodes if node.reach <= length), None)
     while node is not None and not (node.entry is not None and node.entry.min_pos <= length):
         node = next((child for child in node.children.values() if child.reach <= length), None)
@@ -303,7 +317,7 @@ def _reaching(nodes: list[Node], length: int) -> Node | None:
 
 
 def _split(node: Node, count: int) -> Node:
-    """Cut a run in two; the new node is the first `count` tokens of it."""
+    """Split a run; return the new node of its first `count` tokens."""
     parent = node.parent
     assert parent is not None
     first = Node(parent, node.run[:count], parent.depth + count, {node.run[count]: node}, reach=node.reach)
@@ -313,7 +327,7 @@ def _split(node: Node, count: int) -> Node:
 
 
 def _join(node: Node) -> Node:
-    """A run without an entry and with one continuation is one run with it."""
+    """Join a run that has no entry and one continuation with that."""
     (child,) = node.children.values()
     assert node.parent is not None
     child.parent, child.run = node.parent, node.run + child.run
@@ -324,3 +338,10 @@ def _join(node: Node) -> Node:
 def _delete(files: set[Path]) -> None:
     for file in files:
         file.unlink(missing_ok=True)
+
+
+def default_budget() -> int:
+    """Return the cache's bytes where nothing else is asked: an eighth of the free memory, at most 4 GiB."""
+    import psutil
+
+    return min(int(psutil.virtual_memory().available * CACHE_MEMORY_SHARE), MAX_CACHE_BYTES)

@@ -1,10 +1,11 @@
-"""One prompt, and its answers on their way.
+"""A request and its sequences.
 
 `Request` is what a caller holds; a `Sequence` is one of its `n` answers, with its state while it runs.
 """
 
 from __future__ import annotations
 
+import enum
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tiercel.engine.output_processor import OutputProcessor
-from tiercel.engine.speculative import Speculation
 from tiercel.errors import TiercelError
 from tiercel.runtime.timing import Times
 from tiercel.sampling.logprobs import Logprob
@@ -23,87 +23,112 @@ from tiercel.tokenizer.stream import Piece
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tiercel.engine.speculative import Speculation
     from tiercel.model.runner import SequenceState
 
 
-class SampleController(Protocol):
-    """Decides, token by token, how many answers one prompt gets and when each has said enough (voting/).
+class SequenceStatus(enum.Enum):
+    """Where a sequence is between its arrival and its end."""
 
-    open: more answers may come; nothing is asked any more once it is False.  wanted: how many there may be by now.
-    The engine asks between forwards: what these do must be quick.
+    WAITING = enum.auto()  # in the queue for a slot
+    WAITING_FOR_PREFIX = enum.auto()  # another sequence of its request reads the prompt; it forks from that state
+    RUNNING = enum.auto()  # has a slot and a state
+    PREEMPTED = enum.auto()  # back in the queue: its state was given up
+    FINISHED = enum.auto()  # has a finish_reason
+
+
+class SampleController(Protocol):
+    """Decide, token by token, how many sequences a request gets and when each ends (voting/).
+
+    The engine calls it between forwards, so its methods must be quick.  open: further sequences may start; nothing is
+    called any more once it is False.
     """
 
     open: bool
 
     @property
-    def wanted(self) -> int: ...
+    def max_sequences(self) -> int:
+        """How many sequences there may be by now."""
 
-    def token(self, choice: Sequence, logits_V: Tensor) -> str | None:
-        """A token was chosen from these logits; a finish_reason ends the answer here."""
+    def on_token(self, sequence: Sequence, logits_V: Tensor) -> str | None:
+        """Take note of a token sampled from these logits; a finish_reason ends the sequence here."""
 
-    def ended(self, choice: Sequence) -> None:
-        """It has its finish_reason.  The engine ends the others where `open` is False after this."""
+    def on_finish(self, sequence: Sequence) -> None:
+        """Take note of a sequence that has finished.  The engine ends the others where `open` is False afterwards."""
 
     def close(self) -> None:
-        """The request is given up."""
+        """The request was given up."""
 
 
 @dataclass(eq=False)
 class Request:
-    """id · prompt_ids · params · choices: the n answers · times: seconds
-    key: texts are remembered for requests of the same key only (tenant, adapter) · adapter: what its rows wear
-    turn: index of the first token of the last user turn, a place to come back to
-    cached_tokens: how many of the prompt's tokens were not read again · why_not_cached: the reason where none was
-    watch: opens further choices while the request runs; each starts from `origin`, the prompt's state and logits"""
+    """A prompt and its sequences.
+
+    key: the prefix cache serves a request from requests of the same key only (tenant, adapter)
+    turn: index of the first token of the last user turn, where a snapshot is taken
+    cached_tokens: prompt tokens whose state came from the prefix cache · cache_miss_reason: why there were none
+    controller: starts further sequences while the request runs, each from `prefix_state`: the prompt's state, and the
+    logits (V,) of its last token
+    """
 
     id: str
-    number: int  # order of arrival
+    arrival_index: int
     prompt_ids: list[int]
     params: SamplingParams
     key: str = ""
     turn: int | None = None
     adapter: str | None = None
-    choices: list[Sequence] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int = 0
-    why_not_cached: str | None = None
+    cache_miss_reason: str | None = None
     error: TiercelError | None = None
     times: Times = field(default_factory=Times)
     arrived: float = field(default_factory=time.perf_counter)
-    started: float | None = None  # when its prompt's turn came
-    looked_up: bool = False  # cached_tokens and why_not_cached are known
+    started: float | None = None
+    cache_looked_up: bool = False  # cached_tokens and cache_miss_reason are set
     inbox: deque[Update] = field(default_factory=deque)  # for `Engine.run`
-    watch: SampleController | None = None
-    origin: tuple[SequenceState, Tensor] | None = None
-    spawn: Callable[[int], Sequence] | None = None  # the choice number i, not yet running
+    controller: SampleController | None = None
+    prefix_state: tuple[SequenceState, Tensor] | None = None
+    new_sequence: Callable[[int], Sequence] | None = None
 
     @property
     def finished(self) -> bool:
-        return not (self.watch is not None and self.watch.open) and not self.running
+        """Whether every sequence has finished and no further one can start."""
+        return not (self.controller is not None and self.controller.open) and not self.unfinished
 
     @property
-    def running(self) -> list[Sequence]:
-        return [choice for choice in self.choices if choice.finish_reason is None]
+    def unfinished(self) -> list[Sequence]:
+        """Sequences without a finish_reason."""
+        return [sequence for sequence in self.sequences if sequence.finish_reason is None]
 
-    def started_now(self) -> None:
+    def mark_started(self) -> None:
+        """Note the time at which the prompt's turn came."""
         if self.started is None:
             self.started = time.perf_counter()
             self.times.queue = self.started - self.arrived
 
-    def prompt_read(self) -> None:
+    def mark_first_token(self) -> None:
+        """Note the time at which the prompt was read."""
         if not self.times.first_token and self.started is not None:
             now = time.perf_counter()
             self.times.first_token, self.times.prompt = now - self.arrived, now - self.started
 
-    def ended(self) -> None:
+    def mark_finished(self) -> None:
+        """Note the time at which the last sequence finished."""
         self.times.total = time.perf_counter() - self.arrived
         self.times.generation = max(self.times.total - self.times.queue - self.times.prompt, 0.0)
 
 
 class Sequence(OutputProcessor):
-    """One answer of a request, and where it stands.
+    """One answer of a request while it runs.
 
-    tokens: prompt and answer so far.  The state holds the first `state.length` of them; the rest is to be read.
-    asleep: waits for the first choice to read the prompt, then forks from it.
+    tokens: prompt and output · state: holds the first `num_computed_tokens` of them; None without a slot
+    isolated: runs in a step of its own, because a forward failed that it was part of
+    aging_credit: prompt tokens of other sequences that were computed while this one's prompt waited
+    snapshot_positions: lengths that a snapshot should be able to restore, and none can yet
+    snapshot_interval: tokens between further snapshots inside the prompt; 0: there are none
+    cached_length: length at which the prefix cache last gave or took a snapshot
+    num_emitted_tokens: output tokens that updates have carried
     """
 
     def __init__(self, request: Request, *arguments: Any, **named: Any) -> None:
@@ -111,53 +136,75 @@ class Sequence(OutputProcessor):
         self.request = request
         self.tokens = list(request.prompt_ids)
         self.state: SequenceState | None = None
-        self.asleep = self.index > 0
-        self.alone = False  # runs in a step of its own: it was there when a forward failed
-        self.overtaken = 0  # prompt tokens of others that were read while this one had some to read
-        self.marks: list[int] = []  # lengths that a snapshot must be able to come back to, and none can yet
-        self.spacing = 0  # tokens between snapshots in the prompt; 0: none are made
-        self.kept = 0  # how long the text was when it was last looked up in the cache or put there
+        self._status = SequenceStatus.WAITING_FOR_PREFIX if self.index else SequenceStatus.WAITING
+        self.isolated = False
+        self.aging_credit = 0
+        self.snapshot_positions: list[int] = []
+        self.snapshot_interval = 0
+        self.cached_length = 0
         self.speculation: Speculation | None = None
-        self.reported = 0  # tokens that updates have told about
+        self.num_emitted_tokens = 0
+
+    @property
+    def status(self) -> SequenceStatus:
+        """Where the sequence is; FINISHED from the moment it has a finish_reason."""
+        return self._status if self.finish_reason is None else SequenceStatus.FINISHED
+
+    @status.setter
+    def status(self, status: SequenceStatus) -> None:
+        self._status = status
 
     @property
     def cached_tokens(self) -> int:
+        """See `Request.cached_tokens`."""
         return self.request.cached_tokens
 
     @property
     def times(self) -> Times:
+        """See `Request.times`."""
         return self.request.times
 
     @property
-    def length(self) -> int:
-        """How many tokens have been read."""
+    def num_computed_tokens(self) -> int:
+        """Tokens that the state holds."""
         return 0 if self.state is None else self.state.length
 
     @property
-    def pending(self) -> int:
-        """How many tokens are there to read.  1 while it answers."""
-        return len(self.tokens) - self.length
+    def num_pending_tokens(self) -> int:
+        """Tokens to compute before the next can be sampled: 1 while the sequence decodes."""
+        return len(self.tokens) - self.num_computed_tokens
 
     @property
-    def places(self) -> int:
-        """How many slots it takes: also for those that will fork from it."""
-        return 1 if self.index else 1 + sum(choice.asleep for choice in self.request.choices)
+    def num_output_tokens(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.token_ids)
 
-    def kept_by(self, min_pos: int, length: int) -> None:
-        """A snapshot can go back to any length from `min_pos` to `length`."""
-        self.marks = [mark for mark in self.marks if not min_pos <= mark <= length]
+    @property
+    def num_slots(self) -> int:
+        """Slots it takes, those of the sequences that will fork from it included."""
+        waiting = SequenceStatus.WAITING_FOR_PREFIX
+        return 1 if self.index else 1 + sum(sequence.status is waiting for sequence in self.request.sequences)
+
+    @property
+    def has_controller(self) -> bool:
+        """Whether a controller may start further sequences beside this one."""
+        return self.request.controller is not None
+
+    def add_snapshot(self, min_pos: int, length: int) -> None:
+        """Note that a snapshot can restore any length from `min_pos` to `length`."""
+        self.snapshot_positions = [at for at in self.snapshot_positions if not min_pos <= at <= length]
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a step gave to one choice; the last one of a choice has its finish_reason.
+    """What a step added to one sequence; the last update of a sequence has its finish_reason.
 
-    pieces: text in the order it came · token_ids, logprobs: of the tokens that came in this step
-    error: why the choice ended with finish_reason "error" · last: the request has ended with this
+    index: of the sequence in its request · pieces: text in order · token_ids, logprobs: of the tokens of this step
+    error: why the sequence ended with finish_reason "error" · last: the request has finished with this
     """
 
     request: Request
-    choice: int
+    index: int
     pieces: list[Piece]
     token_ids: GenericSequence[int]
     logprobs: list[dict[int, Logprob]] | None = None

@@ -1,10 +1,10 @@
-"""Who runs in the next step, and how much of each prompt is read in it.
+"""Which sequences take part in the next step, and how many tokens of each.
 
-Everybody who answers gets a token in every step.  What is left of the step's tokens goes to prompts, and while
-somebody answers that is little: what is read in `patience` seconds, and BESIDE tokens where even that takes longer, so
-that a long prompt stretches a stream and does not stop it.
+Every decoding sequence gets a token in every step.  The rest of the step's token budget goes to prompts; while
+sequences decode it is limited to what is computed in `max_decode_delay` seconds, and to MIN_PREFILL_TOKENS where even
+those take longer, so that a long prompt delays running streams without stopping them.
 
-Of the prompts the shortest goes first, but nobody is overtaken by more tokens than its own prompt still has.
+Prefills run shortest-first with aging: a prompt is delayed by at most as many tokens as it has left.
 """
 
 from __future__ import annotations
@@ -13,107 +13,163 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from tiercel.engine.request import Sequence
+from torch import Tensor
 
-BESIDE = 64  # prompt tokens that a step may always read beside running answers: fewer are not read much sooner
-PATIENCE = 0.2  # seconds that running answers may wait for a step that reads prompts too
+from tiercel.engine.request import Sequence, SequenceStatus
+
+MIN_PREFILL_TOKENS = 64  # prompt tokens that a step may always compute beside decodes: fewer take hardly less time
+MAX_DECODE_DELAY_SECONDS = 0.2
 
 
 @dataclass
 class ScheduledSequence:
-    """One choice's part of a step: `count` of its tokens are read, and `drafts` of what may come after them."""
+    """A sequence's part of a step: `num_scheduled_tokens` of its tokens, and the draft tokens after them."""
 
-    choice: Sequence
-    count: int
-    drafts: list[int] = field(default_factory=list)
+    sequence: Sequence
+    num_scheduled_tokens: int
+    draft_tokens: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
-        start = self.choice.length
-        return self.choice.tokens[start : start + self.count] + self.drafts
+        """Tokens of the forward, draft tokens included."""
+        start = self.sequence.num_computed_tokens
+        return self.sequence.tokens[start : start + self.num_scheduled_tokens] + self.draft_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the forward, draft tokens included."""
+        return self.num_scheduled_tokens + len(self.draft_tokens)
+
+
+@dataclass
+class ScheduledStep:
+    """One forward.  logits: of each sequence, where the step was launched ahead; None: it is still to run."""
+
+    rows: list[ScheduledSequence]
+    logits: list[Tensor] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences, draft tokens included."""
+        return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of sequences that have more than one to compute."""
+        return sum(row.num_scheduled_tokens for row in self.rows if row.num_scheduled_tokens > 1)
+
+    @property
+    def logits_to_keep(self) -> int:
+        """Positions of a sequence that are sampled at most: one, and one for each draft token."""
+        return 1 + max(len(row.draft_tokens) for row in self.rows)
 
 
 class Scheduler:
-    """waiting, running: choices in order of arrival.  slots: how many may run at once.  beside: prompt tokens of a step
-    in which somebody answers."""
+    """Queue and running sequences, in order of arrival.
 
-    def __init__(self, slots: int, step_tokens: int, patience: float = PATIENCE) -> None:
-        self.slots, self.step_tokens, self.patience, self.beside = slots, step_tokens, patience, BESIDE
+    Args:
+        slots: sequences that run at once.
+        max_num_batched_tokens: tokens of one step.
+        max_decode_delay: seconds that decoding sequences may wait for a step that also computes prompts.
+
+    Attributes:
+        prefill_budget: prompt tokens of a step beside decodes, adapted to the measured speed.
+        admission_paused: a sequence was preempted: nothing is admitted before a running one leaves.
+    """
+
+    def __init__(
+        self, slots: int, max_num_batched_tokens: int, max_decode_delay: float = MAX_DECODE_DELAY_SECONDS
+    ) -> None:
+        self.slots, self.max_num_batched_tokens, self.max_decode_delay = slots, max_num_batched_tokens, max_decode_delay
+        self.prefill_budget = MIN_PREFILL_TOKENS
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.crowded = False  # somebody had to go back to the queue: nobody else comes in before somebody leaves
+        self.admission_paused = False
 
     @property
-    def taken(self) -> int:
-        return sum(self._slots_for(choice) for choice in list(self.running))
-
-    def free_beside(self, leader: Sequence) -> int:
-        """Slots for those that fork from it."""
-        return self.slots - 1 - sum(self._slots_for(choice) for choice in self.running if choice is not leader)
-
-    def _slots_for(self, choice: Sequence) -> int:
-        return min(choice.places, self.slots)
+    def used_slots(self) -> int:
+        """Slots of running sequences and of those that will fork from them."""
+        return sum(self._slots_for(sequence) for sequence in list(self.running))
 
     @property
-    def queued(self) -> int:
-        """Answers that wait for a slot."""
-        return sum(choice.places for choice in list(self.waiting))
+    def num_waiting(self) -> int:
+        """Sequences that wait for a slot."""
+        return sum(sequence.num_slots for sequence in list(self.waiting))
+
+    def free_slots_beside(self, parent: Sequence) -> int:
+        """Slots for sequences that fork from `parent`."""
+        return self.slots - 1 - sum(self._slots_for(other) for other in self.running if other is not parent)
+
+    def _slots_for(self, sequence: Sequence) -> int:
+        return min(sequence.num_slots, self.slots)
 
     def admit(self) -> Iterator[Sequence]:
-        """Those whose turn has come.  Nobody passes the first of the queue, also when it wants many slots."""
-        while self.waiting and not (self.crowded and self.running):
-            if self.taken + self._slots_for(self.waiting[0]) > self.slots:
+        """Move sequences from the queue to free slots, strictly in order: also one that needs many slots is first."""
+        while self.waiting and not (self.admission_paused and self.running):
+            if self.used_slots + self._slots_for(self.waiting[0]) > self.slots:
                 return
-            choice = self.waiting.popleft()
-            self.running.append(choice)
-            yield choice
+            sequence = self.waiting.popleft()
+            self.add_running(sequence)
+            yield sequence
 
-    def leave(self, choice: Sequence) -> None:
-        """It has finished, or was given up."""
-        if choice in self.running:
-            self.running.remove(choice)
-            self.crowded = False
-        elif choice in self.waiting:
-            self.waiting.remove(choice)
+    def add_running(self, sequence: Sequence) -> None:
+        """Give a sequence a slot."""
+        sequence.status = SequenceStatus.RUNNING
+        self.running.append(sequence)
 
-    def back(self, choice: Sequence) -> None:
-        """From its slot to the queue, to the place its arrival gives it."""
-        self.running.remove(choice)
-        self.wait(choice)
+    def remove(self, sequence: Sequence) -> None:
+        """Take out a sequence that has finished."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self.admission_paused = False
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
 
-    def wait(self, choice: Sequence) -> None:
-        """Into the queue, in order of arrival."""
-        at = next((i for i, other in enumerate(self.waiting) if _order(other) > _order(choice)), len(self.waiting))
-        self.waiting.insert(at, choice)
+    def preempt(self, sequence: Sequence) -> None:
+        """Move a running sequence back to the queue, to the place of its arrival."""
+        self.running.remove(sequence)
+        self.enqueue(sequence, SequenceStatus.PREEMPTED)
+        self.admission_paused = True
 
-    def took(self, read: int, seconds: float) -> None:
-        """A step that read so many tokens of prompts took so long."""
-        if read >= BESIDE:
-            now = int(self.patience * read / seconds)
-            self.beside = max(BESIDE, (self.beside + now) // 2)
+    def enqueue(self, sequence: Sequence, status: SequenceStatus = SequenceStatus.WAITING) -> None:
+        """Insert a sequence into the queue in order of arrival."""
+        later = (i for i, other in enumerate(self.waiting) if _arrival(other) > _arrival(sequence))
+        self.waiting.insert(next(later, len(self.waiting)), sequence)
+        sequence.status = status
 
-    def plan(self, stop: Callable[[Sequence], int]) -> list[ScheduledSequence]:
-        """The rows of the next step.  stop(choice): the length that it must not read past in one forward."""
-        if single := next((choice for choice in self.running if choice.alone), None):
-            return [ScheduledSequence(single, min(stop(single) - single.length, self.step_tokens))]
-        rows = [ScheduledSequence(choice, 1) for choice in self.running if choice.pending == 1]
-        budget = max(self.step_tokens - len(rows), 1)
+    def record_prefill(self, num_tokens: int, seconds: float) -> None:
+        """Adapt the prefill budget to a step that computed `num_tokens` of prompts."""
+        if num_tokens >= MIN_PREFILL_TOKENS:
+            affordable = int(self.max_decode_delay * num_tokens / seconds)
+            self.prefill_budget = max(MIN_PREFILL_TOKENS, (self.prefill_budget + affordable) // 2)
+
+    def schedule(self, boundary: Callable[[Sequence], int]) -> list[ScheduledSequence]:
+        """Return the parts of the next step.
+
+        Args:
+            boundary: the length that a sequence must not be computed past in one forward (snapshot_policy.py).
+        """
+        if single := next((sequence for sequence in self.running if sequence.isolated), None):
+            count = min(boundary(single) - single.num_computed_tokens, self.max_num_batched_tokens)
+            return [ScheduledSequence(single, count)]
+        rows = [ScheduledSequence(sequence, 1) for sequence in self.running if sequence.num_pending_tokens == 1]
+        budget = max(self.max_num_batched_tokens - len(rows), 1)
         if rows:
-            budget = min(budget, self.beside)
-        readers = [choice for choice in self.running if choice.pending > 1]
-        readers.sort(key=lambda choice: (choice.pending - choice.overtaken, _order(choice)))
-        given = {id(choice): 0 for choice in readers}
-        for choice in readers:
-            count = min(stop(choice) - choice.length, budget)
+            budget = min(budget, self.prefill_budget)
+        prefills = [sequence for sequence in self.running if sequence.num_pending_tokens > 1]
+        prefills.sort(key=lambda sequence: (sequence.num_pending_tokens - sequence.aging_credit, _arrival(sequence)))
+        scheduled = {id(sequence): 0 for sequence in prefills}
+        for sequence in prefills:
+            count = min(boundary(sequence) - sequence.num_computed_tokens, budget)
             if count > 0:
-                rows.append(ScheduledSequence(choice, count))
-                given[id(choice)] = count
+                rows.append(ScheduledSequence(sequence, count))
+                scheduled[id(sequence)] = count
                 budget -= count
-        total = sum(given.values())
-        for choice in readers:
-            choice.overtaken += total - given[id(choice)]
+        total = sum(scheduled.values())
+        for sequence in prefills:
+            sequence.aging_credit += total - scheduled[id(sequence)]
         return rows
 
 
-def _order(choice: Sequence) -> tuple[int, int]:
-    return choice.request.number, choice.index
+def _arrival(sequence: Sequence) -> tuple[int, int]:
+    return sequence.request.arrival_index, sequence.index

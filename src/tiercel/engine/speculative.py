@@ -1,18 +1,18 @@
-"""Speculation: guess the next tokens, have the network check them in one pass, keep what it would have said.
+"""Speculative decoding: draft the next tokens, compute them in one forward, keep those that are sampled anyway.
 
-    spec = Speculation(NgramDrafter(), costs)
-    draft = spec.draft(tokens, rows)                      [] where guessing does not pay
-    logits = network([[last, *draft]], [state], logits_to_keep=len(draft) + 1)
-    ...                                                   sample row after row, up to the first that is not the guess
-    state.trim(…)                                         guesses that were wrong are forgotten
-    spec.note(len(draft), right)
+    speculation = Speculation(NgramDrafter(), costs)
+    draft = speculation.draft(tokens, rows)               [] where drafting does not pay
+    logits = runner.forward([[last, *draft]], [state], logits_to_keep=len(draft) + 1)
+    ...                                                   sample row after row, up to the first that differs
+    state.trim(…)                                         rejected draft tokens leave the state
+    speculation.record(len(draft), accepted)
 
-The sampler's draw is a function of (seed, choice, position) alone, so every row is sampled as if it came alone, and a
-guess counts while it equals the sample: the answer is the same with and without speculation, sampled ones too.
-Nothing is ever taken back from the sampler (penalties, a grammar): it only sees tokens that stay.
+The sampler's draw is a function of (seed, index, position) alone, so every row is sampled as if it came alone, and a
+draft token is accepted while it equals the sample: the output is the same with and without speculation, also when
+it is sampled.  The sampler (penalties, a grammar) only sees accepted tokens.
 
-Never slower: checking k guesses costs more than one step (measured, `StepCosts`), and pays only where enough of them
-are right (measured, `Speculation`).  A drafter that is wrong is asked less and less often.
+Speculation is used where it is faster: computing k draft tokens costs more than one step (measured, `StepCosts`), and
+pays only where enough of them are accepted (measured, `Speculation`).  A drafter that is wrong is used less and less.
 """
 
 from __future__ import annotations
@@ -27,193 +27,208 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tiercel.model.decoder import Decoder
+from tiercel.model.runner import Runner
 from tiercel.model.state import Snapshot
 from tiercel.sampling.sampler import Sampler, draw, uniform
 
-LENGTHS = (1, 3, 7)  # guesses in one step: a few kinds of step, because each is recorded once (model/graph_cache.py)
-MOST = LENGTHS[-1]
-GAIN, SHARED_GAIN = 1.05, 1.2  # what a draft must promise to be worth its trouble; beside others each number of rows is
-# a kind of step of its own, the first two of which are slow
-FIRST_REST, LONGEST_REST = 8, 256  # tokens until a drafter that did not pay is asked again
-FIRST_STEPS = 2  # of a kind are slower: the second is recorded
-MEMORY = 0.9  # weight of the past in what is measured
+DRAFT_LENGTHS = (1, 3, 7)  # tokens; only a few lengths, because each needs a captured graph (model/graph_cache.py)
+MAX_DRAFT_TOKENS = DRAFT_LENGTHS[-1]
+MIN_SPEEDUP = 1.05  # that a draft must promise
+MIN_SPEEDUP_IN_BATCH = 1.2  # the same beside other sequences, where each new row count needs two uncaptured steps
+MIN_COOLDOWN_TOKENS, MAX_COOLDOWN_TOKENS = 8, 256  # until a drafter that did not pay is tried again
+UNCAPTURED_STEPS = 2  # first steps of each list of lengths, which are slower: the second is captured
+PAST_WEIGHT = 0.9  # of earlier measurements in a moving average
+EXTRA_ROW_COST = 0.2  # of one row's, before anything is measured: 8 rows cost 2 to 4 times one row on known CPUs
 
 
 class Drafter(Protocol):
-    """Guesses for one text.  `tokens`: prompt and answer so far; they only ever grow."""
+    """Propose next tokens for one sequence.  tokens: prompt and output so far; they only grow."""
 
-    def strength(self, tokens: Sequence[int]) -> int:
-        """How good a guess will be, as a small number that its record is kept under; −1: there is none."""
+    def match_class(self, tokens: Sequence[int]) -> int:
+        """Return a small number for how likely a draft is accepted, under which results are counted; −1: no draft."""
 
     def propose(self, tokens: Sequence[int], k: int) -> list[int]:
-        """Up to k next tokens."""
+        """Return up to k next tokens."""
 
-    def note(self, accepted: int) -> None:
-        """So many of the last proposal were right."""
+    def record(self, accepted: int) -> None:
+        """Take note that this many tokens of the last proposal were accepted."""
 
 
 class NgramDrafter:
-    """Prompt lookup: what followed when the text last said this.
+    """Prompt lookup: propose what followed the last tokens when they came before.
 
-    The place being copied from is followed as long as it is right; otherwise the latest one where the longest run of
-    `longest` … `shortest` tokens was the same.  Reading a token costs one entry for each length.
+    The position copied from is followed as long as its tokens are accepted; otherwise it is the latest one after the
+    longest equal n-gram.  A token costs one table entry for each n.
+
+    Args:
+        min_n: tokens of the shortest n-gram.
+        max_n: tokens of the longest.
     """
 
-    def __init__(self, shortest: int = 2, longest: int = 4) -> None:
-        self.sizes = range(longest, shortest - 1, -1)
-        self._after: dict[tuple[int, ...], int] = {}  # run of tokens → where its continuation begins
-        self._read = 0  # tokens whose runs (those that end before them) are known
-        self._place = 0  # where the text goes on as it does now; 0: nowhere
-        self._matched = 0  # how many tokens before that are the same
+    def __init__(self, min_n: int = 2, max_n: int = 4) -> None:
+        self.sizes = range(max_n, min_n - 1, -1)
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram → where its continuation begins
+        self._num_indexed = 0  # tokens whose n-grams (those that end before them) are in the table
+        self._position = 0  # that is copied from; 0: none
+        self._num_matched = 0  # equal tokens before it
 
-    def strength(self, tokens: Sequence[int]) -> int:
+    def match_class(self, tokens: Sequence[int]) -> int:
         self._follow(tokens)
-        return -1 if not self._place else 0 if self._matched < 4 else 1 if self._matched < 8 else 2
+        return -1 if not self._position else 0 if self._num_matched < 4 else 1 if self._num_matched < 8 else 2
 
     def propose(self, tokens: Sequence[int], k: int) -> list[int]:
         self._follow(tokens)
-        if not self._place:
+        if not self._position:
             return []
-        out = list(tokens[self._place : self._place + k])
-        while len(out) < k:  # the copy overlaps the end of the text: it goes round
+        out = list(tokens[self._position : self._position + k])
+        while len(out) < k:  # the copy overlaps the end of the sequence: it repeats
             out += out[: k - len(out)]
         return out
 
-    def note(self, accepted: int) -> None:
-        """Nothing to learn: the next tokens say it."""
+    def record(self, accepted: int) -> None:
+        """Do nothing: the next tokens show what was accepted."""
 
     def _follow(self, tokens: Sequence[int]) -> None:
-        for end in range(self._read, len(tokens)):
-            right = self._place and tokens[self._place] == tokens[end]
-            self._place, self._matched = (self._place + 1, self._matched + 1) if right else (0, 0)
+        for end in range(self._num_indexed, len(tokens)):
+            matches = self._position and tokens[self._position] == tokens[end]
+            self._position, self._num_matched = (self._position + 1, self._num_matched + 1) if matches else (0, 0)
             for size in self.sizes:
                 if size <= end:
                     self._after[tuple(tokens[end - size : end])] = end
-        self._read = len(tokens)
-        if not self._place:
+        self._num_indexed = len(tokens)
+        if not self._position:
             self._look_up(tokens)
 
     def _look_up(self, tokens: Sequence[int]) -> None:
         for size in self.sizes:
-            place = self._after.get(tuple(tokens[-size:])) if size <= len(tokens) else None
-            if place is not None:
-                self._place, self._matched = place, size
+            position = self._after.get(tuple(tokens[-size:])) if size <= len(tokens) else None
+            if position is not None:
+                self._position, self._num_matched = position, size
                 return
 
 
 class ModelDrafter:
-    """A smaller network with the same vocabulary guesses; its own state follows the text, trimmed where it was wrong.
+    """A smaller network with the same vocabulary; its own state follows the sequence, trimmed where it was wrong.
 
-    sampler: of the answer; the guesses are then drawn with the same numbers as the answer will be, which makes them
-    right more often than the likeliest token would be.
+    Args:
+        runner: of the draft network.
+        sampler: of the sequence.  Draft tokens are then drawn with the numbers that the sequence's tokens will be
+            drawn with, which makes them right more often than the likeliest token would be.
     """
 
-    def __init__(self, network: Decoder, sampler: Sampler | None = None) -> None:
-        self.network, self.state = network, network.new_state()
+    def __init__(self, runner: Runner, sampler: Sampler | None = None) -> None:
+        self.runner, self.state = runner, runner.new_state()
         self.sampler = sampler if sampler is not None and not sampler.params.greedy else None
-        self._read: list[int] = []  # what the state has read
-        self._mark: Snapshot | None = None
-        self._chunks = {part.chunk for layer in self.state.layers for part in layer if hasattr(part, "chunk")}
+        self._tokens: list[int] = []  # that the state holds
+        self._snapshot: Snapshot | None = None
 
-    def strength(self, tokens: Sequence[int]) -> int:
+    def match_class(self, tokens: Sequence[int]) -> int:
+        """Return 0: there is always a draft."""
         return 0
 
     @torch.no_grad()
     def propose(self, tokens: Sequence[int], k: int) -> list[int]:
-        self._go_back(tokens)
-        start = self.state.length
-        if any((len(tokens) + k) // chunk > len(tokens) // chunk for chunk in self._chunks):
-            if start < len(tokens) - 1:  # read what is certain: the way back begins behind it
-                self._step(tokens[start : len(tokens) - 1])
-            self._mark = self.state.snapshot()
+        """Return k next tokens."""
+        self._rewind(tokens)
+        chunk = self.state.rollback_tokens
+        if chunk and (len(tokens) + k) // chunk > len(tokens) // chunk:
+            # a chunk ends inside the draft, which then cannot be trimmed: keep a snapshot of what is certain
+            if self.state.length < len(tokens) - 1:
+                self._forward(tokens[self.state.length : len(tokens) - 1])
+            self._snapshot = self.state.snapshot()
         out: list[int] = []
         new = list(tokens[self.state.length :])
         for _ in range(k):
-            logits_V = self._step(new)
-            out.append(self._choose(logits_V, len(out)))
+            logits_V = self._forward(new)
+            out.append(self._sample(logits_V, len(out)))
             new = out[-1:]
         return out
 
-    def note(self, accepted: int) -> None:
-        """The next text says it."""
+    def record(self, accepted: int) -> None:
+        """Do nothing: the next tokens show what was accepted."""
 
-    def _choose(self, logits_V: Tensor, ahead: int) -> int:
+    def _sample(self, logits_V: Tensor, offset: int) -> int:
         if self.sampler is None:
             return int(logits_V.argmax())
-        params, position = self.sampler.params, len(self.sampler.output_ids) + ahead
+        params, position = self.sampler.params, len(self.sampler.output_ids) + offset
         scaled_V = (logits_V - logits_V.max()).cpu() / params.temperature
         return draw(scaled_V, uniform(self.sampler.seed, self.sampler.index, position))
 
-    def _step(self, tokens: Sequence[int]) -> Tensor:
-        device = self.network.embed.weight.device
-        row: Tensor = self.network(torch.tensor(list(tokens), device=device), self.state, logits_to_keep=1)[-1]
-        self._read += tokens
-        return row
+    def _forward(self, tokens: Sequence[int]) -> Tensor:
+        (logits_LV,) = self.runner.forward([torch.tensor(list(tokens), device=self.runner.device)], [self.state])
+        self._tokens += tokens
+        return logits_LV[-1]
 
-    def _go_back(self, tokens: Sequence[int]) -> None:
-        """Keep what the state shares with the text; at least the last token is read again, for its logits."""
-        shared, most = 0, min(len(self._read), len(tokens) - 1)
-        recent = max(most - 4 * MOST, 0)
-        if self._read[:recent] == list(tokens[:recent]):
+    def _rewind(self, tokens: Sequence[int]) -> None:
+        """Trim the state to what it shares with the sequence, less the last token, whose logits are needed."""
+        shared, most = 0, min(len(self._tokens), len(tokens) - 1)
+        recent = max(most - 4 * MAX_DRAFT_TOKENS, 0)
+        if self._tokens[:recent] == list(tokens[:recent]):
             shared = recent
-        while shared < most and self._read[shared] == tokens[shared]:
+        while shared < most and self._tokens[shared] == tokens[shared]:
             shared += 1
         if not self.state.trim(shared):
-            if self._mark is not None and self._mark.length <= shared:
-                self.state.restore(self._mark)
+            if self._snapshot is not None and self._snapshot.length <= shared:
+                self.state.restore(self._snapshot)
             else:
-                self.state, self._mark = self.network.new_state(), None
-        del self._read[self.state.length :]
+                self.state, self._snapshot = self.runner.new_state(), None
+        del self._tokens[self.state.length :]
 
 
 @dataclass
-class _Record:
-    """Of guesses of one strength.  right, wrong: decaying counts; the very first guess is expected to be right."""
+class AcceptanceRecord:
+    """Results of drafts of one match class.
 
-    right: float = 1.5
-    wrong: float = 0.5
-    rest: int = 0  # tokens to go until it is asked again
-    next_rest: int = FIRST_REST
+    accepted, rejected: decaying counts; a first draft is expected to be accepted
+    cooldown: tokens until the drafter is tried again · next_cooldown: the same after the next draft that did not pay
+    """
+
+    accepted: float = 1.5
+    rejected: float = 0.5
+    cooldown: int = 0
+    next_cooldown: int = MIN_COOLDOWN_TOKENS
 
     @property
-    def chance(self) -> float:
-        return self.right / (self.right + self.wrong)
+    def rate(self) -> float:
+        """Probability that a draft token is accepted."""
+        return self.accepted / (self.accepted + self.rejected)
 
-    def note(self, proposed: int, accepted: int) -> None:
-        decay = MEMORY**2
-        self.right = decay * self.right + accepted
-        self.wrong = decay * self.wrong + (accepted < proposed)
+    def record(self, num_proposed: int, num_accepted: int) -> None:
+        """Count a draft's result."""
+        decay = PAST_WEIGHT**2
+        self.accepted = decay * self.accepted + num_accepted
+        self.rejected = decay * self.rejected + (num_accepted < num_proposed)
 
 
 class StepCosts:
-    """Seconds of a step by how many rows it computes: measured, interpolated, guessed where nothing is known yet."""
+    """Seconds of a step by its number of tokens: measured, interpolated, or estimated where nothing is measured yet.
 
-    SLOPE = 0.2  # what a further row costs at first sight, of one row: 8 rows cost 2 to 4 on the CPUs we know
+    recent: results of drafts of all sequences by match class, the expectation for a new sequence
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
-        self._seen: Counter[int] = Counter()
-        self.lately: defaultdict[int, _Record] = defaultdict(_Record)  # of all texts: what a new one may expect
+        self._num_steps: Counter[int] = Counter()
+        self.recent: defaultdict[int, AcceptanceRecord] = defaultdict(AcceptanceRecord)
 
-    def note(self, rows: int, seconds: float) -> None:
-        """A step of `rows` tokens, none of them a prompt's, took so long."""
-        self._seen[rows] += 1
-        if self._seen[rows] <= FIRST_STEPS:
+    def record(self, rows: int, seconds: float) -> None:
+        """Take note of a step of `rows` tokens, none of them a prompt's."""
+        self._num_steps[rows] += 1
+        if self._num_steps[rows] <= UNCAPTURED_STEPS:
             return
         expected = self._seconds.get(rows, self.of(rows) if self._seconds else seconds)
-        # one slow step (somebody else wanted the cores) says little, a quick one says more
-        weight = 1 - MEMORY if seconds > expected else 1 - MEMORY**3
+        # one slow step (other programs used the cores) says little, a fast one says more
+        weight = 1 - PAST_WEIGHT if seconds > expected else 1 - PAST_WEIGHT**3
         if rows in self._seconds:
             self._seconds[rows] = expected + weight * (min(seconds, 2 * expected) - expected)
         else:
             self._seconds[rows] = min(seconds, 2 * expected)
 
     def of(self, rows: int) -> float:
-        """Seconds; only ratios mean something as long as nothing was measured."""
+        """Return the seconds of a step of `rows` tokens; before anything is measured only ratios have a meaning."""
         known = sorted(self._seconds)
         if not known:
-            return 1 + self.SLOPE * (rows - 1)
+            return 1 + EXTRA_ROW_COST * (rows - 1)
         at = bisect(known, rows)
         if at and (known[at - 1] == rows or at < len(known)):
             low = known[at - 1]
@@ -221,89 +236,98 @@ class StepCosts:
             a, b = self._seconds[low], self._seconds[high]
             return a if high == low or low == rows else a + (max(b, a) - a) * (rows - low) / (high - low)
         near = known[at - 1] if at else known[0]
-        return self._seconds[near] * (1 + self.SLOPE * (rows - 1)) / (1 + self.SLOPE * (near - 1))
+        return self._seconds[near] * (1 + EXTRA_ROW_COST * (rows - 1)) / (1 + EXTRA_ROW_COST * (near - 1))
 
 
 class Speculation:
-    """Whether to guess, how many tokens, and what came of it: for one answer.
+    """Decide for one sequence whether to draft, and how many tokens, from what came of earlier drafts.
 
-    costs: shared by all that run in the same steps; the engine notes them.
+    Args:
+        drafter: proposes tokens for this sequence.
+        costs: shared by all sequences of the same steps; the engine records them.
+        max_draft_tokens: in one step.
     """
 
-    def __init__(self, drafter: Drafter, costs: StepCosts, most: int = MOST) -> None:
-        self.drafter, self.costs, self.most = drafter, costs, most
+    def __init__(self, drafter: Drafter, costs: StepCosts, max_draft_tokens: int = MAX_DRAFT_TOKENS) -> None:
+        self.drafter, self.costs, self.max_draft_tokens = drafter, costs, max_draft_tokens
         self.proposed = self.accepted = 0
-        self._records: dict[int, _Record] = {}
-        self._strength = -1  # of the last guesses; −1: there were none
-        self._drafting = 0.0  # seconds per guess
+        self._records: dict[int, AcceptanceRecord] = {}
+        self._match_class = -1  # of the last draft; −1: there was none
+        self._draft_seconds = 0.0  # of one token
         self._length = 0
 
-    def draft(self, tokens: Sequence[int], rows: int = 1, room: int = MOST) -> list[int]:
-        """The guesses to check in the next step; [] where they would cost more than they bring.
+    def draft(self, tokens: Sequence[int], rows: int = 1, room: int = MAX_DRAFT_TOKENS) -> list[int]:
+        """Return the draft tokens of the next step; [] where they would not pay.
 
-        rows: how many rows the step has without them.  room: how many tokens the answer may still have, less one.
+        Args:
+            tokens: prompt and output so far.
+            rows: tokens of the step without them.
+            room: tokens that the output may still have, less one.
         """
         new, self._length = max(len(tokens) - self._length, 0), len(tokens)
         for record in self._records.values():
-            record.rest = max(record.rest - new, 0)
-        self._strength = -1
+            record.cooldown = max(record.cooldown - new, 0)
+        self._match_class = -1
         began = time.perf_counter()
-        strength = self.drafter.strength(tokens)
-        if strength < 0 or room < 1:
+        match_class = self.drafter.match_class(tokens)
+        if match_class < 0 or room < 1:
             return []
-        if strength not in self._records:
-            p = self.costs.lately[strength].chance
-            self._records[strength] = _Record(2 * p, 2 - 2 * p)
-        record = self._records[strength]
-        k = min(self._best(record, rows), room)
-        k = max((length for length in LENGTHS if length <= k), default=0)
+        if match_class not in self._records:
+            p = self.costs.recent[match_class].rate
+            self._records[match_class] = AcceptanceRecord(2 * p, 2 - 2 * p)
+        record = self._records[match_class]
+        k = min(self._best_length(record, rows), room)
+        k = max((length for length in DRAFT_LENGTHS if length <= k), default=0)
         if k == 0:
             return []
-        guesses = self.drafter.propose(tokens, k)
-        if guesses:
-            spent = (time.perf_counter() - began) / len(guesses)
-            self._drafting = MEMORY * self._drafting + (1 - MEMORY) * spent if self._drafting else spent
-            self._strength = strength
-        return guesses
+        draft_tokens = self.drafter.propose(tokens, k)
+        if draft_tokens:
+            spent, past = (time.perf_counter() - began) / len(draft_tokens), self._draft_seconds
+            self._draft_seconds = PAST_WEIGHT * past + (1 - PAST_WEIGHT) * spent if past else spent
+            self._match_class = match_class
+        return draft_tokens
 
-    def _best(self, record: _Record, rows: int) -> int:
-        """The length that makes most tokens in a second of everybody's; 1 for a try after a rest, where guesses
-        that are all right would pay; else 0."""
-        if record.rest:
+    def _best_length(self, record: AcceptanceRecord, rows: int) -> int:
+        """Return the length with most expected tokens a second of all sequences.
+
+        1 for a try after a cooldown, where a fully accepted draft would pay; else 0.
+        """
+        if record.cooldown:
             return 0
-        base, p = self.costs.of(rows), record.chance
+        base, p = self.costs.of(rows), record.rate
         best, more, could_pay = 0, 0.0, False
-        speed = needed = (GAIN if rows == 1 else SHARED_GAIN) * rows / base
-        for k in range(1, self.most + 1):
+        speed = needed = (MIN_SPEEDUP if rows == 1 else MIN_SPEEDUP_IN_BATCH) * rows / base
+        for k in range(1, self.max_draft_tokens + 1):
             more += p**k
-            if k not in LENGTHS:
+            if k not in DRAFT_LENGTHS:
                 continue
-            # more rows never cost less: where they seem to, somebody else had the cores while few were measured
-            seconds = max(self.costs.of(rows + k), base) + k * self._drafting
+            # more rows never cost less: where they seem to, other programs used the cores while few were measured
+            seconds = max(self.costs.of(rows + k), base) + k * self._draft_seconds
             could_pay |= (rows + k) / seconds > needed
             if (rows + more) / seconds > speed:
                 best, speed = k, (rows + more) / seconds
         if best or not could_pay:
             return best
-        # a try is paid by all who share the step
-        record.rest, record.next_rest = record.next_rest * rows, min(2 * record.next_rest, LONGEST_REST)
+        # a try costs every sequence of the step
+        record.cooldown = record.next_cooldown * rows
+        record.next_cooldown = min(2 * record.next_cooldown, MAX_COOLDOWN_TOKENS)
         return 1
 
-    def note(self, proposed: int, accepted: int) -> None:
-        """Of the last draft so many tokens were right."""
-        if not proposed:
+    def record(self, num_proposed: int, num_accepted: int) -> None:
+        """Take note of the last draft's result."""
+        if not num_proposed:
             return
-        self.proposed, self.accepted = self.proposed + proposed, self.accepted + accepted
-        self.drafter.note(accepted)
-        if self._strength < 0:
+        self.proposed, self.accepted = self.proposed + num_proposed, self.accepted + num_accepted
+        self.drafter.record(num_accepted)
+        if self._match_class < 0:
             return
-        record = self._records[self._strength]
-        record.note(proposed, accepted)
-        self.costs.lately[self._strength].note(proposed, accepted)
-        if accepted == proposed:
-            record.rest, record.next_rest = 0, FIRST_REST
+        record = self._records[self._match_class]
+        record.record(num_proposed, num_accepted)
+        self.costs.recent[self._match_class].record(num_proposed, num_accepted)
+        if num_accepted == num_proposed:
+            record.cooldown, record.next_cooldown = 0, MIN_COOLDOWN_TOKENS
 
 
-def prompt_lookup(choice: object) -> Drafter:
-    """What guesses where nothing else was asked for: costs nothing, and is right where text is copied."""
+def prompt_lookup(sequence: object) -> Drafter:
+    """Return the default drafter: it costs nothing, and is right where text is copied."""
     return NgramDrafter()

@@ -91,8 +91,8 @@ class LocalModel:
                 n=min(together, ask.samples - first), temperature=ask.temperature, top_p=ask.top_p, top_k=ask.top_k,
                 min_p=ask.min_p, max_tokens=ask.max_tokens, stop=list(ask.stop) or None, seed=question.seed + group,
             )  # fmt: skip
-            watch = Voter(ask.vote, question.answer) if ask.vote else None
-            requests.append(engine.prepare(ids, params, thinking=thinking, starts_in_thinking=starts, watch=watch))
+            voter = Voter(ask.vote, question.answer) if ask.vote else None
+            requests.append(engine.prepare(ids, params, thinking=thinking, starts_in_thinking=starts, controller=voter))
         return requests
 
     def prompt_ids(self, prompt: Any, ask: Ask) -> list[int]:
@@ -164,7 +164,7 @@ class Scorer:
         """Each continuation's likelihood after one context: one prefill, one forward for all of them together."""
         import torch
 
-        from tiercel.generate import prefill
+        from tiercel.model.prefill import prefill
 
         state = self._begin(context)
         device = self.network.embed.weight.device
@@ -185,7 +185,7 @@ class Scorer:
 
     def _begin(self, context: list[int]) -> State:
         """A state that holds what is known of the context's beginning; at least its last token is left to read."""
-        from tiercel.generate import prefill
+        from tiercel.model.prefill import prefill
 
         if self._state is None or context[: len(self._common)] != self._common or len(self._common) >= len(context):
             self._state, self._common = None, []
@@ -205,11 +205,11 @@ class Scorer:
 def _answers(key: int, requests: list[Request]) -> Answers:
     error = next((request.error for request in requests if request.error is not None), None)
     first = requests[0]
-    vote = first.watch.result(first) if isinstance(first.watch, Voter) and error is None else None
-    choices = [choice for request in requests for choice in request.choices]
+    vote = first.controller.result(first) if isinstance(first.controller, Voter) and error is None else None
+    sequences = [sequence for request in requests for sequence in request.sequences]
     samples = [
-        Sample(choice.text, choice.reasoning, choice.finish_reason, len(choice.token_ids))
-        for choice in (choices if vote is None else choices[: vote.counted])
+        Sample(sequence.text, sequence.reasoning, sequence.finish_reason, sequence.num_output_tokens)
+        for sequence in (sequences if vote is None else sequences[: vote.counted])
     ]
     seconds = max(request.times.total - request.times.queue for request in requests)
     return Answers(key, samples, len(first.prompt_ids), first.cached_tokens, seconds, error, vote)

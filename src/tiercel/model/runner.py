@@ -57,7 +57,7 @@ class SequenceState(Protocol):
     def restore(self, snapshot: Snapshot) -> None:
         """Set the state to a snapshot of the same network."""
 
-    def fork(self) -> Any:
+    def fork(self) -> SequenceState:
         """Return a second state that continues from here on its own."""
 
     def save(self, path: str | Path, tokens: Sequence[int] = (), earlier: Sequence[Snapshot] = ()) -> None:
@@ -96,10 +96,10 @@ class Runner(Protocol):
     def memory_targets(self, slots: int) -> tuple[int, int]:
         """Return the bytes to have at hand for `slots` running states, and for the snapshots they leave."""
 
-    def new_state(self, adapter: str | None = None) -> Any:
+    def new_state(self, adapter: str | None = None) -> SequenceState:
         """Return an empty state; RequestError for an adapter that is not there or not served on this device."""
 
-    def load_state(self, path: str | Path) -> Any:
+    def load_state(self, path: str | Path) -> SequenceState:
         """Return a saved state; FormatError when it is damaged or of another network."""
 
     def forward(self, tokens: Sequence[Tensor], states: Sequence[Any], *, logits_to_keep: int = 1) -> list[Tensor]:

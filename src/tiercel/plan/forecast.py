@@ -28,7 +28,7 @@ from tiercel.plan.machines import Machine, Product
 from tiercel.plan.sizes import PAGE, kv_bytes_per_token, open_bytes, parameter_count, state_bytes
 from tiercel.quant import PACKED_TYPES, fits, held_bytes, recipes, row_bytes
 
-FORWARD = 512  # tokens of one call while a prompt is read (generate.PREFILL)
+FORWARD = 512  # tokens of one call while a prompt is read (model.prefill.MAX_PREFILL_TOKENS)
 SNAPSHOTS = 4  # last user turn, end of the prompt and one before it, end of the answer (engine/snapshot_policy.py)
 # Resident bytes of a process that answers, the network aside, read from /proc on Linux with torch 2.13: 240 MB after
 # the imports, 25 of libraries met while loading, 20 that kernels and small outputs take at the first forward.

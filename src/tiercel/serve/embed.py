@@ -78,10 +78,10 @@ class Mean:
         """Read a chunk; on the engine's thread."""
         import torch
 
-        from tiercel.generate import PREFILL
+        from tiercel.model.prefill import MAX_PREFILL_TOKENS
 
         self.state = self.state or self.network.new_state(self.adapter)
-        chunk = self.ids[self.read : self.read + PREFILL]
+        chunk = self.ids[self.read : self.read + MAX_PREFILL_TOKENS]
         tokens_L = torch.tensor(chunk, device=self.network.embed.weight.device)
         self.total_D = self.total_D + self.network.hidden_states(tokens_L, self.state).double().sum(0)
         self.read += len(chunk)

@@ -44,7 +44,7 @@ async def generate(
     stream = lease.loaded.engine.submit(
         generation.prompt_ids, generation.params, thinking=generation.reasoning,
         starts_in_thinking=generation.starts_in_reasoning, turn=generation.turn_start, constraint=generation.grammar,
-        shown=form.markers if form is not None else (), watch=voter, key=generation.tenant, adapter=lease.adapter,
+        shown=form.markers if form is not None else (), controller=voter, key=generation.tenant, adapter=lease.adapter,
     )  # fmt: skip
     running = RunningRequest(stream, service.settings)
     service.running.add(running)
@@ -63,7 +63,7 @@ async def _deltas(
 ) -> AsyncIterator[OutputDelta]:
     choices = [ChoiceReader(generation) for _ in range(generation.params.n)]
     async for update in updates:
-        yield choices[update.choice].delta(update, usage)
+        yield choices[update.index].delta(update, usage)
         if update.last:
             return
     raise APIError(500, "the answer broke off")
@@ -75,12 +75,12 @@ async def _votes(
     """The standings whenever a sample has ended, then the answer with the result."""
     choices: dict[int, ChoiceReader] = {}  # they count the tokens of reasoning
     async for update in updates:
-        if update.choice not in choices:
-            choices[update.choice] = ChoiceReader(generation)
-        choices[update.choice].delta(update, usage)
+        if update.index not in choices:
+            choices[update.index] = ChoiceReader(generation)
+        choices[update.index].delta(update, usage)
         if update.last:
             result = voter.result(update.request)
-            chosen = update.request.choices[result.chosen]
+            chosen = update.request.sequences[result.chosen]
             finish = "stop" if chosen.finish_reason == "stop" else "length"
             yield OutputDelta(0, result.thinking, result.text, token_ids=chosen.token_ids, finish_reason=finish,
                               vote=result.to_dict())  # fmt: skip
@@ -122,7 +122,7 @@ class ChoiceReader:
 
     def delta(self, update: Update, usage: Usage) -> OutputDelta:
         """What an update adds; its reasoning tokens are counted in `usage`."""
-        delta = OutputDelta(update.choice, token_ids=list(update.token_ids))
+        delta = OutputDelta(update.index, token_ids=list(update.token_ids))
         for piece in update.pieces:
             if piece.kind == "thinking":
                 delta.reasoning += piece.text

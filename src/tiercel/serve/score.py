@@ -10,7 +10,7 @@ from tiercel.serve.models import Lease
 
 if TYPE_CHECKING:
     from tiercel.engine.engine import Engine
-    from tiercel.model.state import State
+    from tiercel.model.runner import SequenceState
 
 CHUNK_TOKENS = 64  # of logits at once: with a vocabulary of 128K they are 32 MB
 ScoredToken = tuple[int, "dict[int, Logprob] | None"]  # None for the first token: nothing comes before it
@@ -21,7 +21,7 @@ class Scores:
 
     def __init__(self, engine: Engine, ids: Sequence[int], top: int, key: str) -> None:
         self.engine, self.ids, self.top, self.key = engine, list(ids), top, key
-        self.state: State | None = None
+        self.state: SequenceState | None = None
         self.read = 0
         self.entries: list[dict[int, Logprob]] = []
 
@@ -35,17 +35,17 @@ class Scores:
         import torch
 
         runner = self.engine.runner
-        self.state = self.state or runner.new_state()
+        state = self.state = self.state or runner.new_state()
         chunk = self.ids[self.read : self.read + CHUNK_TOKENS]
         tokens_L = torch.tensor(chunk, device=runner.device)
-        (logits_LV,) = runner.forward([tokens_L], [self.state], logits_to_keep=len(chunk))
+        (logits_LV,) = runner.forward([tokens_L], [state], logits_to_keep=len(chunk))
         following = self.ids[self.read + 1 : self.read + 1 + len(chunk)]
         for logits_V, token in zip(logits_LV, following, strict=False):
             self.entries.append(top_logprobs(logits_V, token, self.top))
         self.read += len(chunk)
         if self.done:
             if self.engine.cache.budget:
-                self.engine.cache.put(self.key, self.ids, self.state.snapshot(), place=False)
+                self.engine.cache.put(self.key, self.ids, state.snapshot(), turn_end=False)
             self.state = None  # here, on the thread that owns the states
 
 

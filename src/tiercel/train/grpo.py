@@ -143,7 +143,7 @@ class RolloutEngine:
         self.network: Any = Decoder(network.config).eval().requires_grad_(False)
         self.load_weights(network)
         # no prefix cache: what it holds would be of older weights, and the answers of a group fork without it
-        self.engine = Engine(self, slots=slots, step_tokens=max(512, slots), cache_bytes=0)
+        self.engine = Engine(self, slots=slots, max_num_batched_tokens=max(512, slots), cache_bytes=0)
 
     @torch.no_grad()
     def load_weights(self, network: Decoder) -> None:
@@ -174,7 +174,7 @@ class RolloutEngine:
             if request.error is not None:
                 raise request.error
             group = []
-            for choice in request.choices:
+            for choice in request.sequences:
                 drawn = zip(choice.token_ids, choice.logprobs or [], strict=False)
                 logprobs = [entry[token].logprob for token, entry in drawn]
                 words = choice.text if self.tokenizer is not None else " ".join(map(str, choice.token_ids))

@@ -43,26 +43,28 @@ class Voter:
     # ── what the engine asks ──
 
     @property
-    def wanted(self) -> int:
+    def max_sequences(self) -> int:
         """The further traces of deepconf wait for the threshold."""
         warm = self.settings.online and self.count.s is None
         return min(self.settings.warmup or 1, self.settings.k) if warm else self.settings.k
 
-    def token(self, choice: Sequence, logits_V: Tensor) -> str | None:
-        running = self._growing.get(choice.index)
+    def on_token(self, sequence: Sequence, logits_V: Tensor) -> str | None:
+        running = self._growing.get(sequence.index)
         if running is None:
-            running = self._growing[choice.index] = Running(self.settings.window)
+            running = self._growing[sequence.index] = Running(self.settings.window)
         group = running.add(token_confidence_of(logits_V, self.settings.top_k))
         s = self.count.s
         return "confidence" if group is not None and s is not None and group < s else None
 
-    def ended(self, choice: Sequence) -> None:
-        running = self._growing.pop(choice.index, None) or Running(self.settings.window)
-        trace = Trace(choice.index, choice.text, choice.reasoning, len(choice.token_ids), choice.finish_reason)
+    def on_finish(self, sequence: Sequence) -> None:
+        running = self._growing.pop(sequence.index, None) or Running(self.settings.window)
+        trace = Trace(
+            sequence.index, sequence.text, sequence.reasoning, len(sequence.token_ids), sequence.finish_reason
+        )
         trace.confidence, trace.token_confidence = running.all(), running.tokens
         if trace.complete:
             trace.answer = self.answer(trace.text)
-        self._ended[choice.index] = trace
+        self._ended[sequence.index] = trace
         while self.count.decided is None and (following := self._ended.get(len(self.count.traces))) is not None:
             self.count.add(following)
         self.open = self.open and self.count.decided is None
@@ -103,10 +105,10 @@ class Voter:
         if not self.decided:
             raise RequestError("the vote was ended before it was decided")
         vote = self.count.result()
-        for choice in request.choices:
-            trace = self._ended.get(choice.index)
+        for sequence in request.sequences:
+            trace = self._ended.get(sequence.index)
             if trace is None:
-                trace = Trace(choice.index, tokens=len(choice.token_ids), finish_reason=choice.finish_reason)
+                trace = Trace(sequence.index, tokens=len(sequence.token_ids), finish_reason=sequence.finish_reason)
             vote.traces.append(trace)
             vote.tokens += trace.tokens
         vote.prompt_tokens, vote.cached_tokens = len(request.prompt_ids), request.cached_tokens
@@ -134,7 +136,7 @@ def vote(
     check(settings, params)
     voter = Voter(settings, answer, equal)
     engine = model.engine
-    request = engine.prepare(prompt_ids, params, watch=voter, **more)
+    request = engine.prepare(prompt_ids, params, controller=voter, **more)
     engine.queue(request)
     done = 0
     for _ in engine.run(request):
