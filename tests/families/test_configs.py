@@ -1,6 +1,7 @@
 """Foreign configs are read strictly, and patterns of one's own are configs like any other."""
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -11,10 +12,13 @@ import pytest
 
 from tiercel.errors import FormatError, RequestError, UnsupportedError
 from tiercel.families import from_gguf, from_hf
+from tiercel.families.family import Metadata
 from tiercel.families.pattern import pattern, read_file
+from tiercel.families.rope import read_gguf_rope
 from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
 from tiercel.feed_forward.moe.config import MoEConfig
 from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.attention.rope import RopeConfig
 from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.model.config import ModelConfig
@@ -114,6 +118,59 @@ def test_what_would_change_the_mathematics_is_unsupported_rather_than_broken():
     for change in ({"hidden_act": "gelu"}, {"logits_scaling": 8.0}):
         with pytest.raises(UnsupportedError):
             from_hf(SEVEN_B | change)
+
+
+@pytest.mark.parametrize(
+    "name",
+    "gradient_checkpointing pad_token max_new_tokens use_flash_attention_2 "
+    "tokenizer_padding_side label_smoothing bos_token learning_rate fp16 stop_strings".split(),
+)
+@pytest.mark.parametrize("config", [SEVEN_B, LLAMA, JAMBA], ids=lambda config: config["model_type"])
+def test_bookkeeping_of_trainers_and_clients_is_let_through(config, name):
+    assert from_hf(config | {name: "x"}).config == from_hf(config).config
+
+
+@pytest.mark.parametrize("config", [SEVEN_B, LLAMA], ids=lambda config: config["model_type"])
+def test_rope_scaling_replaces_rope_parameters_as_in_transformers_5(config):
+    theta = config["rope_theta"]
+    config = {key: value for key, value in config.items() if not key.startswith("rope_")}
+    linear = {"rope_type": "linear", "factor": 4.0}
+    parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": theta}
+    both = from_hf(config | {"rope_parameters": parameters, "rope_scaling": linear | {"rope_theta": theta}})
+    assert both.config == from_hf(config | {"rope_theta": theta, "rope_scaling": linear}).config
+    with pytest.raises(UnsupportedError, match="put rope_theta into rope_scaling"):
+        from_hf(config | {"rope_parameters": parameters, "rope_scaling": linear})
+
+
+LINEAR4, YARN = RopeConfig(theta=1e4, scaling="linear", factor=4.0), {"scaling.type": "yarn", "scaling.factor": 4.0}
+YARN4 = RopeConfig(theta=1e4, scaling="yarn", factor=4.0, original_length=2048)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "falcon-h1"])
+@pytest.mark.parametrize(
+    "keys, rope",
+    [
+        ({"scale_linear": 4.0}, LINEAR4),
+        ({"scaling.factor": 4.0}, LINEAR4),
+        ({"scaling.type": "linear", "scale_linear": 4.0}, LINEAR4),
+        ({"scaling.factor": 4.0, "scale_linear": 2.0}, LINEAR4),
+        ({"scaling.type": "linear"}, RopeConfig()),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, RopeConfig()),
+        ({"scaling.attn_factor": 1.5}, RopeConfig(attention_factor=1.5)),
+        (YARN, YARN4),
+        (YARN | {"scaling.attn_factor": 2.0}, dataclasses.replace(YARN4, attention_factor=2 * (1 + math.log(4) / 10))),
+        (YARN | {"scaling.original_context_length": 512}, dataclasses.replace(YARN4, original_length=512)),
+    ],
+)
+def test_older_rotary_keys_of_gguf_are_read_as_llama_cpp_reads_them(arch, keys, rope):
+    metadata = {f"{arch}.rope.{key}": value for key, value in keys.items()} | {f"{arch}.context_length": 2048}
+    assert read_gguf_rope(Metadata(metadata, arch), {}, 16) == rope
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.yarn_ext_factor", "rope.dimension_sections", "rope.freq_base_swa"])
+def test_rotary_keys_of_gguf_that_have_no_equal_are_refused_by_name(key):
+    with pytest.raises(UnsupportedError, match=f"llama.{key} = "):
+        read_gguf_rope(Metadata({f"llama.{key}": 7.0}, "llama"), {}, 16)
 
 
 def test_what_cannot_matter_is_let_through():

@@ -12,6 +12,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from safetensors.torch import save_file
 
 from tiercel.errors import FormatError, RequestError, TiercelError, UnsupportedError
 from tiercel.runtime.atomic import atomic_write
@@ -235,11 +236,32 @@ def edit_index(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
 def test_index_and_shards_must_agree(tmp_path: Path):
     sharded(tmp_path)
     edit_index(tmp_path, lambda names: names.pop("line"))
-    with pytest.raises(FormatError, match="does not name its tensor 'line'"):
-        open_safetensors(tmp_path)
+    with pytest.warns(UserWarning, match="does not name its tensor 'line'"), open_safetensors(tmp_path) as opened:
+        assert "line" not in opened.tensors and "block" in opened.tensors
     edit_index(tmp_path, lambda names: names.update(line=names["block"], missing=names["block"]))
     with pytest.raises(FormatError, match=r"'(line|missing)' is not in"):
         open_safetensors(tmp_path)
+
+
+def test_of_two_copies_the_index_decides(tmp_path: Path):
+    tensors = sharded(tmp_path)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    other = next(file for file in index.values() if file != index["line"])
+    inside = {name: tensors[name] for name, file in index.items() if file == other}
+    save_file(inside | {"line": torch.full_like(tensors["line"], 3)}, tmp_path / other, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="does not name its tensor 'line'"), open_safetensors(tmp_path) as opened:
+        assert all(torch.equal(opened.tensors[name].rows(), tensor) for name, tensor in tensors.items())
+
+
+def test_an_index_with_shards_decides_over_a_single_file(tmp_path: Path):
+    tensors = sharded(tmp_path)
+    save_file({"line": torch.ones(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="model.safetensors is left out"), open_safetensors(tmp_path) as opened:
+        assert all(torch.equal(opened.tensors[name].rows(), tensor) for name, tensor in tensors.items())
+    for shard in tmp_path.glob("model-*.safetensors"):
+        shard.unlink()
+    with open_safetensors(tmp_path) as opened:  # an index without its shards is left over from another model
+        assert opened.tensors.keys() == {"line"}
 
 
 @pytest.mark.parametrize(

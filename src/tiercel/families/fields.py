@@ -15,9 +15,24 @@ from tiercel.mixers.checks import LARGEST
 
 REQUIRED: Any = object()
 
-# Fields of every config.json that do not touch the forward pass: bookkeeping, training, generation defaults.
+# Fields of any config.json that do not touch the forward pass: bookkeeping, tokenizers, training, generation.
 HARMLESS = frozenset(
-    """_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash add_cross_attention
+    """adam_beta1 adam_beta2 adam_epsilon add_bos_token add_eos_token apex assistant_confidence_threshold
+    assistant_early_exit assistant_lookbehind attention_probs_dropout_prob attn_dropout attn_pdrop bf16 bos_token
+    cache_config cache_implementation chat_template classifier_dropout clean_up_tokenization_spaces compile_config
+    constraints dola_layers embd_pdrop eos_token encoder_repetition_penalty epsilon_cutoff eta_cutoff ffn_dropout
+    flash_attention force_words_ids fp16 gradient_accumulation_steps gradient_checkpointing
+    gradient_checkpointing_kwargs guidance_scale hidden_dropout_prob label_smoothing label_smoothing_factor
+    learning_rate legacy lora_alpha lora_dropout lora_r low_memory lr_scheduler_type mask_token mask_token_id
+    max_grad_norm max_matching_ngram_size max_new_tokens max_time min_new_tokens min_p mlp_dropout model_parallel
+    num_assistant_tokens num_assistant_tokens_schedule num_train_epochs output_logits padding_side pad_token
+    pad_to_multiple_of penalty_alpha per_device_train_batch_size prompt_lookup_num_tokens renormalize_logits
+    return_legacy_cache seed sep_token sequence_bias stop_strings summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj target_lookbehind_tokens tokenizer_model_max_length
+    tokenizer_padding_side tokenizer_truncation_side token_healing torch_compile trainer_state train_batch_size
+    trust_remote_code truncation_side unk_token use_flash_attention use_flash_attention_2 use_flash_attn_2 use_fp16
+    use_bf16 use_reentrant use_sdpa warmup_ratio warmup_steps watermarking_config weight_decay
+    _name_or_path _attn_implementation _attn_implementation_autoset _commit_hash add_cross_attention
     architectures attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens
     bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
     do_sample dtype early_stopping embedding_dropout encoder_no_repeat_ngram_size eos_token_id

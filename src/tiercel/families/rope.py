@@ -18,6 +18,11 @@ from tiercel.mixers.attention.rope import RopeConfig
 
 TYPES = {name: name for name in ("none", "linear", "dynamic", "llama3", "yarn", "longrope")}
 TYPES |= {"default": "none", "su": "longrope"}
+GGUF_ROPE_KEYS = frozenset(
+    "dimension_count freq_base scale_linear scaling.type scaling.factor scaling.attn_factor scaling.finetuned "
+    "scaling.original_context_length scaling.yarn_ext_factor scaling.yarn_attn_factor scaling.yarn_beta_fast "
+    "scaling.yarn_beta_slow".split()
+)
 
 
 def read_rope(f: Fields, *, theta: float, max_length: int, fraction: float = 1.0) -> RopeConfig:
@@ -26,7 +31,15 @@ def read_rope(f: Fields, *, theta: float, max_length: int, fraction: float = 1.0
     fraction = f.number("partial_rotary_factor", fraction, positive=True)
     original = f.size("original_max_position_embeddings", max_length)
     new, old = f.table("rope_parameters"), f.table("rope_scaling")
-    r = new or old
+    r = old if old is not None and old.data else new
+    if new is not None and old is not None and old.data and "rope_theta" not in old.data:
+        # transformers 5 takes rope_scaling and drops the other table, whose theta may be the only one
+        said = new.number("rope_theta", base, positive=True)
+        if said != base:
+            raise UnsupportedError(
+                f"{f.where}: rope_parameters says rope_theta {said:g} and rope_scaling replaces it without one: "
+                "put rope_theta into rope_scaling"
+            )
     if r is None:
         return RopeConfig(theta=base, fraction=fraction)
     r.seen.update(("type", "rope_type"))
@@ -84,6 +97,8 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, which both generations of transformers read."""
     if rope.factors is not None:
         raise UnsupportedError("rotary divisors from a GGUF file have no place in a Hugging Face config")
+    if rope.attention_factor is not None and rope.scaling not in ("yarn", "longrope"):
+        raise UnsupportedError("an attention factor without yarn has no place in a Hugging Face config")
     out: dict[str, Any] = {"rope_theta": rope.theta}
     if rope.fraction != 1.0:
         out["partial_rotary_factor"] = rope.fraction
@@ -102,19 +117,42 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
 
 
 def read_gguf_rope(m: Metadata, tensors: Mapping[str, Any], head_dim: int, *, theta: float = 10_000.0) -> RopeConfig:
+    """The `rope.*` keys, as llama.cpp's `load_hparams` reads them.
+
+    No type is linear; no factor is `rope.scale_linear`, and without that 1; yarn's original length is the context
+    length; attn_factor multiplies cos and sin.
+
+    Raises:
+        UnsupportedError: a key or a value that has no equal here, by name.
+    """
     rotated = m.size("rope.dimension_count", head_dim)
     if rotated > head_dim:
         raise FormatError(f"GGUF metadata: {rotated} rotated dims of a head of {head_dim}")
-    scaling: dict[str, Any] = {}
-    kind = m.metadata.get(f"{m.arch}.rope.scaling.type", "none")
+    prefix = f"{m.arch}.rope."
+    unknown = [key for key in m.metadata if key.startswith(prefix) and key.removeprefix(prefix) not in GGUF_ROPE_KEYS]
+    if unknown:
+        raise UnsupportedError(f"GGUF metadata: {unknown[0]:.80} = {m.metadata[unknown[0]]!r:.40} is not supported")
+    kind = m.metadata.get(f"{prefix}scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise UnsupportedError(f"GGUF metadata: rope scaling {kind!r:.60} is not supported; known: none, linear, yarn")
-    if kind != "none":
-        scaling = {"scaling": kind, "factor": m.number("rope.scaling.factor")}
-    if kind == "yarn":
-        scaling["original_length"] = m.size("rope.scaling.original_context_length")
+    factor = m.number("rope.scaling.factor", 0.0) or m.number("rope.scale_linear", 0.0) or 1.0
+    if factor < 0:
+        raise FormatError(f"GGUF metadata: {prefix}scaling.factor must be positive, not {factor!r:.40}")
+    for key, usual in ("yarn_ext_factor", 1.0 if kind == "yarn" else 0.0), ("yarn_attn_factor", 1.0):
+        if (value := m.number(f"rope.scaling.{key}", usual)) not in (usual, -1.0):
+            raise UnsupportedError(f"GGUF metadata: {prefix}scaling.{key} = {value:g} is not supported, only {usual:g}")
+    scaling: dict[str, Any] = {}
+    if kind != "none" and factor != 1.0:
+        scaling = {"scaling": kind, "factor": factor}
+    if scaling and kind == "yarn":
+        length = m.size("context_length", 0) if f"{m.arch}.context_length" in m.metadata else None
+        scaling["original_length"] = m.size("rope.scaling.original_context_length", length)
         scaling["beta_fast"] = m.number("rope.scaling.yarn_beta_fast", 32.0)
         scaling["beta_slow"] = m.number("rope.scaling.yarn_beta_slow", 1.0)
+    if (grown := m.number("rope.scaling.attn_factor", 1.0)) != 1.0:
+        if grown <= 0:
+            raise FormatError(f"GGUF metadata: {prefix}scaling.attn_factor must be positive, not {grown!r:.40}")
+        scaling["attention_factor"] = grown * _yarn_growth(scaling.get("scaling", "none"), factor)
     if (freqs := tensors.get("rope_freqs.weight")) is not None:
         if tuple(freqs.shape) != (rotated // 2,):
             raise FormatError(f"rope_freqs.weight must hold {rotated // 2} divisors")
@@ -125,6 +163,11 @@ def read_gguf_rope(m: Metadata, tensors: Mapping[str, Any], head_dim: int, *, th
     return RopeConfig(theta=m.number("rope.freq_base", theta), fraction=rotated / head_dim, **scaling)
 
 
+def _yarn_growth(scaling: str, factor: float) -> float:
+    """What llama.cpp multiplies cos and sin by where attn_factor is 1."""
+    return 1.0 + 0.1 * math.log(factor) if scaling == "yarn" and factor > 1 else 1.0
+
+
 def write_gguf_rope(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
     out: dict[str, Any] = {"rope.freq_base": rope.theta, "rope.dimension_count": int(head_dim * rope.fraction)}
     if rope.scaling in ("linear", "yarn"):
@@ -132,6 +175,8 @@ def write_gguf_rope(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
     if rope.scaling == "yarn":
         out["rope.scaling.original_context_length"] = rope.original_length
         out |= {"rope.scaling.yarn_beta_fast": rope.beta_fast, "rope.scaling.yarn_beta_slow": rope.beta_slow}
+    if rope.attention_factor is not None:
+        out["rope.scaling.attn_factor"] = rope.attention_factor / _yarn_growth(rope.scaling, rope.factor)
     return out
 
 
@@ -144,6 +189,6 @@ def gguf_rope_limits(rope: RopeConfig | None) -> list[str]:
         reasons.append("llama.cpp rotates whole heads in this architecture")
     if rope.scaling in ("dynamic", "longrope"):
         reasons.append(f"{rope.scaling} rotary scaling has no equal in llama.cpp")
-    if rope.attention_factor is not None or rope.mscale is not None or not rope.truncate:
-        reasons.append("this yarn setting (attention_factor, mscale or truncate) has no equal in llama.cpp")
+    if rope.mscale is not None or not rope.truncate:
+        reasons.append("this yarn setting (mscale or truncate) has no equal in llama.cpp")
     return reasons

@@ -8,6 +8,8 @@ Nothing is read but names and shapes, and those are compared with the config: wh
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,8 @@ from tiercel.weights.transforms import WHOLE, foreign_shape, scaled, scaled_rows
 
 MOST_PARAMETERS = 1 << 45
 # Buffers some checkpoints carry along; they follow from the config.
+HEAD = "lm_head.weight"
+COMPARED_VALUES = 1 << 22
 DERIVED = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".mup_vector")
 
 
@@ -77,6 +81,9 @@ class Checkpoint:
         """The tensor of a row; for experts one each, or the one that holds them all."""
         if self.gguf is not None:
             names = [row.gguf or ""]
+            if isinstance(row.hf, tuple) and names[0] not in self.tensors:  # files from before April 2024
+                each = [names[0].replace("_exps.", f".{e}.") for e in range(len(row.hf))]
+                names = each if each[0] in self.tensors else names
         else:
             names = list(row.hf) if isinstance(row.hf, tuple) else [row.hf]
             if row.fused and names[0] not in self.tensors and row.fused[0] in self.tensors:
@@ -87,6 +94,12 @@ class Checkpoint:
         if missing:
             raise FormatError(f"{self.path}: the tensor {missing[0]!r} is missing ({self.layout.family.name})")
         return [self.tensors[name] for name in names]
+
+    def _one_per_expert(self, row: TensorMapping, stored: list[Stored]) -> bool:
+        """Whether the experts of a row are a tensor each."""
+        if self.gguf is not None:
+            return stored[0].name != row.gguf
+        return isinstance(row.hf, tuple) and not (row.fused and stored[0].name == row.fused[0])
 
     def _forms(self, row: TensorMapping) -> tuple[Transform, ...]:
         if self.gguf is not None:
@@ -105,7 +118,7 @@ class Checkpoint:
                 expected = foreign_shape(form, expected)
             if self.gguf is None and row.fused and stored[0].name == row.fused[0]:
                 expected = (expected[0], expected[1] * row.fused[2], *expected[2:])
-            elif isinstance(row.hf, tuple) and self.gguf is None:
+            elif self._one_per_expert(row, stored):
                 expected = expected[1:]
             for tensor in stored:
                 if tensor.shape != expected:
@@ -128,7 +141,7 @@ class Checkpoint:
         if self.gguf is None and row.fused and stored[0].name == row.fused[0]:
             _, part, parts = row.fused
             return stored[0].rows(start, stop).chunk(parts, 1)[part]
-        if self.gguf is None and isinstance(row.hf, tuple):
+        if self._one_per_expert(row, stored):
             return torch.stack([tensor.rows() for tensor in stored[start:stop]])
         if any(form.name in WHOLE for form in transforms):
             x = stored[0].rows()
@@ -163,7 +176,7 @@ class Checkpoint:
         if self.gguf is None and row.fused and stored[0].name == row.fused[0]:
             _, part, parts = row.fused
             return stored[0].raw(start, stop).chunk(parts, 1)[part].contiguous()
-        if self.gguf is None and isinstance(row.hf, tuple):
+        if self._one_per_expert(row, stored):
             return torch.stack([tensor.raw() for tensor in stored[start:stop]])
         if any(form.name in WHOLE for form in self._forms(row)):
             x = stored[0].raw()
@@ -211,7 +224,26 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _folder(path: Path, config: Path) -> Checkpoint:
     folder = open_safetensors(path)
     rest, packed = packed_folder.understood(read_json(config), folder)
-    return Checkpoint(path, from_hf(rest), packed.tensors, folded=packed.folded)
+    layout = from_hf(rest)
+    if layout.config.tied and _has_another_head(layout, packed.tensors):
+        warnings.warn(f"{config} ties the output to the embedding, but {HEAD} differs: both are kept", stacklevel=4)
+        layout = from_hf(rest | {"tie_word_embeddings": False})
+    return Checkpoint(path, layout, packed.tensors, folded=packed.folded)
+
+
+def _has_another_head(layout: Layout, tensors: Mapping[str, Stored]) -> bool:
+    """Whether a tied model's file holds an output projection of other values than its embedding."""
+    head = tensors.get(HEAD)
+    if head is None:
+        return False
+    row = next(row for row in layout.rows if row.ours == "embed.weight")
+    assert isinstance(row.hf, str)
+    embed = next((tensors[name] for name in (row.hf, *row.aliases) if name in tensors), None)
+    if embed is None or head.shape != embed.shape:
+        return embed is not None
+    step = max(1, COMPARED_VALUES // math.prod(head.shape[1:]))
+    spans = ((start, min(start + step, head.shape[0])) for start in range(0, head.shape[0], step))
+    return not all(torch.equal(head.rows(*span).double(), embed.rows(*span).double()) for span in spans)
 
 
 def read_json(path: Path) -> Any:

@@ -18,6 +18,7 @@ import json
 import math
 import re
 import struct
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -57,10 +58,10 @@ class SafetensorsFolder:
         try:
             if not path.is_dir():
                 self._add(path)
+            elif (path / INDEX).exists() and not _stale(path):
+                self._add_shards(path)
             elif (path / SINGLE).exists():
                 self._add(path / SINGLE)
-            elif (path / INDEX).exists():
-                self._add_shards(path)
             else:
                 raise FormatError(_nothing_in(path))
         except OSError as error:
@@ -70,24 +71,26 @@ class SafetensorsFolder:
             self.close()
             raise
 
-    def _add(self, path: Path) -> dict[str, StoredTensor]:
+    def _add(self, path: Path, names: set[str] | None = None) -> set[str]:
+        """Add a file's tensors, those of `names` only where it is given; the names of all it holds."""
         self._files.append(File(path))
         tensors, metadata = _read_file(self._files[-1])
-        self.tensors |= tensors
+        self.tensors |= {name: tensor for name, tensor in tensors.items() if names is None or name in names}
         self.metadata = metadata | self.metadata
-        return tensors
+        return set(tensors)
 
     def _add_shards(self, folder: Path) -> None:
-        """The shards hold exactly the tensors that the index gives them."""
+        """Every tensor comes from the shard that the index names; what else a shard holds is left out."""
         index = folder / INDEX
         for shard, names in _read_index(index).items():
             if not (folder / shard).exists():
                 raise FormatError(f"{folder}: {shard} is named by {INDEX} and missing; fetch it again")
-            found = self._add(folder / shard).keys()
+            found = self._add(folder / shard, names)
             if names - found:
                 raise FormatError(f"{index}: tensor {min(names - found)!r} is not in {shard}")
-            if found - names:
-                raise FormatError(f"{folder / shard}: {INDEX} does not name its tensor {min(found - names)!r}")
+            if left := found - names:
+                what = f"its tensor {min(left)!r}" + (f" and {len(left) - 1} more" if len(left) > 1 else "")
+                warnings.warn(f"{folder / shard}: {INDEX} does not name {what} there; left out", stacklevel=4)
 
     def close(self) -> None:
         for file in self._files:
@@ -103,6 +106,20 @@ class SafetensorsFolder:
 def open_safetensors(path: str | Path) -> SafetensorsFolder:
     """Opens a .safetensors file or a folder of them; see SafetensorsFolder."""
     return SafetensorsFolder(path)
+
+
+def _stale(folder: Path) -> bool:
+    """Whether an index is left over from an earlier model: it names no shard that is there, and one file is.
+
+    Of one file beside an index with shards, the index decides, with a warning.
+    """
+    if not (folder / SINGLE).exists():
+        return False
+    shards = _read_index(folder / INDEX)
+    stale = not any((folder / shard).exists() for shard in shards)
+    if not stale and SINGLE not in shards:
+        warnings.warn(f"{folder / SINGLE} is left out: {INDEX} names other files", stacklevel=5)
+    return stale
 
 
 def _nothing_in(folder: Path) -> str:

@@ -22,7 +22,7 @@ def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """Angles per position (R / 2,) float32, and the factor on cos and sin."""
     R = rotated_dims(rope, head_dim)
     f = rope.theta ** -(torch.arange(0, R, 2, dtype=torch.float64) / R)
-    scale = 1.0
+    scale = 1.0 if rope.attention_factor is None else rope.attention_factor
     if rope.factors is not None:
         f = f / torch.tensor(rope.factors, dtype=torch.float64)
     if rope.scaling == "linear":
@@ -31,8 +31,6 @@ def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
         f = _llama3(f, rope)
     elif rope.scaling == "yarn":
         f, scale = _yarn(f, rope, R)
-    elif rope.scaling == "longrope" and rope.attention_factor is not None:
-        scale = rope.attention_factor
     return f.float(), scale
 
 
