@@ -342,6 +342,7 @@ def nothing_more(path: Path, opened: Opened) -> None:
     assert all(tensor.file.path.parent == path for tensor in opened.tensors.values())
 
 
+@pytest.mark.filterwarnings("ignore:.*does not name its tensor")
 def test_damaged_folders(tmp_path: Path):
     source, folder = tmp_path / "source", tmp_path / "folder"
     write_safetensors(source, [out(f"t{i}", torch.randn(4, 4), "F32") for i in range(6)], shard_bytes=128)
