@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import tiercel
 import tiny
@@ -371,6 +372,99 @@ def test_what_is_no_adapter_for_this_model_is_refused_in_one_line(base, models, 
     with pytest.raises(error, match=words) as caught:
         model.load_adapter("a", folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "OLoRA", "corda", "loftq", "something-new"])
+def test_an_initialisation_that_changes_the_base_is_refused_by_its_name(base, tmp_path, init):
+    folder = shutil.copytree(base / "poet", tmp_path / "a")
+    edit(folder, init_lora_weights=init)
+    with pytest.raises(UnsupportedError, match=f"(?s){init}.*path_initial_model_for_weight_conversion"):
+        tiercel.load(base / "model", adapters={"a": folder})
+
+
+@pytest.mark.parametrize("init", [False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_initialisation_that_leaves_the_base_alone_changes_nothing(base, tmp_path, init):
+    folder = shutil.copytree(base / "poet", tmp_path / "a")
+    edit(folder, init_lora_weights=init)
+    model = tiercel.load(base / "model", adapters={"a": folder, "b": base / "poet"})
+    assert torch.equal(model.logits(IDS, adapter="a"), model.logits(IDS, adapter="b"))
+
+
+def test_a_pissa_adapter_that_peft_has_converted_is_peft_s(models, tmp_path):
+    path, x = models("llama-biases"), nasty.tokens(17)
+    torch.manual_seed(2)
+    theirs = get_peft_model(nasty.load_hf(path), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"],
+                                                            init_lora_weights="pissa"))  # fmt: skip
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "initial")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.05 * torch.randn_like(p))
+    judge = nasty.whole(theirs.eval(), x)
+    theirs.save_pretrained(tmp_path / "a", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    served = tiercel.load(path, adapters={"a": tmp_path / "a"})
+    assert (served.logits(x, adapter="a") - judge).abs().max() < 2e-5
+
+
+def test_the_largest_rank_that_is_trained_is_read_and_a_larger_one_is_refused_before(base, tmp_path):
+    network, _, layout = weights.load(base / "model")
+    rows, shapes = adapters.linear_rows(layout), parameter_shapes(layout)
+    limit = min(max(shapes[row.ours]) for name, row in rows.items() if name.endswith(".down_proj") or ".down" in name)
+    with pytest.raises(RequestError, match=f"rank {limit + 1} is larger than"):
+        adapt(network, layout, rank=limit + 1, targets=["down"])
+    folder = save(adapt(network, layout, rank=limit, targets=["down"]), tmp_path / "a")
+    assert tiercel.load(base / "model", adapters={"a": folder}).adapters == ["a"]
+
+
+def test_names_that_hold_the_adapter_s_name_are_read(base, tmp_path):
+    folder = rename(base / "poet", tmp_path / "a", lambda name: name.replace(".weight", ".poet.weight"))
+    model = tiercel.load(base / "model", adapters={"a": folder, "b": base / "poet"})
+    assert torch.equal(model.logits(IDS, adapter="a"), model.logits(IDS, adapter="b"))
+    tensors = load_file(folder / adapters.TENSORS)
+    save_file(
+        tensors | {name.replace("poet", "judge"): t.clone() for name, t in tensors.items()}, folder / adapters.TENSORS
+    )
+    with pytest.raises(UnsupportedError, match="several adapters"):
+        tiercel.load(base / "model", adapters={"a": folder})
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("embed.weight", "no place for"),
+        ("model.embed_tokens.weight", "whole embedding or head"),
+        ("lm_head.weight", "whole embedding or head"),
+        ("layers.0.mixer_norm.lora_A.weight", "no place for"),
+        ("layers.0.mixers.attention.q.lora_magnitude_vector", "DoRA"),
+    ],
+)
+def test_a_tensor_that_is_no_lora_is_refused_by_what_it_is(base, tmp_path, name, words):
+    folder = shutil.copytree(base / "poet", tmp_path / "a")
+    tensors = load_file(folder / adapters.TENSORS)
+    save_file(tensors | {f"base_model.model.{name}": torch.zeros(4, 4)}, folder / adapters.TENSORS)
+    with pytest.raises((UnsupportedError, FormatError), match=words) as caught:
+        tiercel.load(base / "model", adapters={"a": folder})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_is_named_with_the_way_out(base, tmp_path):
+    folder = shutil.copytree(base / "poet", tmp_path / "a")
+    (folder / adapters.TENSORS).rename(folder / "adapter_model.bin")
+    with pytest.raises(UnsupportedError, match=r"adapter_model\.bin, a pickle.*save_pretrained"):
+        tiercel.load(base / "model", adapters={"a": folder})
+
+
+def edit(folder, **changes):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def rename(folder, out, change):
+    shutil.copytree(folder, out)
+    save_file({change(name): t for name, t in load_file(folder / adapters.TENSORS).items()}, out / adapters.TENSORS)
+    return out
 
 
 # ── Modelfiles

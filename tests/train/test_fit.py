@@ -138,6 +138,91 @@ def test_the_answer_alone_is_learned_or_what_was_asked_for(tmp_path):
     assert learned("all") == "<|user|>hi<|bot|>ho<|end|><|user|>he<|bot|>ha<|end|>"
 
 
+def conversation(*marks):
+    turns = [
+        {"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["hi", "ho", "he", "ha"], strict=True)
+    ]
+    return [turn | mark for turn, mark in zip(turns, marks or [{}] * 4, strict=True)]
+
+
+@pytest.fixture
+def tokens_of(tmp_path):
+    from tiercel.tokenizer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(tiny.checkpoint(tmp_path / "model", "mamba2/-", template=tiny.TEMPLATE))
+
+    def read(example, *roles):
+        path = tmp_path / "chat.jsonl"
+        path.write_text(json.dumps(example) + "\n")
+        found = read_documents(path, tokenizer, learn=roles or ("assistant",))
+        return tuple(
+            tokenizer.decode(found.tokens[m].tolist(), special=True) for m in (found.mask == 1, found.mask >= 0)
+        )
+
+    return read
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"trainable": False}, {"loss": False}, {"loss_mask": 0},
+     {"training": 0}, {"learn": False}, {"mask": 0}, {"masked": True}, {"ignore": 1}],
+)  # fmt: skip
+def test_a_turn_marked_as_not_to_be_learned_is_read_and_not_learned(tokens_of, mark):
+    marked = {"messages": conversation({}, mark, {}, {})}
+    assert tokens_of(marked) == ("ha<|end|>", tokens_of({"messages": conversation()})[1])
+    assert tokens_of(marked, "all")[0] == "<|user|>hi<|bot|>" + "<|user|>he<|bot|>ha<|end|>"
+
+
+@pytest.mark.parametrize("mark", [{"weight": 1}, {"train": True}, {"masked": False}])
+def test_a_turn_marked_as_to_be_learned_is_learned_as_without_the_mark(tokens_of, mark):
+    assert tokens_of({"messages": conversation({}, mark, {}, mark)}) == tokens_of({"messages": conversation()})
+
+
+@pytest.mark.parametrize(
+    ("mark", "words"),
+    [({"weight": 0.5}, "weight must be 0 or 1"), ({"train": "no"}, "train must be"), ({"skip_loss": True}, "skip_loss"),
+     ({"score": 0}, "score")],
+)  # fmt: skip
+def test_a_mark_that_is_not_understood_is_refused_by_its_name(tokens_of, mark, words):
+    with pytest.raises(FormatError, match=rf"chat\.jsonl:1: .*{words}"):
+        tokens_of({"messages": conversation({}, mark, {}, {})})
+
+
+def test_where_every_turn_is_marked_there_is_nothing_to_learn(tokens_of):
+    with pytest.raises(FormatError, match="no message of assistant to learn from"):
+        tokens_of({"messages": conversation({}, {"weight": 0}, {}, {"weight": 0})})
+
+
+def test_null_content_parts_and_developer_are_what_they_stand_for(tokens_of):
+    plain = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi there"},
+             {"role": "assistant", "content": ""}, {"role": "user", "content": "?"},
+             {"role": "assistant", "content": "ho"}]  # fmt: skip
+    other = [{"role": "developer", "content": "be"},
+             {"role": "user", "content": [{"type": "text", "text": "hi "}, {"type": "text", "text": "there"}]},
+             {"role": "assistant", "content": None}, *plain[3:]]  # fmt: skip
+    assert tokens_of({"messages": other}) == tokens_of({"messages": plain})
+    with pytest.raises(FormatError, match="parts of text"):
+        tokens_of({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]})
+
+
+def test_tools_beside_messages_go_to_the_template(tmp_path):
+    from tiercel.tokenizer.tokenizer import Tokenizer
+
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tiny.TEMPLATE
+    tokenizer = Tokenizer.from_folder(tiny.checkpoint(tmp_path / "model", "mamba2/-", template=template))
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    path, right = tmp_path / "chat.jsonl", tokenizer.chat(conversation(), tools=tools, add_generation_prompt=False)
+    for given in (tools, json.dumps(tools)):
+        path.write_text(json.dumps({"messages": conversation(), "tools": given}) + "\n")
+        found = read_documents(path, tokenizer)
+        assert found.tokens.tolist() == right
+        assert tokenizer.decode(found.tokens[found.mask == 1].tolist(), special=True) == "ho<|end|>ha<|end|>"
+    for broken in ("{", 3, ["look"]):
+        path.write_text(json.dumps({"messages": conversation(), "tools": broken}) + "\n")
+        with pytest.raises(FormatError, match="tools"):
+            read_documents(path, tokenizer)
+
+
 def test_packing_keeps_every_document_once_and_fills_rows():
     lengths = np.random.default_rng(0).integers(1, 60, 500)
     rows = pack(lengths, np.arange(500), 64)

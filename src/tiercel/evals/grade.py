@@ -12,12 +12,10 @@ Of several boxed answers the last one counts: a model may correct itself, and it
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
-LONGEST = 4000  # characters of an answer; a longer one is not an answer
-END, BOXES = 20_000, 32  # characters at the end of a text in which its answer is looked for, and boxes
-NUMBER = r"[-+−]?\s?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?|[-+−]?\.\d+"
-_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*")
+from tiercel.voting.answers import NUMBER, TAIL_CHARS, boxed, number, plain, same_number
+
+MAX_ANSWER_CHARS = 4000  # a longer answer is not compared
 
 
 def final(text: str) -> str:
@@ -28,41 +26,16 @@ def final(text: str) -> str:
     return "" if "<think>" in text else text
 
 
-def boxed(text: str) -> str | None:
-    r"""The content of the last complete \boxed{…}; braces inside count, escaped ones do not."""
-    text = text[-END:]
-    for match in list(_BOX.finditer(text))[: -BOXES - 1 : -1]:
-        start = match.end()
-        if start >= len(text):
-            continue
-        if text[start] != "{":
-            word = re.match(r"[^\s$.,;{}\\]+", text[start:])  # \boxed 7
-            if word:
-                return word[0]
-            continue
-        depth, at = 0, start
-        while at < len(text):
-            character = text[at]
-            if character == "\\":
-                at += 2
-                continue
-            depth += (character == "{") - (character == "}")
-            if depth == 0:
-                return text[start + 1 : at].strip()
-            at += 1
-    return None
-
-
 def last_number(text: str) -> str | None:
     """The last number in a text, without what only decorates it."""
-    text = text[-END:]
+    text = text[-TAIL_CHARS:]
     found = re.findall(rf"(?<![\w.])(?:{NUMBER})", text.replace("\\!", "").replace("{,}", ","))
     return found[-1] if found else None
 
 
 def stated_number(text: str) -> str | None:
     r"""The number a solution gives as its answer: boxed, after ####, after "answer is", else the last one."""
-    text = text[-END:]
+    text = text[-TAIL_CHARS:]
     box = boxed(text)
     if box is not None:
         return last_number(plain(box)) if number(box) is None else box
@@ -71,42 +44,6 @@ def stated_number(text: str) -> str | None:
         if found:
             return str(found[-1])
     return last_number(text)
-
-
-def plain(text: str) -> str:
-    r"""LaTeX around a number taken off: $, \text{…}, \%, units in \mathrm{…}, thin spaces."""
-    text = text.strip().replace("{,}", ",").replace("\\!", "").replace("−", "-")
-    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\\(?:left|right|displaystyle|,|;|:|\s|quad)", "", text)
-    return text.replace("\\$", "").replace("$", "").replace("\\%", "%").replace("^\\circ", "").strip().rstrip(" .")
-
-
-def number(text: str) -> Fraction | None:
-    r"""A text that is one number, perhaps with a unit behind it or money before it; None for anything else."""
-    text = plain(text)
-    if len(text) > 200:
-        return None
-    fraction = re.fullmatch(r"([-+]?)\s*\\[dtc]?frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(-?\d+)\}|(\d))", text)
-    if fraction:
-        sign, *parts = fraction.groups()
-        top, bottom = (int(part) for part in parts if part is not None)
-        return None if bottom == 0 else Fraction(-top if sign == "-" else top, bottom)
-    match = re.fullmatch(rf"({NUMBER})\s*(%|°|[a-zA-Z][a-zA-Z .²³/]*)?", text)
-    if match is None:
-        return None
-    digits = re.sub(r"[\s,+]", "", match[1])
-    try:
-        return Fraction(digits)
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-def same_number(answer: str | None, gold: str) -> bool:
-    """Equal as exact numbers: "1,234" and "1234.00", "025" and "25", "1/2" and "0.5"."""
-    if answer is None or len(answer) > LONGEST:
-        return False
-    a, b = number(answer), number(gold)
-    return a is not None and a == b
 
 
 def same_integer(answer: str | None, gold: str) -> bool:
@@ -127,7 +64,7 @@ def _folded(text: str) -> str:
 
 def letter(text: str, count: int) -> str | None:
     """The letter of a choice that a text settles on: boxed, "answer is C", "C.", or the last one standing alone."""
-    text, last = text[-END:], chr(ord("A") + count - 1)
+    text, last = text[-TAIL_CHARS:], chr(ord("A") + count - 1)
     box = boxed(text)
     if box is not None:
         inside = plain(box).strip("() .")
@@ -147,7 +84,7 @@ def letter(text: str, count: int) -> str | None:
 
 def same_math(answer: str | None, gold: str) -> bool:
     """Equal as mathematics.  What takes too long or breaks the judge is not equal."""
-    if answer is None or len(answer) > LONGEST:
+    if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return False
     if same_text(answer, gold) or same_number(answer, gold):
         return True

@@ -1,9 +1,11 @@
 """From a file to rows: examples, their tokens, and which of them are learned; packed, shuffled, the same every time.
 
     {"messages": [{"role": "user", "content": …}, …]}      a conversation, through the model's chat template
+    {"messages": […], "tools": […]}                        with schemas of functions: a list, or its JSON as a string
     {"text": …}                                            a document
     {"tokens": […], "mask": […]}                           as it is; mask: which tokens are learned, all without one
 
+A message that is not to be learned has `"weight": 0` (OpenAI's fine-tuning format) or another of `MARKS`.
 One example a line.  `Documents` hold all tokens in one array; `Batches` gives rows of them, by seed and epoch.
 """
 
@@ -27,6 +29,10 @@ from tiercel.train import parallel
 
 OPEN_ROWS = 256  # rows that still have room while a new epoch is laid out
 ROLES = ("system", "user", "assistant", "tool")
+SAME_ROLES = {"developer": "system"}
+# fields of a message that say whether it is learned: 0 or false, 1 or true (OpenAI, axolotl, ms-swift, and others)
+MARKS = ("weight", "train", "trainable", "training", "loss", "loss_mask", "learn", "mask")
+INVERSE_MARKS = ("masked", "ignore")
 
 
 # ── examples ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -63,7 +69,8 @@ def _example(line: bytes, where: str) -> dict[str, Any]:
     if "tokens" in example:
         _check_tokens(example, where)
     if "messages" in example:
-        _check_messages(example["messages"], where)
+        example["messages"] = [_message(message, where) for message in _list(example["messages"], where)]
+        example["tools"] = _tools(example.get("tools"), where)
     return example
 
 
@@ -74,14 +81,55 @@ def _check_tokens(example: dict[str, Any], where: str) -> None:
         raise FormatError(f"{where}: tokens must be whole numbers, and mask as many 0 and 1")
 
 
-def _check_messages(messages: Any, where: str) -> None:
+def _list(messages: Any, where: str) -> list[Any]:
     if not isinstance(messages, list) or not messages:
         raise FormatError(f"{where}: messages must be a list of at least one")
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise FormatError(f"{where}: a message needs a role of {', '.join(ROLES)}, not {message!r:.60}")
-        if not isinstance(message.get("content"), str):
-            raise FormatError(f"{where}: a message needs content that is a string, not {message.get('content')!r:.40}")
+    return messages
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    """Return a message with its role by our name, text for content that is null, and its mark as `learn`, if any."""
+    role = message.get("role") if isinstance(message, dict) else None
+    role = SAME_ROLES.get(role, role) if isinstance(role, str) else None
+    if role not in ROLES:
+        raise FormatError(f"{where}: a message needs a role of {', '.join(ROLES)}, not {message!r:.60}")
+    if "content" not in message and not message.get("tool_calls"):
+        raise FormatError(f"{where}: a message needs content, not {message!r:.60}")
+    found = {**message, "role": role, "content": _content(message.get("content"), where)}
+    learned = [_mark(name, found.pop(name), where) for name in (*MARKS, *INVERSE_MARKS) if name in found]
+    for name, value in found.items():
+        if isinstance(value, (bool, int, float)):
+            raise FormatError(
+                f"{where}: the message's field {name!r} ({value}) is not known, and may say what is learned: "
+                f"write it as weight, or take it out"
+            )
+    return found | ({"learn": all(learned)} if learned else {})
+
+
+def _content(content: Any, where: str) -> str:
+    """Return a message's text; null is empty, parts of text are joined."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        return "".join(part["text"] for part in content)
+    raise FormatError(f"{where}: a message needs content that is a string or parts of text, not {content!r:.60}")
+
+
+def _mark(name: str, value: Any, where: str) -> bool:
+    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        raise FormatError(f"{where}: the message's {name} must be 0 or 1, not {value!r:.40}")
+    return bool(value) != (name in INVERSE_MARKS)
+
+
+def _tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{where}: tools is a string that is not JSON: {error}") from None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise FormatError(f"{where}: tools must be a list of schemas, not {tools!r:.60}")
+    return tools or None
 
 
 def read_documents(
@@ -119,28 +167,34 @@ def tokenize(example: dict[str, Any], tokenizer: Tokenizer | None, learn: Sequen
         end = tokenizer.id_of(tokenizer.names.get("eos_token", ""))
         tokens = tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
         return tokens, [1] * len(tokens)
-    return _conversation(example["messages"], tokenizer, learn)
+    return _conversation(example["messages"], example.get("tools"), tokenizer, learn)
 
 
 def _conversation(
-    messages: list[dict[str, Any]], tokenizer: Tokenizer, learn: Sequence[str]
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, tokenizer: Tokenizer, learn: Sequence[str]
 ) -> tuple[list[int], list[int]]:
     """What the template makes of it; a message's words are what it adds after the words that announce it."""
-    tokens = tokenizer.chat(messages, add_generation_prompt=False)
-    if "all" in learn:
-        return tokens, [1] * len(tokens)
-    mask = [0] * len(tokens)
-    for i, message in enumerate(messages):
-        if message["role"] not in learn:
+    marks = [message.get("learn") for message in messages]
+    messages = [{name: value for name, value in message.items() if name != "learn"} for message in messages]
+    tokens = tokenizer.chat(messages, tools=tools, add_generation_prompt=False)
+    everything = "all" in learn
+    mask = [int(everything)] * len(tokens)
+    for i, (message, mark) in enumerate(zip(messages, marks, strict=True)):
+        wanted = (everything or message["role"] in learn) and mark is not False
+        if wanted == everything:  # as the mask has it already
             continue
-        before = messages[:i]
-        start = tokenizer.chat(before, add_generation_prompt=message["role"] == "assistant") if before else []
-        stop = tokens if i + 1 == len(messages) else tokenizer.chat(messages[: i + 1], add_generation_prompt=False)
+        before, prompted = messages[:i], message["role"] == "assistant"
+        start = tokenizer.chat(before, tools=tools, add_generation_prompt=prompted) if before else []
+        stop = (
+            tokens
+            if i + 1 == len(messages)
+            else tokenizer.chat(messages[: i + 1], tools=tools, add_generation_prompt=False)
+        )
         if tokens[: len(start)] != start or tokens[: len(stop)] != stop:
             raise RequestError(
                 f"the chat template writes message {i + 1} differently when others follow: give one answer an example"
             )
-        mask[len(start) : len(stop)] = [1] * (len(stop) - len(start))
+        mask[len(start) : len(stop)] = [int(wanted)] * (len(stop) - len(start))
     if not any(mask):
         raise RequestError(f"no message of {', '.join(learn)} to learn from")
     return tokens, mask

@@ -27,8 +27,8 @@ from tiercel.runtime.atomic import atomic_write
 from tiercel.train import start
 from tiercel.train.causal_lm import CausalLM, coverage
 from tiercel.train.loop import Settings, fit
-from tiercel.weights.adapters import CONFIG, FOLDED, folds, module_rows
-from tiercel.weights.checkpoint import read_json
+from tiercel.weights.adapters import CONFIG, FOLDED, folds, largest_rank, linear_rows
+from tiercel.weights.checkpoint import parameter_shapes, read_json
 from tiercel.weights.load import load
 
 
@@ -90,13 +90,28 @@ def adapt(
         raise UnsupportedError("adapters are trained through peft: pip install peft") from None
     if rank < 1:
         raise RequestError(f"the rank must be at least 1, not {rank}")
+    modules = matched(layout, targets)
+    _check_rank(rank, modules, layout)
     network.requires_grad_(False)
     model = CausalLM(network, layout)
     model.name_or_path = name
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha,  # type: ignore[arg-type]
-         lora_dropout=dropout, target_modules=matched(layout, targets),
-                             task_type="CAUSAL_LM")  # fmt: skip
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=modules,
+        task_type="CAUSAL_LM",
+    )
     return peft.get_peft_model(model, config)
+
+
+def _check_rank(rank: int, modules: Sequence[str], layout: Layout) -> None:
+    """Refuse a rank that `weights.adapters.read` would refuse, before anything is trained."""
+    shapes = parameter_shapes(layout)
+    for name, row in linear_rows(layout).items():
+        limit = largest_rank(*shapes[row.ours])
+        if name.rpartition(".")[2] in modules and row.ours.startswith("layers.") and rank > limit:
+            raise RequestError(f"rank {rank} is larger than {name} ({limit}): choose at most that")
 
 
 def matched(layout: Layout, targets: Sequence[str]) -> list[str]:
@@ -105,7 +120,7 @@ def matched(layout: Layout, targets: Sequence[str]) -> list[str]:
     Raises:
         RequestError: a target is in no layer, or the network has none.
     """
-    modules, params = module_rows(layout), parameters(layout.config)
+    modules, params = linear_rows(layout), parameters(layout.config)
     layers = [name for name, row in modules.items() if row.ours.startswith("layers.")]
     ours = {name: modules[name].ours.removesuffix(".weight").rpartition(".")[2] for name in layers}
     leaf = {name: name.rpartition(".")[2] for name in layers}

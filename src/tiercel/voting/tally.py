@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from tiercel.voting.answers import same_answer
 from tiercel.voting.confidence import threshold
 from tiercel.voting.settings import VoteSettings
 
@@ -129,7 +130,7 @@ def tally(traces: Sequence[Trace], weight: str, equal: Equal | None = None) -> l
 
 
 def _same(a: str, b: str, equal: Equal | None) -> bool:
-    return a == b or (equal is not None and equal(a, b))
+    return same_answer(a, b) or (equal is not None and equal(a, b))
 
 
 @dataclass
@@ -167,7 +168,8 @@ class Count:
         warm = self.traces[: self.settings.warmup]
         late = voters(self.traces[len(warm) :], self.settings, self.s)
         everybody, passed = tally([*warm, *late], str(self.settings.weight), self.equal), self.rows()
-        return bool(passed) and everybody[0].share >= share and everybody[0].answer == passed[0].answer
+        agree = bool(passed) and _same(everybody[0].answer, passed[0].answer, self.equal)
+        return agree and everybody[0].share >= share
 
     def result(self) -> Vote:
         chosen, settings = voters(self.traces, self.settings, self.s), self.settings

@@ -20,9 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tiercel.errors import FormatError, ModelNotFound, RequestError, UnsupportedError
+from tiercel.errors import FormatError, ModelNotFound, RequestError, TiercelError, UnsupportedError
 from tiercel.families.family import Layout, TensorMapping
 from tiercel.model.lora import Adapter
+from tiercel.model.parameters import parameters
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import Source, parameter_shapes, read_json
 from tiercel.weights.safetensors import open_safetensors
@@ -30,25 +31,30 @@ from tiercel.weights.stored import Stored
 from tiercel.weights.transforms import scaled
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-MOST_RANK = 512
-SHARE = 0.25  # of the base's parameters: an adapter that is larger is none
+PICKLE = "adapter_model.bin"
 FOLDED = "tiercel_folded"  # in the config: made over values that already hold the multipliers (a GGUF file's)
 PREFIX = "base_model.model."
+LORA_TENSOR = re.compile(
+    r"(.+)\.lora_([AB])(?:\.\w+)?\.weight"
+)  # with the adapter's name where a state dict was saved raw
 # what would change the sum W + B A: named and refused where it is switched on
 OTHERS = ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "target_parameters", "layer_replication",
           "alora_invocation_tokens", "trainable_token_indices", "use_bdlora", "arrow_config", "velora_config",
           "kasa_config", "monteclora_config")  # fmt: skip
+# initial values of A and B that leave the base's matrices as they are, so that W + B A is meant
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 def is_adapter(path: str | Path) -> bool:
     return (Path(path) / CONFIG).is_file()
 
 
-def module_rows(layout: Layout) -> dict[str, TensorMapping]:
-    """The checkpoint's names of matrices that are modules, such as model.layers.0.self_attn.q_proj → row."""
+def linear_rows(layout: Layout) -> dict[str, TensorMapping]:
+    """Return the checkpoint's names of linear layers, such as model.layers.0.self_attn.q_proj, and their rows."""
+    matrices = {name for name, p in parameters(layout.config).items() if len(p.shape) == 2} - {"embed.weight"}
     found: dict[str, TensorMapping] = {}
     for row in layout.rows:
-        if isinstance(row.hf, str) and row.ours.endswith(".weight") and row.hf.endswith(".weight"):
+        if isinstance(row.hf, str) and row.ours in matrices and row.ours.endswith(".weight"):
             for name in (row.hf, *row.aliases):
                 found[name.removesuffix(".weight")] = row
     if layout.config.tied:
@@ -73,6 +79,11 @@ def read(folder: str | Path, layout: Layout) -> Adapter:
     if not isinstance(config, dict):
         raise FormatError(f"{folder / CONFIG} must hold an object")
     _check_kind(config, folder, layout)
+    if not (folder / TENSORS).exists() and (folder / PICKLE).exists():
+        raise UnsupportedError(
+            f"{folder} has its weights in {PICKLE}, a pickle, which is not read: load it in PEFT, and save it again as "
+            "safetensors with save_pretrained"
+        )
     with open_safetensors(folder / TENSORS) as file:
         return Adapter(digest(folder), _pairs(file.tensors, config, folder, layout))
 
@@ -81,17 +92,17 @@ def _pairs(
     tensors: Mapping[str, Stored], config: Mapping[str, Any], folder: Path, layout: Layout
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Our name of a Linear → A and B, all scales in B."""
-    rows, shapes = module_rows(layout), parameter_shapes(layout)
+    rows, shapes = linear_rows(layout), parameter_shapes(layout)
     halves: dict[str, dict[str, Stored]] = {}
     for name, tensor in tensors.items():
-        found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name.removeprefix(PREFIX))
+        found = LORA_TENSOR.fullmatch(name.removeprefix(PREFIX))
         row = rows.get(found[1]) if found else None
         if found is None or row is None:
-            raise FormatError(f"{folder}: {layout.family.name} has no place for {name[:120]!r}")
-        halves.setdefault(found[1], {})[found[2]] = tensor
+            raise _refused(folder, name, tensors, layout)
+        if halves.setdefault(found[1], {}).setdefault(found[2], tensor) is not tensor:
+            raise UnsupportedError(f"{folder} holds several adapters for {found[1]}: save each in a folder of its own")
     if not halves:
         raise FormatError(f"{folder / TENSORS} holds no adapter")
-    most, total = SHARE * sum(map(math.prod, shapes.values())), 0
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, half in halves.items():
         row = rows[name]
@@ -99,17 +110,43 @@ def _pairs(
         if set(half) != {"A", "B"}:
             raise FormatError(f"{folder}: {name} has only half of a pair")
         R = half["A"].shape[0] if half["A"].shape else 0
-        if half["A"].shape != (R, K) or half["B"].shape != (N, R) or not 1 <= R <= MOST_RANK:
+        if half["A"].shape != (R, K) or half["B"].shape != (N, R) or not 1 <= R <= largest_rank(N, K):
             shape = f"{half['A'].shape} and {half['B'].shape}"
-            raise FormatError(f"{folder}: {name} is {N} × {K}, and A and B are {shape} (rank 1 to {MOST_RANK})")
-        total += R * (N + K)
-        if total > max(most, 1 << 20):
-            raise FormatError(f"{folder}: more than {SHARE:.0%} of the base's parameters is no adapter")
+            raise FormatError(
+                f"{folder}: {name} is {N} × {K}, and A and B are {shape} (rank 1 to {largest_rank(N, K)})"
+            )
         B = scaled(half["B"].rows().float(), row.scale, 0) * _scaling(config, name, R, folder)
         pairs[row.ours.removesuffix(".weight")] = half["A"].rows().float(), B.float()
         if not all(bool(t.isfinite().all()) for t in pairs[row.ours.removesuffix(".weight")]):
             raise FormatError(f"{folder}: {name} holds numbers that are not finite")
     return pairs
+
+
+def largest_rank(outputs: int, inputs: int) -> int:
+    """Return the largest rank that is read and trained; ranks beyond the matrix's own add nothing."""
+    return max(outputs, inputs)
+
+
+def _refused(folder: Path, name: str, tensors: Mapping[str, Stored], layout: Layout) -> TiercelError:
+    """Return the error for a tensor that is no half of a pair we serve, by what it is."""
+    module = re.sub(r"\.(base_layer|lora_\w+|modules_to_save|weight|bias|default).*$", "", name.removeprefix(PREFIX))
+    leaf = module.rpartition(".")[2]
+    vocabulary = leaf in ("embed_tokens", "embed_in", "embeddings", "wte", "lm_head")
+    merged = "merge it in PEFT (merge_and_unload) and load the result"
+    if vocabulary and layout.config.tied and any(f"{leaf}.lora_A" in other for other in tensors):
+        return UnsupportedError(
+            f"{folder}: trains {leaf}, which is tied to the embedding; only layers are served: {merged}"
+        )
+    if vocabulary and any(f"{leaf}.lora_embedding" in other for other in tensors):
+        return UnsupportedError(f"{folder}: trains the embedding ({leaf}); only layers are served: {merged}")
+    if vocabulary and ".lora_" not in name:
+        return UnsupportedError(
+            f"{folder}: holds a whole embedding or head ({leaf}), as added tokens need; only LoRA on layers is served: "
+            f"{merged}, or save it without (save_embedding_layers=False)"
+        )
+    if "magnitude_vector" in name:
+        return UnsupportedError(f"{folder}: is DoRA ({name[:120]!r}); plain LoRA is what is known here")
+    return FormatError(f"{folder}: {layout.family.name} has no place for {name[:120]!r}")
 
 
 def digest(folder: Path) -> str:
@@ -127,6 +164,12 @@ def _check_kind(config: Mapping[str, Any], folder: Path, layout: Layout) -> None
         raise UnsupportedError(f"{folder} trains biases (bias {str(config['bias'])[:20]!r}); only matrices are served")
     if found := next((name for name in OTHERS if config.get(name)), None):
         raise UnsupportedError(f"{folder} uses {found}; plain LoRA is what is known here")
+    init = config.get("init_lora_weights", True)
+    if not any(init is plain or (isinstance(init, str) and init.lower() == plain) for plain in PLAIN_INITS):
+        raise UnsupportedError(
+            f"{folder} was initialised by {str(init)[:40]!r}, which changes the base's matrices: save it as plain LoRA "
+            "(PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     if folds(layout) and not config.get(FOLDED):
         raise UnsupportedError(
             f"{folder} was made for a checkpoint with multipliers, and a GGUF file no longer tells them: "
