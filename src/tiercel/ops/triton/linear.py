@@ -24,8 +24,8 @@ from torch import Tensor
 from tiercel import quant
 from tiercel.ops.linear import QTensor
 from tiercel.ops.triton import FEW, interpreted, tiled
+from tiercel.ops.triton.activation import activated
 from tiercel.ops.triton.launch import early, others_done
-from tiercel.ops.triton.norm import activated
 from tiercel.ops.triton.rounded import TYPES as ROUNDED
 from tiercel.ops.triton.rounded import product, rounded
 from tiercel.quant.bits import fields

@@ -8,20 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tiercel.ops.triton import FEW
+from tiercel.ops.triton.activation import activated, store_rounded
 from tiercel.ops.triton.launch import early, others_done
-
-
-@triton.jit
-def store_rounded(h, t, first, q, scales, sums, D, BLOCK: tl.constexpr):
-    """BLOCK values of row t, from the block of 32 number `first` on, in eight bits: `rounded.Rounded`."""
-    h = tl.reshape(h, (BLOCK // 32, 32))
-    b = first + tl.arange(0, BLOCK // 32)
-    seen = b < D // 32
-    scale = tl.max(tl.abs(h), 1) / 127
-    level = tl.floor(h / tl.where(scale > 0, scale, 1.0)[:, None] + 0.5)
-    tl.store(q + t * D + b[:, None] * 32 + tl.arange(0, 32)[None, :], level.to(tl.int8), seen[:, None])
-    tl.store(scales + t * (D // 32) + b, scale, seen)
-    tl.store(sums + t * (D // 32) + b, scale * tl.sum(level, 1), seen)
+from tiercel.ops.triton.rounded import Rounded, keep_rounded
 
 
 @triton.jit
@@ -68,8 +57,6 @@ def add_rms_norm(
 
 
 def _norm(x: Tensor, added: list[Tensor], weight_D: Tensor, eps: float, round: bool) -> tuple[Tensor, Tensor]:
-    from tiercel.ops.triton.rounded import Rounded, keep_rounded
-
     D = x.shape[-1]
     total = torch.empty_like(x) if added else x
     y, block = torch.empty(x.shape, dtype=weight_D.dtype, device=x.device), triton.next_power_of_2(D)
@@ -120,8 +107,6 @@ def gated_norm(
     apart.  round: also in eight bits, where the width of a group is a multiple of 32."""
     T, I = y_TI.shape
     out_TI = torch.empty(T, I, dtype=z_TI.dtype, device=y_TI.device)
-    from tiercel.ops.triton.rounded import Rounded, keep_rounded
-
     block = triton.next_power_of_2(I // groups)
     r = Rounded(T, I, out_TI.device) if round and T <= FEW and I // groups % 32 == 0 else None
     _gated_norm[(T, groups)](
@@ -132,19 +117,6 @@ def gated_norm(
     if r:
         keep_rounded(out_TI, r)
     return out_TI
-
-
-@triton.jit
-def activated(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        x = x * tl.sigmoid(x)
-    elif ACTIVATION == "gelu":
-        x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
-        x = tl.where(x > 0, x, 0.0 * x)  # NaN stays NaN
-    return x
 
 
 @triton.jit

@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tiercel.ops.triton import interpreted
+from tiercel.ops.triton.activation import activated, store_rounded
 from tiercel.ops.triton.launch import early, others_done
-from tiercel.ops.triton.norm import activated, store_rounded
 from tiercel.quant.nf4 import LEVELS
 
 TYPES = ("Q4_K", "Q6_K", "Q8_0", "INT8", "NF4")
