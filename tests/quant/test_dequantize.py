@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiercel.quant import CHUNK_VALUES, PACKINGS, block_size, dequantize
+from tiercel.quant import CHUNK_VALUES, PACKINGS, dequantize
 
 
 def judge(type: str, raw: np.ndarray) -> torch.Tensor:
@@ -31,12 +31,12 @@ def test_every_type_that_real_files_carry_is_here():
 
 @pytest.mark.parametrize("type", PACKINGS)
 def test_block_sizes_are_those_of_the_format(type: str):
-    assert block_size(type) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]]
+    assert PACKINGS[type] == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]]
 
 
 @pytest.mark.parametrize("type", PACKINGS)
 def test_random_bytes_unpack_bit_for_bit(type: str):
-    values, size = block_size(type)
+    values, size = PACKINGS[type]
     raw = np.random.default_rng(len(type) + size).integers(0, 256, (300, 3 * size), dtype=np.uint8)
     ours = dequantize(type, torch.from_numpy(raw))
     assert ours.dtype == torch.float32 and ours.shape == (300, 3 * values)
@@ -46,7 +46,7 @@ def test_random_bytes_unpack_bit_for_bit(type: str):
 
 @pytest.mark.parametrize("type", PACKINGS)
 def test_rows_longer_than_one_chunk_are_joined_without_a_seam(type: str):
-    values, size = block_size(type)
+    values, size = PACKINGS[type]
     blocks = CHUNK_VALUES // values + 3
     raw = np.random.default_rng(1).integers(0, 60, (1, blocks * size), dtype=np.uint8)  # small bytes: no NaN scales
     ours = dequantize(type, torch.from_numpy(raw))
@@ -56,7 +56,7 @@ def test_rows_longer_than_one_chunk_are_joined_without_a_seam(type: str):
 
 @pytest.mark.parametrize("type", PACKINGS)
 def test_any_shape_keeps_its_leading_axes(type: str):
-    values, size = block_size(type)
+    values, size = PACKINGS[type]
     raw = torch.randint(0, 60, (2, 5, 2 * size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     whole = dequantize(type, raw)
     assert whole.shape == (2, 5, 2 * values)

@@ -11,7 +11,7 @@ import torch
 from tiercel.errors import RequestError
 from tiercel.ops.cpu import native
 from tiercel.ops.quantize import quantize as picked
-from tiercel.quant import LARGEST, PACKED_TYPES, PACKINGS, dequantize, fits, quantize, row_bytes
+from tiercel.quant import FLOAT16_MAX, PACKED_TYPES, PACKINGS, dequantize, fits, quantize, row_bytes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -28,7 +28,7 @@ HARD = {
     "negative constant": torch.full((2, 512), -0.7),
     "only positive": torch.rand(2, 512, generator=torch.Generator().manual_seed(1)) + 1,
     "a ramp": torch.linspace(-1, 1, 1024).view(2, 512),
-    "the largest there is": torch.full((2, 512), LARGEST) * torch.tensor([1.0, -1.0]).repeat(256),
+    "the largest there is": torch.full((2, 512), FLOAT16_MAX) * torch.tensor([1.0, -1.0]).repeat(256),
     "tiny": torch.randn(2, 512, generator=torch.Generator().manual_seed(2)) * 1e-6,
     "denormal": torch.randn(2, 512, generator=torch.Generator().manual_seed(3)) * 1e-40,
     "one loud block": torch.randn(2, 512, generator=torch.Generator().manual_seed(4))

@@ -10,7 +10,7 @@ from tiercel.families import from_hf
 from tiercel.mixers.spec import Param
 from tiercel.model.parameters import parameters
 from tiercel.quant import PACKED_TYPES, fits
-from tiercel.quant.recipes import RECIPES, file_type, find, kinds
+from tiercel.quant.recipes import RECIPES, file_type, find, quant_types
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -30,7 +30,7 @@ def test_every_tensor_gets_the_type_llama_cpp_gives_it(network):
     assert set(FOUND[name]) == set(RECIPES) - {"int8", "nf4"}
     for recipe, theirs in FOUND[name].items():
         ours = {}
-        for tensor, type in kinds(params, recipe).items():
+        for tensor, type in quant_types(params, recipe).items():
             ours.setdefault(type, []).append(tensor)
         assert {type: shortened(names) for type, names in ours.items()} == theirs, recipe
 
@@ -38,7 +38,7 @@ def test_every_tensor_gets_the_type_llama_cpp_gives_it(network):
 def test_what_the_recurrence_rests_on_is_never_packed(network):
     _, params = network
     for recipe in RECIPES:
-        for name, type in kinds(params, recipe).items():
+        for name, type in quant_types(params, recipe).items():
             leaf = name.rpartition(".")[2]
             assert leaf in ("weight", "gate", "up", "down") and "norm" not in name and "router" not in name
             assert type in PACKED_TYPES and fits(type, params[name].shape[-1])
@@ -53,8 +53,8 @@ def test_nf4_leaves_the_embedding_and_the_output_as_bitsandbytes_does():
     up = "layers.0.feed_forward.up.weight"
     ends = ("embed.weight", (10, 64), "embed"), ("head.weight", (10, 64), "output")
     params = matrices(ends[0], (up, (96, 64), "ffn_up"), ends[1])
-    assert kinds(params, "nf4") == {up: "NF4"}
-    assert kinds(params, "int8") == dict.fromkeys(params, "INT8")
+    assert quant_types(params, "nf4") == {up: "NF4"}
+    assert quant_types(params, "int8") == dict.fromkeys(params, "INT8")
 
 
 @pytest.mark.parametrize(
@@ -65,15 +65,15 @@ def test_rows_of_any_width_find_a_type_or_stay_as_they_are(width, types):
     params = matrices(
         (name, (8, width), "other"), ("embed.weight", (9, 256), "embed"), ("head.weight", (9, 256), "output")
     )
-    found = [kinds(params, recipe).get(name) for recipe in ("q4_k_m", "q5_k_m", "q6_k", "nf4")]
+    found = [quant_types(params, recipe).get(name) for recipe in ("q4_k_m", "q5_k_m", "q6_k", "nf4")]
     assert " ".join(map(str, found)) == types
 
 
 def test_an_importance_protects_the_first_down_matrices_of_the_simplest_types():
     down = ((f"layers.{i}.feed_forward.down.weight", (8, 32), "ffn_down") for i in range(16))
     params = matrices(*down, ("head.weight", (8, 32), "output"))
-    assert set(kinds(params, "q4_0").values()) == {"Q4_0", "Q8_0"}
-    first = [name for name, type in kinds(params, "q4_0", importance=True).items() if type == "Q4_1"]
+    assert set(quant_types(params, "q4_0").values()) == {"Q4_0", "Q8_0"}
+    first = [name for name, type in quant_types(params, "q4_0", importance=True).items() if type == "Q4_1"]
     assert first == [f"layers.{i}.feed_forward.down.weight" for i in range(2)]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tiercel.errors import FormatError, RequestError, UnsupportedError
-from tiercel.quant import PACKINGS, block_size
+from tiercel.quant import PACKINGS
 from tiercel.weights.gguf import TENSOR_NUMBERS, GGUFFile, Typed, write_gguf
 from tiercel.weights.stored import OutTensor, StoredTensor
 
@@ -80,7 +80,7 @@ def judge_writes(path: Path) -> dict[str, np.ndarray]:
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor)
     for type in PACKINGS:
-        size = block_size(type)[1]
+        size = PACKINGS[type][1]
         raw = random.integers(0, 60, (4, 2 * size), dtype=np.uint8)  # small bytes: no NaN scales
         tensors[type] = raw
         writer.add_tensor(type, raw, raw_dtype=gguf.GGMLQuantizationType[type])
@@ -111,7 +111,7 @@ def test_packed_rows_come_alone_as_values_and_as_bytes(type: str, tmp_path: Path
     raw = judge_writes(tmp_path / "x.gguf")[type]
     with GGUFFile(tmp_path / "x.gguf") as file:
         stored = file.tensors[type]
-        assert stored.dtype == torch.float32 and stored.shape == (4, 2 * block_size(type)[0])
+        assert stored.dtype == torch.float32 and stored.shape == (4, 2 * PACKINGS[type][0])
         assert torch.equal(stored.rows(1, 3), stored.rows()[1:3])
         assert np.array_equal(stored.raw(1, 3).numpy(), raw[1:3])
 

@@ -23,7 +23,7 @@ import safetensors
 import torch
 
 from tiercel.errors import FormatError
-from tiercel.quant import PACKINGS, block_size
+from tiercel.quant import PACKINGS
 from tiercel.weights.gguf import GGUFFile, Typed, write_gguf
 from tiercel.weights.safetensors import SafetensorsFolder, write_safetensors
 from tiercel.weights.stored import PLAIN, OutTensor
@@ -138,7 +138,7 @@ def gguf_seeds(folder: Path) -> list[bytes]:
     write_gguf(folder / "b", {"general.alignment": 64} | metadata, [*tensors, out("line", torch.ones(5), "F32")])
     writer = gguf.GGUFWriter(folder / "c", "llama")
     for type in PACKINGS:
-        raw = np.random.default_rng(0).integers(0, 60, (2, block_size(type)[1]), dtype=np.uint8)
+        raw = np.random.default_rng(0).integers(0, 60, (2, PACKINGS[type][1]), dtype=np.uint8)
         writer.add_tensor(type, raw, raw_dtype=gguf.GGMLQuantizationType[type])
     for write in (
         writer.write_header_to_file,

@@ -77,7 +77,7 @@ def matrices(
             raise RequestError(f"choose one: --dtype {dtype} or --quantize {quantize}")
         if (recipe := recipes.find(quantize)) is None:
             raise RequestError(f"no recipe {quantize!r}; known: {', '.join(recipes.RECIPES)}")
-        kinds |= recipes.kinds(table, recipe)
+        kinds |= recipes.quant_types(table, recipe)
     if dtype == "auto":
         largest = kinds.get(max(table, key=lambda name: table[name].values), "BF16")
         plain = "F32" if largest in ("F32", "F64") or largest in PACKED_TYPES else "BF16"

@@ -17,7 +17,7 @@ def fields(packed: Tensor, bits: int) -> Tensor:
     return (packed.unsqueeze(-2) >> shifts) & (2**bits - 1)
 
 
-# ── and back
+# ── packing
 
 
 def half_bytes(x: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def half_bytes(x: Tensor) -> Tensor:
 
 
 def joined(values: Tensor, bits: int) -> Tensor:
-    """(…, 8 / bits, w) uint8 below 2^bits → (…, w) bytes: what `fields` takes apart."""
+    """(…, 8 / bits, w) uint8 below 2^bits → (…, w) bytes: inverse of `fields`."""
     out = values[..., 0, :].clone()
     for i in range(1, 8 // bits):
         out |= values[..., i, :] << (bits * i)

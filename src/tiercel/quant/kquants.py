@@ -33,8 +33,8 @@ def _scales_and_mins(packed: Tensor) -> tuple[Tensor, Tensor]:
 def _affine(blocks: Tensor, q: Tensor, scales: Tensor, mins: Tensor, at: int) -> Tensor:
     """d·scales · q − dmin·mins with d and dmin at byte `at`; q is (n, sub-blocks, values)."""
     scale = (half(blocks, at) * scales).unsqueeze(-1)
-    least = (half(blocks, at + 2) * mins).unsqueeze(-1)
-    return (q * scale).sub_(least).flatten(1)
+    low = (half(blocks, at + 2) * mins).unsqueeze(-1)
+    return (q * scale).sub_(low).flatten(1)
 
 
 # Q2_K   | scale and min nibbles 16 | q 64, 2-bit | d 2 | dmin 2 |

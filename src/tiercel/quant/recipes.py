@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from tiercel.mixers.spec import Param
-from tiercel.quant import fits
+from tiercel.quant.types import fits
 
 
 class Place(NamedTuple):
@@ -98,7 +98,7 @@ def find(name: str) -> str | None:
     return name if name in RECIPES else None
 
 
-def kinds(params: Mapping[str, Param], recipe: str, *, importance: bool = False) -> dict[str, str]:
+def quant_types(params: Mapping[str, Param], recipe: str, *, importance: bool = False) -> dict[str, str]:
     """Our parameter name → the type it is packed in; a name that is left out stays unpacked.
 
     params: all parameters of the network, layers in order (`model.parameters`); without `head.weight` the embedding
@@ -116,37 +116,37 @@ def kinds(params: Mapping[str, Param], recipe: str, *, importance: bool = False)
     found: dict[str, str] = {}
     for name, param in matrices.items():
         role, row = param.role, param.shape[-1]
-        kind: str | None = chosen.base
+        quant_type: str | None = chosen.base
         if role == "output" or (role == "embed" and "head.weight" not in params):
-            kind = output(chosen.base, row)
+            quant_type = output(chosen.base, row)
         elif role == "embed":
-            kind = None if chosen.base == "NF4" else chosen.base
+            quant_type = None if chosen.base == "NF4" else chosen.base
         elif chosen.file_type is None:
             pass  # our own recipes know one type
         elif role == "attn_v":
             place = Place(seen[role], attentions, shared)
-            kind = chosen.v(place) if chosen.v else chosen.base
-            if is_70b and kind in ("Q3_K", "Q4_K"):
-                kind = "Q5_K"
-            kind = "Q8_0" if experts == 8 else kind
+            quant_type = chosen.v(place) if chosen.v else chosen.base
+            if is_70b and quant_type in ("Q3_K", "Q4_K"):
+                quant_type = "Q5_K"
+            quant_type = "Q8_0" if experts == 8 else quant_type
         elif role == "attn_k" and experts == 8:
-            kind = "Q8_0"
+            quant_type = "Q8_0"
         elif role == "ffn_down":
-            # the i-th of its kind, but the i-th layer in models with experts, where not every layer has them
+            # the i-th of its role, but the i-th layer in models with experts, where not every layer has them
             place = Place(_layer(name) if experts > 1 else seen[role], layers, shared)
-            kind = chosen.down(place) if chosen.down else chosen.base
+            quant_type = chosen.down(place) if chosen.down else chosen.base
             if importance and chosen.base in ("Q4_0", "Q5_0") and place.i < place.n // 8:
-                kind = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}[chosen.base]
+                quant_type = {"Q4_0": "Q4_1", "Q5_0": "Q5_1"}[chosen.base]
         elif role == "attn_output" and experts == 8:
-            kind = "Q5_K" if recipe in Q5_OUT else chosen.base
+            quant_type = "Q5_K" if recipe in Q5_OUT else chosen.base
         elif role == "attn_output" and chosen.o:
-            kind = chosen.o(Place(0, 1, shared))
+            quant_type = chosen.o(Place(0, 1, shared))
         if role in seen:
             seen[role] += 1
-        if kind is not None and not fits(kind, row):
-            kind = NARROWER.get(kind)
-        if kind is not None and fits(kind, row):
-            found[name] = kind
+        if quant_type is not None and not fits(quant_type, row):
+            quant_type = NARROWER.get(quant_type)
+        if quant_type is not None and fits(quant_type, row):
+            found[name] = quant_type
     return found
 
 

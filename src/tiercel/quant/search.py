@@ -1,5 +1,7 @@
-"""The search for scales: Σ w (value − x)² as small as a few tries make it.  Letters: S sub-blocks of a block,
-V values of a sub-block, N blocks; x and weights w are (S, V, N), so that every operation runs along the blocks.
+"""Search for scales that make Σ w (value − x)² small.
+
+Letters: S sub-blocks of a block, V values of a sub-block, N blocks; x and weights w are (S, V, N), so that every
+operation runs along the blocks.
 
 Best scales cannot be computed, for the levels q depend on them; but for given levels they are a least-squares
 solution, and for given scales the best levels are the nearest ones.  So:
@@ -12,7 +14,7 @@ solution, and for given scales the best levels are the nearest ones.  So:
 
 llama.cpp (ggml-quants.c) searches finer in step 1, and does not fit the float16s to the levels that came out.
 
-Nothing is fused and sums have one order, so that `native/quantize.cpp` gives the same bits.
+Nothing is fused and sums have one order, so that `ops/cpu/quantize.cpp` gives the same bits.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SPREADS = tuple(i / 4 for i in range(-6, 5))  # levels more or fewer than there are, over the range of the values
+SPREADS = tuple(i / 4 for i in range(-6, 5))  # offsets to the number of levels over the range of the values
 FITS, ROUNDS = 2, 3
 
 
@@ -110,45 +112,48 @@ def symmetric(x: Tensor, w: Tensor, top: int) -> Tensor:
 # ── blocks
 
 
-def affine_block(x: Tensor, w: Tensor, top: int, most: int) -> AffineBlock:
-    """Levels 0 … top, scales and mins 0 … most."""
+def affine_block(x: Tensor, w: Tensor, top: int, max_scale: int) -> AffineBlock:
+    """Levels 0 … top, scales and mins 0 … max_scale."""
     s, m = affine(x, w, top, below_zero=True)
-    d, dmin = half(s.amax(0) / most), half((-m).amax(0) / most)
-    scales = nearest(s * inverse(d), 0, most)
-    mins = nearest(-m * inverse(dmin), 0, most)
+    d, dmin = half(s.amax(0) / max_scale), half((-m).amax(0) / max_scale)
+    scales = nearest(s * inverse(d), 0, max_scale)
+    mins = nearest(-m * inverse(dmin), 0, max_scale)
     W, X = total(w), total(w * x)
-    best, least = None, None
+    best, lowest_error = None, None
     for round in range(ROUNDS + 1):
         step, low = (d * scales).unsqueeze(1), (dmin * mins).unsqueeze(1)
         q = nearest((x + low) * inverse(step), 0, top)
         off = step * q - low - x
         error = across(total(w * (off * off)))
         block = AffineBlock(d, dmin, scales, mins, q)
-        if best is None or least is None:
-            best, least = block, error
+        if best is None or lowest_error is None:
+            best, lowest_error = block, error
         else:
-            better = error < least
-            best, least = AffineBlock(*map(torch.where, [better] * 5, block, best)), torch.where(better, error, least)
+            better = error < lowest_error
+            best, lowest_error = (
+                AffineBlock(*map(torch.where, [better] * 5, block, best)),
+                torch.where(better, error, lowest_error),
+            )
         if round == ROUNDS:
             break
         wq = w * q
         Q, QQ, QX = total(wq), total(wq * q), total(wq * x)
-        scales, mins = _affine_integers(d, dmin, scales, W, X, Q, QQ, QX, most)
+        scales, mins = _affine_integers(d, dmin, scales, W, X, Q, QQ, QX, max_scale)
         d, dmin = _affine_halves(d, dmin, scales, mins, W, X, Q, QQ, QX)
     assert best is not None
     return best
 
 
 def _affine_integers(
-    d: Tensor, dmin: Tensor, scales: Tensor, W: Tensor, X: Tensor, Q: Tensor, QQ: Tensor, QX: Tensor, most: int
+    d: Tensor, dmin: Tensor, scales: Tensor, W: Tensor, X: Tensor, Q: Tensor, QQ: Tensor, QX: Tensor, max_scale: int
 ) -> tuple[Tensor, Tensor]:
     """The scale one lower, as it is, or one higher, each with the min that suits it: what fits the levels best."""
     ratio = inverse(W) * inverse(dmin)
     best = None
     for change in (-1, 0, 1):
-        trial = (scales + change).clamp(0, most)
+        trial = (scales + change).clamp(0, max_scale)
         s = d * trial
-        mins = nearest((s * Q - X) * ratio, 0, most)
+        mins = nearest((s * Q - X) * ratio, 0, max_scale)
         m = dmin * mins
         error = s * s * QQ - 2 * (s * m) * Q + m * m * W - 2 * (s * QX) + 2 * (m * X)
         if best is None:
@@ -170,35 +175,35 @@ def _affine_halves(
     divisor = torch.where(determinant > 0, determinant, 1)
     both_d, both_dmin = (P * C - R * B) / divisor, (P * B - R * A) / divisor
     both = (determinant > 1e-6 * (A * C)) & (both_d > 0) & (both_dmin > 0)
-    alone = (P + dmin * B) * inverse(A)
-    d = torch.where(both, both_d, torch.where(alone > 0, alone, d))
+    d_only = (P + dmin * B) * inverse(A)
+    d = torch.where(both, both_d, torch.where(d_only > 0, d_only, d))
     return half(d), half(torch.where(both, both_dmin, dmin))
 
 
-def symmetric_block(x: Tensor, w: Tensor, top: int, most: int) -> SymmetricBlock:
-    """Levels −top … top − 1, scales −most … most − 1."""
+def symmetric_block(x: Tensor, w: Tensor, top: int, max_scale: int) -> SymmetricBlock:
+    """Levels −top … top − 1, scales −max_scale … max_scale − 1."""
     s = symmetric(x, w, top)
     high, low = s.amax(0), s.amin(0)
-    d = half(torch.where(-low > high, low, high) / -most)
-    scales = nearest(s * inverse(d), -most, most - 1)
-    best, least = None, None
+    d = half(torch.where(-low > high, low, high) / -max_scale)
+    scales = nearest(s * inverse(d), -max_scale, max_scale - 1)
+    best, lowest_error = None, None
     for round in range(ROUNDS + 1):
         step = (d * scales).unsqueeze(1)
         q = nearest(x * inverse(step), -top, top - 1)
         off = step * q - x
         error = across(total(w * (off * off)))
         block = SymmetricBlock(d, scales, q)
-        if best is None or least is None:
-            best, least = block, error
+        if best is None or lowest_error is None:
+            best, lowest_error = block, error
         else:
-            better = error < least
+            better = error < lowest_error
             best = SymmetricBlock(*map(torch.where, [better] * 3, block, best))
-            least = torch.where(better, error, least)
+            lowest_error = torch.where(better, error, lowest_error)
         if round == ROUNDS:
             break
         wq = w * q
         QQ, QX = total(wq * q), total(wq * x)
-        scales = nearest(QX * inverse(QQ) * inverse(d), -most, most - 1)
+        scales = nearest(QX * inverse(QQ) * inverse(d), -max_scale, max_scale - 1)
         fitted = across(scales * QX) * inverse(across(scales * scales * QQ))
         d = half(torch.where(fitted != 0, fitted, d))
     assert best is not None

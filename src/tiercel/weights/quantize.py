@@ -21,7 +21,7 @@ from tiercel.errors import RequestError
 from tiercel.families.family import Layout, TensorMapping
 from tiercel.model.parameters import output_parameter, parameters
 from tiercel.quant import PACKED_TYPES, dequantize
-from tiercel.quant.recipes import RECIPES, find, kinds
+from tiercel.quant.recipes import RECIPES, find, quant_types
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import Source, open_checkpoint, parameter_shapes
 from tiercel.weights.export import export
@@ -90,7 +90,7 @@ def recipe_named(name: str) -> str:
 def quantized(source: Source, recipe: str, importance: Importance | None = None) -> Quantized:
     """A source seen through a recipe ("q4_k_m", "int8", "nf4" …)."""
     recipe = recipe_named(recipe)
-    chosen = kinds(parameters(source.layout.config), recipe, importance=importance is not None)
+    chosen = quant_types(parameters(source.layout.config), recipe, importance=importance is not None)
     return Quantized(source, chosen, RECIPES[recipe].file_type, importance or {})
 
 
@@ -118,7 +118,7 @@ def quantize(
     config = source.layout.config
     if gguf and config.tied and config.logit_scale != 1.0:  # the output becomes a tensor of its own there
         params = parameters(config) | {"head.weight": output_parameter(config)}
-        view.kinds = kinds(params, recipe, importance=importance is not None)
+        view.kinds = quant_types(params, recipe, importance=importance is not None)
     if recipe == "nf4":  # transformers knows no other type beside it, and no packed experts
         view.kinds = {ours: kind for ours, kind in view.kinds.items() if kind == "NF4" and len(shapes[ours]) == 2}
     packed = {row.ours: shapes[row.ours] for row in source.layout.rows if row.ours in view.kinds}

@@ -149,7 +149,7 @@ def kinds_of(layout: Layout, recipe: str) -> dict[str, str]:
         return dict.fromkeys(matrices, recipe.upper())
     if (known := recipes.find(recipe)) is None:
         raise RequestError(f"no recipe {recipe!r}; known: {', '.join((*recipes.RECIPES, *FLOATS))}")
-    return recipes.kinds(params, known)
+    return recipes.quant_types(params, known)
 
 
 def _bytes(g: np.random.SFC64, count: int) -> np.ndarray:
