@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tiercel.errors import FormatError, RequestError, TiercelError
+from tiercel.runtime.subprocess import call
 from tiercel.tokenizer.template import render
 
 MESSAGES = [
@@ -224,14 +225,20 @@ BOMBS = [
 
 
 @pytest.mark.parametrize("bomb", BOMBS, ids=range(len(BOMBS)))
-def test_a_template_that_never_ends_or_grows_is_ended(bomb: str) -> None:
+def test_a_template_that_never_ends_or_grows_is_ended(bomb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     render("warm", {})
-    begin = time.monotonic()
+    jobs = []
+
+    def called(process, job, timeout, max_bytes):
+        jobs.append((json.loads(job or b"{}"), timeout))
+        return call(process, job, timeout, max_bytes)
+
+    monkeypatch.setattr("tiercel.tokenizer.template.call", called)
     try:
         text = render(bomb, {"n": 10**9, "messages": MESSAGES})
     except TiercelError:
         text = ""
-    assert time.monotonic() - begin < 2.0
+    assert jobs[0][0]["seconds"] < 1.2 and jobs[0][1] < 2, "its time is limited, by both clocks"
     assert len(text) <= 16 << 20
     assert render("{{ 1 + 1 }}", {}) == "2", "the next template is served"
 
@@ -239,11 +246,10 @@ def test_a_template_that_never_ends_or_grows_is_ended(bomb: str) -> None:
 def test_the_first_template_is_not_slow() -> None:
     program = "from tiercel.tokenizer.template import render\nassert render('{{ x }}', {'x': 1}) == '1'"
     program += "\nimport sys; assert 'torch' not in sys.modules and 'jinja2' not in sys.modules"
-    begin = time.monotonic()
+    program += "\nassert len(sys.modules) < 400, len(sys.modules)"
     done = subprocess.run([sys.executable, "-"], input=program, text=True, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr  # from stdin: there is no main file that a child could import again
     assert done.stderr == ""
-    assert time.monotonic() - begin < 3.0
 
 
 def test_a_big_prompt_renders() -> None:

@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from growth import ratio
 from test_text_stream import make, run, spell
-from tiercel.tokenizer.tool_formats import HERMES, LLAMA, MISTRAL, ToolDelta, ToolFormat
+from tiercel.tokenizer.tool_formats import HERMES, LLAMA, MISTRAL, TOOL_FORMATS, ToolDelta, ToolFormat
 from tiercel.tokenizer.tool_parser import ToolParser
 
 TEMPLATES = {
@@ -136,10 +136,13 @@ def test_the_template_says_how_calls_are_written(kind):
     ["<tool_call>", '<tool_call>{"', "<tool_call>{}", "<", " ", '<tool_call>{"name": "f", "arguments": {"a": [[['],
 )
 def test_hostile_output_costs_its_length(unit):
-    began = time.perf_counter()
-    read(HERMES, unit * (200_000 // len(unit)))
-    read(HERMES, ['<tool_call>{"name": "f", "arguments": {"a": "' + "x" * 200_000 + '"}}</tool_call>'])
-    assert time.perf_counter() - began < 8
+    for form in TOOL_FORMATS:
+        text = unit.replace("<tool_call>", form.markers[0])
+        assert ratio(lambda size, form=form, text=text: read(form, [text * (size // len(text))]), 20_000) < 24
+        assert ratio(lambda size, form=form, text=text: read(form, text * (size // len(text))), 2_000) < 24
+    start = '<tool_call>{"name": "f", "arguments": {"a": "'
+    assert ratio(lambda size: read(HERMES, [start + "x" * size + '"}}</tool_call>']), 100_000) < 24
+    assert ratio(lambda size: read(HERMES, start + "x" * size + '"}}</tool_call>'), 3_000) < 24
 
 
 def test_markers_that_are_control_tokens_reach_the_parser_when_shown():

