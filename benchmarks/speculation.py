@@ -54,7 +54,7 @@ class Knows:
     def propose(self, tokens: GenericSequence[int], k: int) -> list[int]:
         return [(token + self.shift) % self.vocabulary for token in self.text[len(tokens) : len(tokens) + k]]
 
-    def record(self, accepted: int) -> None:
+    def release(self) -> None:
         pass
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiercel.engine.draft_model import drafter_for
 from tiercel.engine.engine import Engine
 from tiercel.engine.request import Request
 from tiercel.engine.session import Session
-from tiercel.engine.speculative import prompt_lookup
 from tiercel.errors import RequestError
 from tiercel.families.family import Layout
 from tiercel.hub import local_models
@@ -110,8 +110,7 @@ class Model:
     @cached_property
     def engine(self) -> Engine:
         """What runs the prompts of `generate`, `stream` and sessions, and remembers them."""
-        # on plain torch a row's bits depend on how many share its products, and a near tie on its bits
-        return Engine(self, drafter=prompt_lookup if self.network.native else None)
+        return Engine(self, drafter=drafter_for(self))
 
     def load_adapter(self, name: str, path: str | Path, *, lock: AbstractContextManager[Any] | None = None) -> None:
         """Hold a LoRA adapter (a folder in PEFT's form) under a name, to be named by `generate(…, adapter=name)`.

@@ -8,8 +8,9 @@ import pytest
 
 import tiny
 from tiercel import SamplingParams, load
+from tiercel.engine.draft_model import ModelDrafter
 from tiercel.engine.engine import Engine
-from tiercel.engine.speculative import ModelDrafter, NgramDrafter
+from tiercel.engine.speculative import NgramDrafter
 from tiercel.errors import RequestError
 from tiercel.model.cpu_runner import CPURunner
 from tiercel.sampling.params import Structured
@@ -55,7 +56,9 @@ def test_guessing_changes_no_token_of_any_request_in_a_mixed_batch(model, guesse
     network = model.network if guesses == "itself" else tiny.network(seed=9)
 
     def drafter(sequence):
-        return NgramDrafter(1, 3) if guesses == "ngrams" else ModelDrafter(CPURunner(network), sequence.sampler)
+        return (
+            NgramDrafter(1, 3) if guesses == "ngrams" else ModelDrafter(CPURunner(network), 300, 4096, sequence.sampler)
+        )
 
     asked = [
         (PROMPT * 3, SamplingParams(temperature=0, max_tokens=60, ignore_eos=True), {}),

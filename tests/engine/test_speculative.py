@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import tiny
-from tiercel.engine.speculative import ModelDrafter, NgramDrafter, Speculation, StepCosts
+from tiercel.engine.draft_model import ModelDrafter
+from tiercel.engine.speculative import NgramDrafter, Speculation, StepCosts
 from tiercel.model.cpu_runner import CPURunner
 from tiercel.sampling.params import SamplingParams
 from tiercel.sampling.sampler import Sampler
@@ -131,11 +132,11 @@ def test_a_model_that_guesses_for_itself_is_always_right_and_one_that_is_another
         truth = free.answer
     for drafting, always in ((net, True), (tiny.network(words, seed=8), False)):
         text = SpeculativeRun(net, ids(11), params)
-        drafter = ModelDrafter(CPURunner(drafting), text.sampler)
+        drafter = ModelDrafter(CPURunner(drafting), V, 4096, text.sampler)
         while len(text.answer) < 50:
             guess = drafter.propose(text.tokens, 4)
             assert len(guess) == 4
-            assert drafter.state.length == len(text.tokens) + 3
+            assert drafter._state.length == len(text.tokens) + 3
             (right,) = step(net, [text], [guess])
             assert right == 4 or not always
         assert text.answer[:50] == truth[:50]
@@ -143,11 +144,11 @@ def test_a_model_that_guesses_for_itself_is_always_right_and_one_that_is_another
 
 def test_a_draft_model_is_not_read_from_the_start_again_when_it_was_wrong():
     net, other = network("mamba2"), tiny.network("mamba2", seed=8)
-    text, drafter = SpeculativeRun(net, ids(40), GREEDY), ModelDrafter(CPURunner(other))
+    text, drafter = SpeculativeRun(net, ids(40), GREEDY), ModelDrafter(CPURunner(other), V, 4096)
     drafter.propose(text.tokens, 4)
     read = []
     run = drafter._forward
-    drafter._forward = lambda tokens: (read.append(len(tokens)), run(tokens))[1]
+    drafter._forward = lambda state, tokens: (read.append(len(tokens)), run(state, tokens))[1]
     for _ in range(60):
         step(net, [text], [drafter.propose(text.tokens, 4)])
     assert max(read) <= 12
@@ -181,7 +182,7 @@ def play(chance_of, cost, tokens=400):
         def propose(self, tokens, k):
             return [0] * k
 
-        def record(self, accepted):
+        def release(self):
             pass
 
     spec = Speculation(Guess(), costs)

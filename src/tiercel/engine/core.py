@@ -71,8 +71,10 @@ class EngineCore:
         scheduler: Scheduler,
         cache: PrefixCache,
         drafter: Callable[[Sequence], Drafter] | None,
+        draft_lengths: tuple[int, ...],
     ) -> None:
         self.runner, self.scheduler, self.cache, self.drafter = runner, scheduler, cache, drafter
+        self.draft_lengths = draft_lengths
         self.counters = Stats()
         self.costs = StepCosts()
         self.arrivals: deque[Sequence] = deque()
@@ -113,7 +115,8 @@ class EngineCore:
     def preempt(self, sequence: Sequence) -> None:
         """Move a running sequence back to the queue.  Its state goes to the cache, or is computed again."""
         snapshot_policy.take_snapshot(sequence, self.cache, turn_end=True, ending=True)
-        sequence.state, sequence.snapshot_positions = None, []
+        sequence.snapshot_positions = []
+        self._release(sequence)
         self.scheduler.preempt(sequence)
         self.counters.preemptions += 1
 
@@ -139,7 +142,7 @@ class EngineCore:
         """Free what a finished sequence holds; its state goes to the cache, but for the many sequences of a vote."""
         if not sequence.has_controller or sequence.snapshot_positions:
             snapshot_policy.take_snapshot(sequence, self.cache, turn_end=True, ending=True)
-        sequence.state = None
+        self._release(sequence)
         self.scheduler.remove(sequence)
         if sequence.request.finished:
             sequence.request.mark_finished()
@@ -166,6 +169,12 @@ class EngineCore:
             return
         request.prefix_state = state_of(sequence).fork(), logits_V.clone()
         self.controlled.append(request)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give up the state of a sequence, and its drafter's."""
+        sequence.state = None
+        if sequence.speculation is not None:
+            sequence.speculation.drafter.release()
 
     def _record_cache_hit(self, request: Request, shared: int, cached: int) -> None:
         """Count the prompt tokens that the cache had; log the reason where there were none."""

@@ -35,7 +35,7 @@ from tiercel.engine.parallel_sampling import spawn_sequences
 from tiercel.engine.prefix_cache import PrefixCache, default_budget
 from tiercel.engine.request import Request, SampleController, Sequence, Update
 from tiercel.engine.scheduler import MAX_DECODE_DELAY_SECONDS, ScheduledSequence, ScheduledStep, Scheduler
-from tiercel.engine.speculative import MAX_DRAFT_TOKENS, Drafter, Speculation
+from tiercel.engine.speculative import MAX_DRAFT_TOKENS, Drafter, Speculation, draft_lengths
 from tiercel.engine.step_runner import StepRunner
 from tiercel.engine.structured_output import Grammar, GrammarCompiler
 from tiercel.errors import Busy, RequestError, TiercelError
@@ -58,12 +58,13 @@ class Engine(EngineCore):
         max_queue: sequences that may wait; None: any number.
         state_bytes: bytes of running states, beyond which the latest sequences are preempted; None: what the device
             allows.
-        drafter: makes the drafter of a sequence (speculative.py); None: no speculation.
+        drafter: makes the drafter of a sequence (speculative.py, draft_model.py); None: no speculation.
+        num_speculative_tokens: draft tokens of a sequence in one step at most, 1 to 7; None: 7.
         max_decode_delay: seconds that decoding sequences may wait for a step that also computes prompts.
         runner: runs the network; None: the one for the network's device.
 
     Raises:
-        RequestError: fewer than one slot, or fewer batched tokens than slots.
+        RequestError: fewer than one slot, fewer batched tokens than slots, or another number of draft tokens.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Engine(EngineCore):
         max_queue: int | None = None,
         state_bytes: int | None = None,
         drafter: Callable[[Sequence], Drafter] | None = None,
+        num_speculative_tokens: int | None = None,
         max_decode_delay: float = MAX_DECODE_DELAY_SECONDS,
         runner: Runner | None = None,
     ) -> None:
@@ -86,7 +88,7 @@ class Engine(EngineCore):
         runner = runner or runner_for(model.network, slots, model.max_length)
         scheduler = Scheduler(slots, max_num_batched_tokens, max_decode_delay)
         cache = PrefixCache(runner, default_budget() if cache_bytes is None else cache_bytes, spill)
-        super().__init__(runner, scheduler, cache, drafter)
+        super().__init__(runner, scheduler, cache, drafter, draft_lengths(num_speculative_tokens))
         self.model, self.max_queue = model, max_queue
         self.state_bytes = runner.state_bytes if state_bytes is None else state_bytes
         self.steps = StepRunner(self)
@@ -131,7 +133,7 @@ class Engine(EngineCore):
         if self.drafter is None or sequence.num_pending_tokens > 1 or forks:
             return []
         if sequence.speculation is None:
-            sequence.speculation = Speculation(self.drafter(sequence), self.costs)
+            sequence.speculation = Speculation(self.drafter(sequence), self.costs, self.draft_lengths)
         trimmable = (state_of(sequence).rollback_tokens or MAX_DRAFT_TOKENS + 1) - 1
         room = min(sequence.max_output_tokens - sequence.num_output_tokens - 1, trimmable)
         return sequence.speculation.draft(sequence.tokens, num_rows, room)

@@ -24,12 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from tiercel.model.runner import Runner
-from tiercel.model.state import Snapshot
-from tiercel.sampling.sampler import Sampler, draw, uniform
+from tiercel.sampling.fields import is_integer, refuse
 
 DRAFT_LENGTHS = (1, 3, 7)  # tokens; only a few lengths, because each needs a captured graph (model/graph_cache.py)
 MAX_DRAFT_TOKENS = DRAFT_LENGTHS[-1]
@@ -50,8 +45,8 @@ class Drafter(Protocol):
     def propose(self, tokens: Sequence[int], k: int) -> list[int]:
         """Return up to k next tokens."""
 
-    def record(self, accepted: int) -> None:
-        """Take note that this many tokens of the last proposal were accepted."""
+    def release(self) -> None:
+        """Give up states and memory; the sequence has finished or was preempted."""
 
 
 class NgramDrafter:
@@ -85,8 +80,8 @@ class NgramDrafter:
             out += out[: k - len(out)]
         return out
 
-    def record(self, accepted: int) -> None:
-        """Do nothing: the next tokens show what was accepted."""
+    def release(self) -> None:
+        """Do nothing: the table is small."""
 
     def _follow(self, tokens: Sequence[int]) -> None:
         for end in range(self._num_indexed, len(tokens)):
@@ -105,74 +100,6 @@ class NgramDrafter:
             if position is not None:
                 self._position, self._num_matched = position, size
                 return
-
-
-class ModelDrafter:
-    """A smaller network with the same vocabulary; its own state follows the sequence, trimmed where it was wrong.
-
-    Args:
-        runner: of the draft network.
-        sampler: of the sequence.  Draft tokens are then drawn with the numbers that the sequence's tokens will be
-            drawn with, which makes them right more often than the likeliest token would be.
-    """
-
-    def __init__(self, runner: Runner, sampler: Sampler | None = None) -> None:
-        self.runner, self.state = runner, runner.new_state()
-        self.sampler = sampler if sampler is not None and not sampler.params.greedy else None
-        self._tokens: list[int] = []  # that the state holds
-        self._snapshot: Snapshot | None = None
-
-    def match_class(self, tokens: Sequence[int]) -> int:
-        """Return 0: there is always a draft."""
-        return 0
-
-    @torch.no_grad()
-    def propose(self, tokens: Sequence[int], k: int) -> list[int]:
-        """Return k next tokens."""
-        self._rewind(tokens)
-        chunk = self.state.rollback_tokens
-        if chunk and (len(tokens) + k) // chunk > len(tokens) // chunk:
-            # a chunk ends inside the draft, which then cannot be trimmed: keep a snapshot of what is certain
-            if self.state.length < len(tokens) - 1:
-                self._forward(tokens[self.state.length : len(tokens) - 1])
-            self._snapshot = self.state.snapshot()
-        out: list[int] = []
-        new = list(tokens[self.state.length :])
-        for _ in range(k):
-            logits_V = self._forward(new)
-            out.append(self._sample(logits_V, len(out)))
-            new = out[-1:]
-        return out
-
-    def record(self, accepted: int) -> None:
-        """Do nothing: the next tokens show what was accepted."""
-
-    def _sample(self, logits_V: Tensor, offset: int) -> int:
-        if self.sampler is None:
-            return int(logits_V.argmax())
-        params, position = self.sampler.params, len(self.sampler.output_ids) + offset
-        scaled_V = (logits_V - logits_V.max()).cpu() / params.temperature
-        return draw(scaled_V, uniform(self.sampler.seed, self.sampler.index, position))
-
-    def _forward(self, tokens: Sequence[int]) -> Tensor:
-        (logits_LV,) = self.runner.forward([torch.tensor(list(tokens), device=self.runner.device)], [self.state])
-        self._tokens += tokens
-        return logits_LV[-1]
-
-    def _rewind(self, tokens: Sequence[int]) -> None:
-        """Trim the state to what it shares with the sequence, less the last token, whose logits are needed."""
-        shared, most = 0, min(len(self._tokens), len(tokens) - 1)
-        recent = max(most - 4 * MAX_DRAFT_TOKENS, 0)
-        if self._tokens[:recent] == list(tokens[:recent]):
-            shared = recent
-        while shared < most and self._tokens[shared] == tokens[shared]:
-            shared += 1
-        if not self.state.trim(shared):
-            if self._snapshot is not None and self._snapshot.length <= shared:
-                self.state.restore(self._snapshot)
-            else:
-                self.state, self._snapshot = self.runner.new_state(), None
-        del self._tokens[self.state.length :]
 
 
 @dataclass
@@ -245,16 +172,16 @@ class Speculation:
     Args:
         drafter: proposes tokens for this sequence.
         costs: shared by all sequences of the same steps; the engine records them.
-        max_draft_tokens: in one step.
+        lengths: of drafts, in tokens, ascending.
     """
 
-    def __init__(self, drafter: Drafter, costs: StepCosts, max_draft_tokens: int = MAX_DRAFT_TOKENS) -> None:
-        self.drafter, self.costs, self.max_draft_tokens = drafter, costs, max_draft_tokens
+    def __init__(self, drafter: Drafter, costs: StepCosts, lengths: Sequence[int] = DRAFT_LENGTHS) -> None:
+        self.drafter, self.costs, self.lengths = drafter, costs, lengths
         self.proposed = self.accepted = 0
         self._records: dict[int, AcceptanceRecord] = {}
         self._match_class = -1  # of the last draft; −1: there was none
         self._draft_seconds = 0.0  # of one token
-        self._length = 0
+        self._length = self._drafted_length = 0  # tokens at the last call, and at the last draft
 
     def draft(self, tokens: Sequence[int], rows: int = 1, room: int = MAX_DRAFT_TOKENS) -> list[int]:
         """Return the draft tokens of the next step; [] where they would not pay.
@@ -277,14 +204,16 @@ class Speculation:
             self._records[match_class] = AcceptanceRecord(2 * p, 2 - 2 * p)
         record = self._records[match_class]
         k = min(self._best_length(record, rows), room)
-        k = max((length for length in DRAFT_LENGTHS if length <= k), default=0)
+        k = max((length for length in self.lengths if length <= k), default=0)
         if k == 0:
             return []
         draft_tokens = self.drafter.propose(tokens, k)
-        if draft_tokens:
+        if not draft_tokens:
+            return []
+        if len(tokens) - self._drafted_length <= MAX_DRAFT_TOKENS + 1:  # else the drafter caught up with the sequence
             spent, past = (time.perf_counter() - began) / len(draft_tokens), self._draft_seconds
             self._draft_seconds = PAST_WEIGHT * past + (1 - PAST_WEIGHT) * spent if past else spent
-            self._match_class = match_class
+        self._drafted_length, self._match_class = len(tokens), match_class
         return draft_tokens
 
     def _best_length(self, record: AcceptanceRecord, rows: int) -> int:
@@ -297,9 +226,9 @@ class Speculation:
         base, p = self.costs.of(rows), record.rate
         best, more, could_pay = 0, 0.0, False
         speed = needed = (MIN_SPEEDUP if rows == 1 else MIN_SPEEDUP_IN_BATCH) * rows / base
-        for k in range(1, self.max_draft_tokens + 1):
+        for k in range(1, self.lengths[-1] + 1):
             more += p**k
-            if k not in DRAFT_LENGTHS:
+            if k not in self.lengths:
                 continue
             # more rows never cost less: where they seem to, other programs used the cores while few were measured
             seconds = max(self.costs.of(rows + k), base) + k * self._draft_seconds
@@ -318,7 +247,6 @@ class Speculation:
         if not num_proposed:
             return
         self.proposed, self.accepted = self.proposed + num_proposed, self.accepted + num_accepted
-        self.drafter.record(num_accepted)
         if self._match_class < 0:
             return
         record = self._records[self._match_class]
@@ -326,6 +254,19 @@ class Speculation:
         self.costs.recent[self._match_class].record(num_proposed, num_accepted)
         if num_accepted == num_proposed:
             record.cooldown, record.next_cooldown = 0, MIN_COOLDOWN_TOKENS
+
+
+def draft_lengths(num_speculative_tokens: int | None) -> tuple[int, ...]:
+    """Return the lengths of drafts, in tokens, up to this one; None: up to MAX_DRAFT_TOKENS.
+
+    Raises:
+        RequestError: it is not from 1 to MAX_DRAFT_TOKENS.
+    """
+    if num_speculative_tokens is None:
+        return DRAFT_LENGTHS
+    if not is_integer(num_speculative_tokens) or not 1 <= num_speculative_tokens <= MAX_DRAFT_TOKENS:
+        raise refuse("num_speculative_tokens", num_speculative_tokens, f"a whole number from 1 to {MAX_DRAFT_TOKENS}")
+    return (*(length for length in DRAFT_LENGTHS if length < num_speculative_tokens), num_speculative_tokens)
 
 
 def prompt_lookup(sequence: object) -> Drafter:

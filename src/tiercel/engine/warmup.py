@@ -9,7 +9,7 @@ import time
 import torch
 
 from tiercel.engine.core import EngineCore
-from tiercel.engine.speculative import DRAFT_LENGTHS, UNCAPTURED_STEPS
+from tiercel.engine.speculative import UNCAPTURED_STEPS
 from tiercel.model.runner import SequenceState
 
 PREFAULT_SECONDS = 3.0  # at start-up; the rest is prefaulted while the engine is idle
@@ -34,7 +34,7 @@ def prefault(core: EngineCore) -> bool:
 def capture_graphs(core: EngineCore) -> None:
     """Capture and time the steps of one sequence with draft tokens, then of two to all slots."""
     runner = core.runner
-    draft_lengths = () if core.drafter is None else DRAFT_LENGTHS
+    draft_lengths = () if core.drafter is None else core.draft_lengths
     steps = [[1 + length] for length in (0, *draft_lengths)]
     steps += [[1] * count for count in range(2, min(core.scheduler.slots, runner.max_captured_tokens) + 1)]
     states: list[SequenceState] = []

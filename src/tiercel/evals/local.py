@@ -44,12 +44,11 @@ class LocalModel:
     # ── writing ──
 
     def answer(self, questions: Iterable[Question], ask: Ask) -> Iterator[Answers]:
+        from tiercel.engine.draft_model import drafter_for
         from tiercel.engine.engine import Engine
-        from tiercel.engine.speculative import prompt_lookup
 
         together = 1 if ask.vote else min(ask.samples, TOGETHER)  # a vote opens its traces as slots come free
-        drafter = prompt_lookup if self.model.network.native else None
-        engine = Engine(self.model, slots=max(ask.slots, together), drafter=drafter)
+        engine = Engine(self.model, slots=max(ask.slots, together), drafter=drafter_for(self.model))
         waiting = iter(questions)
         open_: dict[int, list[Request]] = {}
         mine: dict[Request, int] = {}

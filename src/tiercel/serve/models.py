@@ -38,7 +38,7 @@ def open_model(path: Path, settings: Settings) -> tuple[Model, AsyncEngine]:
     import tiercel
     from tiercel.commands.plan import fit
     from tiercel.engine import AsyncEngine, Engine
-    from tiercel.engine.speculative import prompt_lookup
+    from tiercel.engine.draft_model import drafter_for
 
     size: dict[str, Any]
     context: int | None
@@ -53,8 +53,7 @@ def open_model(path: Path, settings: Settings) -> tuple[Model, AsyncEngine]:
         size["cache_bytes"] = settings.cache_bytes
     model = tiercel.load(path, device=settings.device, max_length=context)
     spill = Path(settings.spill).expanduser() if settings.spill else None
-    drafter = prompt_lookup if model.network.native else None  # as in llm.py
-    engine = Engine(model, max_queue=settings.queue, spill=spill, drafter=drafter, **size)
+    engine = Engine(model, max_queue=settings.queue, spill=spill, drafter=drafter_for(model), **size)
     engine.warm_up()
     return model, AsyncEngine(engine)
 
