@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from tiercel.errors import RequestError, TiercelError
 from tiercel.runtime.subprocess import call, terminate
+from tiercel.sampling.json_schema import close_objects
 from tiercel.sampling.params import Structured
 
 if TYPE_CHECKING:
@@ -47,7 +49,9 @@ CACHE_BYTES = 64 << 20
 BYTES_PER_CHARACTER = 40  # of a compiled grammar: an estimate
 TOO_LARGE = f"it is too large, or takes more than {SECONDS:g} s to compile"
 # a schema's white space is bounded: small models love line breaks; oneOf becomes anyOf
-OPTIONS: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}", "coerce_one_of": True}
+GBNF_RULE = re.compile(r"^\s*[A-Za-z][\w-]*\s*::=", re.MULTILINE)
+MAX_GBNF_CHARS = 64 << 10  # it is read character by character
+OPTIONS: Any = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}", "coerce_one_of": True}
 MASK_SECONDS, MASK_SECONDS_PER_TOKEN = 1.0, 0.01  # for all masks of one answer, of processor time
 
 
@@ -209,8 +213,9 @@ def written(structured: Structured, *, lenient: bool = False) -> str:
 
     try:
         if structured.json is not None:
-            schema = structured.json if isinstance(structured.json, str) else json.dumps(structured.json)
-            return str(LLMatcher.grammar_from_json_schema(schema, OPTIONS | {"lenient": lenient}))
+            schema = json.loads(structured.json) if isinstance(structured.json, str) else structured.json
+            closed = json.dumps(close_objects(schema))
+            return str(LLMatcher.grammar_from_json_schema(closed, OPTIONS | {"lenient": lenient}))
         if structured.json_object:
             return str(LLMatcher.grammar_from_json_schema('{"type": "object"}', OPTIONS))
         if structured.regex is not None:
@@ -218,9 +223,23 @@ def written(structured: Structured, *, lenient: bool = False) -> str:
         if structured.choice is not None:
             texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in structured.choice)
             return str(LLMatcher.grammar_from_lark(f"start: {texts}"))
-        return str(LLMatcher.grammar_from_lark(str(structured.grammar)))
+        return str(LLMatcher.grammar_from_lark(_as_lark(str(structured.grammar))))
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the structure of the answer cannot be read: {_line(str(error))}") from None
+
+
+def _as_lark(grammar: str) -> str:
+    """A Lark grammar as it is, llama.cpp's GBNF (`root ::= …`) translated."""
+    if not GBNF_RULE.search(grammar):
+        return grammar
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    if len(grammar) > MAX_GBNF_CHARS:
+        raise RequestError(f"a GBNF grammar may have {MAX_GBNF_CHARS} characters, not {len(grammar)}; write it in Lark")
+    try:
+        return str(gbnf_to_lark(grammar))
+    except Exception as error:  # some of its errors have no class of their own
+        raise ValueError(str(error)) from None
 
 
 def refuse(error: str) -> None:

@@ -98,7 +98,10 @@ def make_app(service: Service) -> ASGIApp:
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         texts = {404: "there is no such route", 405: "this method is not allowed here"}
-        response = error_response(request.scope["path"], error.status_code, texts.get(error.status_code, error.detail))
+        response = error_response(
+            request.scope["path"], error.status_code, texts.get(error.status_code, error.detail),
+            code={404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code),
+        )  # fmt: skip
         if allow := (error.headers or {}).get("Allow"):
             response.headers["allow"] = allow
         return response

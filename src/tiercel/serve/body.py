@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 from collections.abc import Iterable
-from typing import Any, Literal, TypeVar
+from itertools import islice
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 from starlette.requests import Request
 
 from tiercel.serve.errors import APIError
@@ -21,6 +23,33 @@ from tiercel.voting.settings import VoteSettings
 
 HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 MAX_IGNORED_NAMES = 16
+MAX_UNKNOWN_FIELDS = 1000  # that are looked at for the header
+MAX_CONTAINERS = 1 << 20  # arrays and objects of a body: each takes 64 bytes and more
+THREAD_BYTES = 64 << 10  # from this size a body is read in a thread
+T = TypeVar("T")
+
+
+class _FirstError(FailFast):
+    """As its base, which cannot stand in a union: it has no hash."""
+
+    __hash__ = object.__hash__
+
+
+Items = Annotated[list[T], _FirstError()]  # validation ends at the first wrong item
+
+
+def _first_wrong(kinds: type | tuple[type, ...]) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        for key, item in value.items() if isinstance(value, dict) else ():
+            if not isinstance(item, kinds) or isinstance(item, bool):
+                raise ValueError(f"the value of {key[:40]!r} has the wrong type")
+        return value
+
+    return BeforeValidator(check)
+
+
+Texts = Annotated[dict[str, str], _first_wrong(str)]  # validation ends at the first wrong value
+Numbers = Annotated[dict[str, float], _first_wrong((int, float))]
 VoteMethod = Literal[
     "majority", "weighted", "filtered-low", "filtered-high", "deepconf-low", "deepconf-high", "deepconf"
 ]
@@ -33,7 +62,7 @@ class Body(BaseModel):
 
     def ignored(self) -> list[str]:
         """Names of the fields that this server does not read."""
-        return sorted(self.model_extra or ())
+        return sorted(islice(self.model_extra or (), MAX_UNKNOWN_FIELDS))
 
 
 class VoteField(Body):
@@ -68,15 +97,23 @@ async def read(request: Request, kind: type[B]) -> B:
     raw = await read_bytes(request, settings.body_bytes, settings.body_timeout)
     if not raw.strip():
         raise APIError(400, "missing request body")
-    value = parse(raw, settings.json_depth)
+    if len(raw) < THREAD_BYTES:
+        body = validate(raw, kind, settings.json_depth)
+    else:
+        body = await asyncio.to_thread(validate, raw, kind, settings.json_depth)
+    ignore(request, body.ignored())
+    return body
+
+
+def validate(raw: bytes, kind: type[B], depth: int) -> B:
+    """JSON → the checked body.  Raises APIError 400 for the first thing that is wrong."""
+    value = parse(raw, depth)
     if not isinstance(value, dict):
         raise APIError(400, "the request body must be a JSON object")
     try:
-        body = kind.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
         raise _error(error) from None
-    ignore(request, body.ignored())
-    return body
 
 
 def ignore(request: Request, names: Iterable[str]) -> None:
@@ -105,9 +142,14 @@ async def read_bytes(request: Request, limit: int, seconds: float) -> bytes:
 
 
 def parse(raw: bytes, depth: int) -> Any:
-    """JSON as the standard has it: no NaN, no endless integers, nesting bounded.  Raises APIError 400."""
+    """JSON as the standard has it: no NaN, no infinity, no endless integers, nesting and number of containers bounded.
+
+    Raises APIError 400.
+    """
+    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS:
+        raise APIError(400, f"the JSON has more than {MAX_CONTAINERS} arrays and objects")
     try:
-        value = json.loads(raw, parse_constant=_no_constant)
+        value = json.loads(raw, parse_constant=_no_number, parse_float=_finite)
     except RecursionError:
         raise APIError(400, f"the JSON is nested deeper than {depth}") from None
     except ValueError as error:
@@ -122,8 +164,13 @@ def parse(raw: bytes, depth: int) -> Any:
     return value
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text[:40]} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
 
 
 def _error(error: ValidationError) -> APIError:

@@ -32,8 +32,8 @@ class PromptOptions:
     """What a request asks for beside its prompt and sampling parameters.
 
     forced: the answer is one call of one of the tools.  structured: keywords of `Structured`.  context: tokens, where
-    the request wants a smaller one than the model's.  continue_final: the last message is unfinished.  template:
-    variables for the chat template.
+    the request wants a smaller one than the model's.  continue_final: the last message is unfinished.
+    scores_only: no token is generated.  template: variables for the chat template.
     """
 
     tools: Sequence[Tool] | None = None
@@ -42,6 +42,8 @@ class PromptOptions:
     structured: dict[str, Any] | None = None
     context: int | None = None
     continue_final: bool = False
+    add_generation_prompt: bool = True
+    scores_only: bool = False
     template: Mapping[str, Any] = field(default_factory=dict)
     vote: VoteSettings | None = None
 
@@ -68,9 +70,7 @@ def prepare(
         prompt_ids, turn_start = _ids(lease, prompt), None
         check_ids(model, prompt_ids)
     structured = options.structured
-    if options.forced and options.tools:
-        if structured is not None:
-            raise RequestError("an answer has one form: a forced tool call, or response_format")
+    if options.forced and options.tools:  # the call is the form of the answer
         from tiercel.tokenizer.tool_formats import LLAMA
 
         structured, form = {"grammar": call_grammar(options.tools)}, LLAMA  # that form reads bare objects
@@ -81,7 +81,7 @@ def prepare(
         if options.tools:
             raise RequestError("tools and a vote: calls cannot be voted on; leave one of them out")
         voting.check(options.vote, params)
-    _limit_length(model, params, len(prompt_ids), options.context)
+    _limit_length(model, params, len(prompt_ids), options)
     grammar = _compile(lease, params)
     # a form binds the answer from its first token, unless the template has a place for reasoning, which comes before
     reasons = chat and (grammar is None or can_reason(template_text(tokenizer)))
@@ -111,7 +111,12 @@ def _encode_chat(
     _set_thinking(tokenizer, fields, variables, options.think)
     if options.tools:
         variables["tools"] = list(options.tools)
-    ids = tokenizer.chat(messages, continue_final=options.continue_final, **variables)
+    ids = tokenizer.chat(
+        messages,
+        continue_final=options.continue_final,
+        add_generation_prompt=options.add_generation_prompt,
+        **variables,
+    )
     # a state whose rollback depth covers the prompt needs no snapshot at a turn
     splits = 0 < lease.loaded.engine.engine.rollback_tokens < len(ids)
     return ids, _turn_start(tokenizer, messages, ids, variables) if splits else None
@@ -152,9 +157,12 @@ def _turn_start(tokenizer: Tokenizer, messages: list[Message], ids: list[int], v
     return shared or None
 
 
-def _limit_length(model: Model, params: SamplingParams, prompt_tokens: int, context: int | None) -> None:
+def _limit_length(model: Model, params: SamplingParams, prompt_tokens: int, options: PromptOptions) -> None:
     """Cut max_tokens to what the context has left.  Raises ContextOverflow when that is nothing."""
+    context = options.context
     room = min(context or model.max_length, model.max_length) - prompt_tokens
+    if room == 0 and options.scores_only:
+        return
     if room < 1:
         raise ContextOverflow(
             f"the prompt has {prompt_tokens} tokens and the context holds {room + prompt_tokens}, one of them for the "

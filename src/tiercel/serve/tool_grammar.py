@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from tiercel.errors import RequestError
+from tiercel.sampling.json_schema import close_objects
 from tiercel.serve.types import Tool
 
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True,
@@ -20,6 +21,6 @@ def call_grammar(tools: Sequence[Tool]) -> str:
         if not isinstance(function.get("parameters") or {}, dict):
             raise RequestError(f"the parameters of {function['name']} must be a JSON schema")
         begin = f'{{"name": {json.dumps(function["name"])}, "arguments": '
-        schema = {"type": "object", **(function.get("parameters") or {}), "x-guidance": COMPACT}
+        schema = {"type": "object", **close_objects(function.get("parameters") or {}), "x-guidance": COMPACT}
         calls.append(f'{json.dumps(begin)} %json {json.dumps(schema)} "}}"')
     return "start: " + " | ".join(calls)

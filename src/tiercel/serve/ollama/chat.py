@@ -26,6 +26,7 @@ from tiercel.serve.ollama.schemas import Chat, Generate, OllamaRequest
 from tiercel.serve.ollama.writers import ChatWriter, GenerateWriter, ResponseWriter, WholeCalls
 from tiercel.serve.prompt import PromptOptions, prepare
 from tiercel.serve.service import service_of
+from tiercel.serve.settings import Settings
 from tiercel.serve.stream import JSONResponse, NDJSONResponse
 from tiercel.serve.types import GenerationRequest, OutputDelta, Usage
 
@@ -47,7 +48,7 @@ async def generate(request: Request) -> Response:
         raise APIError(400, "raw mode does not support template, system, or context")
     if body.template:
         raise APIError(400, "a template comes with a model (tiercel create), not with a request")
-    _check(body)
+    _check(body, service_of(request).settings)
     if not body.prompt:
         return _load(request, body, {"response": ""})
     return _respond(request, body, GenerateWriter(body))
@@ -56,10 +57,10 @@ async def generate(request: Request) -> Response:
 async def chat(request: Request) -> Response:
     """Answer a conversation; without one, load or unload the model."""
     body = await read(request, Chat)
-    _check(body)
-    limit = service_of(request).settings.messages
-    if len(body.messages or ()) > limit:
-        raise APIError(400, f"a conversation may have {limit} messages")
+    settings = service_of(request).settings
+    _check(body, settings)
+    if len(body.messages or ()) > settings.messages:
+        raise APIError(400, f"a conversation may have {settings.messages} messages")
     if any(message.images for message in body.messages or ()):
         raise APIError(400, f'"{body.model}" does not support images')
     for tool in body.tools or ():
@@ -70,12 +71,14 @@ async def chat(request: Request) -> Response:
     return _respond(request, body, ChatWriter(body))
 
 
-def _check(body: OllamaRequest) -> None:
+def _check(body: OllamaRequest, settings: Settings) -> None:
+    body.check_size(settings.schema_bytes, body.format, getattr(body, "tools", None))
     if not body.model.strip():
         raise APIError(400, "model is required")
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_TOP_LOGPROBS:
         raise APIError(400, f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}")
     keep_alive_seconds(body.keep_alive)
+    structured_of(body)
 
 
 def _load(request: Request, body: OllamaRequest, empty: dict[str, Any]) -> Response:
@@ -162,7 +165,8 @@ async def _open(request: Request, body: OllamaRequest, writer: ResponseWriter[An
     wanted = PromptOptions(
         tools=writer.tools,
         think=None if body.think == "" else body.think,
-        structured=structured_of(body.format),
+        structured=structured_of(body),
+        continue_final=writer.continues,
         context=options.get("num_ctx"),
         vote=body.vote.settings(service_of(request).settings) if body.vote is not None else None,
     )
@@ -173,10 +177,13 @@ async def _open(request: Request, body: OllamaRequest, writer: ResponseWriter[An
     return generation
 
 
-def structured_of(value: Any) -> dict[str, Any] | None:
+def structured_of(body: OllamaRequest) -> dict[str, Any] | None:
     """`format`, which is "json", a schema, or nothing → keywords of `Structured`.  Raises APIError 400."""
+    form, value = body.structured(), body.format
     if value in (None, ""):
-        return None
+        return form
+    if form is not None:
+        raise APIError(400, "an answer has one form: leave out format, or the other field that gives one")
     if value == "json":
         return {"json_object": True}
     if isinstance(value, dict):

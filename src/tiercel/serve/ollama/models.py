@@ -20,6 +20,7 @@ from tiercel.serve.names import tagged, timestamp
 from tiercel.serve.service import service_of
 from tiercel.serve.stream import JSONResponse
 
+OLLAMA_VERSION = "0.13.5"
 CENTURY_SECONDS = 100 * 365 * 86400.0  # how far in the future "for ever" is written
 
 
@@ -46,10 +47,10 @@ async def ps(request: Request) -> Response:
 
 
 async def version(request: Request) -> Response:
-    """The version of this server."""
+    """The version of Ollama whose API this is, which its clients compare, and the version of this server."""
 
     async def make() -> dict[str, Any]:
-        return {"version": tiercel.__version__}
+        return {"version": OLLAMA_VERSION, "tiercel": tiercel.__version__}
 
     return JSONResponse(request, make)
 

@@ -22,7 +22,7 @@ def options_to_params(options: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     ignored: list[str] = []
     for name, value in options.items():
         if name == "num_predict":
-            length = _whole(name, value, -2)
+            length = _whole(name, min(value, MAX_INT32) if isinstance(value, int) else value, -2)
             params["max_tokens"] = length if length > 0 else None
         elif name == "num_ctx":
             _whole(name, value, 1)

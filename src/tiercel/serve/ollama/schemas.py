@@ -10,15 +10,16 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from tiercel.serve.body import Body, VoteField
+from tiercel.serve.body import Body, Items, Texts, VoteField
 from tiercel.serve.errors import APIError
+from tiercel.serve.structured import StructuredFields
 
 KeepAlive = int | float | str | None
 ThinkField = bool | Literal["low", "medium", "high", "max", ""] | None
 Name = Field(default="", max_length=512)
 
 
-class OllamaRequest(Body):
+class OllamaRequest(StructuredFields):
     model: str = Name
     stream: bool | None = None
     format: str | dict[str, Any] | None = None
@@ -37,9 +38,9 @@ class Generate(OllamaRequest):
     suffix: str | None = None
     system: str | None = None
     template: str | None = None
-    context: list[int] | None = None
+    context: Items[int] | None = None
     raw: bool | None = None
-    images: list[str] | None = None
+    images: Items[str] | None = None
 
 
 class Function(Body):
@@ -57,15 +58,15 @@ class Message(Body):
     role: str = Field(max_length=64)
     content: str | None = None
     thinking: str | None = None
-    images: list[str] | None = None
-    tool_calls: list[ToolCall] | None = None
+    images: Items[str] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
 
 
 class Chat(OllamaRequest):
-    messages: list[Message] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: Items[Message] | None = None
+    tools: Items[dict[str, Any]] | None = None
 
 
 class Embed(Body):
@@ -110,13 +111,13 @@ class Pull(ModelBody):
 
 class Create(ModelBody):
     from_: str | None = Field(default=None, alias="from", max_length=512)
-    files: dict[str, str] | None = None
-    adapters: dict[str, str] | None = None
+    files: Texts | None = None
+    adapters: Texts | None = None
     template: str | None = None
-    license: str | list[str] | None = None
+    license: str | Items[str] | None = None
     system: str | None = None
     parameters: dict[str, Any] | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Items[dict[str, Any]] | None = None
     quantize: str | None = None
     stream: bool | None = None
 

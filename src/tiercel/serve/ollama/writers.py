@@ -17,11 +17,12 @@ B = TypeVar("B", bound=OllamaRequest)
 
 
 class ResponseWriter(Generic[B]):
-    """One of the two routes.  tools: what the model may call."""
+    """One of the two routes.  tools: what the model may call.  continues: the answer continues the last message."""
 
     def __init__(self, body: B) -> None:
         self.body = body
         self.tools: list[Tool] | None = None
+        self.continues = False
 
     def prompt(self, lease: Lease) -> Prompt:
         """What the model reads."""
@@ -64,6 +65,9 @@ class ChatWriter(ResponseWriter[Chat]):
     def __init__(self, body: Chat) -> None:
         super().__init__(body)
         self.tools = body.tools or None
+        if body.messages:
+            last = body.messages[-1]
+            self.continues = last.role.lower() == "assistant" and bool(last.content) and not last.tool_calls
 
     def prompt(self, lease: Lease) -> Prompt:
         messages = [template_message(message) for message in self.body.messages or ()]

@@ -6,21 +6,23 @@ Reasoning comes as `reasoning_content`.  Sampling defaults: the checkpoint's own
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tiercel.serve.body import read
+from tiercel.serve.body import ignore, read
+from tiercel.serve.capabilities import template_text
 from tiercel.serve.defaults import default_params, tenant_of
 from tiercel.serve.errors import APIError
 from tiercel.serve.generation import collect, generate
 from tiercel.serve.models import Lease
 from tiercel.serve.openai.formats import call_delta, chat_logprobs, head, timings, usage_fields
 from tiercel.serve.openai.messages import template_messages
-from tiercel.serve.openai.schemas import ChatCompletion, Sampled
-from tiercel.serve.openai.tools import check_schema_size, structured_of, tools_of
+from tiercel.serve.openai.schemas import ChatCompletion, Reasoning, Sampled
+from tiercel.serve.openai.tools import tools_of
 from tiercel.serve.prompt import REASONING_TOKENS, PromptOptions, prepare
 from tiercel.serve.service import service_of
 from tiercel.serve.settings import Settings
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from tiercel.tokenizer.tokenizer import Tokenizer
 
 MAX_TOP_LOGPROBS = 20
+SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch of reasoning
+RESERVED_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token",
+                      "unk_token", "self", "continue_final")  # fmt: skip
 
 
 async def chat_completions(request: Request) -> Response:
@@ -54,7 +59,7 @@ def check_chat(body: ChatCompletion, settings: Settings) -> None:
         raise APIError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= MAX_TOP_LOGPROBS:
         raise APIError(400, f"top_logprobs must be between 0 and {MAX_TOP_LOGPROBS}", param="top_logprobs")
-    check_schema_size([body.tools, body.response_format, body.structured_outputs], settings.schema_bytes)
+    body.check_size(settings.schema_bytes, body.tools)
 
 
 async def open_prompt(
@@ -69,7 +74,7 @@ async def open_prompt(
 
 async def open_chat(request: Request, body: ChatCompletion, lease: Lease) -> GenerationRequest:
     """The request of a conversation.  Raises APIError 400, RequestError."""
-    think, switch = _think(body), _thinking_switch(body)
+    switch, variables = _template_switches(body, lease, request)
     messages = template_messages(body.messages)
     system = lease.served.extras.get("system")
     if system and messages[0]["role"] != "system":
@@ -80,30 +85,49 @@ async def open_chat(request: Request, body: ChatCompletion, lease: Lease) -> Gen
     options = PromptOptions(
         tools=tools,
         forced=tools is not None and body.tool_choice not in (None, "auto"),
-        think=think if switch is None else switch,
-        structured=structured_of(body.response_format, body.structured_outputs),
+        think=_think(body) if switch is None else switch,
+        structured=body.structured(),
+        template=variables,
         continue_final=bool(body.continue_final_message),
+        add_generation_prompt=body.add_generation_prompt is not False,
         vote=body.vote.settings(service_of(request).settings) if body.vote is not None else None,
     )
     return await open_prompt(request, body, messages, lease, options)
 
 
 def _think(body: ChatCompletion) -> Think:
-    effort = body.reasoning_effort or (body.reasoning or {}).get("effort")
+    reasoning = body.reasoning or Reasoning()
+    effort = body.reasoning_effort or reasoning.effort
     if effort is not None and effort != "none" and effort not in REASONING_TOKENS:
         efforts = ", ".join(REASONING_TOKENS)
         raise APIError(400, f"reasoning effort must be none or one of {efforts}", param="reasoning")
-    return False if effort == "none" else effort
+    return effort != "none" and (effort or reasoning.enabled)
 
 
-def _thinking_switch(body: ChatCompletion) -> bool | None:
-    """`chat_template_kwargs`: only the switch that templates document."""
-    value: bool | None = None
-    for name, value in (body.chat_template_kwargs or {}).items():
-        if name not in ("enable_thinking", "thinking") or not isinstance(value, bool):
-            raise APIError(400, f"chat_template_kwargs takes enable_thinking: true or false, not {name[:40]!r}",
-                          param="chat_template_kwargs")  # fmt: skip
-    return value
+def _template_switches(body: ChatCompletion, lease: Lease, request: Request) -> tuple[bool | None, dict[str, Any]]:
+    """`chat_template_kwargs`: whether to reason, and the other variables that the template names.
+
+    Those that it does not name are ignored, and named in the header.  Raises APIError 400.
+    """
+    wanted = body.chat_template_kwargs or {}
+    template = template_text(lease.loaded.model.tokenizer)
+    switches = {name: wanted[name] for name in SWITCHES if wanted.get(name) is not None}
+    problem = ""
+    if any(not isinstance(value, bool) for value in switches.values()):
+        problem = f"{' and '.join(switches)} must be true or false"
+    elif len(set(switches.values())) > 1:
+        problem = f"{' and '.join(switches)} contradict each other; leave one of them out"
+    variables: dict[str, Any] = {}
+    for name, value in wanted.items():
+        if name in RESERVED_VARIABLES or "{{" in str(value) or "{%" in str(value):
+            problem = f"{name[:40]!r} cannot be set to {str(value)[:40]!r}"
+        elif re.search(rf"\b{re.escape(name)}\b", template):
+            variables[name] = value
+        elif name not in SWITCHES:
+            ignore(request, [f"chat_template_kwargs.{name}"])
+    if problem:
+        raise APIError(400, f"chat_template_kwargs: {problem}", param="chat_template_kwargs")
+    return next(iter(switches.values()), None), variables
 
 
 async def _complete(request: Request, body: ChatCompletion) -> dict[str, Any]:

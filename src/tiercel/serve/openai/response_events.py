@@ -6,6 +6,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
+from tiercel.serve.openai.response_input import Functions
 from tiercel.serve.openai.schemas import ResponsesRequest
 from tiercel.serve.types import OutputDelta
 
@@ -18,7 +19,8 @@ Event = dict[str, Any]
 class ResponseEvents:
     """Deltas → numbered events.  items: those that are complete.  open: the item that grows."""
 
-    def __init__(self, body: ResponsesRequest) -> None:
+    def __init__(self, body: ResponsesRequest, functions: Functions) -> None:
+        self.functions = functions
         self.number = 0
         self.items: list[dict[str, Any]] = []
         self.open: dict[str, Any] | None = None
@@ -28,7 +30,8 @@ class ResponseEvents:
             "model": body.model, "instructions": body.instructions, "max_output_tokens": body.max_output_tokens,
             "tools": body.tools or [], "tool_choice": body.tool_choice or "auto",
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "text": body.text or {"format": {"type": "text"}}, "reasoning": body.reasoning,
+            "text": body.text or {"format": {"type": "text"}},
+            "reasoning": None if body.reasoning is None else body.reasoning.model_dump(exclude_none=True),
             "temperature": body.temperature, "top_p": body.top_p, "truncation": "disabled",
             "metadata": body.metadata or {}, "store": False, "previous_response_id": None, "background": False,
             "user": body.user,
@@ -100,8 +103,8 @@ class ResponseEvents:
         events: list[Event] = []
         if call.name is not None:
             events += self._begin({"id": f"fc_{secrets.token_hex(12)}", "type": "function_call",
-                                   "status": "in_progress", "call_id": call.id, "name": call.name,
-                                   "arguments": ""})  # fmt: skip
+                                   "status": "in_progress", "call_id": call.id,
+                                   **self.functions.called(call.name), "arguments": ""})  # fmt: skip
         if self.open is not None and call.arguments:
             self.open["arguments"] += call.arguments
             events.append(self.event("response.function_call_arguments.delta", **self._at(delta=call.arguments)))

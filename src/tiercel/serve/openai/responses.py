@@ -13,16 +13,17 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tiercel.serve.body import read
+from tiercel.serve.body import ignore, read
 from tiercel.serve.errors import APIError, message_of, status_of
 from tiercel.serve.generation import generate
 from tiercel.serve.openai.chat import open_chat
 from tiercel.serve.openai.response_events import Event, ResponseEvents
+from tiercel.serve.openai.response_input import Functions, chat_messages
 from tiercel.serve.openai.schemas import ChatCompletion, ResponsesRequest
-from tiercel.serve.openai.tools import check_schema_size
 from tiercel.serve.service import service_of
 from tiercel.serve.settings import Settings
 from tiercel.serve.stream import JSONResponse, NamedEventSourceResponse
+from tiercel.serve.structured import StructuredFields
 from tiercel.serve.types import Usage
 
 
@@ -42,8 +43,10 @@ async def responses(request: Request) -> Response:
             raise APIError(400, f"{name} is not supported: nothing is stored between requests", param=name)
     if body.truncation not in (None, "disabled"):
         raise APIError(400, "truncation: a conversation is never cut here", param="truncation")
-    chat = as_chat(body, service_of(request).settings)
-    events = _events(request, body, chat)
+    functions = Functions(body)
+    chat = as_chat(body, functions, service_of(request).settings)
+    ignore(request, functions.ignored)
+    events = _events(request, body, chat, functions)
     if body.stream:
         return ResponseStream(request, events)
 
@@ -56,14 +59,9 @@ async def responses(request: Request) -> Response:
     return JSONResponse(request, last)
 
 
-def as_chat(body: ResponsesRequest, settings: Settings) -> ChatCompletion:
+def as_chat(body: ResponsesRequest, functions: Functions, settings: Settings) -> ChatCompletion:
     """The same request as a chat completion.  Raises APIError 400."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    if isinstance(body.input, str):
-        messages.append({"role": "user", "content": body.input})
-    else:
-        for item in body.input:
-            _item(messages, item)
+    messages = chat_messages(body, functions)
     if not messages or len(messages) > settings.messages:
         raise APIError(400, f"input must have 1 to {settings.messages} items", param="input")
     format = (body.text or {}).get("format")
@@ -71,50 +69,30 @@ def as_chat(body: ResponsesRequest, settings: Settings) -> ChatCompletion:
         raise APIError(400, "text.format must be an object", param="text")
     if format and format.get("type") == "json_schema":
         format = {"type": "json_schema", "json_schema": format}
-    check_schema_size([body.tools, format], settings.schema_bytes)
-    effort = (body.reasoning or {}).get("effort")
-    if effort is not None and not isinstance(effort, str):
-        raise APIError(400, "reasoning.effort must be a string", param="reasoning")
+    body.check_size(settings.schema_bytes, body.tools, format)
+    forms = {name: getattr(body, name) for name in StructuredFields.model_fields}
+    forms["response_format"] = format or body.response_format
     return ChatCompletion(
         model=body.model, messages=messages, temperature=body.temperature, top_p=body.top_p,
-        max_tokens=body.max_output_tokens, tools=[_tool(tool) for tool in body.tools or ()] or None,
-        tool_choice=body.tool_choice, response_format=format,
-        reasoning={"effort": effort} if effort else None, vote=body.vote,
+        max_tokens=body.max_output_tokens, tools=functions.tools or None, tool_choice=_tool_choice(body, functions),
+        reasoning=body.reasoning, vote=body.vote, **forms,
     )  # fmt: skip
 
 
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    if tool.get("type") != "function":
-        raise APIError(400, "tools: only functions can be called", param="tools")
-    function = {key: value for key, value in tool.items() if key not in ("type", "strict")}
-    return {"type": "function", "function": function}
+def _tool_choice(body: ResponsesRequest, functions: Functions) -> str | dict[str, Any] | None:
+    choice = body.tool_choice
+    if isinstance(choice, dict) and choice.get("type") == "function" and "namespace" in choice:
+        return {"type": "function", "name": functions.offered(choice["namespace"], choice.get("name"))}
+    return choice
 
 
-def _item(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
-    """One input item → a message, or more of the last one."""
-    kind = item.get("type", "message")
-    if kind == "message":
-        messages.append({"role": item.get("role"), "content": item.get("content")})
-    elif kind == "function_call":
-        if not messages or messages[-1]["role"] != "assistant":
-            messages.append({"role": "assistant", "content": ""})
-        function = {"name": item.get("name"), "arguments": item.get("arguments", "{}")}
-        call = {"id": str(item.get("call_id", "")), "type": "function", "function": function}
-        messages[-1].setdefault("tool_calls", []).append(call)
-    elif kind == "function_call_output":
-        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")})
-    elif kind == "reasoning":
-        texts = [part.get("text", "") for part in item.get("summary") or () if isinstance(part, dict)]
-        messages.append({"role": "assistant", "content": "", "reasoning_content": "".join(map(str, texts))})
-    else:
-        raise APIError(400, f"input items of type {str(kind)[:40]!r} are not supported", param="input")
-
-
-async def _events(request: Request, body: ResponsesRequest, chat: ChatCompletion) -> AsyncGenerator[Event, None]:
+async def _events(
+    request: Request, body: ResponsesRequest, chat: ChatCompletion, functions: Functions
+) -> AsyncGenerator[Event, None]:
     service = service_of(request)
     async with service.lease(body.model) as lease:
         generation = await open_chat(request, chat, lease)
-        usage, writer, finish = Usage(), ResponseEvents(body), "stop"
+        usage, writer, finish = Usage(), ResponseEvents(body, functions), "stop"
         vote: dict[str, Any] = {}
         async with generate(service, lease, generation, usage) as deltas:
             for kind in ("response.created", "response.in_progress"):

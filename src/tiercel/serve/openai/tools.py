@@ -1,21 +1,14 @@
-"""`tools`, `tool_choice`, and the form of an answer."""
+"""`tools` and `tool_choice`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tiercel.serve.errors import APIError, to_json
+from tiercel.serve.errors import APIError
 from tiercel.serve.openai.schemas import ChatCompletion
 from tiercel.serve.types import Tool
 
 MAX_NAME_CHARS = 256
-STRUCTURES = ("json", "regex", "grammar", "choice", "json_object")
-
-
-def check_schema_size(value: Any, limit: int) -> None:
-    """Raise APIError 400 where tools and schemas have more than `limit` bytes of JSON."""
-    if len(to_json(value)) > limit:
-        raise APIError(400, f"schemas and tools may be {limit} bytes together")
 
 
 def tools_of(body: ChatCompletion) -> list[Tool] | None:
@@ -51,22 +44,3 @@ def forced_function(choice: Any) -> str | None:
             return name
     raise APIError(400, "tool_choice must be none, auto, required, or a function's name as "
                   '{"type": "function", "function": {"name": …}}', param="tool_choice")  # fmt: skip
-
-
-def structured_of(response_format: dict[str, Any] | None, direct: dict[str, Any] | None) -> dict[str, Any] | None:
-    """`response_format` of OpenAI or `structured_outputs` of vLLM → keywords of `Structured`.  Raises APIError 400."""
-    if direct:
-        structures = {name: direct[name] for name in STRUCTURES if direct.get(name)}
-        if len(structures) != 1:
-            raise APIError(400, f"structured_outputs takes one of {', '.join(STRUCTURES)}")
-        return structures
-    kind = (response_format or {"type": "text"}).get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return {"json_object": True}
-    schema = ((response_format or {}).get("json_schema") or {}) if kind == "json_schema" else None
-    if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
-        raise APIError(400, "response_format must be text, json_object or json_schema with a schema",
-                      param="response_format")  # fmt: skip
-    return {"json": schema["schema"]}
