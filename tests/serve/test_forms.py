@@ -82,7 +82,7 @@ def said(text, cuts):
     counts = Usage()
     for start in range(0, len(text), cuts):
         last = start + cuts >= len(text)
-        update = SimpleNamespace(choice=0, pieces=[Piece("text", text[start : start + cuts])], token_ids=[1],
+        update = SimpleNamespace(index=0, pieces=[Piece("text", text[start : start + cuts])], token_ids=[1],
                                  logprobs=None, finish_reason="stop" if last else None, stop_reason=None)  # fmt: skip
         parts.append(choice.delta(update, counts))
     return parts
