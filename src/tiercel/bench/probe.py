@@ -26,7 +26,7 @@ from tiercel.families.pattern import PATTERN, pattern, rows
 from tiercel.model.decoder import Decoder
 from tiercel.model.state import State
 from tiercel.ops.linear import QTensor, row_bytes
-from tiercel.plan.machines import BUFFER, FEW, LARGE, LAYERS, MANY, PROBES, SMALL, Piece
+from tiercel.plan.machines import FEW_ROWS, LARGE_SHAPE, LAYERS, MANY_ROWS, PROBE_BYTES, PROBES, SMALL_SHAPE, Piece
 from tiercel.quant import panel_bytes
 
 MOST = 64  # states
@@ -44,8 +44,12 @@ def best(run: Callable[[], Any], tries: int = 5) -> float:
 
 def products(kind: str) -> dict[str, float]:
     out = {}
-    for name, shape, T in ((f"{kind} one", LARGE, 1), (f"{kind} few", LARGE, FEW), (f"{kind} many", SMALL, MANY)):
-        count = max(BUFFER // panel_bytes(kind, *shape), 1) if shape is LARGE else 1
+    for name, shape, T in (
+        (f"{kind} one", LARGE_SHAPE, 1),
+        (f"{kind} few", LARGE_SHAPE, FEW_ROWS),
+        (f"{kind} many", SMALL_SHAPE, MANY_ROWS),
+    ):
+        count = max(PROBE_BYTES // panel_bytes(kind, *shape), 1) if shape is LARGE_SHAPE else 1
         matrices, x = [QTensor(kind, shape) for _ in range(count)], torch.rand(T, shape[1])
 
         def each(matrices: list[QTensor] = matrices, x: torch.Tensor = x) -> None:
@@ -74,9 +78,9 @@ def network(piece: Piece) -> Decoder:
 
 def mixer(name: str, piece: Piece) -> dict[str, float]:
     """Seconds of reading 512 tokens and of one step, after so many."""
-    net, tokens = network(piece), torch.zeros(MANY, dtype=torch.long)
+    net, tokens = network(piece), torch.zeros(MANY_ROWS, dtype=torch.long)
     state = net.new_state()
-    for _ in range(0, piece.context, MANY):
+    for _ in range(0, piece.context, MANY_ROWS):
         net(tokens, state, logits_to_keep=1)
     snapshot = state.snapshot()
 
@@ -87,7 +91,7 @@ def mixer(name: str, piece: Piece) -> dict[str, float]:
     chunk = best(again, 4)
     states = [
         state,
-        *(another(net, state, piece.context, tokens) for _ in range(min(BUFFER // state.nbytes, MOST) - 1)),
+        *(another(net, state, piece.context, tokens) for _ in range(min(PROBE_BYTES // state.nbytes, MOST) - 1)),
     ]
 
     def step() -> None:
@@ -114,7 +118,7 @@ def another(net: Decoder, like: State, context: int, tokens: torch.Tensor) -> St
 
 @torch.inference_mode()
 def measure(kinds: list[str]) -> dict[str, float]:
-    buffer = torch.ones(BUFFER // 8, dtype=torch.int64)
+    buffer = torch.ones(PROBE_BYTES // 8, dtype=torch.int64)
     out = {"read": best(buffer.sum)}
     del buffer
     for kind in kinds:

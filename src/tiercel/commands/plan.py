@@ -27,7 +27,7 @@ from tiercel.hub import local_models
 from tiercel.hub.download import read_json
 from tiercel.model.config import ModelConfig
 from tiercel.plan import human_bytes
-from tiercel.plan.forecast import LENGTHS, Forecast, forecast, matrices, smaller, transformer_of
+from tiercel.plan.forecast import CONTEXT_TOKENS, Forecast, forecast, matrices, smaller, transformer_of
 from tiercel.plan.machines import PROBE, Machine, from_probe, machine
 from tiercel.quant import PACKED_TYPES
 from tiercel.weights.gguf import GGUFFile
@@ -194,7 +194,7 @@ def plan(
     found = of(what.config, context, slots)
     other = transformer_of(what.config)
     same = _same_precision(what, dtype, quantize)
-    lengths = sorted({*LENGTHS, context})
+    lengths = sorted({*CONTEXT_TOKENS, context})
     beside = [
         {"context": n, "model": _short(of(what.config, n, slots)),
          "transformer": _short(forecast(other, on, context=n, slots=slots, tokenizer=what.tokenizer, **same))}

@@ -3,7 +3,7 @@
     x = x + attention(norm x) + mamba2(norm x);   x = x + mlp(norm x)
 
 Fourteen muP multipliers act in the original's forward pass (transformers `modeling_falcon_h1.py`).  Each is linear
-in a weight, so the weight table folds them and the network knows nothing of them:
+in a weight, so the weight table folds them and the network itself has none:
 
     embed · embedding      q, v · attention_in      k · attention_in · key      o · attention_out
     in_proj · ssm_in · [z | x | B | C | dt runs]     out_proj · ssm_out      gate · mlp[0]      down · mlp[1]

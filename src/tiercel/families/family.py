@@ -26,7 +26,7 @@ Runs = tuple[tuple[int, float], ...]  # (how many rows, their multiplier), along
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """One tensor of ours and its two foreign lives."""
+    """One tensor: our name, and its names in a Hugging Face folder and in a GGUF file."""
 
     ours: str
     hf: str | tuple[str, ...]  # a tuple is stacked along a new first axis (experts)

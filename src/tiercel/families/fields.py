@@ -50,7 +50,7 @@ HARMLESS = frozenset(
 
 
 class Fields:
-    """The fields of one config.json; `done()` refuses those nobody asked for."""
+    """The fields of one config.json; `done()` refuses those that were not read."""
 
     def __init__(self, data: Any, where: str = "config.json") -> None:
         if not isinstance(data, dict):
@@ -167,7 +167,7 @@ class Fields:
         self.seen.update(names)
 
     def done(self) -> None:
-        """Refuse what nobody asked for, unless it is harmless or plainly switched off."""
+        """Refuse fields that were not read, unless they are harmless or switched off."""
         for name, value in self.data.items():
             off = value is None or value is False or (isinstance(value, (list, dict, str)) and not value)
             if name not in self.seen and name not in HARMLESS and not str(name).startswith("_") and not off:

@@ -51,7 +51,7 @@ def pattern(
 ) -> ModelConfig:
     """A ModelConfig from a list of layer words, repeated.  Sizes that are not given follow the width.
 
-    rope_theta None: attention without positions (the Mamba layers know the order).
+    rope_theta None: attention without positions (recurrent layers carry the order).
     Raises RequestError for a word that is not known and FormatError for sizes that cannot be.
     """
     words = layers.split() if isinstance(layers, str) else [str(word) for word in layers]

@@ -103,19 +103,19 @@ class Decoder(nn.Module):
         """
         lengths = batch.lengths
         # with states there are no gradients; the logits, made outside of the mode, are tensors like any other
-        worn = batch.adapters if any(batch.adapters) else []
+        adapters = batch.adapters if any(batch.adapters) else []
         try:
-            if worn:
-                self.adapters.set_active(worn, lengths)
+            if adapters:
+                self.adapters.set_active(adapters, lengths)
             with nullcontext() if states is None else torch.inference_mode():
                 x_TD = self._body(tokens_T, batch, states)
             if logits_to_keep is not None and any(length > logits_to_keep for length in lengths):
                 x_TD = torch.cat([x_TD[span][-logits_to_keep:] for span in batch.spans])
-                if worn:
-                    self.adapters.set_active(worn, [min(logits_to_keep, length) for length in lengths])
+                if adapters:
+                    self.adapters.set_active(adapters, [min(logits_to_keep, length) for length in lengths])
             return self.head(self.norm(x_TD), self.config.logit_scale).float()
         finally:
-            if worn:
+            if adapters:
                 self.adapters.clear_active()
 
     def _body(
@@ -241,7 +241,7 @@ class Decoder(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
         probe = torch.empty(0)
         if not (self.frozen and fn(probe) is probe):
-            self.unpack()  # panels know one device and one dtype
+            self.unpack()  # packed weights have one device and one dtype
         if isinstance(self.embed.weight, QTensor) and fn(torch.empty(0)).device.type != "cpu":
             raise RequestError("quantized weights run on the CPU; load the model with dtype='bfloat16' to move it")
         return super()._apply(fn, recurse)
@@ -259,7 +259,7 @@ class Decoder(nn.Module):
         return torch.bfloat16 if packed and (self.native or weight.device.type == "cuda") else weight.dtype
 
     def new_state(self, adapter: str | None = None) -> State:
-        """An empty memory for one text, whose rows wear that adapter; RequestError when there is none of that name."""
+        """Return an empty state for one sequence that uses that adapter; RequestError for an unknown name."""
         model = self.fingerprint if adapter is None else f"{self.fingerprint}+{self.adapters[adapter].id}"
         mixers = [layer.mixers for layer in self.config.layers]
         state = State(mixers, self.dtype, self.embed.weight.device, model, self.pool)

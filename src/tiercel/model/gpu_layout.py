@@ -1,6 +1,6 @@
 """A network laid out for a GPU's steps: matrices that read one input lie as one, so one launch multiplies them all.
 
-Their parts stay where they were, as rows of the whole: prompts, exports and fingerprints see nothing.
+Their parts stay where they were, as rows of the whole: prompts, exports and fingerprints do not change.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MergedLinear:
             set_weight(m, "weight", part)
 
     def holds(self) -> bool:
-        """Whether the weights are still these rows, and nobody listens to the parts."""
+        """Whether the weights are still these rows, and no part has a forward hook."""
         return all(not m._forward_hooks for m in self.linears)
 
     def __call__(self, h_TD: Tensor) -> dict[nn.Module, Tensor]:

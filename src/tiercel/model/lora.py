@@ -1,11 +1,11 @@
 """Adapters that are served: W + B A for some matrices, chosen row by row (LoRA, Hu et al. 2021).
 
     network.adapters["poet"] = adapter          `weights.adapters.read` makes it of a PEFT folder
-    network.new_state("poet")                   a text whose rows wear it, as long as it lives
+    network.new_state("poet")                   a sequence that uses it for its whole lifetime
 
 One forward has rows of several adapters and of none: every Linear makes its product for all rows, and each adapter
-adds to its own.  A row that wears none gets the very bits it would get without adapters; one that does gets the same
-bits whoever shares its step, where there are kernels.  Letters: T tokens, K inputs, N outputs, R rank.
+adds to its own.  A row without one gets the bits it would get without adapters; a row with one gets the same bits
+whatever else is in its step, where there are kernels.  Letters: T tokens, K inputs, N outputs, R rank.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Adapter:
 
 @dataclass
 class ActiveAdapters:
-    """Which tokens of the forward in progress wear which adapter; none between forwards."""
+    """The adapter of each token of the forward in progress; none between forwards."""
 
     tokens: list[tuple[str, Tensor | None]] = field(default_factory=list)  # None: all of them
 
@@ -61,14 +61,14 @@ class ActiveAdapters:
 
 
 class LoRADelta:
-    """What the adapters of one Linear add to it."""
+    """What the adapters of one Linear add to its output."""
 
-    def __init__(self, worn: ActiveAdapters) -> None:
-        self.worn, self.pairs = worn, dict[str, Pair]()
+    def __init__(self, active: ActiveAdapters) -> None:
+        self.active, self.pairs = active, dict[str, Pair]()
 
     def add(self, y_TN: Tensor, x_TK: Tensor, scale: float) -> Tensor:
-        """y + scale · B A x in the rows that wear one."""
-        for name, tokens_T in self.worn.tokens:
+        """y + scale · B A x in the rows that use one."""
+        for name, tokens_T in self.active.tokens:
             if name not in self.pairs:
                 continue
             A, B = self.pairs[name]
@@ -82,10 +82,10 @@ class LoRADelta:
 
 
 class Adapters:
-    """The adapters of a network by name, like a dict; its Linears know theirs."""
+    """The adapters of a network by name, like a dict; each Linear holds its own."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._network, self._worn, self._held = (
+        self._network, self._active, self._held = (
             [network],
             ActiveAdapters(),
             dict[str, Adapter](),
@@ -96,7 +96,7 @@ class Adapters:
             self.pop(name)
         for path, (A, B) in adapter.pairs.items():
             module: Any = self._network[0].get_submodule(path)
-            low = module.adapters or LoRADelta(self._worn)
+            low = module.adapters or LoRADelta(self._active)
             low.pairs[name] = (_laid_out(A, module), _laid_out(B, module))
             module.adapters = low
         self._held[name] = adapter
@@ -128,15 +128,15 @@ class Adapters:
                     module.adapters = None  # type: ignore[assignment]
 
     def set_active(self, names: Iterable[str | None], lengths: Sequence[int]) -> None:
-        """For the forward that comes: what each row wears.  RequestError for one that is gone."""
+        """Set each row's adapter for the next forward.  RequestError for one that is gone."""
         names = list(names)
         for name in names:
             if name is not None:
                 self[name]
-        self._worn.set_active(names, lengths)
+        self._active.set_active(names, lengths)
 
     def clear_active(self) -> None:
-        self._worn.clear_active()
+        self._active.clear_active()
 
 
 def _laid_out(matrix: Tensor, module: nn.Module) -> Tensor | QTensor:

@@ -3,7 +3,7 @@
 weights     every matrix in the packing it is held in, filled up to the kernels' panels
 KV          whole pages of 64 tokens for every sequence
 states      committed state (float32) and open inputs of every sequence
-snapshots   places to go back to, of which a conversation leaves SNAPSHOTS
+snapshots   copies of states that a conversation can go back to, SNAPSHOTS_PER_SLOT of them
 working     what one forward of 512 tokens needs between layers
 process     Python, torch, the tokenizer's tables
 
@@ -28,17 +28,19 @@ from tiercel.plan.machines import Machine, Product
 from tiercel.plan.sizes import PAGE, kv_bytes_per_token, open_bytes, parameter_count, state_bytes
 from tiercel.quant import PACKED_TYPES, fits, held_bytes, recipes, row_bytes
 
-FORWARD = 512  # tokens of one call while a prompt is read (model.prefill.MAX_PREFILL_TOKENS)
-SNAPSHOTS = 4  # last user turn, end of the prompt and one before it, end of the answer (engine/snapshot_policy.py)
+PREFILL_TOKENS = 512  # tokens of one call while a prompt is read (model.prefill.MAX_PREFILL_TOKENS)
+SNAPSHOTS_PER_SLOT = (
+    4  # last user turn, end of the prompt and one before it, end of the answer (engine/snapshot_policy.py)
+)
 # Resident bytes of a process that answers, the network aside, read from /proc on Linux with torch 2.13: 240 MB after
 # the imports, 25 of libraries met while loading, 20 that kernels and small outputs take at the first forward.
-PROCESS = 285_000_000
-GPU_PROCESS = 600_000_000  # a CUDA context and the kernels
-TOKENIZER = 1_200  # bytes for each word of the vocabulary: SmolLM2's 49,152 take 58 MB
+CPU_PROCESS_BYTES = 285_000_000
+GPU_PROCESS_BYTES = 600_000_000  # a CUDA context and the kernels
+TOKENIZER_BYTES_PER_TOKEN = 1_200  # bytes for each word of the vocabulary: SmolLM2's 49,152 take 58 MB
 FLOATS = {"float32": "F32", "f32": "F32", "float": "F32", "bfloat16": "BF16", "bf16": "BF16",
           "float16": "F16", "f16": "F16", "half": "F16"}  # fmt: skip
-SIZES = {"F32": 4, "BF16": 2, "F16": 2}
-LENGTHS = (4096, 32_768, 131_072, 262_144)
+FLOAT_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+CONTEXT_TOKENS = (4096, 32_768, 131_072, 262_144)
 SMALLER = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
 
 
@@ -56,8 +58,8 @@ class Matrix:
         return math.prod(self.shape)
 
     def nbytes(self, panels: bool) -> int:
-        if self.kind in SIZES and (not panels or self.keep_fp32 or len(self.shape) < 2):
-            return SIZES[self.kind] * self.values
+        if self.kind in FLOAT_BYTES and (not panels or self.keep_fp32 or len(self.shape) < 2):
+            return FLOAT_BYTES[self.kind] * self.values
         *experts, N, K = self.shape
         one = held_bytes(self.kind, N, K) if panels else N * row_bytes(self.kind, K)
         return math.prod(experts) * one
@@ -100,7 +102,7 @@ class Forecast:
     """Bytes and tokens a second; None where the machine's speeds are not known.
 
     state_bytes_per_sequence: committed, float32; open inputs come on top · decode_tok_s: all slots together
-    cache: what snapshots may take; given or SNAPSHOTS for each slot
+    cache: what snapshots may take; given or SNAPSHOTS_PER_SLOT for each slot
     """
 
     parameters: int
@@ -154,9 +156,11 @@ def forecast(
     kv = slots * -(-context // PAGE) * PAGE * kv_bytes_per_token(config, size)
     state, opened = state_bytes(config), open_bytes(config, size)
     snapshot = state + open_bytes(config, size, snapshot=True)
-    snapshots = (SNAPSHOTS * slots * snapshot if state else 0) if cache is None else cache
+    snapshots = (SNAPSHOTS_PER_SLOT * slots * snapshot if state else 0) if cache is None else cache
     working = _working(config, slots)
-    process = (GPU_PROCESS if machine.gpu else PROCESS) + (TOKENIZER * config.vocab_size if tokenizer else 0)
+    process = (GPU_PROCESS_BYTES if machine.gpu else CPU_PROCESS_BYTES) + (
+        TOKENIZER_BYTES_PER_TOKEN * config.vocab_size if tokenizer else 0
+    )
     total = weights + kv + slots * (state + opened) + snapshots + working + process
     speed = machine.measured
     return Forecast(
@@ -201,8 +205,11 @@ def _rounded(speed: float) -> float:
 
 
 def _working(config: ModelConfig, slots: int) -> int:
-    """float32 of FORWARD tokens that live at once in the widest layer, and the logits of all slots."""
-    return 4 * FORWARD * (4 * config.width + max(map(_layer_width, set(config.layers)))) + 4 * slots * config.vocab_size
+    """float32 of PREFILL_TOKENS tokens in memory at once in the widest layer, and the logits of all slots."""
+    return (
+        4 * PREFILL_TOKENS * (4 * config.width + max(map(_layer_width, set(config.layers))))
+        + 4 * slots * config.vocab_size
+    )
 
 
 def _layer_width(layer: LayerConfig) -> int:
@@ -232,9 +239,9 @@ def step_seconds(config: ModelConfig, held: list[Matrix], machine: Machine, cont
 
 
 def prefill_seconds(config: ModelConfig, held: list[Matrix], machine: Machine, tokens: int) -> float:
-    """A prompt from empty, FORWARD tokens at a time."""
-    calls, last = divmod(tokens, FORWARD)
-    products = calls * _products(config, held, machine, FORWARD, prompt=True)
+    """A prompt from empty, PREFILL_TOKENS at a time."""
+    calls, last = divmod(tokens, PREFILL_TOKENS)
+    products = calls * _products(config, held, machine, PREFILL_TOKENS, prompt=True)
     products += _products(config, held, machine, last, prompt=True) if last else 0.0
     ops: dict[str, float] = defaultdict(float)
     between = 0
@@ -251,7 +258,7 @@ def prefill_seconds(config: ModelConfig, held: list[Matrix], machine: Machine, t
 
 
 def _products(config: ModelConfig, held: list[Matrix], machine: Machine, rows: int, prompt: bool = False) -> float:
-    """Seconds of all products with so many rows.  prompt: logits of the last token alone."""
+    """Seconds of all products with `rows` rows.  prompt: logits of the last token alone."""
     values: Counter[tuple[str, int]] = Counter()
     nbytes: Counter[tuple[str, int]] = Counter()
     for matrix, met, share in _read(config, held, rows, prompt):
@@ -281,7 +288,7 @@ def _seconds(product: Product, nbytes: int, values: int, rows: int) -> float:
     one, eight = nbytes / product.one, 16 * values / product.few
     if rows < 8:
         return max(one, one + (eight - one) * (rows - 1) / 7)
-    way = min(math.log(rows / 8) / math.log(FORWARD / 8), 1.0)
+    way = min(math.log(rows / 8) / math.log(PREFILL_TOKENS / 8), 1.0)
     return max(one, 2 * rows * values / (product.few ** (1 - way) * product.many**way))
 
 

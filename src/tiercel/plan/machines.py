@@ -74,9 +74,9 @@ class Machine:
 # ── this machine, from pieces of work whose seconds `bench/probe.py` measures
 
 PROBE = 3  # goes up when what the probe measures changes: seconds of another probe are not taken over
-BUFFER = 1 << 28  # bytes
-LARGE, SMALL = (16_384, 4096), (2048, 2048)  # matrices beyond the caches and within
-FEW, MANY = 8, 512  # rows
+PROBE_BYTES = 1 << 28  # bytes
+LARGE_SHAPE, SMALL_SHAPE = (16_384, 4096), (2048, 2048)  # matrices beyond the caches and within
+FEW_ROWS, MANY_ROWS = 8, 512  # rows
 LAYERS, CONTEXT, WIDE = 4, 4096, 2048
 # What whole networks take over the sum of these pieces: one number for all steps, one for the products of all prompts,
 # chosen with benchmarks/plan_vs_measured.py's combinations on two Zen-5 cores (2026-11-27), where steps then come out
@@ -86,7 +86,7 @@ STEP, PROMPT = 1.22, 1.12
 
 @dataclass(frozen=True)
 class Piece:
-    """A network of LAYERS small layers, after so many tokens."""
+    """A network of LAYERS small layers, after `context` tokens."""
 
     layers: str
     context: int
@@ -114,11 +114,11 @@ def from_probe(name: str, memory: int, free: int, seconds: Mapping[str, float]) 
         return max(seconds[f"{a} {what}"] - seconds[f"{b} {what}"], seconds[f"{a} {what}"] / 20)
 
     def product(kind: str) -> Product:
-        large, small = (shape[0] * shape[1] for shape in (LARGE, SMALL))
+        large, small = (shape[0] * shape[1] for shape in (LARGE_SHAPE, SMALL_SHAPE))
         return Product(
-            held_bytes(kind, *LARGE) / seconds[f"{kind} one"] / STEP,
-            2 * FEW * large / seconds[f"{kind} few"] / STEP,
-            2 * MANY * small / seconds[f"{kind} many"] / PROMPT,
+            held_bytes(kind, *LARGE_SHAPE) / seconds[f"{kind} one"] / STEP,
+            2 * FEW_ROWS * large / seconds[f"{kind} few"] / STEP,
+            2 * MANY_ROWS * small / seconds[f"{kind} many"] / PROMPT,
         )
 
     heads, kv_heads, P = _HEADS.values()
@@ -127,14 +127,15 @@ def from_probe(name: str, memory: int, free: int, seconds: Mapping[str, float]) 
     return Machine(
         name, memory, free,
         {kind: product(kind) for kind in (key.removesuffix(" one") for key in seconds if key.endswith(" one"))},
-        attend=LAYERS * 4 * heads * P * MANY * CONTEXT / more("attention far", "attention near", "chunk"),
+        attend=LAYERS * 4 * heads * P * MANY_ROWS * CONTEXT / more("attention far", "attention near", "chunk"),
         attend_read=LAYERS * 2 * kv_heads * P * 2 * CONTEXT / more("attention far", "attention near", "step") / STEP,
-        scan=cells2 * MANY / more("mamba2 big", "mamba2 small", "chunk"),
+        scan=cells2 * MANY_ROWS / more("mamba2 big", "mamba2 small", "chunk"),
         scan_read=4 * cells2 / more("mamba2 big", "mamba2 small", "step") / STEP,
-        scan1=cells1 * MANY / more("mamba1 big", "mamba1 small", "chunk"),
+        scan1=cells1 * MANY_ROWS / more("mamba1 big", "mamba1 small", "chunk"),
         scan1_read=4 * cells1 / more("mamba1 big", "mamba1 small", "step") / STEP,
         layer_s=seconds["layer step"] / LAYERS * STEP,
-        flow=LAYERS * 3 * 4 * WIDE * MANY / more("layer wide", "layer", "chunk"), read=BUFFER / seconds["read"],
+        flow=LAYERS * 3 * 4 * WIDE * MANY_ROWS / more("layer wide", "layer", "chunk"),
+        read=PROBE_BYTES / seconds["read"],
         source="measured here; again with --measure, when it is quiet",
     )  # fmt: skip
 
@@ -146,7 +147,9 @@ def from_probe(name: str, memory: int, free: int, seconds: Mapping[str, float]) 
 # 250 and 355.  bf16 and float32 there: 32 lanes of FMA at three quarters.
 PACKED = {"avx2": (45.0, 61.0), "vnni": (68.0, 130.0), "neon": (12.0, 16.0)}
 FLOATS = {"avx2": (14.0, 24.0), "vnni": (20.0, 40.0), "neon": (8.0, 12.0)}
-SHARE = 0.74  # of the bandwidth that a step's weights are read with: benchmarks/results/cpu.json, 0.5b-decode 0.743
+BANDWIDTH_SHARE = (
+    0.74  # of the bandwidth that a step's weights are read with: benchmarks/results/cpu.json, 0.5b-decode 0.743
+)
 GPU_DECODE, GPU_PREFILL = 0.73, 0.55  # docs/h100.md: decode over weights / bandwidth, prefill 8K over the product
 GPU_Q4 = 0.40  # docs/h100.md: Q4_K decode 190 tok/s where the weights alone allow 660; part of it is launches
 GPU_LAYER_S = 2.8 / 1000 / 44  # docs/h100.md: 4.8 ms of a Q4_K step, of which 2 ms are products, 44 layers
@@ -157,8 +160,10 @@ def _cpu(name: str, gb: int, bandwidth: float, cores: int, ghz: float, isa: str,
     read, hz = bandwidth * GB, cores * ghz * 1e9
     few, many = (rate * hz for rate in PACKED[isa])
     slow_few, slow_many = (rate * hz for rate in FLOATS[isa])
-    floats = Product(read * SHARE, slow_few, slow_many)
-    one = min(read * SHARE, 0.2 * few)  # docs/history.md: from the cache 50 GB/s where eight rows reach 250 GOP/s
+    floats = Product(read * BANDWIDTH_SHARE, slow_few, slow_many)
+    one = min(
+        read * BANDWIDTH_SHARE, 0.2 * few
+    )  # docs/history.md: from the cache 50 GB/s where eight rows reach 250 GOP/s
     return Machine(
         name, gb << 30, (gb << 30) - (3 << 30),
         {"packed": Product(one, few, many), "BF16": floats, "F32": floats},

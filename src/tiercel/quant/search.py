@@ -168,7 +168,7 @@ def _affine_integers(
 def _affine_halves(
     d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, W: Tensor, X: Tensor, Q: Tensor, QQ: Tensor, QX: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """d and dmin by least squares over all sub-blocks; d alone where the two cannot be told apart."""
+    """d and dmin by least squares over all sub-blocks; d alone where the two cannot be distinguished."""
     A, B, C = across(scales * scales * QQ), across(scales * mins * Q), across(mins * mins * W)
     P, R = across(scales * QX), across(mins * X)
     determinant = A * C - B * B

@@ -3,7 +3,7 @@
     lora("smollm2", "chats.jsonl", Settings(steps=200, lr=2e-4, out=Path("poet")))
     lora("smollm2", "chats.jsonl", Settings(...), quantize="q4_k_m")          over packed weights
 
-Packed matrices are multiplied by the kernels that run them, on the way back from slabs unpacked for the moment
+Packed matrices are multiplied by the kernels that run them, in the backward pass from slabs unpacked temporarily
 (`ops.linear.Product`); frozen ones of bfloat16 by torch where the CPU multiplies that fast, and the products of
 attention and scans between them are rounded alike.  What learns is float32.  `out` is an adapter in PEFT's form, with
 the checkpoint's own names.
@@ -53,7 +53,7 @@ def lora(
 
     targets: projections by our names ("q") or the checkpoint's ("q_proj"); none: those whose `Param.lora` is set.
     quantize: a recipe such as "q4_k_m" or "nf4".
-    Other arguments and the answer: as of `sft`; "coverage" tells which part learns.
+    Other arguments and the answer: as of `sft`; "coverage" says which part learns.
     """
     start.prepare(settings.out, settings.resume)
     network, tokenizer, layout = load(local_models.resolve(model, pull=True), quantize=quantize)

@@ -63,7 +63,7 @@ def linear_rows(layout: Layout) -> dict[str, TensorMapping]:
 
 
 def folds(layout: Layout) -> bool:
-    """Whether the network's values hold multipliers that its file no longer tells: a GGUF file of such a family."""
+    """Whether the network's values hold multipliers that its file no longer holds: a GGUF file of such a family."""
     return layout.hf_config is None and layout.family.name == "falcon_h1"
 
 
@@ -172,7 +172,7 @@ def _check_kind(config: Mapping[str, Any], folder: Path, layout: Layout) -> None
         )
     if folds(layout) and not config.get(FOLDED):
         raise UnsupportedError(
-            f"{folder} was made for a checkpoint with multipliers, and a GGUF file no longer tells them: "
+            f"{folder} was made for a checkpoint with multipliers, and a GGUF file no longer holds them: "
             "load the folder the GGUF file was made from"
         )
     if config.get(FOLDED) and not folds(layout):

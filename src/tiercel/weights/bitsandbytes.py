@@ -29,7 +29,7 @@ from tiercel.weights.stored import OutTensor, Stored, StoredTensor, torch_dtype
 STATE = ".quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 STATE_BYTES = 1 << 16
-MOST_AXES = 4
+MAX_AXES = 4
 NESTED_BLOCK = 256
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -144,7 +144,7 @@ def _matrix(
 
 def _sizes(values: Any) -> bool:
     """A few whole numbers from 1."""
-    few = isinstance(values, list) and 0 < len(values) <= MOST_AXES
+    few = isinstance(values, list) and 0 < len(values) <= MAX_AXES
     return few and all(type(n) is int and 0 < n < 1 << 40 for n in values)
 
 
@@ -240,7 +240,7 @@ def dynamic_levels() -> Tensor:
 
 
 def config(skipped: list[str], dtype: str) -> dict[str, Any]:
-    """The `quantization_config` by which transformers knows such a checkpoint; skipped: modules left unpacked."""
+    """The `quantization_config` that transformers reads such a checkpoint by; skipped: modules left unpacked."""
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,

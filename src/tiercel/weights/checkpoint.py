@@ -33,7 +33,7 @@ from tiercel.weights.safetensors import open_safetensors
 from tiercel.weights.stored import Stored
 from tiercel.weights.transforms import WHOLE, foreign_shape, scaled, scaled_rows, to_ours
 
-MOST_PARAMETERS = 1 << 45
+MAX_PARAMETERS = 1 << 45
 # Buffers some checkpoints carry along; they follow from the config.
 HEAD = "lm_head.weight"
 COMPARED_VALUES = 1 << 22
@@ -267,7 +267,7 @@ def outline(layout: Layout) -> Decoder:
 
 def parameter_shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     """The shapes of all our tensors.  FormatError for sizes no memory could hold."""
-    if (count := parameter_count(layout.config)) > MOST_PARAMETERS:
+    if (count := parameter_count(layout.config)) > MAX_PARAMETERS:
         raise FormatError(f"the config describes {count:.1e} parameters: no such model exists")
     shapes = {name: param.shape for name, param in parameters(layout.config).items()}
     differ = {row.ours for row in layout.rows} ^ set(shapes)

@@ -80,8 +80,8 @@ def measure(view: Quantized, tokens: Sequence[int], progress: Progress | None = 
     costs = []
     for name, members in classes.items():
         _put(network, view, members)
-        guesses = (_log_probs(network, ids, report) for ids in excerpts)
-        compared = [(len(ids), *_compare(p, q)) for ids, p, q in zip(excerpts, truth, guesses, strict=True)]
+        packed = (_log_probs(network, ids, report) for ids in excerpts)
+        compared = [(len(ids), *_compare(p, q)) for ids, p, q in zip(excerpts, truth, packed, strict=True)]
         _put(network, view.base, members)
         for mark in dict.fromkeys(len(ids) for ids in excerpts):
             of_mark = [(kl, same) for length, kl, same in compared if length == mark]

@@ -26,13 +26,13 @@ from tiercel.runtime.atomic import atomic_write
 from tiercel.weights.stored import PLAIN, File, OutTensor, StoredTensor, bytes_of
 
 HEADER_BYTES = 64 << 20
-MOST_TENSORS = 1_000_000
-MOST_KEYS = 65_536
-MOST_ELEMENTS = 4 << 20  # of all arrays together; the largest vocabularies have 1.5 M with their merges
-LONGEST_NAME = 256
+MAX_TENSORS = 1_000_000
+MAX_KEYS = 65_536
+MAX_ELEMENTS = 4 << 20  # of all arrays together; the largest vocabularies have 1.5 M with their merges
+MAX_NAME_BYTES = 256
 LONGEST_KEY = 65_535
-MOST_AXES = 4
-MOST_PARTS = 512
+MAX_AXES = 4
+MAX_PARTS = 512
 
 SCALARS = {  # number in the file: name, struct code
     0: ("u8", "B"),
@@ -130,7 +130,7 @@ def _other_parts(first: _Header, count: int) -> Iterator[tuple[int, Path]]:
         return
     path, number = first.file.path, first.whole_number("split.no", 0)
     name = PART.fullmatch(path.name)
-    if name is None or int(name[2]) != number + 1 or int(name[3]) != count or count > MOST_PARTS:
+    if name is None or int(name[2]) != number + 1 or int(name[3]) != count or count > MAX_PARTS:
         raise first.error(f"is part {number + 1} of {count}; it must be called NAME-{number + 1:05}-of-{count:05}.gguf")
     if number != 0:
         raise first.error(f"is part {number + 1} of {count}; open {name[1]}-00001-of-{count:05}.gguf")
@@ -204,10 +204,10 @@ class _Header:
         if version not in (2, 3):
             raise self.error(f"is GGUF version {version}; versions 2 and 3 can be read")
         tensors, keys = self.numbers("Q", "the counts", 2)
-        if tensors > min(MOST_TENSORS, self.left // 24):
-            raise self.error(f"claims {tensors} tensors in {self.left} bytes; the limit is {MOST_TENSORS}")
-        if keys > min(MOST_KEYS, self.left // 13):
-            raise self.error(f"claims {keys} metadata keys in {self.left} bytes; the limit is {MOST_KEYS}")
+        if tensors > min(MAX_TENSORS, self.left // 24):
+            raise self.error(f"claims {tensors} tensors in {self.left} bytes; the limit is {MAX_TENSORS}")
+        if keys > min(MAX_KEYS, self.left // 13):
+            raise self.error(f"claims {keys} metadata keys in {self.left} bytes; the limit is {MAX_KEYS}")
         return tensors, keys
 
     def _read_metadata(self, count: int) -> None:
@@ -231,9 +231,9 @@ class _Header:
         if number not in SCALARS and number != STRING:
             raise self.error(f"metadata {key!r} is an array of {'arrays' if number == ARRAY else f'type {number}'}")
         self.elements += count
-        if count > self.left or self.elements > MOST_ELEMENTS:
+        if count > self.left or self.elements > MAX_ELEMENTS:
             raise self.error(
-                f"metadata {key!r} claims {count} elements in {self.left} bytes; the limit is {MOST_ELEMENTS}"
+                f"metadata {key!r} claims {count} elements in {self.left} bytes; the limit is {MAX_ELEMENTS}"
             )
         if number == STRING:
             return "[str]", [self.text(key) for _ in range(count)]
@@ -277,10 +277,10 @@ class _Header:
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], str, int]:
         """(name, shape, type, offset) as the file says, the type being one we read."""
-        name = self.text("a tensor name", LONGEST_NAME)
+        name = self.text("a tensor name", MAX_NAME_BYTES)
         (axes,) = self.numbers("I", name)
-        if axes > MOST_AXES:
-            raise self.error(f"tensor {name!r} has {axes} axes; at most {MOST_AXES} are possible")
+        if axes > MAX_AXES:
+            raise self.error(f"tensor {name!r} has {axes} axes; at most {MAX_AXES} are possible")
         shape = self.numbers("Q", name, axes)[::-1]
         number, offset = self.numbers("IQ", name)
         type = TENSOR_TYPES.get(number)
@@ -334,7 +334,7 @@ def _info(tensor: OutTensor, offset: int) -> bytes:
     name = tensor.name.encode()
     if not 0 < len(name) < 64:  # GGML_MAX_NAME
         raise RequestError(f"llama.cpp reads tensor names of 1 to 63 bytes, not {tensor.name!r}")
-    if len(tensor.shape) > MOST_AXES or 0 in tensor.shape or tensor.type not in TENSOR_NUMBERS:
+    if len(tensor.shape) > MAX_AXES or 0 in tensor.shape or tensor.type not in TENSOR_NUMBERS:
         raise RequestError(f"{tensor.name} of shape {list(tensor.shape)} and type {tensor.type} has no place in GGUF")
     axes = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape[::-1])
     return _string(tensor.name) + axes + struct.pack("<IQ", TENSOR_NUMBERS[tensor.type], offset)

@@ -28,7 +28,7 @@ from tiercel.weights.stored import OutTensor
 
 WINDOW = 512
 KEPT = 64  # tokens of a window that reach the output projection: logits are large
-MOST_TOKENS = 65_536
+MAX_TOKENS = 65_536
 TOKENS = "tiercel.importance.tokens"
 
 
@@ -41,10 +41,10 @@ class Importance:
 
 
 def gather(network: Decoder, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None) -> Importance:
-    """Run over the tokens, at most MOST_TOKENS, in windows that know nothing of each other."""
+    """Run over the tokens, at most MOST_TOKENS, in independent windows."""
     if len(tokens) < 2:
         raise RequestError("an importance needs a text of some length")
-    ids = torch.tensor(tokens[:MOST_TOKENS], dtype=torch.long)
+    ids = torch.tensor(tokens[:MAX_TOKENS], dtype=torch.long)
     sums: dict[str, tuple[Tensor, int]] = {}
     window = min(WINDOW, network.config.max_length)
     with _listening(network, sums), torch.no_grad():

@@ -1,6 +1,6 @@
 """Packed tensors in a Hugging Face folder: what the `quantization_config` of its config.json says.
 
-    "quant_method": "bitsandbytes"    NF4 as transformers knows it, see `weights.bitsandbytes`
+    "quant_method": "bitsandbytes"    NF4 as transformers reads it, see `weights.bitsandbytes`
     "quant_method": "tiercel"         any packed type, ours alone:
 
         tensor      U8, the last axis in bytes: rows as `quant` packs them, under the name the values would have

@@ -1,7 +1,7 @@
 """A checkpoint becomes a packed one, by a recipe: on its way into memory, or on its way into a file.
 
     load      Quantized(checkpoint, …) is a Source like the checkpoint itself, and packs the rows it is asked for
-    quantize  the same, written: a .gguf file that llama.cpp runs, or a folder (NF4 as transformers knows it,
+    quantize  the same, written: a .gguf file that llama.cpp runs, or a folder (NF4 as transformers reads it,
               other types in the layout of `packed_folder`)
 
 A few rows are unpacked at any time, so that a 7B checkpoint needs no more memory than its packed form.
@@ -39,7 +39,7 @@ class Quantized:
     kinds: Mapping[str, str]
     file_type: int | None = None
     importance: Importance = field(default_factory=dict)
-    seen: Callable[[int], None] | None = None  # told how many values were packed
+    seen: Callable[[int], None] | None = None  # called with the number of values packed
 
     @property
     def layout(self) -> Layout:
@@ -73,7 +73,7 @@ class Quantized:
 
 
 def _values(kind: str, nbytes: int) -> int:
-    """How many values a packed row of so many bytes holds."""
+    """Number of values in a packed row of that many bytes."""
     from tiercel.quant import BLOCKS
 
     return nbytes - 4 if kind == "INT8" else nbytes // BLOCKS[kind].bytes * BLOCKS[kind].values
@@ -119,7 +119,7 @@ def quantize(
     if gguf and config.tied and config.logit_scale != 1.0:  # the output becomes a tensor of its own there
         params = parameters(config) | {"head.weight": output_parameter(config)}
         view.kinds = quant_types(params, recipe, importance=importance is not None)
-    if recipe == "nf4":  # transformers knows no other type beside it, and no packed experts
+    if recipe == "nf4":  # transformers reads no other type beside it, and no packed experts
         view.kinds = {ours: kind for ours, kind in view.kinds.items() if kind == "NF4" and len(shapes[ours]) == 2}
     packed = {row.ours: shapes[row.ours] for row in source.layout.rows if row.ours in view.kinds}
     view.seen = _counter(progress, sum(_size(shape) for shape in packed.values()) * (2 if recipe == "nf4" else 1))

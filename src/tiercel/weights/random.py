@@ -1,4 +1,4 @@
-"""Weights from a config alone, made in the form they are kept in: to measure a network nobody has to download.
+"""Weights from a config alone, made in the form they are kept in: to measure a network without a download.
 
     packed types    random bytes; the scales of every block are set so that values have mean 0 and the spread a
                     fresh network has (`model.layers.deviation`)

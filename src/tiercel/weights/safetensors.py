@@ -30,11 +30,11 @@ from tiercel.weights.stored import PLAIN, File, OutTensor, StoredTensor, bytes_o
 
 HEADER_BYTES = 100_000_000
 INDEX_BYTES = 64 << 20
-MOST_TENSORS = 1_000_000
-MOST_SHARDS = 512
-LONGEST_NAME = 256
-MOST_AXES = 16
-LARGEST = 1 << 63
+MAX_TENSORS = 1_000_000
+MAX_SHARDS = 512
+MAX_NAME_BYTES = 256
+MAX_AXES = 16
+MAX_INT = 1 << 63
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -176,8 +176,8 @@ def _read_index(path: Path) -> dict[str, set[str]]:
                 f"{path}: weight_map puts {name!r:.80} into {shard!r:.80}, which is not the name of a shard"
             )
         shards.setdefault(shard, set()).add(name)
-    if len(shards) > MOST_SHARDS or len(weight_map) > MOST_TENSORS:
-        raise FormatError(f"{path} names {len(shards)} shards; at most {MOST_SHARDS} are read")
+    if len(shards) > MAX_SHARDS or len(weight_map) > MAX_TENSORS:
+        raise FormatError(f"{path} names {len(shards)} shards; at most {MAX_SHARDS} are read")
     return shards
 
 
@@ -201,7 +201,7 @@ def _read_file(file: File) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 def _check_counts(data: bytes, path: Path) -> None:
     """Before 100 MB of brackets become objects; MOST_TENSORS entries have seven commas each at most."""
-    for mark, most in ((b"{", 2 * MOST_TENSORS), (b"[", 2 * MOST_TENSORS), (b",", 8 * MOST_TENSORS)):
+    for mark, most in ((b"{", 2 * MAX_TENSORS), (b"[", 2 * MAX_TENSORS), (b",", 8 * MAX_TENSORS)):
         if data.count(mark) > most:
             raise FormatError(f"{path}: more than {most} {mark.decode()!r} in its JSON; no model has that")
 
@@ -222,13 +222,13 @@ def _sound(text: str) -> bool:
 
 
 def _tensor(name: str, entry: Any, file: File, start: int) -> StoredTensor:
-    where = f"{file.path}: tensor {name[:LONGEST_NAME]!r}"
-    if len(name.encode(errors="replace")) > LONGEST_NAME or not _sound(name):
-        raise FormatError(f"{where} must have a name of at most {LONGEST_NAME} bytes of UTF-8")
+    where = f"{file.path}: tensor {name[:MAX_NAME_BYTES]!r}"
+    if len(name.encode(errors="replace")) > MAX_NAME_BYTES or not _sound(name):
+        raise FormatError(f"{where} must have a name of at most {MAX_NAME_BYTES} bytes of UTF-8")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{where} needs dtype, shape and data_offsets and nothing else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not _whole_numbers(shape, MOST_AXES) or not _whole_numbers(offsets, 2) or len(offsets) != 2:
+    if not _whole_numbers(shape, MAX_AXES) or not _whole_numbers(offsets, 2) or len(offsets) != 2:
         raise FormatError(f"{where} has shape {shape!r:.60} and data_offsets {offsets!r:.60}; both are lists of sizes")
     if not isinstance(dtype, str) or dtype not in PLAIN:
         if isinstance(dtype, str) and UNREAD.fullmatch(dtype):
@@ -236,13 +236,13 @@ def _tensor(name: str, entry: Any, file: File, start: int) -> StoredTensor:
         raise FormatError(f"{where} has the unknown dtype {dtype!r:.60}")
     nbytes = bytes_of(dtype, tuple(shape))
     largest = math.prod(size or 1 for size in shape) * PLAIN[dtype][1]  # strides count past a size of 0
-    if nbytes is None or offsets[1] - offsets[0] != nbytes or largest >= LARGEST:
+    if nbytes is None or offsets[1] - offsets[0] != nbytes or largest >= MAX_INT:
         raise FormatError(f"{where} of {dtype} {shape} cannot lie in {offsets[1] - offsets[0]} bytes")
     return StoredTensor(name, tuple(shape), dtype, nbytes, file, start + offsets[0])
 
 
 def _whole_numbers(value: Any, most: int) -> bool:
-    return isinstance(value, list) and len(value) <= most and all(type(v) is int and 0 <= v < LARGEST for v in value)
+    return isinstance(value, list) and len(value) <= most and all(type(v) is int and 0 <= v < MAX_INT for v in value)
 
 
 def _check_layout(tensors: dict[str, StoredTensor], file: File, start: int) -> None:

@@ -22,7 +22,7 @@ class GatedMLP(nn.Module):
         return self.down(gated(x_TD, self.gate, self.up, self.activation))
 
     def add_to(self, base_TD: Tensor, x_TD: Tensor) -> Tensor:
-        """base + forward(x), in one product where nobody listens to `down` or has put an adapter there."""
+        """base + forward(x), in one product where `down` has neither hooks nor an adapter."""
         if type(self.down) is not Linear or self.down._forward_hooks:
             return add(base_TD, self(x_TD))
         h = gated(x_TD, self.gate, self.up, self.activation)
