@@ -28,7 +28,7 @@ from tiercel.plan import kv_bytes_per_token, open_bytes, parameter_count, state_
 from tiercel.plan import pattern as picture
 from tiercel.plan.forecast import forecast
 from tiercel.plan.machines import machine
-from tiercel.quant.recipes import kinds
+from tiercel.quant.recipes import quant_types
 
 SRC = Path(tiercel.__file__).parent
 INNER, WIDTH = 48, 32
@@ -154,7 +154,7 @@ def test_it_has_a_gguf_table_types_and_lora_targets(config):
     table = {row.ours: row for row in module_rows(3, spec, WIDTH, "model.layers.3.leaky")}
     assert table["layers.3.mixers.leaky.A_log"].gguf == "blk.3.leaky_a"
     assert table["layers.3.mixers.leaky.out_proj.bias"].hf == "model.layers.3.leaky.out_proj.bias"
-    packed = kinds(parameters(config), "q8_0")
+    packed = quant_types(parameters(config), "q8_0")
     assert packed["layers.1.mixers.leaky.in_proj.weight"] == "Q8_0" and not any("A_log" in name for name in packed)
     from tiercel.train.lora import matched
 
