@@ -20,7 +20,7 @@ import torch
 from reasoner import score
 
 import tiercel
-from tiercel.problems import FAMILIES, LARGER
+from tiercel.problems import FAMILIES, LARGER_SIZE
 from tiercel.train.grpo import Rules, grpo
 from tiercel.train.log import read_log
 from tiercel.train.loop import Settings
@@ -31,8 +31,8 @@ def table(name: str | Path, args: argparse.Namespace) -> dict[str, dict[str, flo
     model = tiercel.load(name)
     family, sets = FAMILIES[args.family], {}
     for size in map(int, args.sizes.split(",")):
-        which: dict[str, Any] = {"larger": True} if size == LARGER else {"size": size}
-        label = "larger" if size == LARGER else f"size {size}"
+        which: dict[str, Any] = {"larger": True} if size == LARGER_SIZE else {"size": size}
+        label = "larger" if size == LARGER_SIZE else f"size {size}"
         sets[f"{args.family}, {label}"] = family.test_set(args.each, seed=args.seed, **which)
     sets[f"{args.family}, trained sizes"] = family.test_set(args.each, seed=args.seed)
     others = [f for f in FAMILIES.values() if f is not family]
@@ -44,7 +44,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="reasoner")
     p.add_argument("--family", default="counting")
-    p.add_argument("--sizes", default=str(LARGER), help="of the problems trained on; 4: the larger ones")
+    p.add_argument("--sizes", default=str(LARGER_SIZE), help="of the problems trained on; 4: the larger ones")
     p.add_argument("--rounds", type=int, default=40)
     p.add_argument("--prompts", type=int, default=16)
     p.add_argument("--answers", type=int, default=8)

@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=80, help="traces of each problem")
     parser.add_argument("--k", default="4,16,64")
     parser.add_argument(
-        "--window", type=int, default=16, help="tokens of a group; DeepConf's 2048 is for long thoughts"
+        "--window", type=int, default=16, help="tokens of a group; DeepConf's 2048 is for long reasoning"
     )
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=30)

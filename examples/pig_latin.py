@@ -1,4 +1,4 @@
-"""Data for teaching the reasoner a task that it does not know, with the thoughts in between: Pig Latin.
+"""Data for teaching the reasoner a task that it was not trained on, with the reasoning in between: Pig Latin.
 
     python examples/pig_latin.py .          writes pig-train.jsonl and pig-test.jsonl there
 
@@ -29,7 +29,7 @@ def word(rng: random.Random) -> str:
 
 
 def pig_latin(word: str) -> tuple[str, str]:
-    """The letters as the thoughts spell them, and the answer: consonants before the first vowel go to the end."""
+    """The letters as the reasoning spells them, and the answer: consonants before the first vowel go to the end."""
     at = next(i for i, letter in enumerate(word) if letter in "aeiou")
     front, rest, end = word[:at], word[at:], "ay" if at else "way"
     return f"{','.join(front)}|{','.join(rest)}\n{','.join(rest + front + end)}", rest + front + end
@@ -40,9 +40,9 @@ def write(folder: Path, *, count: int = 8000, tests: int = 200, seed: int = 0) -
     with (folder / "pig-train.jsonl").open("w") as file:
         while count:
             if not in_test(f"pig latin {(w := word(rng))}"):
-                thoughts, answer = pig_latin(w)
+                reasoning, answer = pig_latin(w)
                 talk = [{"role": "user", "content": rng.choice(ASKED).format(w=w)},
-                        {"role": "assistant", "content": f"<think>{thoughts}</think>{answer}"}]  # fmt: skip
+                        {"role": "assistant", "content": f"<think>{reasoning}</think>{answer}"}]  # fmt: skip
                 file.write(json.dumps({"messages": talk}) + "\n")
                 count -= 1
     held_out: dict[str, None] = {}

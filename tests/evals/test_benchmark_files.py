@@ -223,7 +223,7 @@ def test_a_part_is_the_same_each_time_and_grows():
 def test_unknown_tasks_are_answered_with_the_known_ones():
     with pytest.raises(RequestError, match="no task is called 'gsm9k'; there are aime24, aime25, gsm8k"):
         open_task("gsm9k")
-    with pytest.raises(RequestError, match="knows its own fields"):
+    with pytest.raises(RequestError, match="has its own fields"):
         open_task("gsm8k", question="q")
 
 

@@ -15,7 +15,7 @@ from tiercel.evals import sandbox
 
 held = sandbox.protections()
 confined = pytest.mark.skipif(
-    not all(held.get(name) for name in sandbox.NEEDED), reason="this system has no Landlock or namespaces"
+    not all(held.get(name) for name in sandbox.REQUIRED_PROTECTIONS), reason="this system has no Landlock or namespaces"
 )
 
 
@@ -58,7 +58,7 @@ def check(name, outside, monkeypatch):
     before = set(programs_left())
     outcome = sandbox.run(program, timeout=1.5)
     assert "ESCAPED" not in outcome.output
-    assert len(outcome.output) <= sandbox.OUTPUT
+    assert len(outcome.output) <= sandbox.MAX_OUTPUT_BYTES
     if expected:
         assert expected in outcome.output, outcome
     elif name != "pretends to have passed":
@@ -131,11 +131,11 @@ def test_what_one_kind_of_system_lacks_another_means_replaces(without, tmp_path)
     if without == "landlock" and held.get("mounts") is None:
         pytest.skip("no mount namespaces here")
     program = f"open('mine', 'w').close()\nopen({str(tmp_path / 'new')!r}, 'w')"
-    outcome, means = sandbox._run(program, 5.0, sandbox.MEMORY, (without,))
+    outcome, means = sandbox._run(program, 5.0, sandbox.MEMORY_BYTES, (without,))
     assert means.get("files"), "it still cannot write elsewhere"
     assert means.get("network")
     assert "new" in outcome.output and not list(tmp_path.iterdir())
     daemon = PROGRAMS["a daemon that stays"][0]
     before = set(programs_left())
-    sandbox._run(daemon, 5.0, sandbox.MEMORY, (without,))
+    sandbox._run(daemon, 5.0, sandbox.MEMORY_BYTES, (without,))
     assert not set(programs_left()) - before

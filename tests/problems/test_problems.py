@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from tiercel.problems import FAMILIES, LARGER, TRAINED, Problem, conversations, training
+from tiercel.problems import FAMILIES, LARGER_SIZE, TRAINED_SIZES, Problem, conversations, training
 from tiercel.problems.written import add, divide, multiply, subtract
 
 MANY = 100
 
 
-def some(name, sizes=(*TRAINED, LARGER), count=120):
+def some(name, sizes=(*TRAINED_SIZES, LARGER_SIZE), count=120):
     rng = random.Random(f"tests {name}")
     for i in range(count):
         yield FAMILIES[name].make(rng, sizes[i % len(sizes)])
@@ -110,7 +110,7 @@ def test_no_problem_of_a_test_set_is_ever_trained_on(name):
     family = FAMILIES[name]
     tested = {p.key for p in family.test_set(100)}
     rng = random.Random(1)
-    trained = [family.training(rng, size) for size in TRAINED for _ in range(MANY)]
+    trained = [family.training(rng, size) for size in TRAINED_SIZES for _ in range(MANY)]
     assert len(tested) == 100 and not tested & {p.key for p in trained} and not any(p.held_out for p in trained)
 
 
@@ -145,8 +145,8 @@ def test_test_sets_are_the_same_every_time_and_differ_by_seed():
 def test_larger_problems_are_larger_than_any_that_is_trained(name):
     family = FAMILIES[name]
     larger = family.test_set(60, larger=True)
-    assert larger and all(p.size == LARGER for p in larger)
-    trained = {p.key for p in some(name, TRAINED, 200)}
+    assert larger and all(p.size == LARGER_SIZE for p in larger)
+    trained = {p.key for p in some(name, TRAINED_SIZES, 200)}
     assert not trained & {p.key for p in larger}
 
 

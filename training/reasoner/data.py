@@ -1,6 +1,6 @@
 """Training data of the reasoner: conversations → token ids and what is learned of them, by many processes.
 
-Only the last answer of a conversation is learned, thoughts and end included.  The same seed and count give the same
+Only the last answer of a conversation is learned, reasoning and end included.  The same seed and count give the same
 documents, whatever the number of processes.
 """
 

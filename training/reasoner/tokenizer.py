@@ -3,7 +3,7 @@
     python training/reasoner/tokenizer.py [FOLDER]        src/tiercel/reasoner without it
 
 Byte-level BPE of 1,024 tokens: any text encodes; a digit or a sign is a token of its own, a word with the space before
-it may be one.  Learned from the questions and thoughts of 40,000 training problems, without the letters game of
+it may be one.  Learned from the questions and reasoning of 40,000 training problems, without the letters game of
 counting and reversing, whose words should come in pieces.
 """
 
@@ -23,7 +23,7 @@ SPECIAL = ("<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 # a word with its space, a digit, or one other character
 PIECES = r" ?\p{L}+|\p{N}|[^\p{L}\p{N}]"
 
-# Thoughts of earlier turns are left out; an answer begins inside its thoughts, or after empty ones.
+# Reasoning of earlier turns is left out; an answer begins inside its reasoning, or after an empty one.
 TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.role == 'system' or message.role == 'user' -%}

@@ -95,7 +95,7 @@ def plan(args: argparse.Namespace, network: Decoder, batches: Batches, settings:
 
 
 class Tests:
-    """Share of held-out problems in which every token, thoughts included, is the likeliest: greedy writes the same."""
+    """Share of held-out problems in which every token, reasoning included, is the likeliest: greedy writes the same."""
 
     def __init__(self, args: argparse.Namespace, settings: Settings) -> None:
         self.args, self.settings, self.path = args, settings, args.out / "tests.jsonl"

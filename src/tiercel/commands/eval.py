@@ -68,7 +68,7 @@ def evaluate(
     """
     from tiercel.errors import RequestError
     from tiercel.evals.registry import TASKS, open_task
-    from tiercel.evals.report import save, told
+    from tiercel.evals.report import save, summary
     from tiercel.evals.task import Settings
     from tiercel.voting.settings import VoteSettings
 
@@ -92,7 +92,7 @@ def evaluate(
         save(result)
         results.append(result)
         if not json:
-            print(told(result), flush=True)
+            print(summary(result), flush=True)
     if json:
         found = [result.to_dict(items=False) for result in results]
         print_json(found[0] if len(found) == 1 else found)

@@ -208,7 +208,7 @@ def grpo(
     answers: Annotated[int, typer.Option(help="Answers to each.")] = 8,
     most: Annotated[int, typer.Option(help="Tokens of an answer.")] = 256,
     updates: Annotated[int, typer.Option(help="Steps of the optimizer in a round.")] = 1,
-    tries: Annotated[int, typer.Option(help="Problems drawn in a round, at most so many times --prompts.")] = 3,
+    tries: Annotated[int, typer.Option(help="Problems drawn in a round, at most this many times --prompts.")] = 3,
     slots: Annotated[int, typer.Option(help="Answers written at once.")] = 32,
     *,
     options: Options,

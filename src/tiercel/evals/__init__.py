@@ -1,16 +1,16 @@
-"""What a model is worth: benchmarks, graders, votes, comparisons.
+"""Evaluation: benchmarks, graders, votes, comparisons.
 
     from tiercel.evals import evaluate, open_task, Settings
     result = evaluate(tiercel.load("smollm2"), open_task("gsm8k"), Settings(limit=20))
     result.score, result.interval
 
-task.py        what a benchmark is, and the list of them (one file each: gsm8k.py, arc_challenge.py, …)
+task.py        what a benchmark is · registry.py: the table of them (one file each: gsm8k.py, arc_challenge.py, …)
 data.py        where their files come from, checked by sha256
-local.py       a loaded model as somebody who answers · endpoint.py: an OpenAI-compatible address as the same
-run.py         evaluate: asks, grades, keeps every transcript, goes on where it was interrupted
+local.py       a loaded model as an `Answerer` · endpoint.py: an OpenAI-compatible address as one
+run.py         evaluate; plan.py, ask.py, aggregate.py, log.py: its parts
 report.py      JSON, Markdown and one HTML page
 grade.py       when two answers are the same · math_worker.py: the same with mathematics, in a process of its own
-sandbox.py     runs what a model programmed
+sandbox.py     runs programs that a model wrote
 lm_eval.py     our models for lm-eval
 """
 

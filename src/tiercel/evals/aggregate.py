@@ -23,7 +23,7 @@ class Result:
     """What a run found.
 
     score, interval: of the measure that `metric` names, 0 … 1 · metrics: further ones by name
-    chance: what guessing would score on these items · majority: what the commonest answer scores on the whole task
+    chance: score of random choices on these items · majority: score of the commonest answer on the whole task
     seconds: by the clock, from when the first item was asked, interruptions left out
     cut: outputs that the token budget ended · errors: items that could not be asked (they count as wrong)
     beyond_tokens: written by traces of a vote that were given up when it was decided; not among the generated
@@ -80,7 +80,7 @@ def summarize(
     metric = "correct" if write else "acc_norm" if task.normalized else "acc"
     metric = metric if vote is None else votes.name_of(vote)
     samples_each = settings["samples"] if vote is None else 1  # what is scored of an item
-    if samples_each > 1 and 0 < sum(scores) < len(scores):  # of equal scores a bootstrap says nothing
+    if samples_each > 1 and 0 < sum(scores) < len(scores):  # the bootstrap of equal scores is degenerate
         low, high = bootstrap(scores)
         interval = {"low": low, "high": high, "level": 0.95, "method": "bootstrap over items"}
     else:

@@ -2,9 +2,9 @@
 
 chat     the problem, then: "Please reason step by step, and put your final answer within \\boxed{}."
 plain    "Problem: {problem}\\nSolution:"; ends at "Problem:"
-counts   the last \\boxed{…} after the thoughts, as an integer ("025" is 25); without a box nothing counts
+counts   the last \\boxed{…} after the reasoning, as an integer ("025" is 25); without a box nothing counts
 usual    16 samples at temperature 0.6, top-p 0.95, 65,536 tokens (the settings of Falcon-H1R's report); one problem is
-         3.3 points, so a single sample says little
+         3.3 points, so a single sample is noise
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who answers, whatever it is: a model loaded here (local.py) or an address (endpoint.py)."""
+"""The protocol between an evaluation and a model, loaded here (local.py) or behind an address (endpoint.py)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer.  text: after the thoughts · finish_reason: "length" where the budget cut it · tokens: it took"""
+    """One answer.  text: after the reasoning · finish_reason: "length" where the budget cut it · tokens: it took"""
 
     text: str
     thinking: str
@@ -91,7 +91,7 @@ class Answerer(Protocol):
     has_template: bool
 
     def about(self) -> dict[str, Any]:
-        """What a report says of it: name, hashes, sizes, precision."""
+        """Return its entry in the report: name, hashes, sizes, precision."""
 
     def answer(self, questions: Iterable[Question], ask: Ask) -> Iterator[Answers]:
         """Answers in the order they are ready."""

@@ -29,7 +29,7 @@ def kept_fields(data: bytes) -> bytes:
 TEST = File("arc_challenge/test.jsonl", "d2b51ad1f1cf1ddc8a6a59ef3338c6048c867880bafb94bb711a1b3a247777a8",
             "https://raw.githubusercontent.com/LzyFischer/icml_kd/30f6ce59d478ce4ad1c53dd1f4195d97cb29c530/"
             "data/arc_challenge/test.jsonl", kept_fields)  # fmt: skip
-SHAPE = {3: 4, 4: 1165, 5: 3}  # how many rows have how many choices
+ROWS_BY_CHOICES = {3: 4, 4: 1165, 5: 3}  # how many rows have how many choices
 
 
 class ARCChallenge(Task):
@@ -72,9 +72,9 @@ def item_of(row: dict[str, Any], where: str) -> Item:
 
 
 def check_shape(items: list[Item], name: str) -> None:
-    counts = {n: sum(len(item.choices) == n for item in items) for n in SHAPE}
-    if len(items) != sum(SHAPE.values()) or counts != SHAPE:
+    counts = {n: sum(len(item.choices) == n for item in items) for n in ROWS_BY_CHOICES}
+    if len(items) != sum(ROWS_BY_CHOICES.values()) or counts != ROWS_BY_CHOICES:
         raise FormatError(f"{name}: {len(items)} rows with {counts} choices are not ARC-Challenge's test set "
-                          f"({SHAPE}); copies exist that pad, cut and shift them")  # fmt: skip
+                          f"({ROWS_BY_CHOICES}); copies exist that pad, cut and shift them")  # fmt: skip
     if len({item.id for item in items}) != len(items):
         raise FormatError(f"{name}: a question stands there twice")

@@ -43,8 +43,8 @@ def ask_items(
         return task.grade(items[key], grade.final(text))
 
     def read(key: int, text: str) -> str | None:
-        said = judged(key, text).answer
-        return None if said is None else normal(said)
+        answer = judged(key, text).answer
+        return None if answer is None else normal(answer)
 
     questions = (Question(i, prompts[i], seed_of(settings.seed, items[i].id), functools.partial(read, i)) for i in left)
     for answers in answerer.answer(questions, ask):

@@ -25,7 +25,7 @@ from tiercel.evals.answers import Answerer, Ask, Question
 from tiercel.evals.run import evaluate
 from tiercel.evals.task import Settings, Task
 
-STEPS = 32  # tokens of a timed answer
+TIMED_TOKENS = 32  # tokens of a timed answer
 Report = Callable[[str], None]
 Opener = Callable[[str], Answerer]
 
@@ -135,14 +135,14 @@ def timed_here(each: Entrant, length: int) -> dict[str, Any]:
 
     path = str(local_models.resolve(each.name, pull=True))
     with Worker({"engine": "tiercel", "threads": cores(), "dtype": "auto", "path": path}) as worker:
-        order = {"prompts": [length], "generate": STEPS, "context": length, "batch": 1}
+        order = {"prompts": [length], "generate": TIMED_TOKENS, "context": length, "batch": 1}
         turn = worker.round(order)
     return {"prefill_tok_s": turn["prefill"][str(length)], "decode_tok_s": turn["decode"],
             "memory_bytes": turn["peak_rss_bytes"]}  # fmt: skip
 
 
 def timed_there(each: Entrant, length: int) -> dict[str, Any]:
-    """Two answers to prompts nobody has read before: one of one token, one of STEPS."""
+    """Time two answers to prompts that are in no cache: one of one token, one of TIMED_TOKENS."""
     from tiercel.evals.endpoint import Endpoint
 
     assert each.address is not None
@@ -150,7 +150,7 @@ def timed_there(each: Entrant, length: int) -> dict[str, Any]:
     seconds: list[float] = []
     made: list[int] = []
     read = 0
-    for tokens in (1, STEPS):
+    for tokens in (1, TIMED_TOKENS):
         words = f"{time.time_ns()} " + " ".join(str(n % 10) for n in range(length // 2))
         ask = Ask(False, 1, tokens, 0.0, 1.0, 0, 0.0, (), None, 1)
         began = time.perf_counter()

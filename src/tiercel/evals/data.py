@@ -1,4 +1,4 @@
-"""The files of benchmarks: found here or fetched at a pinned commit, and always the bytes they are said to be.
+"""The files of benchmarks: found here or fetched at a pinned commit, and checked by sha256.
 
 Looked for in this order: `--data DIR` or TIERCEL_DATA (and then nowhere else), `../shared/data` beside the project,
 what was fetched before (`<home>/data`), the address in the benchmark's file.
@@ -17,8 +17,8 @@ from typing import Any
 import tiercel
 from tiercel.errors import FormatError, Offline, RequestError
 
-LARGEST = 64 << 20  # bytes of one file that is fetched
-LONGEST_ROW = 8 << 20
+MAX_FILE_BYTES = 64 << 20  # of one file that is fetched
+MAX_ROW_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def rows_of(data: bytes, name: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
-        if len(line) > LONGEST_ROW:
-            raise FormatError(f"{name}, row {number}: {len(line)} bytes are more than a row may have ({LONGEST_ROW})")
+        if len(line) > MAX_ROW_BYTES:
+            raise FormatError(f"{name}, row {number}: {len(line)} bytes are more than a row may have ({MAX_ROW_BYTES})")
         try:
             row = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
@@ -122,7 +122,7 @@ def _fetch(file: File, target: Path) -> Path:
         raise Offline(f"{file.path} is not here, and HF_HUB_OFFLINE forbids to fetch it; give a folder with --data")
     try:
         with urllib.request.urlopen(file.url, timeout=30) as response:
-            data = response.read(LARGEST + 1)
+            data = response.read(MAX_FILE_BYTES + 1)
     except (urllib.error.URLError, OSError) as error:
         raise Offline(f"{file.path} is not here and could not be fetched from {file.url} ({error}); "
                       "put it into a folder and name that with --data") from None  # fmt: skip

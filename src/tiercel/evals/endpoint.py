@@ -1,4 +1,4 @@
-"""An OpenAI-compatible address as somebody who answers: `--endpoint http://127.0.0.1:11434/v1`.
+"""An OpenAI-compatible address as an `Answerer`: `--endpoint http://127.0.0.1:11434/v1`.
 
     POST {url}/chat/completions      with the chat template, which is the server's
     POST {url}/completions           plain
@@ -22,16 +22,18 @@ from typing import Any
 from tiercel.errors import ContextOverflow, ModelNotFound, RequestError, TiercelError
 from tiercel.evals.answers import Answers, Ask, Question, Sample, Scored
 
-TRIES, PAUSE = 4, 1.0  # the pause doubles
-LARGEST = 64 << 20
-CONNECT, READ = 10.0, 3600.0  # seconds; a long thought comes in one piece
+MAX_TRIES, FIRST_PAUSE_SECONDS = 4, 1.0  # the pause doubles
+MAX_RESPONSE_BYTES = 64 << 20
+CONNECT_SECONDS, READ_SECONDS = 10.0, 3600.0  # long reasoning comes in one piece
 
 
 class Endpoint:
     has_template = True
     likelihoods = False
 
-    def __init__(self, url: str, model: str, *, pause: float = PAUSE, timeout: float = READ) -> None:
+    def __init__(
+        self, url: str, model: str, *, pause: float = FIRST_PAUSE_SECONDS, timeout: float = READ_SECONDS
+    ) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise RequestError(f"an endpoint is an address like http://127.0.0.1:11434/v1, not {url!r}")
@@ -40,7 +42,7 @@ class Endpoint:
         self._key = os.environ.get("TIERCEL_ENDPOINT_KEY", "")
 
     def about(self) -> dict[str, Any]:
-        """What is known of it: an address does not say which weights it serves."""
+        """Return name and address; which weights it serves is unknown."""
         return {"name": self.name, "endpoint": self.url}
 
     def score(self, contexts: Iterable[tuple[int, str, list[str]]], ask: Ask) -> Iterator[Scored]:
@@ -110,7 +112,7 @@ class Endpoint:
     def _post(self, path: str, body: dict[str, Any], leaving: threading.Event) -> Any:
         """The answer's JSON; a connection that breaks, 429 and 5xx are tried again."""
         why = ""
-        for attempt in range(TRIES):
+        for attempt in range(MAX_TRIES):
             if leaving.wait(self.pause * 2 ** (attempt - 1) if attempt else 0):
                 break
             try:
@@ -132,12 +134,12 @@ class Endpoint:
             if status == 400 and "context" in words.lower():
                 raise ContextOverflow(words)
             raise RequestError(f"{self.url} refuses: {words}")
-        raise TiercelError(f"{self.url} does not answer ({why}); tried {TRIES} times. What was finished is kept: "
+        raise TiercelError(f"{self.url} does not answer ({why}); tried {MAX_TRIES} times. What was finished is kept: "
                            "the same command goes on from there")  # fmt: skip
 
     def _once(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self._parts.hostname or "", self._parts.port, timeout=CONNECT)
+        connection = kind(self._parts.hostname or "", self._parts.port, timeout=CONNECT_SECONDS)
         try:
             connection.connect()
             connection.sock.settimeout(self.timeout)
@@ -146,9 +148,9 @@ class Endpoint:
                 headers["Authorization"] = f"Bearer {self._key}"
             connection.request("POST", self._parts.path.rstrip("/") + path, json.dumps(body).encode(), headers)
             response = connection.getresponse()
-            data = response.read(LARGEST + 1)
-            if len(data) > LARGEST:
-                raise RequestError(f"{self.url} answers more than {LARGEST >> 20} MiB")
+            data = response.read(MAX_RESPONSE_BYTES + 1)
+            if len(data) > MAX_RESPONSE_BYTES:
+                raise RequestError(f"{self.url} answers more than {MAX_RESPONSE_BYTES >> 20} MiB")
             return response.status, json.loads(data)
         finally:
             connection.close()

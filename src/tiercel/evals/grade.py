@@ -1,6 +1,6 @@
 """When two answers are the same.
 
-    final("<think>…</think>so 4")   what stands after the thoughts
+    final("<think>…</think>so 4")   the text after the reasoning
     boxed(text)                     the content of the last \\boxed{…}
     last_number(text)               the number that a worked solution ends with
     same_number("1,234", "1234.0")  as numbers, exactly
@@ -19,7 +19,7 @@ MAX_ANSWER_CHARS = 4000  # a longer answer is not compared
 
 
 def final(text: str) -> str:
-    """What is said after the thoughts; nothing where the thoughts never end."""
+    """Return the text after the reasoning; nothing where the reasoning never ends."""
     _, tag, rest = text.rpartition("</think>")
     if tag:
         return rest

@@ -23,7 +23,7 @@ from tiercel.evals.task import Item, Prompt, Task, Verdict
 TEST = File("humaneval/HumanEval.jsonl", "1d49078ba3e2b196b9344535bef34a43021f038fad9561d6ee7c53450609a6a2",
             "https://raw.githubusercontent.com/openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/"
             "data/HumanEval.jsonl.gz", gzip.decompress)  # fmt: skip
-SECONDS = 5.0
+TEST_SECONDS = 5.0
 CHAT = "Complete this function. Answer with the whole function in one Python code block."
 
 
@@ -56,7 +56,7 @@ class HumanEval(Task):
             return Verdict(None, False, note="no code")
         done = secrets.token_hex(8)  # an early exit is no success
         tests = f"{item.more['test']}\ncheck({item.more['entry_point']})\nprint({done!r})\n"
-        outcome = sandbox.run(f"{program}\n\n{tests}", timeout=SECONDS)
+        outcome = sandbox.run(f"{program}\n\n{tests}", timeout=TEST_SECONDS)
         right = outcome.ok and outcome.output.rstrip().endswith(done)
         last = outcome.output.strip().rpartition("\n")[2][:200]
         why = "ended before the tests did" if outcome.ok else outcome.why

@@ -12,7 +12,7 @@ kind       of written answers: "number" (exact), "math" (LaTeX), "text" (case an
            and the question goes without a word about the form of its answer); when not named it is "number" where
            every answer is one, else "text"
 counts     number: the stated number; math: the last \\boxed{…}; text: the box or, without one, the last line;
-           letter: the letter it settles on; bare: all that is said after the thoughts
+           letter: the letter it settles on; bare: the whole text after the reasoning
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A loaded model as somebody who answers.
+"""A loaded model as an `Answerer`.
 
 Questions are queued a few more than there are slots, so that the engine is never idle; the samples of one question
 fork from one prefill.  For likelihoods no engine is needed: a context is read once, each continuation goes on from
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from tiercel.engine.request import Request
     from tiercel.model.state import State
 
-TOGETHER = 64  # samples of one question that run at once; more come in groups
-SHARED = 32  # tokens: less than this is not worth a state of its own
+MAX_PARALLEL_SAMPLES = 64  # samples of one question that run at once; more come in groups
+MIN_SHARED_TOKENS = 32  # tokens: less than this is not worth a state of its own
 
 
 class LocalModel:
-    votes = True  # it says how sure it was
+    votes = True  # it has confidences
 
     def __init__(self, model: Model) -> None:
         self.model, self.name = model, model.name
@@ -47,7 +47,7 @@ class LocalModel:
         from tiercel.engine.draft_model import drafter_for
         from tiercel.engine.engine import Engine
 
-        together = 1 if ask.vote else min(ask.samples, TOGETHER)  # a vote opens its traces as slots come free
+        together = 1 if ask.vote else min(ask.samples, MAX_PARALLEL_SAMPLES)  # a vote opens traces as slots come free
         engine = Engine(self.model, slots=max(ask.slots, together), drafter=drafter_for(self.model))
         waiting = iter(questions)
         open_: dict[int, list[Request]] = {}
@@ -130,7 +130,7 @@ def encode_pair(model: Model, context: str, continuation: str) -> tuple[list[int
 
 
 class Scorer:
-    """Log-probabilities of continuations; remembers the beginning that contexts have in common.
+    """Log-probabilities of continuations; keeps the state of the beginning that contexts have in common.
 
     reused: tokens of the last context that were not read again
     """
@@ -189,7 +189,7 @@ class Scorer:
         if self._state is None or context[: len(self._common)] != self._common or len(self._common) >= len(context):
             self._state, self._common = None, []
             same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(context, self._last)))  # noqa: B905
-            if min(same, len(context) - 1) >= SHARED:
+            if min(same, len(context) - 1) >= MIN_SHARED_TOKENS:
                 import torch
 
                 self._common = context[: min(same, len(context) - 1)]

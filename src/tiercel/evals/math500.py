@@ -3,7 +3,7 @@ r"""MATH-500: 500 competition problems with answers in LaTeX, levels 1 to 5.
 data     math500/test.jsonl, sha256 35dc4108…: bit-identical to openai/prm800k's split (MIT)
 chat     the problem, then: "Please reason step by step, and put your final answer within \boxed{}."
 plain    "Problem: {problem}\nSolution:"; ends at "Problem:"
-counts   the last \boxed{…} after the thoughts, when math-verify finds it equal to the gold answer; without a box
+counts   the last \boxed{…} after the reasoning, when math-verify finds it equal to the gold answer; without a box
          nothing counts.  The judge has 5 seconds per answer.
 """
 

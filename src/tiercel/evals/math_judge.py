@@ -1,8 +1,8 @@
 """Asks math-verify whether two answers are the same mathematics, in a process that may hang or die of it.
 
 An answer is a text that a model wrote: `9^{9^{9^9}}` is short, and never evaluated to the end.  Each question has
-`SECONDS`; a process that does not answer in time is ended, the answer counts as different, and the next question gets
-a new process.
+`ANSWER_SECONDS`; a process that does not answer in time is ended, the answer counts as different, and the next question
+gets a new process.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from tiercel.errors import RequestError
 from tiercel.runtime.subprocess import kill_after, terminate
 
-SECONDS, START_SECONDS = 5.0, 60.0
+ANSWER_SECONDS, START_SECONDS = 5.0, 60.0
 WORKER = Path(__file__).with_name("math_worker.py")
 
 
 class Judge:
-    def __init__(self, seconds: float = SECONDS) -> None:
+    def __init__(self, seconds: float = ANSWER_SECONDS) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise RequestError("grading mathematics needs math-verify; type: pip install 'tiercel[eval]'")
         self.seconds = seconds

@@ -11,14 +11,14 @@ import json
 import logging
 import sys
 
-MEMORY = 2 << 30
+MEMORY_BYTES = 2 << 30
 
 
 def main() -> None:
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows: the clock remains
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -34,12 +34,12 @@ def main() -> None:
         try:
             answer, gold = json.loads(line)
             left, right = read(gold), read(answer)
-            said = "unreadable" if not left or not right else "different"
-            if said == "different" and verify(left, right, timeout_seconds=None):
-                said = "same"
+            verdict = "unreadable" if not left or not right else "different"
+            if verdict == "different" and verify(left, right, timeout_seconds=None):
+                verdict = "same"
         except (Exception, RecursionError):
-            said = "unreadable"
-        print(said, flush=True)
+            verdict = "unreadable"
+        print(verdict, flush=True)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def lengths(found: Sequence[tuple[int, bool]], budget: int) -> str:
 
 
 def picks(found: Sequence[tuple[int, int]]) -> str:
-    """How often each choice was taken, beside how often it was right: a model that always says A shows here."""
+    """How often each choice was taken, beside how often it was right: a model that always answers A shows here."""
     most = max(max(pair) for pair in found) + 1
     taken = [sum(pick == i for pick, _ in found) for i in range(most)]
     gold = [sum(right == i for _, right in found) for i in range(most)]

@@ -5,7 +5,7 @@ data     none: `FAMILIES[…].test_set(n)`, the same for the same seed; the hash
          ("addition, larger").
 chat     the question alone
 plain    the question and a line's end
-counts   what the family's own checker takes for right, after the thoughts
+counts   what the family's own checker accepts, after the reasoning
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from tiercel.evals.task import Item, Prompt, Task, Verdict
 from tiercel.problems import FAMILIES
 
-OF_EACH, LARGER = 100, 25
+ITEMS_PER_FAMILY, LARGER_ITEMS = 100, 25
 
 
 class Problems(Task):
@@ -28,7 +28,7 @@ class Problems(Task):
     def load(self, folder: str | None) -> list[Item]:
         items = []
         for name, family in FAMILIES.items():
-            for larger, count in ((False, OF_EACH), (True, LARGER)):
+            for larger, count in ((False, ITEMS_PER_FAMILY), (True, LARGER_ITEMS)):
                 group = f"{name}, larger" if larger else name
                 for number, problem in enumerate(family.test_set(count, larger=larger)):
                     items.append(Item(f"{group}/{number}", problem.question, problem.answer, group=group,
@@ -42,8 +42,8 @@ class Problems(Task):
 
     def grade(self, item: Item, text: str) -> Verdict:
         problem = item.more["problem"]
-        said = text.strip()
-        return Verdict(said or None, bool(said) and bool(FAMILIES[problem.family].correct(said, problem)))
+        answer = text.strip()
+        return Verdict(answer or None, bool(answer) and bool(FAMILIES[problem.family].correct(answer, problem)))
 
     def majority(self, items: Sequence[Item]) -> tuple[str, float] | None:
         return None

@@ -27,7 +27,7 @@ def open_task(name: str, **fields: Any) -> Task:
     """A benchmark by name, or any JSONL file by path (fields: question, choices, answer, kind; see jsonl.py)."""
     if name in TASKS:
         if fields:
-            raise RequestError(f"{name} knows its own fields; they are nameable for a JSONL file only")
+            raise RequestError(f"{name} has its own fields; they can be named for a JSONL file only")
         module, kind = TASKS[name]
         found: Task = getattr(import_module(f"tiercel.evals.{module}"), kind)()
         return found

@@ -1,4 +1,4 @@
-"""What a run found, for people: `told` for the terminal, `save` as report.json, report.md and report.html.
+"""Reports of a run: `summary` for the terminal, `save` as report.json, report.md and report.html.
 
 The page is one file with its pictures as inline SVG; it loads nothing and runs nothing.
 """
@@ -16,8 +16,8 @@ from tiercel.evals.aggregate import Result
 from tiercel.evals.statistics import wilson
 from tiercel.runtime.atomic import atomic_write
 
-SHOWN = 200  # transcripts in the page; all of them are in items.jsonl
-LONGEST = 6000  # characters of one text in the page
+MAX_SHOWN_TRANSCRIPTS = 200  # transcripts in the page; all of them are in items.jsonl
+MAX_SHOWN_CHARS = 6000  # characters of one text in the page
 
 
 def save(result: Result, folder: Path | None = None) -> Path:
@@ -35,16 +35,16 @@ def save(result: Result, folder: Path | None = None) -> Path:
     return folder / "report.html"
 
 
-def told(result: Result) -> str:
+def summary(result: Result) -> str:
     """A few lines for the terminal."""
     lines = [f"{result.model['name']} on {result.task['title']}: {percent(result.score)} {_between(result)}"]
-    lines += [f"  {name:<11} {value}" for name, value in facts(result) if name in TERMINAL]
+    lines += [f"  {name:<11} {value}" for name, value in facts(result) if name in TERMINAL_ROWS]
     if result.folder is not None:
         lines.append(f"  {'report':<11} {result.folder / 'report.html'}")
     return "\n".join(lines)
 
 
-TERMINAL = ("metric", "vote", "asked", "also", "baselines", "cut", "no answer", "not asked", "spent")
+TERMINAL_ROWS = ("metric", "vote", "asked", "also", "baselines", "cut", "no answer", "not asked", "spent")
 
 
 def percent(value: float) -> str:
@@ -106,14 +106,14 @@ def _vote(result: Result) -> str:
         return ""
     s = result.settings["vote"]
     held = [record["vote"] for record in result.items if "vote" in record]
-    said = f"{s['k']} answers a question at most, {result.n_samples / max(result.n_items, 1):.1f} counted on average"
+    line = f"{s['k']} answers a question at most, {result.n_samples / max(result.n_items, 1):.1f} counted on average"
     if s["method"] != "majority":
-        said += f", weight {s['weight']}, window {s['window']}"
+        line += f", weight {s['weight']}, window {s['window']}"
     if sum(vote["stopped"] for vote in held):
-        said += f", {sum(vote['stopped'] for vote in held)} stopped early"
+        line += f", {sum(vote['stopped'] for vote in held)} stopped early"
     if s["consensus"]:
-        said += f", {sum(vote['consensus'] for vote in held)} of {len(held)} ended by consensus"
-    return said
+        line += f", {sum(vote['consensus'] for vote in held)} of {len(held)} ended by consensus"
+    return line
 
 
 def _ways(result: Result) -> list[tuple[str, float, float, float]]:
@@ -206,8 +206,12 @@ def _baselines(result: Result) -> list[tuple[str, float]]:
 
 
 def _transcripts(items: Sequence[dict[str, Any]]) -> str:
-    shown = items[:SHOWN]
-    more = f"; the other {len(items) - SHOWN} are in items.jsonl" if len(items) > SHOWN else ""
+    shown = items[:MAX_SHOWN_TRANSCRIPTS]
+    more = (
+        f"; the other {len(items) - MAX_SHOWN_TRANSCRIPTS} are in items.jsonl"
+        if len(items) > MAX_SHOWN_TRANSCRIPTS
+        else ""
+    )
     out = [f"<h2>Transcripts</h2><p class=dim>{len(shown)} of {len(items)}{more}</p>"]
     for record in shown:
         verdict = "right" if record["score"] == 1 else "wrong" if record["score"] == 0 else ""
@@ -238,12 +242,12 @@ def _answers(record: dict[str, Any]) -> str:
         out.append(f"<p><span class={verdict}>{verdict}</span> <span class=dim>sample {number}, {sample['tokens']} "
                    f"tokens{cut}{note}; answer: {answer}</span></p>")  # fmt: skip
         if sample["thinking"]:
-            out.append(f"<p class=dim>thoughts</p><pre class=dim>{_short(sample['thinking'])}</pre>")
+            out.append(f"<p class=dim>reasoning</p><pre class=dim>{_short(sample['thinking'])}</pre>")
         out.append(f"<pre>{_short(sample['text'])}</pre>")
     return "".join(out)
 
 
-def _short(text: str, most: int = LONGEST) -> str:
+def _short(text: str, most: int = MAX_SHOWN_CHARS) -> str:
     """Escaped, its middle left out where it is long."""
     if len(text) > most:
         text = f"{text[: most // 2]} … {len(text) - most} characters left out … {text[-most // 2 :]}"

@@ -1,4 +1,4 @@
-"""Runs a program that a model wrote, so that it can harm nobody.
+"""Run a program that a model wrote, confined.
 
     outcome = run("print(1)", timeout=5)
     outcome.ok, outcome.why, outcome.output
@@ -8,14 +8,14 @@ take away and then starts the program.  What holds it, where the system allows:
 
     network     a network namespace of its own, without any interface; without that, Landlock forbids TCP
     files       Landlock: writes only in its own folder (removed afterwards), reads only of Python and system libraries
-    processes   a process namespace of its own: it sees and can signal nobody else, and when its first process ends all
-                that it left behind ends too; RLIMIT_NPROC against fork bombs
+    processes   a process namespace of its own: it sees and can signal no other process, and when its first process ends
+                all its descendants end, too; RLIMIT_NPROC against fork bombs
     memory      RLIMIT_AS · time RLIMIT_CPU and a clock · file size RLIMIT_FSIZE · open files RLIMIT_NOFILE
     rights      no new privileges, no capabilities, a user of its own when we are root
     secrets     an empty environment, no inherited descriptors
-    output      what is beyond `OUTPUT` bytes is thrown away
+    output      what is beyond `MAX_OUTPUT_BYTES` bytes is thrown away
 
-`protections()` says which of them hold here; without a limit on files or on processes nothing is run at all.
+`protections()` lists which of them hold here; without a limit on files or on processes nothing is run at all.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from pathlib import Path
 from tiercel.errors import UnsupportedError
 
 KEEPER = Path(__file__).with_name("sandbox_keeper.py")
-OUTPUT = 64 << 10
-MEMORY, FILE_SIZE, PROCESSES, FILES = 1 << 30, 16 << 20, 16, 64
-NEEDED = ("files", "processes")
+MAX_OUTPUT_BYTES = 64 << 10
+MEMORY_BYTES, FILE_BYTES, MAX_PROCESSES, MAX_OPEN_FILES = 1 << 30, 16 << 20, 16, 64
+REQUIRED_PROTECTIONS = ("files", "processes")
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Outcome:
     seconds: float
 
 
-def run(program: str, *, timeout: float = 5.0, memory: int = MEMORY) -> Outcome:
+def run(program: str, *, timeout: float = 5.0, memory: int = MEMORY_BYTES) -> Outcome:
     """Run Python text.  Raises UnsupportedError where this system cannot hold it."""
-    missing = [name for name in NEEDED if not protections().get(name)]
+    missing = [name for name in REQUIRED_PROTECTIONS if not protections().get(name)]
     if missing:
         raise UnsupportedError(f"this system cannot confine a program ({', '.join(missing)} would be open): "
                                "it needs Linux with Landlock or namespaces; run this benchmark there")  # fmt: skip
@@ -67,8 +67,8 @@ def protections() -> dict[str, str]:
     """What holds a program here, by name, and by which means; "" where nothing does."""
     if not sys.platform.startswith("linux"):
         return dict.fromkeys(("network", "files", "processes", "rights"), "")
-    _, said = _run("pass", 20.0, MEMORY)
-    return said
+    _, held = _run("pass", 20.0, MEMORY_BYTES)
+    return held
 
 
 def _run(program: str, timeout: float, memory: int, without: tuple[str, ...] = ()) -> tuple[Outcome, dict[str, str]]:
@@ -80,8 +80,8 @@ def _run(program: str, timeout: float, memory: int, without: tuple[str, ...] = (
         source.write_text(program, encoding="utf-8", errors="surrogatepass")
         if os.geteuid() == 0:
             folder.chmod(0o755)
-        order = {"folder": str(folder / "work"), "timeout": timeout, "memory": memory, "file_size": FILE_SIZE,
-                 "processes": PROCESSES, "files": FILES, "prefixes": _python_folders(),
+        order = {"folder": str(folder / "work"), "timeout": timeout, "memory": memory, "file_size": FILE_BYTES,
+                 "processes": MAX_PROCESSES, "files": MAX_OPEN_FILES, "prefixes": _python_folders(),
                  "without": without}  # fmt: skip
         return _keep(order, timeout)
     finally:
@@ -89,7 +89,7 @@ def _run(program: str, timeout: float, memory: int, without: tuple[str, ...] = (
 
 
 def _keep(order: dict[str, object], timeout: float) -> tuple[Outcome, dict[str, str]]:
-    """Start the keeper, read what comes until the clock ends it, leave nobody behind."""
+    """Start the keeper, read its output until the clock ends it, and leave no process behind."""
     report, report_in = os.pipe()
     began = time.perf_counter()
     process = subprocess.Popen(
@@ -116,7 +116,7 @@ def _keep(order: dict[str, object], timeout: float) -> tuple[Outcome, dict[str, 
                 data = os.read(process.stdout.fileno(), 1 << 16)
                 if not data:
                     break
-                kept += data[: OUTPUT - len(kept)]
+                kept += data[: MAX_OUTPUT_BYTES - len(kept)]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL) if process.poll() is None and late else None
@@ -129,20 +129,20 @@ def _keep(order: dict[str, object], timeout: float) -> tuple[Outcome, dict[str, 
         with os.fdopen(report, "rb") as pipe:
             lines = pipe.read(1 << 16).decode("utf-8", "replace").splitlines()
     seconds = time.perf_counter() - began
-    said: dict[str, str] = {}
+    held: dict[str, str] = {}
     ended: dict[str, object] = {}
     for line in lines:
         with contextlib.suppress(ValueError):
             found = json.loads(line)
-            said, ended = (found["held"], ended) if "held" in found else (said, found)
+            held, ended = (found["held"], ended) if "held" in found else (held, found)
     output = bytes(kept).decode("utf-8", "replace")
-    if not said:
+    if not held:
         return Outcome(False, "killed", output or "the keeper did not start", seconds), {}
     status = ended.get("status")
     if ended.get("late") or late:
-        return Outcome(False, "timeout", output, seconds), said
+        return Outcome(False, "timeout", output, seconds), held
     why = "passed" if status == 0 else "killed" if not isinstance(status, int) or status < 0 else "failed"
-    return Outcome(status == 0, why, output, seconds), said
+    return Outcome(status == 0, why, output, seconds), held
 
 
 def _python_folders() -> list[str]:

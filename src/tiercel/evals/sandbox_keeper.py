@@ -32,7 +32,7 @@ PDEATHSIG, DUMPABLE, CAPBSET_DROP, SUBREAPER, NO_NEW_PRIVS, SECCOMP = 1, 4, 24, 
 MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 2, 4, 0x4000, 1 << 18
 WORK_BYTES, WORK_FILES = 64 << 20, 1024  # of the folder, where it can have a file system of its own
 READ_ONLY = ("/usr", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/etc/localtime", "/dev/urandom", "/dev/zero")
-LOOK_EVERY = 0.02  # seconds
+POLL_SECONDS = 0.02  # seconds
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -70,16 +70,16 @@ def keep(order: dict[str, Any], report: int) -> None:
         done, _ = os.waitpid(first, os.WNOHANG)
         if done:
             break
-        everybody = descendants()
+        running = descendants()
         if time.monotonic() > end:
             late = True
             break
         # root is above RLIMIT_NPROC, and RLIMIT_AS is each process's own: so all together are watched from here
-        if len(everybody) > order["processes"] + 2 or memory_of(everybody) > order["memory"]:
+        if len(running) > order["processes"] + 2 or memory_of(running) > order["memory"]:
             break
         if "disk" not in held and folder_bytes(order) > WORK_BYTES:
             break
-        time.sleep(LOOK_EVERY)
+        time.sleep(POLL_SECONDS)
     end_all()
     if late:
         os.write(report, b'{"late": true}\n')
@@ -147,7 +147,7 @@ def folder_bytes(order: dict[str, Any]) -> int:
 
 
 def end_all() -> None:
-    """Stop everybody first, so that nobody multiplies meanwhile, then end them."""
+    """Stop all first, so that none forks meanwhile, then kill them."""
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for _ in range(100):
             pids = descendants()

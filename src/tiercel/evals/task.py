@@ -7,7 +7,7 @@ A `Task` has items; how they are asked depends on its kind:
                  acc by the sum of log-probabilities, acc_norm and acc_bytes by that per character and byte
     "continue"   one continuation: right when each of its tokens is the likeliest
 
-An answer is read only from what stands after the thoughts: what a model merely thought does not count.
+An answer is read only from the text after the reasoning.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Settings:
 
     chat: the model's chat template, or the plain text · shots: solved examples before the question
     choices: "likelihood", or "letters": the model writes the letter of its choice (all that an endpoint can)
-    limit: so many items, drawn with `seed`; a larger limit contains a smaller one · data: the folder of the files
+    limit: number of items, drawn with `seed`; a larger limit contains a smaller one · data: the folder of the files
     vote: `vote.k` answers to each question, and the one that they agree on is graded
     """
 
@@ -136,11 +136,11 @@ class Task:
     # ── when it counts ──
 
     def grade(self, item: Item, text: str) -> Verdict:
-        """Look at an answer, the thoughts taken off."""
+        """Grade an answer without its reasoning."""
         raise NotImplementedError
 
     def chance(self, items: Sequence[Item]) -> float | None:
-        """What blind guessing would score; None where there is nothing to guess from."""
+        """Return the score of random choices; None where there are no choices."""
         return sum(1 / len(item.choices) for item in items) / len(items) if items and items[0].choices else None
 
     def majority(self, items: Sequence[Item]) -> tuple[str, float] | None:

@@ -1,4 +1,4 @@
-"""What a vote on an item leaves in a run, and what the same traces would have said by every other way of counting.
+"""The record of a vote on an item, and the results of every other way of counting the same traces.
 
 pass@1 is the mean of single answers, so only of traces that nothing ended early: all of them, or the warm-up where a
 threshold or a consensus ends the rest.  Only where all ran in full are the other ways counted too.

@@ -1,11 +1,11 @@
-"""Problems that check themselves: made by the thousand, thought through in writing, and graded without a judge.
+"""Problems that check themselves: generated, with written reasoning, and graded without a judge.
 
     from tiercel.problems import FAMILIES, training
     FAMILIES["addition"].test_set(100)                    held out: no training ever saw them
     FAMILIES["addition"].correct("543", problem)
     next(training(seed=0))                                a Problem of the training mixture
 
-All generators and all thoughts are our own (`arithmetic`, `search`, `words`, `lists`, `algebra`, `talk`); they need
+All generators and all reasoning are our own (`arithmetic`, `search`, `words`, `lists`, `algebra`, `talk`); they need
 nothing but Python.  Some questions are phrased as in the package `reasoning-gym`, whose checkers judge our answers
 in the tests where it is installed.  `python -m tiercel.problems write OUT.jsonl` writes training data.
 """
@@ -16,10 +16,10 @@ import random
 from collections.abc import Iterator
 
 from tiercel.problems import algebra, arithmetic, lists, search, words
-from tiercel.problems.problem import LARGER, TRAINED, Family, Problem, in_test
+from tiercel.problems.problem import LARGER_SIZE, TRAINED_SIZES, Family, Problem, in_test
 from tiercel.problems.talk import talk
 
-__all__ = ["FAMILIES", "LARGER", "TRAINED", "Family", "Problem", "conversations", "in_test", "training"]
+__all__ = ["FAMILIES", "LARGER_SIZE", "TRAINED_SIZES", "Family", "Problem", "conversations", "in_test", "training"]
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -45,7 +45,7 @@ def training(seed: int = 0, families: list[str] | None = None) -> Iterator[Probl
             yield talk(rng)
         else:
             family = rng.choices(chosen, weights)[0]
-            yield family.training(rng, rng.choices(TRAINED, SIZES)[0])
+            yield family.training(rng, rng.choices(TRAINED_SIZES, SIZES)[0])
 
 
 def conversations(
@@ -53,8 +53,8 @@ def conversations(
 ) -> Iterator[list[Message]]:
     """Problems as conversations, the way a model meets them; only the last answer of each is to be learned.
 
-    earlier: the share with earlier turns, their thoughts left out as chat templates do.  One in twenty-five has a
-    system message; one in forty, of the easy ones, no thoughts (`--no-think`).
+    earlier: the share with earlier turns, their reasoning left out as chat templates do.  One in twenty-five has a
+    system message; one in forty, of the easy ones, no reasoning (`--no-think`).
     """
     rng = random.Random(f"conversations {seed}")
     problems = training(seed, families)

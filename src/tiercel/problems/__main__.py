@@ -1,5 +1,5 @@
 """python -m tiercel.problems write --count 1000 --seed 0 OUT.jsonl        training data, one conversation a line
-python -m tiercel.problems show [FAMILY …]                              a problem of each family, with its thoughts
+python -m tiercel.problems show [FAMILY …]                              a problem of each family, with its reasoning
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tiercel.errors import RequestError, TiercelError
-from tiercel.problems import FAMILIES, TRAINED, conversations
+from tiercel.problems import FAMILIES, TRAINED_SIZES, conversations
 from tiercel.runtime.atomic import atomic_write
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Problems that check themselves.")
@@ -48,10 +48,10 @@ def write(
 @app.command()
 def show(
     families: Annotated[list[str] | None, typer.Argument(help="Families; all without it.")] = None,
-    size: Annotated[int, typer.Option(help="1, 2, 3, or 4 for larger than trained.", min=1, max=4)] = TRAINED[-1],
+    size: Annotated[int, typer.Option(help="1, 2, 3, or 4 for larger than trained.", min=1, max=4)] = TRAINED_SIZES[-1],
     seed: Annotated[int, typer.Option(help="Another seed, another problem.")] = 0,
 ) -> None:
-    """Show a problem of each family, with its thoughts."""
+    """Show a problem of each family, with its reasoning."""
     for name in _known(families) or FAMILIES:
         problem = FAMILIES[name].make(random.Random(f"{name} {seed}"), size)
         print(f"── {name}\n{problem.question}\n{problem.thinking}\n⇒ {problem.answer}\n")

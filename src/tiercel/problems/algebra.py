@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 
-from tiercel.problems.problem import LARGER, Family, Problem
+from tiercel.problems.problem import LARGER_SIZE, Family, Problem
 from tiercel.problems.written import divide, multiply, work_out
 
 
 def algebra(rng: random.Random, size: int) -> Problem:
     """k x + b = c, also as b + k x, k x − b, and x / k; whole solutions."""
     name = rng.choice("xxxynabzktm")
-    top_k, top_x, top_b = {1: (1, 20, 20), 2: (9, 12, 40), 3: (9, 30, 60), LARGER: (30, 60, 500)}[size]
+    top_k, top_x, top_b = {1: (1, 20, 20), 2: (9, 12, 40), 3: (9, 30, 60), LARGER_SIZE: (30, 60, 500)}[size]
     k, x, b = rng.randint(2, max(2, top_k)) if size > 1 else 1, rng.randint(1, top_x), rng.randint(1, top_b)
-    if size == LARGER:
+    if size == LARGER_SIZE:
         k, x, b = rng.randint(10, top_k), rng.randint(31, top_x), rng.randint(61, top_b)
     minus = rng.random() < 0.4
     if minus and k * x <= b:
@@ -46,7 +46,7 @@ def same_value(answer: str, problem: Problem) -> bool:
 
 def expressions(rng: random.Random, size: int) -> Problem:
     """Precedence and brackets; one operation is done a line."""
-    many = {1: 2, 2: 2, 3: 3, LARGER: 5}[size]
+    many = {1: 2, 2: 2, 3: 3, LARGER_SIZE: 5}[size]
     while True:
         items = _expression(rng, many, brackets=size > 1 and rng.random() < 0.6)
         lines = _reduced(items)
@@ -97,8 +97,8 @@ def _reduced(items: list[str]) -> list[str] | None:
 
 
 def modulo(rng: random.Random, size: int) -> Problem:
-    b = rng.randint(2, 12) if size != LARGER else rng.randint(13, 30)
-    a = rng.randint(*{1: (1, 50), 2: (10, 99), 3: (100, 999), LARGER: (1000, 9999)}[size])
+    b = rng.randint(2, 12) if size != LARGER_SIZE else rng.randint(13, 30)
+    a = rng.randint(*{1: (1, 50), 2: (10, 99), 3: (100, 999), LARGER_SIZE: (1000, 9999)}[size])
     question = rng.choice((
         "What is {a} mod {b}?", "{a} mod {b}", "What is {a} modulo {b}?",
         "What is the remainder of {a} divided by {b}?",
@@ -109,7 +109,7 @@ def modulo(rng: random.Random, size: int) -> Problem:
 
 
 def gcd(rng: random.Random, size: int) -> Problem:
-    low, high = {1: (1, 20), 2: (1, 60), 3: (1, 99), LARGER: (100, 400)}[size]
+    low, high = {1: (1, 20), 2: (1, 60), 3: (1, 99), LARGER_SIZE: (100, 400)}[size]
     common = rng.randint(1, max(2, high // 5)) if rng.random() < 0.6 else 1
     a, b = (rng.randint(-(-low // common), max(1, high // common)) * common for _ in range(2))
     question = rng.choice((
@@ -127,16 +127,16 @@ def gcd(rng: random.Random, size: int) -> Problem:
 
 def sequences(rng: random.Random, size: int) -> Problem:
     """The next number: a constant difference, a constant factor, or differences that grow by a constant."""
-    step = rng.randint(*{1: (1, 9), 2: (1, 12), 3: (1, 20), LARGER: (21, 60)}[size])
-    start = rng.randint(*{1: (0, 20), 2: (0, 40), 3: (0, 60), LARGER: (100, 400)}[size])
+    step = rng.randint(*{1: (1, 9), 2: (1, 12), 3: (1, 20), LARGER_SIZE: (21, 60)}[size])
+    start = rng.randint(*{1: (0, 20), 2: (0, 40), 3: (0, 60), LARGER_SIZE: (100, 400)}[size])
     kind = rng.choice(("same", "down", "times", "grows") if size > 1 else ("same", "same", "down"))
     if kind == "same":
         items = [start + i * step for i in range(5)]
     elif kind == "down":
         items = [start + (4 - i) * step for i in range(5)]
     elif kind == "times":
-        factor = rng.randint(2, 3) if size < LARGER else 4
-        items = [rng.randint(1, 6) if size < LARGER else rng.randint(7, 20)]
+        factor = rng.randint(2, 3) if size < LARGER_SIZE else 4
+        items = [rng.randint(1, 6) if size < LARGER_SIZE else rng.randint(7, 20)]
         while len(items) < 5:
             items.append(items[-1] * factor)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from tiercel.problems.problem import LARGER, Family, Problem, numbers
+from tiercel.problems.problem import LARGER_SIZE, Family, Problem, numbers
 from tiercel.problems.written import add, divide, multiply, subtract
 
 ASK = (
@@ -30,7 +30,7 @@ def of_digits(rng: random.Random, n: int) -> int:
 
 def pair(rng: random.Random, size: int) -> tuple[int, int]:
     """Two operands, the longer of `size` digits (four or five when larger)."""
-    longest = rng.choice((4, 5)) if size == LARGER else size
+    longest = rng.choice((4, 5)) if size == LARGER_SIZE else size
     a = of_digits(rng, longest)
     b = of_digits(rng, longest if rng.random() < 0.6 else rng.randint(1, longest))
     return (a, b) if rng.random() < 0.5 else (b, a)
@@ -61,8 +61,8 @@ def subtraction(rng: random.Random, size: int) -> Problem:
 
 
 def multiplication(rng: random.Random, size: int) -> Problem:
-    a = of_digits(rng, {1: 1, 2: 2, 3: 2, LARGER: 3}[size])
-    b = of_digits(rng, {1: 1, 2: 1, 3: 2, LARGER: 2}[size])
+    a = of_digits(rng, {1: 1, 2: 2, 3: 2, LARGER_SIZE: 3}[size])
+    b = of_digits(rng, {1: 1, 2: 1, 3: 2, LARGER_SIZE: 2}[size])
     if rng.random() < 0.5:
         a, b = b, a
     question = phrase(rng, a, "*", b, ("Multiply {a} by {b}.", "What is the product of {a} and {b}?",
@@ -73,8 +73,8 @@ def multiplication(rng: random.Random, size: int) -> Problem:
 
 
 def division(rng: random.Random, size: int) -> Problem:
-    b = rng.randint(2, 12) if size != LARGER else rng.randint(13, 30)
-    a = of_digits(rng, {1: 2, 2: 2, 3: 3, LARGER: 4}[size]) if size > 1 else rng.randint(b, 10 * b)
+    b = rng.randint(2, 12) if size != LARGER_SIZE else rng.randint(13, 30)
+    a = of_digits(rng, {1: 2, 2: 2, 3: 3, LARGER_SIZE: 4}[size]) if size > 1 else rng.randint(b, 10 * b)
     if rng.random() < 0.4:
         a -= a % b
     question = phrase(rng, a, "/", b, ("Divide {a} by {b}.", "How many times does {b} go into {a}, and what is left?",

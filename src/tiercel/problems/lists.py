@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from tiercel.problems.problem import LARGER, Family, Problem, numbers
+from tiercel.problems.problem import LARGER_SIZE, Family, Problem, numbers
 from tiercel.problems.words import THINGS
 
 WORDS = (
@@ -32,7 +32,7 @@ def _letters(rng: random.Random, low: int, high: int) -> str:
 
 
 def _number_list(rng: random.Random, size: int) -> list[int]:
-    low, high, top = {1: (3, 4, 30), 2: (4, 5, 99), 3: (5, 6, 99), LARGER: (7, 8, 99)}[size]
+    low, high, top = {1: (3, 4, 30), 2: (4, 5, 99), 3: (5, 6, 99), LARGER_SIZE: (7, 8, 99)}[size]
     return [rng.randint(0, top) for _ in range(rng.randint(low, high))]
 
 
@@ -65,7 +65,7 @@ def counting(rng: random.Random, size: int) -> Problem:
 
 
 def _count_letter(rng: random.Random, size: int) -> Problem:
-    low, high = {1: (3, 6), 2: (5, 9), 3: (8, 12), LARGER: (14, 18)}[size]
+    low, high = {1: (3, 6), 2: (5, 9), 3: (8, 12), LARGER_SIZE: (14, 18)}[size]
     word = _letters(rng, low, high)
     letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
     question = rng.choice((
@@ -81,7 +81,7 @@ def _count_letter(rng: random.Random, size: int) -> Problem:
 
 
 def _count_item(rng: random.Random, size: int) -> Problem:
-    many = {1: (3, 5), 2: (5, 8), 3: (8, 10), LARGER: (13, 16)}[size]
+    many = {1: (3, 5), 2: (5, 8), 3: (8, 10), LARGER_SIZE: (13, 16)}[size]
     kinds = rng.sample(THINGS[:24], rng.randint(2, 3))
     items = [rng.choice(kinds) for _ in range(rng.randint(*many))]
     wanted = rng.choice(kinds)
@@ -97,7 +97,7 @@ def _count_item(rng: random.Random, size: int) -> Problem:
 
 
 def _count_above(rng: random.Random, size: int) -> Problem:
-    many = {1: (3, 4), 2: (4, 6), 3: (6, 8), LARGER: (10, 12)}[size]
+    many = {1: (3, 4), 2: (4, 6), 3: (6, 8), LARGER_SIZE: (10, 12)}[size]
     items = [rng.randint(0, 99) for _ in range(rng.randint(*many))]
     limit, below = rng.randint(5, 95), rng.random() < 0.4
     word = rng.choice(("below", "less than", "smaller than") if below else ("above", "greater than", "larger than"))
@@ -115,8 +115,8 @@ def _count_above(rng: random.Random, size: int) -> Problem:
 
 def comparison(rng: random.Random, size: int) -> Problem:
     """The larger of two, or the largest of several: a running best."""
-    longest = {1: 2, 2: 3, 3: 4, LARGER: 6}[size]
-    many = 2 if rng.random() < 0.4 else rng.randint(3, 4) + (size == LARGER)
+    longest = {1: 2, 2: 3, 3: 4, LARGER_SIZE: 6}[size]
+    many = 2 if rng.random() < 0.4 else rng.randint(3, 4) + (size == LARGER_SIZE)
     first = rng.randrange(10 ** (longest - 1), 10**longest)
     items = [first]
     while len(items) < many:
@@ -153,7 +153,7 @@ def comparison(rng: random.Random, size: int) -> Problem:
 
 
 def reversing(rng: random.Random, size: int) -> Problem:
-    low, high = {1: (3, 5), 2: (5, 7), 3: (7, 9), LARGER: (11, 13)}[size]
+    low, high = {1: (3, 5), 2: (5, 7), 3: (7, 9), LARGER_SIZE: (11, 13)}[size]
     word = _letters(rng, low, high) if rng.random() < 0.8 else str(rng.randrange(10 ** (low - 1), 10**high))
     question = rng.choice((
         "Reverse {w}.", "Write {w} backwards.", "What is {w} spelled backwards?", 'Reverse the word "{w}".',

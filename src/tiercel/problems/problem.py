@@ -1,7 +1,7 @@
 """What a problem is, what a family of problems is, and which side of the split a problem lies on.
 
 The split is a property of the problem, not of a seed or a file: the hash of its canonical form (operands without
-their phrasing, in an order where order does not matter) says whether it may be trained on or is held out.
+their phrasing, in an order where order does not matter) decides whether it may be trained on or is held out.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-HELD_OUT = 10  # one in so many problems is never trained on
-TRAINED = (1, 2, 3)  # sizes; what they mean is each family's own
-LARGER = 4  # beyond anything trained
+HELD_OUT = 10  # one problem in HELD_OUT is never trained on
+TRAINED_SIZES = (1, 2, 3)  # sizes; what they mean is each family's own
+LARGER_SIZE = 4  # beyond anything trained
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, thoughts that lead to its answer, and the answer.
+    """A question, the reasoning that leads to its answer, and the answer.
 
     key: the canonical form; "" for facts that are the alphabet of all others (3 + 4), which are always trained and
     never tested.  data: what a checker needs beside the answer (the numbers of a countdown).
@@ -84,7 +84,7 @@ class Family:
 
     def training(self, rng: random.Random, size: int) -> Problem:
         """A problem that may be trained on."""
-        assert size in TRAINED
+        assert size in TRAINED_SIZES
         while (problem := self.make(rng, size)).held_out:
             pass
         return problem
@@ -100,7 +100,7 @@ class Family:
         missed = 0
         while len(found) < n and missed < 2000:
             missed += 1
-            problem = self.make(rng, LARGER if larger else size or rng.choice(TRAINED))
+            problem = self.make(rng, LARGER_SIZE if larger else size or rng.choice(TRAINED_SIZES))
             if problem.held_out:
                 missed = 0 if problem.key not in found else missed
                 found.setdefault(problem.key, problem)

@@ -1,6 +1,6 @@
 """Countdown: reach a target with three numbers, each used once.  Our own generator and search.
 
-The thoughts search backwards: with one number set aside, what would the other two have to make, and do they?
+The reasoning searches backwards: with one number set aside, what would the other two have to make, and do they?
 
     6:3+7=10,7-3=4,3*7=21;27+6=33,27-6=21 yes      of 6, 3, 7 to make 27: what the others make; what is needed
     3*7                                            and the answer is (3*7)+6
@@ -13,7 +13,7 @@ import random
 from fractions import Fraction
 from itertools import permutations
 
-from tiercel.problems.problem import LARGER, Family, Problem
+from tiercel.problems.problem import LARGER_SIZE, Family, Problem
 
 ASK = (
     "Make {t} from {n}.", "Use {n} to make {t}.", "Reach {t} with the numbers {n}.",
@@ -24,11 +24,11 @@ ASK = (
 
 
 def countdown(rng: random.Random, size: int) -> Problem:
-    low, high = {1: (1, 6), 2: (1, 9), 3: (2, 12), LARGER: (13, 20)}[size]
+    low, high = {1: (1, 6), 2: (1, 9), 3: (2, 12), LARGER_SIZE: (13, 20)}[size]
     while True:
         chosen = [rng.randint(low, high) for _ in range(3)]
         target = _target(rng, chosen)
-        if target is not None and 0 < target <= (150 if size != LARGER else 500):
+        if target is not None and 0 < target <= (150 if size != LARGER_SIZE else 500):
             break
     listed = rng.choice((", ", ", ", " ")).join(map(str, chosen))
     if rng.random() < 0.3:
@@ -72,7 +72,7 @@ def _needs(target: int, c: int) -> list[tuple[str, int, str]]:
 
 
 def search(chosen: list[int], target: int) -> tuple[str, str]:
-    """(thoughts, answer) of the search in its fixed order; there must be a solution."""
+    """Return (reasoning, answer) of the search in its fixed order; there must be a solution."""
     lines = []
     for i, c in enumerate(chosen):
         a, b = (n for j, n in enumerate(chosen) if j != i)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from tiercel.problems.problem import LARGER, Family, Problem
+from tiercel.problems.problem import LARGER_SIZE, Family, Problem
 from tiercel.problems.written import work_out
 
 SHE = (
@@ -82,8 +82,8 @@ PIECES: tuple[tuple[int, str, str, str], ...] = (
 
 
 def word_problem(rng: random.Random, size: int) -> Problem:
-    steps = min(size, 3) if size != LARGER else rng.randint(2, 3)
-    low, high = {1: (2, 30), 2: (2, 60), 3: (2, 60), LARGER: (100, 500)}[size]
+    steps = min(size, 3) if size != LARGER_SIZE else rng.randint(2, 3)
+    low, high = {1: (2, 30), 2: (2, 60), 3: (2, 60), LARGER_SIZE: (100, 500)}[size]
     chosen = rng.choice([i for i, piece in enumerate(PIECES) if piece[0] == steps] + [-1] * 6)
     if chosen < 0:
         names, (text, worked, key) = _cast(rng), _story(rng, steps, low, high)

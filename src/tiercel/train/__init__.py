@@ -5,7 +5,7 @@
     fit(network, batches, settings)    the loop itself, for anything that gives batches
 
 Learning rates are those of the folded network: a checkpoint's fixed multipliers (muP) are multiplied into its weights
-when it is loaded and divided out when it is saved, so that Adam's steps, which do not know of them, act on the product.
+when it is loaded and divided out when it is saved, so that Adam's steps act on the product.
 A rate of W with a multiplier m outside is a rate of m · W here: the paper's rates are to be scaled by each m.
 """
 

@@ -7,8 +7,8 @@
 
 The modules are the network's own, found in two places: model.layers.0.self_attn.q_proj here is
 layers.0.mixers.attention.q there, and what is put in one place is put in the other.  Our matrices hold the
-checkpoint's multipliers (`Row.scale`); an adapter learns in the checkpoint's values, so that its files are right as
-they are, and its product takes the multiplier on the way out.
+checkpoint's multipliers (`TensorMapping.scale`); an adapter learns in the checkpoint's values, so its files need no
+conversion, and its output is scaled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tiercel.train.loss import chunked_cross_entropy, learns
 if TYPE_CHECKING:
     from tiercel.api import Model
 
-IGNORED = -100  # a label that is not learned
+IGNORED_LABEL = -100  # a label that is not learned
 
 
 class Names(nn.Module):
@@ -99,7 +99,7 @@ class CausalLM(Names):
         self.register_parameter("packed", nothing)
 
     def _place(self, ours: str, theirs: str, scale: float | Runs) -> None:
-        """Our parameter's module (or the parameter, where it is nobody's weight) under the checkpoint's name."""
+        """Register our parameter's module, or the parameter if no module has it, by the checkpoint's name."""
         owner, _, leaf = ours.rpartition(".")
         path = theirs.split(".")
         module = self.network.get_submodule(owner)
@@ -108,7 +108,7 @@ class CausalLM(Names):
         for name in path[: -2 if whole else -1]:
             if name not in node._modules:
                 node.add_module(name, Names())
-            if not isinstance(node._modules[name], Names):  # the bias of a matrix that here is somebody else's
+            if not isinstance(node._modules[name], Names):  # the bias of a matrix that is part of another module here
                 path[-1] = f"{name}_{path[-1]}"
                 break
             node = node._modules[name]  # type: ignore[assignment]
@@ -134,7 +134,7 @@ class CausalLM(Names):
 
         num_items_in_batch: what the sum of losses is divided by, the tokens learned without it.
         """
-        if unknown := [name for name, value in others.items() if value is not None and name not in HARMLESS]:
+        if unknown := [name for name, value in others.items() if value is not None and name not in ACCEPTED_ARGUMENTS]:
             raise RequestError(f"forward has no argument {unknown[0]!r}; it takes input_ids, attention_mask and labels")
         if attention_mask is not None and not bool((attention_mask[:, :1] == 1).all()):
             raise RequestError("rows are filled up on the right: set the tokenizer's padding_side to 'right'")
@@ -145,7 +145,7 @@ class CausalLM(Names):
             return {"logits": network.head(x_TD, scale).float().unflatten(0, input_ids.shape)}
         x_TD = x_TD.unflatten(0, input_ids.shape)[:, :-1].flatten(0, 1)
         targets_T = labels[:, 1:].flatten()
-        learned_T = (targets_T != IGNORED).nonzero().squeeze(1)
+        learned_T = (targets_T != IGNORED_LABEL).nonzero().squeeze(1)
         total = chunked_cross_entropy(
             x_TD[learned_T],
             targets_T[learned_T],
@@ -179,12 +179,19 @@ class CausalLM(Names):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalLM:
-        self.network._apply(fn, recurse)  # the same modules, and it knows its panels
+        self.network._apply(fn, recurse)  # the same modules; the network repacks its weights
         self._parameters["packed"].data = fn(self._parameters["packed"].data)  # type: ignore[union-attr]
         return self
 
 
-HARMLESS = ("use_cache", "return_dict", "output_attentions", "output_hidden_states", "position_ids", "token_type_ids")
+ACCEPTED_ARGUMENTS = (
+    "use_cache",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "position_ids",
+    "token_type_ids",
+)
 
 
 def _with_multiplier(module: nn.Module, scale: float | Runs) -> nn.Module:

@@ -30,7 +30,7 @@ from tiercel.weights.safetensors import open_safetensors, write_safetensors_file
 from tiercel.weights.stored import OutTensor
 
 MAX_CHECKPOINTS = 2
-TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 STATE, NETWORK, OPTIMIZER = "state.json", "network.safetensors", "optimizer.safetensors"
 FIELDS = {"step", "position", "random", "cuda_random"}  # of state.json, at least
 CHECKSUMS = {
@@ -41,7 +41,7 @@ CHECKSUMS = {
 
 @dataclass
 class Progress:
-    """Where a run is: the number of steps done, and what `Batches.position` says."""
+    """Where a run is: steps done, and `Batches.position`."""
 
     step: int
     position: Any
@@ -221,7 +221,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     def rows(t: Tensor, start: int, stop: int) -> Tensor:
         return t[start:stop].cpu() if t.dim() else t.cpu()
 
-    out = [OutTensor(n, tuple(t.shape), TYPES[t.dtype], partial(rows, t.detach())) for n, t in tensors.items()]
+    out = [
+        OutTensor(n, tuple(t.shape), SAFETENSORS_TYPES[t.dtype], partial(rows, t.detach())) for n, t in tensors.items()
+    ]
     write_safetensors_file(path, out, None)
 
 

@@ -217,7 +217,7 @@ class Documents:
 
     @classmethod
     def of(cls, examples: Iterable[tuple[Any, Any]], where: str = "the data") -> Documents:
-        """From any (tokens, mask); mask says which tokens are learned.  What has fewer than two tokens says nothing."""
+        """Collect (tokens, mask) pairs, mask 1 where a token is learned; drop those of fewer than two tokens."""
         tokens, masks, lengths = [], [], []
         for ids, mask in examples:
             if len(ids) > 1:
@@ -253,7 +253,7 @@ class Documents:
 
 @dataclass
 class Rows:
-    """A micro-batch: B rows of L tokens, where their documents begin, and which tokens are to be told from the rest.
+    """A micro-batch: B rows of L tokens, where their documents begin, and which tokens are predicted.
 
     counted_T: flat positions whose next token counts;  targets_T: those next tokens, one for each.
     """
@@ -263,7 +263,7 @@ class Rows:
     counted_T: Tensor
     targets_T: Tensor
     count: int
-    notes: dict[str, float] = field(default_factory=dict, kw_only=True)  # what the log says beside the loss
+    notes: dict[str, float] = field(default_factory=dict, kw_only=True)  # further numbers for the log
 
     def to(self, device: torch.device | str, *, recompute: bool = False) -> Rows:
         self.batch.recompute = recompute

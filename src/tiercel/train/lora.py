@@ -3,7 +3,7 @@
     lora("smollm2", "chats.jsonl", Settings(steps=200, lr=2e-4, out=Path("poet")))
     lora("smollm2", "chats.jsonl", Settings(...), quantize="q4_k_m")          over packed weights
 
-Packed matrices are multiplied by the kernels that run them, in the backward pass from slabs unpacked temporarily
+Packed matrices are multiplied by the inference kernels; the backward unpacks them block by block
 (`ops.linear.Product`); frozen ones of bfloat16 by torch where the CPU multiplies that fast, and the products of
 attention and scans between them are rounded alike.  What learns is float32.  `out` is an adapter in PEFT's form, with
 the checkpoint's own names.
@@ -49,11 +49,11 @@ def lora(
     epochs: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Train an adapter on what some roles say, and write it to settings.out.
+    """Train an adapter on the messages of some roles, and write it to settings.out.
 
     targets: projections by our names ("q") or the checkpoint's ("q_proj"); none: those whose `Param.lora` is set.
     quantize: a recipe such as "q4_k_m" or "nf4".
-    Other arguments and the answer: as of `sft`; "coverage" says which part learns.
+    Other arguments and the result: as of `sft`; "coverage" is the share that learns.
     """
     start.prepare(settings.out, settings.resume)
     network, tokenizer, layout = load(local_models.resolve(model, pull=True), quantize=quantize)
@@ -83,7 +83,12 @@ def adapt(
     targets: Sequence[str] = (),
     name: str = "",
 ) -> Any:
-    """The network in PEFT's hands, only the adapter wanting gradients.  RequestError for a target nothing matches."""
+    """Return PEFT's model around the network; only the adapter requires gradients.
+
+    Raises:
+        RequestError: a target that matches nothing, or a rank beyond the matrices'.
+        UnsupportedError: PEFT is not installed.
+    """
     try:
         import peft
     except ImportError:

@@ -1,6 +1,6 @@
 """Cross-entropy of the next token, a slice of tokens at a time: the logits (T, V) are never all there.
 
-Losses are sums; who calls divides by the number of counted tokens of the whole step, over all its micro-batches and
+Losses are sums; the caller divides by the number of counted tokens of the whole step, over all its micro-batches and
 ranks, so that every token weighs the same however a step is cut.
 """
 
@@ -19,7 +19,7 @@ from tiercel.model.decoder import Decoder
 from tiercel.ops.cpu import training
 from tiercel.train.data import Rows
 
-LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers of a slice
+SLICE_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}  # logits that exist at once
 
 
 def next_token_loss(network: Decoder, rows: Rows) -> Tensor:
@@ -35,11 +35,12 @@ def next_token_logprobs(network: Decoder, rows: Rows) -> Tensor:
 
 
 def learns(module: nn.Module) -> bool:
+    """Return whether any parameter of a module requires a gradient."""
     return any(p.requires_grad for p in module.parameters())
 
 
 def _counted(network: Decoder, rows: Rows) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What the counted tokens' successors are told from, and the head that tells."""
+    """Return the hidden states of the counted tokens, (T, D), and the head."""
     x_TD = network.hidden_states(rows.tokens_BL, rows.batch)
     if len(rows.counted_T) < x_TD.shape[0]:
         x_TD = x_TD[rows.counted_T]
@@ -55,7 +56,7 @@ def chunked_cross_entropy(
     *,
     frozen: bool = False,
 ) -> Tensor:
-    """Σ_t −log softmax(head(x_t))[target_t], float32; a slice's logits are made again on the way back.
+    """Σ_t −log softmax(head(x_t))[target_t], float32; a slice's logits are recomputed in the backward.
 
     chunk: tokens of a slice; None chooses by the vocabulary.  frozen: nothing in `head` learns; then the gradient of x
     is all there is, and made at once, so that no logits are made twice.
@@ -104,8 +105,8 @@ def _losses(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunk(x_TD: Tensor, vocab_size: int) -> int:
     """Slices of one length, so that none is a few tokens that cost a whole matrix."""
-    most, T = max(64, LOGITS.get(x_TD.device.type, LOGITS["cpu"]) // vocab_size), len(x_TD)
-    return max(1, -(-T // max(1, round(T / most))))
+    limit, T = max(64, SLICE_LOGITS.get(x_TD.device.type, SLICE_LOGITS["cpu"]) // vocab_size), len(x_TD)
+    return max(1, -(-T // max(1, round(T / limit))))
 
 
 def _slices(

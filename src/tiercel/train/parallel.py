@@ -4,7 +4,7 @@ FSDP2, torch's `fully_shard`: every block's weights, gradients and moments are c
 ranks, and put together when the block runs.  The rows of a micro-batch are shared out, so that the same settings are
 the same training on any number of ranks, but for the order in which sums are made.
 
-    ranks()            who we are; reads what torchrun sets, (0 of 1) without it
+    ranks()            rank and count from torchrun's variables, (0 of 1) without them
     shard(network)     before the optimizer is made
     total(tensor)      the sum over all ranks
     whole(tensor)      a sharded tensor put together; every rank must ask
@@ -33,7 +33,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes files and talks."""
+        """Whether this one writes files and prints."""
         return self.rank == 0
 
 

@@ -26,8 +26,23 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train on every token of a file of examples; long documents are cut into pieces of `length`.
 
-    config: a pattern file or config.json for fresh weights, or a checkpoint to go on from.
-    rows, length: of a micro-batch.  epochs: instead of settings.steps.  → what was reached; see `start.report`.
+    Args:
+        config: a pattern file or config.json for fresh weights, or a checkpoint to go on from.
+        data: JSONL of examples, see `train.data`.
+        settings: of the loop.
+        tokenizer: a folder with tokenizer.json, for a fresh network.
+        held_out: JSONL for evaluations.
+        rows: of a micro-batch.
+        length: tokens of a row.
+        epochs: passes over the data, in place of settings.steps.
+        seed: of fresh weights and of the order of the data.
+
+    Returns:
+        "out", "steps", "loss", "eval_loss", "tokens", "seconds", "documents".
+
+    Raises:
+        RequestError: packed weights, settings that do not fit, a folder with another run.
+        FormatError: data that cannot be read, with file and line.
     """
     start.prepare(settings.out, settings.resume)
     network, model_tokenizer, layout = start.open_network(config, tokenizer, seed=seed)

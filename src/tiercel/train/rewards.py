@@ -4,7 +4,7 @@
     questions("file.jsonl", exact)           {"question": …, "answer": …}, in an order that follows from the seed
     gym("basic_arithmetic")                  a task of the package reasoning-gym, graded by its own checker
 
-A reward is any function (answer, wanted) → number; the answer is what was said after the thoughts.
+A reward is any function (answer, wanted) → number; the answer is the text after the reasoning.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from tiercel.errors import FormatError, RequestError
-from tiercel.problems import FAMILIES, LARGER, TRAINED, Problem
+from tiercel.problems import FAMILIES, LARGER_SIZE, TRAINED_SIZES, Problem
 
 Reward = Callable[[str, Any], float]
 
 
 @dataclass(frozen=True)
 class Task:
-    """question: what the user says, or token ids.  reward(answer): what that answer is worth."""
+    """question: the user's message, or token ids.  reward(answer): the worth of an answer."""
 
     question: str | Sequence[int]
     reward: Callable[[str], float]
@@ -34,12 +34,12 @@ class Task:
 Tasks = Callable[[int], Task]
 
 
-def problems(names: Sequence[str], sizes: Sequence[int] = TRAINED, seed: int = 0) -> Tasks:
+def problems(names: Sequence[str], sizes: Sequence[int] = TRAINED_SIZES, seed: int = 0) -> Tasks:
     """1 for a right answer, 0 otherwise.  No problem is ever one of a test set, also of the larger size."""
     if unknown := [name for name in names if name not in FAMILIES]:
         raise RequestError(f"there are no problems named {unknown[0]!r}; choose from {', '.join(FAMILIES)}")
-    if wrong := [size for size in sizes if size not in (*TRAINED, LARGER)]:
-        raise RequestError(f"problems have sizes 1 to {LARGER}, not {wrong[0]}")
+    if wrong := [size for size in sizes if size not in (*TRAINED_SIZES, LARGER_SIZE)]:
+        raise RequestError(f"problems have sizes 1 to {LARGER_SIZE}, not {wrong[0]}")
 
     def task(number: int) -> Task:
         rng = random.Random(f"grpo {seed} {number}")
@@ -55,13 +55,13 @@ def of_problem(problem: Problem) -> Task:
     return Task(problem.question, lambda answer: float(FAMILIES[problem.family].correct(answer, problem)))
 
 
-def held_out(names: Sequence[str], sizes: Sequence[int] = TRAINED, n: int = 100, seed: int = 0) -> list[Task]:
+def held_out(names: Sequence[str], sizes: Sequence[int] = TRAINED_SIZES, n: int = 100, seed: int = 0) -> list[Task]:
     """n of the test set of each, of these sizes in equal parts; the same for the same arguments."""
     found: list[Task] = []
     for name in names if n else ():
         for i, size in enumerate(sizes):
             count = n * (i + 1) // len(sizes) - n * i // len(sizes)
-            more = {"larger": True} if size == LARGER else {"size": size}
+            more = {"larger": True} if size == LARGER_SIZE else {"size": size}
             found += map(of_problem, FAMILIES[name].test_set(count, seed=seed, **more))
     return found
 

@@ -26,10 +26,19 @@ def sft(
     epochs: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Train on what some roles say; everything else is read and not learned.
+    """Train on the messages of some roles; everything else is context.
 
-    loss_on: roles, or ("all",).  Examples longer than `length` are left out and counted: half an answer teaches to
-    stop in the middle.  Other arguments and the answer: as of `pretrain`.
+    Args:
+        loss_on: roles, or ("all",).
+        length: tokens of a row.  Longer examples are left out and counted: half an answer teaches to stop early.
+        config, data, settings, tokenizer, held_out, rows, epochs, seed: as of `pretrain`.
+
+    Returns:
+        As of `pretrain`, and "left_out": examples that did not fit.
+
+    Raises:
+        RequestError: settings that do not fit, or no example that fits `length`.
+        FormatError: data that cannot be read, with file and line.
     """
     start.prepare(settings.out, settings.resume)
     network, model_tokenizer, layout = start.open_network(config, tokenizer, seed=seed)

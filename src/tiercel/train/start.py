@@ -112,7 +112,7 @@ def read(
 
 
 def counted_steps(batches: Batches, settings: Settings, epochs: float | None) -> Settings:
-    """The settings with steps for so many epochs."""
+    """Return the settings with the steps of `epochs`."""
     if epochs is None:
         return settings
     return replace(settings, steps=max(1, round(epochs * batches.per_epoch / settings.accumulate)))

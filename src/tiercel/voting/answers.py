@@ -37,12 +37,12 @@ def final_answer(text: str) -> str | None:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return None
-    said = ANNOUNCED.search(lines[-1])
-    numbers = NUMBERS.findall(said[1] if said else "") or NUMBERS.findall(lines[-1])
+    announced = ANNOUNCED.search(lines[-1])
+    numbers = NUMBERS.findall(announced[1] if announced else "") or NUMBERS.findall(lines[-1])
     if numbers:
-        return normal(numbers[0] if said and NUMBERS.findall(said[1]) else numbers[-1])
-    if said:
-        return normal(said[1])
+        return normal(numbers[0] if announced and NUMBERS.findall(announced[1]) else numbers[-1])
+    if announced:
+        return normal(announced[1])
     numbers = NUMBERS.findall(text)
     return normal(numbers[-1] if numbers else lines[-1])
 

@@ -1,4 +1,4 @@
-"""Votes among stored traces: what K of them would have said, and what they would have cost.
+"""Votes among stored traces: the result of K of them, and its cost.
 
 Traces of a problem are made once, in full; every vote is then a draw of K of them without replacement.  A trace that
 would have been stopped early is cut where its group confidence falls below the threshold of that draw's warm-up.

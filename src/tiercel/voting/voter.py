@@ -72,7 +72,7 @@ class Voter:
     def close(self) -> None:
         self.open = False
 
-    # ── what everybody else asks ──
+    # ── queries ──
 
     @property
     def decided(self) -> bool:
@@ -130,7 +130,7 @@ def vote(
     """Hold a vote on a `tiercel.Model`; further arguments go to `Engine.prepare` (thinking, starts_in_thinking, key).
 
     answer: a trace's text → its answer, None for none.  equal: whether two answers are the same; equal texts always
-    are.  progress: told after every step in which a trace ended.  Raises RequestError, ContextOverflow, TiercelError.
+    are.  progress: called after every step in which a trace ended.  Raises RequestError, ContextOverflow, TiercelError.
     """
     params = params or model.default_params()
     check(settings, params)
