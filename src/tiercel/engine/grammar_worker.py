@@ -1,8 +1,8 @@
-"""The other side of `constraint.py`: tries grammars in a process that may die of them.
+"""Compiles grammars for structured_output.py in a process that may crash.
 
 Run as a file (`python -I -S grammar_worker.py <folder of llguidance>`), never imported by the package.  A grammar is
-a program that somebody sent: some are compiled for minutes, some grow without end, some overflow the compiler's
-stack.  Here each is compiled and walked a few tokens first, within a processor time and a memory of its own.
+a program from a client: some take minutes to compile, some grow without end, some overflow the compiler's stack.
+Here each is compiled and followed for a few tokens, within a processor time and a memory of its own.
 
 Frames on both pipes: 8 bytes length (little endian), then bytes.  The first job is the vocabulary (JSON: {"pieces":
 [hexadecimal bytes], "special": [ids], "ends": [ids]}), the others {"grammar", "seconds"}; the answer to each is
@@ -23,12 +23,12 @@ sys.path.extend(sys.argv[1:])
 
 from llguidance import LLMatcher, LLTokenizer
 
-MEMORY = 256 << 20  # more than it has with the vocabulary
-WALKED = 24
+MAX_ADDED_BYTES = 256 << 20  # of memory, beside the vocabulary
+FOLLOWED_TOKENS = 24
 
 
 class Vocabulary:
-    """What LLTokenizer asks a tokenizer."""
+    """The interface that LLTokenizer expects."""
 
     is_tokenizer_wrapper = True
 
@@ -38,30 +38,31 @@ class Vocabulary:
         self.bytes = {piece[0]: id for id, piece in enumerate(pieces) if len(piece) == 1}
 
     def __call__(self, text: str) -> list[int]:
-        """Tokens of text that a grammar forces; any do here."""
+        """Return tokens of text that a grammar forces; any spelling serves here."""
         return [self.bytes[byte] for byte in text.encode() if byte in self.bytes]
 
 
 def limit_memory() -> None:
+    """Limit this process to MAX_ADDED_BYTES more than it has."""
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows: the clock remains
         import resource
 
         with open("/proc/self/statm") as file:  # noqa: PTH123  (pathlib is not loaded under -S)
             size = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+        resource.setrlimit(resource.RLIMIT_AS, (size + MAX_ADDED_BYTES, size + MAX_ADDED_BYTES))
 
 
 def start_clock(seconds: float) -> None:
-    """0 stops it.  The signal ends this process, whatever it is doing."""
+    """Let a signal end this process after this much processor time; 0: stop the clock."""
     with contextlib.suppress(AttributeError):
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def attempt(tokenizer: LLTokenizer, grammar: str) -> str:
-    """Compile, and walk some tokens into what it allows; "" or what is wrong."""
+    """Compile a grammar and follow it for some random tokens; return the error, "" for none."""
     matcher = LLMatcher(tokenizer, grammar, log_level=0)
     dice = random.Random(0)
-    for _ in range(WALKED):
+    for _ in range(FOLLOWED_TOKENS):
         if matcher.is_error() or matcher.is_stopped():
             break
         mask = int.from_bytes(matcher.compute_bitmask(), "little")
@@ -74,6 +75,7 @@ def attempt(tokenizer: LLTokenizer, grammar: str) -> str:
 
 
 def serve() -> None:
+    """Answer jobs until the pipe is closed."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
 
     def read() -> Any:

@@ -1,15 +1,15 @@
-"""Answers of a given form: JSON schema, JSON, regular expression, Lark grammar, one of several texts.
+"""Structured output: answers that follow a JSON schema, a regular expression, a Lark grammar, or are one of some texts.
 
     compiler = GrammarCompiler(tokenizer)         one for each tokenizer
-    grammar = compiler.compile(structured)        RequestError for what is no grammar, or too big; cached
-    matcher = grammar.start()                     one for each answer
-    matcher.mask(V)                               (V,) bool: what may come next
+    grammar = compiler.compile(structured)        RequestError for an invalid or too large grammar; cached
+    matcher = grammar.start()                     one for each sequence
+    matcher.mask(V)                               (V,) bool: which tokens may come next
     matcher.accept(token)
 
-The work is `llguidance`'s.  Ours: its view of our vocabulary (control tokens are never text, so that no answer can
-hold one), and bounds.  Every new grammar is tried first in a process of its own (`grammar_worker.py`), because some
-hang, some swallow memory and some end the process; here it is compiled again only when that went well.  Compiling
-belongs outside of the thread that runs the network.
+`llguidance` does the work.  This module gives it the vocabulary (control tokens are never text, so that no answer can
+hold one), and sets bounds.  Every new grammar is first compiled in a process of its own (`grammar_worker.py`), because
+some hang, some use all memory and some crash the process; it is compiled here only when that succeeded.  Compile
+outside of the thread that runs the network.
 """
 
 from __future__ import annotations
@@ -41,22 +41,21 @@ if TYPE_CHECKING:
 
     from tiercel.tokenizer.tokenizer import Tokenizer
 
-SECONDS = 1.2  # of processor time for a grammar, in the worker
-PATIENCE = 1.4  # of wall clock
-START = 60.0
-MOST_ANSWER_BYTES = 1 << 16
-CACHE_BYTES = 64 << 20
-BYTES_PER_CHARACTER = 40  # of a compiled grammar: an estimate
-TOO_LARGE = f"it is too large, or takes more than {SECONDS:g} s to compile"
-# a schema's white space is bounded: small models love line breaks; oneOf becomes anyOf
+COMPILE_CPU_SECONDS, COMPILE_WALL_SECONDS = 1.2, 1.4  # of one grammar, in the worker
+WORKER_START_SECONDS = 60.0
+MAX_ANSWER_BYTES = 1 << 16  # of the worker
+MAX_CACHE_BYTES = 64 << 20  # of compiled grammars
+BYTES_PER_CHARACTER = 40  # of a compiled grammar, estimated
+TOO_LARGE = f"it is too large, or takes more than {COMPILE_CPU_SECONDS:g} s to compile"
+# white space is bounded, because small models repeat line breaks; oneOf becomes anyOf
+SCHEMA_OPTIONS: Any = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}", "coerce_one_of": True}
+MASK_CPU_SECONDS, MASK_CPU_SECONDS_PER_TOKEN = 1.0, 0.01  # for all masks of one sequence
 GBNF_RULE = re.compile(r"^\s*[A-Za-z][\w-]*\s*::=", re.MULTILINE)
-MAX_GBNF_CHARS = 64 << 10  # it is read character by character
-OPTIONS: Any = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}", "coerce_one_of": True}
-MASK_SECONDS, MASK_SECONDS_PER_TOKEN = 1.0, 0.01  # for all masks of one answer, of processor time
+MAX_GBNF_CHARACTERS = 64 << 10  # the translator reads them one by one
 
 
 class Vocabulary:
-    """What LLTokenizer asks a tokenizer; the one of grammar_worker.py, but for `__call__`."""
+    """The interface that LLTokenizer expects; as in grammar_worker.py, but for `__call__`."""
 
     is_tokenizer_wrapper = True
 
@@ -65,12 +64,16 @@ class Vocabulary:
         self.special_token_ids, self.eos_token_id, self.bos_token_id = words["special"], words["ends"][0], None
 
     def __call__(self, text: str) -> list[int]:
-        """Tokens of text that a grammar forces: those that the model would have used."""
+        """Return the tokens of text that a grammar forces, as the model's tokenizer splits it."""
         return self.tokenizer.encode_inside(text)
 
 
 class GrammarCompiler:
-    """Compiles and keeps grammars for one tokenizer."""
+    """Compiles grammars for one tokenizer, and caches them.
+
+    Raises:
+        RequestError: the tokens are words, not pieces of text.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.spells:
@@ -81,42 +84,43 @@ class GrammarCompiler:
         self.ends = sorted(id for id in tokenizer.eos if id < tokenizer.vocab_size)
         self._lock = threading.Lock()
         self._cache: OrderedDict[str, Grammar] = OrderedDict()
-        self._held = 0  # characters of their texts
+        self._num_characters = 0  # of the cached grammars
         self._tokenizer: LLTokenizer | None = None
         self._worker = _Worker()
         weakref.finalize(self, self._worker.stop)
 
     def compile(self, structured: Structured) -> Grammar:
-        """Raises RequestError, one line, within about two seconds (more for the first: the vocabulary is read)."""
-        source = written(structured)
+        """Return the compiled grammar, from any thread.
+
+        Raises:
+            RequestError: the grammar is invalid, too large or not supported; within about two seconds (more for the
+                first: the worker reads the vocabulary).
+        """
+        source = to_llguidance(structured)
         with self._lock:
             found = self._cache.get(source)
             if found is None:
                 found = self._compile(source, structured)
                 self._cache[source] = found
-                self._held += len(source)
-                while self._held * BYTES_PER_CHARACTER > CACHE_BYTES and len(self._cache) > 1:
-                    self._held -= len(self._cache.popitem(last=False)[0])
+                self._num_characters += len(source)
+                while self._num_characters * BYTES_PER_CHARACTER > MAX_CACHE_BYTES and len(self._cache) > 1:
+                    self._num_characters -= len(self._cache.popitem(last=False)[0])
             self._cache.move_to_end(source)
             return found
 
-    def warm(self) -> None:
-        """Have the process ready that tries grammars (half a second with a large vocabulary)."""
-        with self._lock:
-            self._worker.ready(self._words)
-
     def close(self) -> None:
+        """End the worker process."""
         with self._lock:
             self._worker.stop()
 
     def _compile(self, source: str, structured: Structured) -> Grammar:
         error = self._worker.attempt(source, self._words)
         ignored: list[str] = []
-        if error and error != TOO_LARGE and structured.json is not None:  # what it does not know it may pass over
-            lenient = written(structured, lenient=True)
+        if error and error != TOO_LARGE and structured.json is not None:  # ignore unsupported keywords
+            lenient = to_llguidance(structured, lenient=True)
             if not self._worker.attempt(lenient, self._words):
                 source, error, ignored = lenient, "", [_line(error)]
-        refuse(error)
+        raise_for(error)
         return Grammar(self._matcher(source), self.ends, ignored)
 
     def _matcher(self, source: str) -> LLMatcher:
@@ -127,11 +131,11 @@ class GrammarCompiler:
             vocabulary: Any = Vocabulary(self.tokenizer, words)
             self._tokenizer = LLTokenizer(vocabulary, n_vocab=len(words["pieces"]), eos_token=words["ends"])
         matcher = LLMatcher(self._tokenizer, source, log_level=0)
-        refuse(matcher.get_error())
+        raise_for(matcher.get_error())
         return matcher
 
     def _words(self) -> dict[str, Any]:
-        """The vocabulary; where no token ends a text one is added that the network does not have."""
+        """Return the vocabulary for the worker; an end token is added where the tokenizer has none."""
         tokenizer = self.tokenizer
         pieces = [b"" if id in tokenizer.control_ids else tokenizer.piece(id) for id in range(tokenizer.vocab_size)]
         names = {id: f"<control {id}>".encode() for id in tokenizer.control_ids}
@@ -147,34 +151,34 @@ class GrammarCompiler:
 
 
 class Grammar:
-    """A compiled grammar; immutable.  ignored: lines on what of a schema is not enforced."""
+    """A compiled grammar; immutable.  ignored: lines on the keywords of a schema that are not enforced."""
 
     def __init__(self, matcher: LLMatcher, ends: list[int], ignored: list[str]) -> None:
         self._matcher, self._ends, self.ignored = matcher, ends, ignored
 
     def start(self) -> Matcher:
+        """Return a matcher at the start of the grammar."""
         return Matcher(self._matcher.deep_copy(), self._ends)
 
 
 class Matcher:
-    """Where one answer is in its grammar."""
+    """The position of one sequence in its grammar."""
 
     def __init__(self, matcher: LLMatcher, ends: list[int]) -> None:
         self._matcher, self._ends = matcher, ends
-        self._left = MASK_SECONDS
+        self._mask_seconds_left = MASK_CPU_SECONDS
 
     @property
     def complete(self) -> bool:
-        """The answer has its form and nothing may follow."""
+        """Whether the form is complete: only an end token may follow."""
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
-    @property
-    def accepting(self) -> bool:
-        """The answer has its form if it ends here."""
-        return bool(self._matcher.is_accepting())
-
     def mask(self, V: int) -> Tensor:
-        """Which of V tokens may come next, (V,) bool; end tokens where the answer may end."""
+        """Return which of V tokens may come next, (V,) bool; end tokens where the answer may end.
+
+        Raises:
+            RequestError: the grammar takes too long to follow.
+        """
         began = time.thread_time()
         if self._matcher.is_stopped():
             self._check()
@@ -186,19 +190,22 @@ class Matcher:
             bits = np.zeros(V, dtype=bool)
             known = np.unpackbits(packed, bitorder="little")[:V]
             bits[: len(known)] = known
-        self._left += MASK_SECONDS_PER_TOKEN - (time.thread_time() - began)
-        if self._left < 0:
+        self._mask_seconds_left += MASK_CPU_SECONDS_PER_TOKEN - (time.thread_time() - began)
+        if self._mask_seconds_left < 0:
             raise RequestError("this grammar takes too long to follow; make its repetitions and alternatives smaller")
         return torch.from_numpy(bits)
 
     def allows(self, token: int) -> bool:
+        """Whether a token may come next."""
         return bool(self._matcher.validate_tokens([token]) == 1)
 
     def accept(self, token: int) -> None:
+        """Append a token."""
         if token not in self._ends and not self._matcher.consume_token(token):
             self._check()
 
     def restart(self) -> None:
+        """Go back to the start of the grammar."""
         self._matcher.reset()
 
     def _check(self) -> None:
@@ -207,17 +214,17 @@ class Matcher:
             raise RequestError(f"the grammar cannot be followed any further: {_line(error)}")
 
 
-def written(structured: Structured, *, lenient: bool = False) -> str:
-    """llguidance's form of it.  lenient: what it does not know in a schema is passed over."""
+def to_llguidance(structured: Structured, *, lenient: bool = False) -> str:
+    """Return a grammar in llguidance's form.  lenient: ignore unsupported keywords of a schema."""
     from llguidance import LLMatcher
 
     try:
         if structured.json is not None:
             schema = json.loads(structured.json) if isinstance(structured.json, str) else structured.json
             closed = json.dumps(close_objects(schema))
-            return str(LLMatcher.grammar_from_json_schema(closed, OPTIONS | {"lenient": lenient}))
+            return str(LLMatcher.grammar_from_json_schema(closed, SCHEMA_OPTIONS | {"lenient": lenient}))
         if structured.json_object:
-            return str(LLMatcher.grammar_from_json_schema('{"type": "object"}', OPTIONS))
+            return str(LLMatcher.grammar_from_json_schema('{"type": "object"}', SCHEMA_OPTIONS))
         if structured.regex is not None:
             return str(LLMatcher.grammar_from_regex(structured.regex))
         if structured.choice is not None:
@@ -229,20 +236,21 @@ def written(structured: Structured, *, lenient: bool = False) -> str:
 
 
 def _as_lark(grammar: str) -> str:
-    """A Lark grammar as it is, llama.cpp's GBNF (`root ::= …`) translated."""
+    """Return a Lark grammar as it is; translate llama.cpp's GBNF (`root ::= …`)."""
     if not GBNF_RULE.search(grammar):
         return grammar
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
-    if len(grammar) > MAX_GBNF_CHARS:
-        raise RequestError(f"a GBNF grammar may have {MAX_GBNF_CHARS} characters, not {len(grammar)}; write it in Lark")
+    if len(grammar) > MAX_GBNF_CHARACTERS:
+        raise RequestError(f"a GBNF grammar may have {MAX_GBNF_CHARACTERS} characters, not {len(grammar)}; write it in Lark")
     try:
         return str(gbnf_to_lark(grammar))
     except Exception as error:  # some of its errors have no class of their own
         raise ValueError(str(error)) from None
 
 
-def refuse(error: str) -> None:
+def raise_for(error: str) -> None:
+    """Raise RequestError for an error of the compiler."""
     if error:
         raise RequestError(f"the structure of the answer cannot be followed: {_line(error)}")
 
@@ -252,21 +260,21 @@ def _line(error: str) -> str:
 
 
 class _Worker:
-    """The process that tries grammars first; started when needed, again after it died."""
+    """The process that compiles grammars first; started when needed, and again after it died."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
 
     def attempt(self, grammar: str, words: Callable[[], dict[str, Any]]) -> str:
-        """What is wrong with it, "" for nothing."""
-        self.ready(words)
-        error = self._exchange({"grammar": grammar, "seconds": SECONDS}, PATIENCE)
+        """Compile a grammar in the worker; return the error, "" for none."""
+        self.ensure_started(words)
+        error = self._exchange({"grammar": grammar, "seconds": COMPILE_CPU_SECONDS}, COMPILE_WALL_SECONDS)
         if error is None:
             self.stop()
             return TOO_LARGE
         return error
 
-    def ready(self, words: Callable[[], dict[str, Any]]) -> None:
+    def ensure_started(self, words: Callable[[], dict[str, Any]]) -> None:
         if self.process is None or self.process.poll() is not None:
             self.stop()
             self.start(words())
@@ -283,17 +291,17 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env={},
         )
-        if self._exchange(words, START) is None:
+        if self._exchange(words, WORKER_START_SECONDS) is None:
             self.stop()
-            raise TiercelError(f"the process that tries grammars did not start ({sys.executable})")
+            raise TiercelError(f"the process that compiles grammars did not start ({sys.executable})")
 
     def stop(self) -> None:
         process, self.process = self.process, None
         if process is not None:
             terminate(process)
 
-    def _exchange(self, job: dict[str, Any], patience: float) -> str | None:
-        """One job, one answer; None where the process died or was ended."""
+    def _exchange(self, job: dict[str, Any], timeout: float) -> str | None:
+        """Send a job and return the answer's error; None where the process died or was killed."""
         assert self.process is not None
-        answer = call(self.process, json.dumps(job).encode("ascii"), patience, MOST_ANSWER_BYTES)
+        answer = call(self.process, json.dumps(job).encode("ascii"), timeout, MAX_ANSWER_BYTES)
         return None if answer is None else str(answer["error"])
