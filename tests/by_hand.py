@@ -6,12 +6,12 @@ from tiercel.engine.output_processor import OutputProcessor
 from tiercel.model.prefill import prefill
 
 
-def generate_reference(network, prompt, count):
-    """Greedy tokens without a state: everything is computed again for every token."""
+def generate_reference(network, prompt, count, num_tokens=None):
+    """Greedy tokens without a state: everything is computed again for every token.  num_tokens: those with a text."""
     tokens, device = list(prompt), network.embed.weight.device
     with torch.no_grad():
         for _ in range(count):
-            tokens.append(int(network(torch.tensor(tokens, device=device), logits_to_keep=1)[-1].argmax()))
+            tokens.append(int(network(torch.tensor(tokens, device=device), logits_to_keep=1)[-1][:num_tokens].argmax()))
     return tokens[len(prompt) :]
 
 

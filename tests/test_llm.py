@@ -53,8 +53,17 @@ def test_logits_are_what_scorers_need(model):
 
 def test_the_tokens_are_the_networks_own(model):
     out = model.generate("abc", GREEDY, raw=True)
-    assert out.token_ids == generate_reference(model.network, model.tokenizer.encode("abc"), 20)
+    ids, tokenizer = model.tokenizer.encode("abc"), model.tokenizer
+    assert out.token_ids == generate_reference(model.network, ids, 20, tokenizer.vocab_size)
     assert out == model.tokenizer.decode(out.token_ids)
+
+
+def test_rows_of_logits_without_a_token_are_never_sampled(model):
+    for params in (SamplingParams(temperature=5.0, max_tokens=200, seed=1, ignore_eos=True),
+                   SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logit_bias={299: 100.0})):  # fmt: skip
+        assert max(model.generate("abc", params, raw=True).token_ids) < model.tokenizer.vocab_size < 300
+    with pytest.raises(RequestError, match="no token is left"):
+        model.generate("abc", SamplingParams(allowed_token_ids=[299]))
 
 
 def test_a_stop_string_is_found_across_tokens_and_cut_off(model):

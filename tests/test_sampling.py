@@ -96,6 +96,24 @@ def test_a_name_not_served_yet_is_refused_and_never_ignored(name: str, value: ob
     SamplingParams(**{name: getattr(SamplingParams(), name)})  # the default passes
 
 
+def test_no_limit_has_another_name_than_a_number(name: str = "max_tokens") -> None:
+    for value in (-1, 10**12):
+        with pytest.raises(RequestError, match=rf"null for no limit; over HTTP leave it out\), not {value}"):
+            SamplingParams(**{name: value})
+    assert SamplingParams(**{name: None}).max_tokens is None
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, {"temperature": 3.0, "seed": 1}, {"top_p": 0.5, "seed": 2}])
+def test_padding_behind_the_tokens_is_never_sampled(params: dict) -> None:
+    row = torch.zeros(V)
+    row[V - 3 :] = 20.0
+    sampler = Sampler(SamplingParams(**params), [], V, num_tokens=V - 3)
+    for _ in range(50):
+        token = sampler.sample(row)
+        sampler.accept(token)
+        assert token < V - 3
+
+
 def test_a_number_too_long_to_print_is_refused_all_the_same() -> None:
     with pytest.raises(RequestError, match="4300 digits"):
         SamplingParams(max_tokens=10**5000)

@@ -317,6 +317,10 @@ def test_gguf_keys_of_wrong_type_or_length_are_format_errors(kind: str, tmp_path
     for key in ("tokens", "token_type", "merges" if kind == "llama-bpe" else "scores", "bos_token_id"):
         with pytest.raises(FormatError, match=f"tokenizer.ggml.{key}"):
             Tokenizer.from_gguf(good | {f"tokenizer.ggml.{key}": ["x", 1] if key != "bos_token_id" else 10**9})
+    twice = list(good["tokenizer.ggml.tokens"])
+    twice[9] = twice[7]
+    with pytest.raises(FormatError, match=r"names .* twice: tokens 7 and 9"):
+        Tokenizer.from_gguf(good | {"tokenizer.ggml.tokens": twice})
     with pytest.raises(UnsupportedError, match=r"made-up.*known: llama-bpe"):
         Tokenizer.from_gguf(
             good | {"tokenizer.ggml.pre": "made-up", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": []}

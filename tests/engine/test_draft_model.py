@@ -91,10 +91,13 @@ def test_tokenizers_count_where_there_are_some_and_padding_does_not(tmp_path):
     target = load(tiny.checkpoint(tmp_path / "a", "mamba2"))
     padded = load(tiny.checkpoint(tmp_path / "b", "mamba2", vocab_size=320))
     assert target.tokenizer.vocab_size == padded.tokenizer.vocab_size
-    e = always(Engine(target, slots=1, drafter=DraftModel(target, padded)))
-    request = e.add([1, 2, 299], greedy(20))  # 299 is padding, and the draft model has it too
-    run(e)
-    assert request.sequences[0].token_ids == generate_reference(target.network, [1, 2, 299], 20)
+    V = target.tokenizer.vocab_size
+    for prompt in ([1, 2, 3], [1, 2, 299]):  # 299 is padding: nothing is drafted before it is read
+        e = always(Engine(target, slots=1, drafter=DraftModel(target, padded)))
+        request = e.add(prompt, greedy(20))
+        run(e)
+        assert request.sequences[0].token_ids == generate_reference(target.network, prompt, 20, V)
+        assert (e.stats.drafts_proposed > 0) == (299 not in prompt)
     text = (tmp_path / "b" / "tokenizer.json").read_text()
     (tmp_path / "b" / "tokenizer.json").write_text(text.replace("<|bot|>", "<|tob|>"))
     with pytest.raises(RequestError, match=r"its token 258 is b'<\|tob\|>', and b'<\|bot\|>' is needed"):

@@ -43,9 +43,11 @@ class PendingTokens:
 
     def __init__(self, rows: Sequence[ScheduledSequence], logits: Sequence[Tensor]) -> None:
         sampled = [
-            (row.sequence.sampler, row_logits[-1])
+            (sampler, row_logits[-1, : sampler.num_tokens])
             for row, row_logits in zip(rows, logits, strict=True)
-            if not row.sequence.num_pending_tokens and not row.draft_tokens and row.sequence.sampler.device_sampled
+            if (sampler := row.sequence.sampler).device_sampled
+            and not row.sequence.num_pending_tokens
+            and not row.draft_tokens
         ]
         self.samplers = [sampler for sampler, _ in sampled]
         if not sampled:

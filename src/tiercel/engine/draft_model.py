@@ -41,7 +41,9 @@ class DraftModel:
         if difference := _difference(model, draft):
             raise RequestError(f"{draft.name} cannot draft for {model.name}: {difference}; use a model of its family")
         self.max_length = draft.max_length
-        self.vocab_size = min(model.network.config.vocab_size, draft.network.config.vocab_size)
+        self.vocab_size = min(each.network.config.vocab_size for each in (model, draft))
+        if model.tokenizer is not None:
+            self.vocab_size = min(self.vocab_size, model.tokenizer.vocab_size)
         self.runner = runner_for(draft.network, slots, draft.max_length)
 
     def __call__(self, sequence: Sequence) -> ModelDrafter:
@@ -84,7 +86,7 @@ class ModelDrafter:
 
     Args:
         runner: of the draft network.
-        vocab_size: token ids that both networks have.
+        vocab_size: token ids that may be sampled.
         max_length: tokens that the draft network can hold; there are no drafts beyond.
         sampler: of the sequence.  Draft tokens are then drawn with the numbers that the sequence's tokens will be
             drawn with, which makes them right more often than the likeliest token would be.
@@ -103,7 +105,7 @@ class ModelDrafter:
 
     @torch.no_grad()
     def propose(self, tokens: GenericSequence[int], k: int) -> list[int]:
-        """Return k next tokens; [] where the sequence has tokens that the draft network lacks."""
+        """Return k next tokens; [] where the prompt has padding tokens, which the draft network may lack."""
         state = self._rewound(tokens)
         if any(token >= self.vocab_size for token in tokens[state.length :]):
             return []

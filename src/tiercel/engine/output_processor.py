@@ -127,6 +127,7 @@ class OutputProcessor:
             eos=eos,
             bad_words=words,
             index=self.index,
+            num_tokens=None if self.tokenizer is None else self.tokenizer.vocab_size,
             constraints=self.constraints,
         )
 

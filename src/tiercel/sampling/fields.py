@@ -39,14 +39,14 @@ def refuse(name: str, value: object, expected: str) -> RequestError:
     return RequestError(f"{name} must be {expected}, not {shown(value)}")
 
 
-def integer(default: int | None, low: int, high: int) -> Any:
-    """Declare a whole number in low … high; None is allowed when it is the default."""
+def integer(default: int | None, low: int, high: int, *, hint: str = "") -> Any:
+    """Declare a whole number in low … high; None is allowed when it is the default.  hint: what else is possible."""
 
     def check(name: str, value: object) -> int | None:
         if value is None and default is None:
             return None
         if not is_integer(value) or not low <= value <= high:
-            raise refuse(name, value, f"a whole number from {low} to {high}")
+            raise refuse(name, value, f"a whole number from {low} to {high}{hint}")
         return int(value)
 
     return field(default=default, metadata={"check": check})

@@ -29,6 +29,7 @@ from tiercel.sampling.fields import (
 )
 
 MAX_SEED = 2**64 - 1
+NO_LIMIT = " (null for no limit; over HTTP leave it out)"
 GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS: a temperature below it is 0
 MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH = 512 << 10, 64  # UTF-8 bytes; levels of brackets
 
@@ -190,7 +191,7 @@ class SamplingParams:
     stop: str | list[str] | None = listed(strings)
     stop_token_ids: list[int] | None = listed(token_ids)
     ignore_eos: bool = switch(False)
-    max_tokens: int | None = integer(16, 1, MAX_TOKEN_ID)
+    max_tokens: int | None = integer(16, 1, MAX_TOKEN_ID, hint=NO_LIMIT)
     min_tokens: int = integer(0, 0, MAX_TOKEN_ID)
     logprobs: int | None = integer(None, 0, 20)
     prompt_logprobs: int | None = later(None)

@@ -110,6 +110,7 @@ class Sampler:
         bad_words: token sequences of `params.bad_words`, from `bad_word_ids`.
         index: number of the sequence among the request's `n`; each has its own stream of draws for the same seed.
         constraints: thinking budget, grammar and repetition detection, where the request has any of them.
+        num_tokens: of the tokenizer: rows of logits from there on are padding and never sampled; None: there is none.
 
     Attributes:
         last_logprobs: {token id: Logprob} of the last `sample`; None unless `params.logprobs` is given.
@@ -129,12 +130,14 @@ class Sampler:
         bad_words: Sequence[Sequence[int]] = (),
         index: int = 0,
         constraints: TokenConstraints | None = None,
+        num_tokens: int | None = None,
     ) -> None:
         params.verify()
         self.constraints = constraints
         if params.bad_words and not bad_words:
             raise RequestError("bad_words needs a tokenizer, and this model has none; use logit_bias")
         self.params, self.vocab_size, self.index = params, vocab_size, index
+        self.num_tokens = vocab_size if num_tokens is None else min(num_tokens, vocab_size)
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.output_ids: list[int] = []
         self.last_logprobs: dict[int, Logprob] | None = None
@@ -228,7 +231,7 @@ class Sampler:
         if self.params.logit_bias:
             bias = torch.tensor(list(self.params.logit_bias.values()), dtype=torch.float32)
             logits_V = logits_V.index_add(0, torch.tensor(self._bias_ids), bias)
-        if (self._allowed or banned or masked) and logits_V.max() == -math.inf:
+        if (self._allowed or banned or masked) and logits_V[: self.num_tokens].max() == -math.inf:
             raise RequestError(
                 "no token is left to choose: allowed_token_ids, bad_words, min_tokens and the form of the answer "
                 "exclude every one"
@@ -254,7 +257,7 @@ class Sampler:
         return logits_V - self.params.presence_penalty * (self._counts_V > 0)
 
     def _choose(self, logits_V: Tensor) -> int:
-        params = self.params
+        params, logits_V = self.params, logits_V[: self.num_tokens]
         if params.greedy:
             return int(logits_V.argmax())
         logits_V = (logits_V - logits_V.max()) / params.temperature  # the largest is 0: nothing overflows

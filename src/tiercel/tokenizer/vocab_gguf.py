@@ -116,8 +116,10 @@ class _Reader:
         if not tokens or len(tokens) > MOST_TOKENS:
             raise FormatError(f"tokenizer.ggml.tokens must name 1 to {MOST_TOKENS} tokens")
         tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(tokens)]
-        if len(set(tokens)) != len(tokens):
-            raise FormatError("tokenizer.ggml.tokens names a token twice")
+        first: dict[str, int] = {}
+        for id, token in enumerate(tokens):
+            if first.setdefault(token, id) != id:
+                raise FormatError(f"tokenizer.ggml.tokens names {token[:40]!r} twice: tokens {first[token]} and {id}")
         self.count = len(tokens)
         return tokens
 
