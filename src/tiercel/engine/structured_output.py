@@ -242,7 +242,9 @@ def _as_lark(grammar: str) -> str:
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     if len(grammar) > MAX_GBNF_CHARACTERS:
-        raise RequestError(f"a GBNF grammar may have {MAX_GBNF_CHARACTERS} characters, not {len(grammar)}; write it in Lark")
+        raise RequestError(
+            f"a GBNF grammar may have {MAX_GBNF_CHARACTERS} characters, not {len(grammar)}; write it in Lark"
+        )
     try:
         return str(gbnf_to_lark(grammar))
     except Exception as error:  # some of its errors have no class of their own
