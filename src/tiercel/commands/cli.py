@@ -415,8 +415,8 @@ def create(
     from tiercel.hub import store
 
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = store.decode_modelfile(file.read_bytes())
+    except (OSError, RequestError) as error:
         raise RequestError(f"{file} cannot be read: {error}") from None
     store.create(name, store.parse_modelfile(text), file.parent)
     if json:

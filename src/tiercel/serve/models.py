@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from tiercel.errors import DoesNotFit, ModelNotFound, RequestError
 from tiercel.hub import local_models
-from tiercel.hub.download import read_json
 from tiercel.serve.errors import BUSY, APIError, log
 from tiercel.serve.settings import Settings
 
@@ -300,7 +299,7 @@ def _collect() -> None:
 def extras_of(local: local_models.LocalModel) -> dict[str, Any]:
     """What a Modelfile added: the extras of its manifest."""
     folder = local_models.store_folder(local.name)
-    found = read_json(folder / "tiercel.json").get("extras") if folder else None
+    found = local_models.manifest_of(folder).get("extras")
     return found if isinstance(found, dict) else {}
 
 

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -13,8 +14,10 @@ from starlette.responses import Response
 
 import tiercel
 from tiercel.errors import FormatError
-from tiercel.hub import local_models
-from tiercel.hub.download import read_json
+from tiercel.hub import local_models, store
+from tiercel.hub.download import file_digest
+from tiercel.runtime.stat_cache import StatCache
+from tiercel.serve.errors import to_json
 from tiercel.serve.models import Loaded, Models, ServedModel
 from tiercel.serve.names import tagged, timestamp
 from tiercel.serve.service import service_of
@@ -55,11 +58,28 @@ async def version(request: Request) -> Response:
     return JSONResponse(request, make)
 
 
+def _describe(path: Path) -> dict[str, Any]:
+    from tiercel.commands.show import describe
+
+    return describe(path)
+
+
+def _hash_adapter(folder: Path) -> str:
+    sha256 = hashlib.sha256()
+    for name in store.ADAPTER_FILES:
+        sha256.update(file_digest(folder / name, lambda what, done, total: None).encode())
+    return sha256.hexdigest()
+
+
+described = StatCache(_describe)  # headers of model files, read once
+_adapter_digest = StatCache(_hash_adapter)
+
+
 def details(served: ServedModel) -> dict[str, Any]:
     """What a model is, in Ollama's fields.  Raises FormatError."""
-    from tiercel.commands.show import describe, human_count
+    from tiercel.commands.show import human_count
 
-    about = describe(served.local.path)
+    about = described(served.local.path)
     types = about.get("types") or {"none": 1}
     return {
         "parent_model": str(served.extras.get("from") or ""), "format": about["format"],
@@ -71,10 +91,20 @@ def details(served: ServedModel) -> dict[str, Any]:
 
 
 def digest(served: ServedModel) -> str:
-    """The sha256 of a file from the store; elsewhere the hub's commit, or one of the name."""
+    """What tells two models apart, 64 hexadecimal digits.
+
+    The sha256 of a file from the store, with what a Modelfile added to it that of both; elsewhere the hub's commit, or
+    one of the name.
+    """
     folder = local_models.store_folder(served.name)
-    found = read_json(folder / "tiercel.json").get("sha256") if folder else None
-    return found if isinstance(found, str) else served.local.id or hashlib.sha256(served.name.encode()).hexdigest()
+    found = local_models.manifest_of(folder).get("sha256")
+    if not isinstance(found, str):
+        return served.local.id or hashlib.sha256(served.name.encode()).hexdigest()
+    added = {name: value for name, value in served.extras.items() if name != "from"}
+    if not added:
+        return found
+    adapter = _adapter_digest(served.adapter) if served.adapter else ""
+    return hashlib.sha256(to_json([found, dict(sorted(added.items())), adapter])).hexdigest()
 
 
 def _listed(served: ServedModel) -> dict[str, Any] | None:

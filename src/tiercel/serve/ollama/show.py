@@ -9,11 +9,12 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tiercel.runtime.stat_cache import StatCache
 from tiercel.serve.body import read
 from tiercel.serve.capabilities import capabilities
 from tiercel.serve.models import Models
 from tiercel.serve.names import timestamp
-from tiercel.serve.ollama.models import details
+from tiercel.serve.ollama.models import described, details
 from tiercel.serve.ollama.schemas import Show
 from tiercel.serve.service import service_of
 from tiercel.serve.stream import JSONResponse
@@ -28,10 +29,8 @@ async def show(request: Request) -> Response:
 
 
 def _shown(models: Models, name: str, verbose: bool) -> dict[str, Any]:
-    from tiercel.commands.show import describe
-
     served = models.find(name)
-    found, about = describe(served.local.path), details(served)
+    found, about = described(served.local.path), details(served)
     arch, extras = found["architecture"], served.extras
     info: dict[str, Any] = {
         "general.architecture": arch, "general.parameter_count": found["parameters"],
@@ -67,8 +66,7 @@ def tensors_of(path: Path) -> list[dict[str, Any]]:
                 for tensor in opened.tensors.values()]  # fmt: skip
 
 
-def chat_template(path: Path) -> str:
-    """The chat template of a file, without loading the model; "" where there is none."""
+def _read_template(path: Path) -> str:
     from tiercel.hub.download import read_json
     from tiercel.weights.gguf import GGUFFile
 
@@ -85,13 +83,18 @@ def chat_template(path: Path) -> str:
     return found if isinstance(found, str) else ""
 
 
+chat_template = StatCache(_read_template)  # without loading the model; "" where there is none
+
+
 def modelfile(name: str, extras: dict[str, Any]) -> str:
     """The Modelfile that makes this model."""
     lines = [f"FROM {extras.get('from') or name}"]
     lines += [f"ADAPTER {extras['adapter']}"] if extras.get("adapter") else []
     lines += [f"PARAMETER {key} {value}" for key, value in _pairs(extras.get("parameters") or {})]
     lines += [f'{key.upper()} """{extras[key]}"""' for key in ("template", "system") if extras.get(key)]
-    lines += [f"MESSAGE {message['role']} {message.get('content', '')}" for message in extras.get("messages") or ()]
+    for message in extras.get("messages") or ():
+        content = str(message.get("content", ""))
+        lines.append(f"MESSAGE {message['role']} " + (f'"""{content}"""' if "\n" in content else content))
     return "\n".join(lines) + "\n"
 
 
