@@ -443,3 +443,13 @@ def test_the_time_to_encode_grows_with_the_text_not_faster(kind: str, shape: str
         assert len(text.encode(SHAPES[shape](count), special=True)) >= count // 600
 
     assert ratio(encode, 1 << 14) < 24
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_beginning_of_a_text_has_the_tokens_of_the_whole(kind: str, tmp_path: Path) -> None:
+    text = text_of(tmp_path, table(kind))
+    assert text.beginning("short", 100) == "short"
+    for words in ("the inner herd in the tin " * 4000, "1234567890" * 10_000, " " * 100_000, "🦅é" * 30_000):
+        begun = text.beginning(words, 100)
+        assert words.startswith(begun) and text.encode(words)[:100] == text.encode(begun)[:100]
+        assert begun == words or len(text.encode(begun)) > 100

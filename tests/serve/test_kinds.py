@@ -288,3 +288,22 @@ def test_the_version_is_one_that_clients_of_ollama_accept(server):
 
     found = server.ask("GET", "/api/version")[1]
     assert tuple(map(int, found["version"].split("."))) >= (0, 13, 4) and found["tiercel"] == tiercel.__version__
+
+
+@pytest.mark.parametrize("path, field", [(TEXT, "prompt"), (CHAT, "messages"), ("/api/generate", "prompt"),
+                                         ("/v1/embeddings", "input"), ("/api/embed", "input")])  # fmt: skip
+@pytest.mark.parametrize("letter", ["a", "a ", "🦅", " "])
+def test_of_a_prompt_that_is_far_too_long_only_a_beginning_is_tokenized(server, monkeypatch, path, field, letter):
+    """2 MiB for a context of 512 tokens; with the true vocabulary a letter is a token."""
+    from tiercel.tokenizer.tokenizer import Tokenizer
+
+    read = []
+    true = Tokenizer._section
+    monkeypatch.setattr(Tokenizer, "_section", lambda self, text, *a, **k: read.append(len(text)) or true(
+        self, text, *a, **k))  # fmt: skip
+    text = letter * ((2 << 20) // len(letter.encode()))
+    body = {"model": "tiny", "stream": False, field: [{"role": "user", "content": text}] if path == CHAT else text}
+    status, answer = server.ask("POST", path, body)
+    assert status == (200 if path == "/api/embed" else 400), answer
+    assert path == "/api/embed" or "context" in str(answer["error"])
+    assert sum(read) < 100_000, "a small part of it"

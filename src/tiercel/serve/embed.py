@@ -45,7 +45,9 @@ async def embed(
 
 def _ids(lease: Lease, text: Input, truncate: bool) -> list[int]:
     model = lease.loaded.model
-    ids = lease.tokenizer.encode(text) if isinstance(text, str) else list(text)
+    if isinstance(text, str):
+        text = lease.tokenizer.encode(lease.tokenizer.beginning(text, model.max_length))
+    ids = list(text)
     check_ids(model, ids)
     if len(ids) > model.max_length and not truncate:
         raise ContextOverflow("the input length exceeds the context length")

@@ -27,6 +27,9 @@ REASONING_TOKENS: dict[str, int | None] = {"minimal": 256, "low": 1024, "medium"
                                            "ultra": None, "max": None}  # fmt: skip
 
 
+EXACT_TOKENS = 64  # of a prompt that is longer than the context by more only a beginning may have been read
+
+
 @dataclass
 class PromptOptions:
     """What a request asks for beside its prompt and sampling parameters.
@@ -67,7 +70,7 @@ def prepare(
     if is_chat(prompt):
         prompt_ids, turn_start = _encode_chat(lease, prompt, fields, options)
     else:
-        prompt_ids, turn_start = _ids(lease, prompt), None
+        prompt_ids, turn_start = _ids(lease, prompt, _max_tokens(model, options)), None
         check_ids(model, prompt_ids)
     structured = options.structured
     if options.forced and options.tools:  # the call is the form of the answer
@@ -96,10 +99,10 @@ def is_chat(prompt: Prompt) -> TypeGuard[list[Message]]:
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
 
 
-def _ids(lease: Lease, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt that is no conversation."""
+def _ids(lease: Lease, prompt: Prompt, max_tokens: int) -> list[int]:
+    """Token ids of a prompt that is no conversation; of one that is far too long only a beginning."""
     if isinstance(prompt, str):
-        return lease.tokenizer.encode(prompt)
+        return lease.tokenizer.encode(lease.tokenizer.beginning(prompt, max_tokens))
     return [token for token in prompt if isinstance(token, int)]
 
 
@@ -115,10 +118,12 @@ def _encode_chat(
         messages,
         continue_final=options.continue_final,
         add_generation_prompt=options.add_generation_prompt,
+        max_tokens=_max_tokens(lease.loaded.model, options),
         **variables,
     )
     # a state whose rollback depth covers the prompt needs no snapshot at a turn
-    splits = 0 < lease.loaded.engine.engine.rollback_tokens < len(ids)
+    fits = len(ids) <= _max_tokens(lease.loaded.model, options)
+    splits = fits and 0 < lease.loaded.engine.engine.rollback_tokens < len(ids)
     return ids, _turn_start(tokenizer, messages, ids, variables) if splits else None
 
 
@@ -157,16 +162,22 @@ def _turn_start(tokenizer: Tokenizer, messages: list[Message], ids: list[int], v
     return shared or None
 
 
+def _max_tokens(model: Model, options: PromptOptions) -> int:
+    """The context of a request."""
+    return min(options.context or model.max_length, model.max_length)
+
+
 def _limit_length(model: Model, params: SamplingParams, prompt_tokens: int, options: PromptOptions) -> None:
     """Cut max_tokens to what the context has left.  Raises ContextOverflow when that is nothing."""
-    context = options.context
-    room = min(context or model.max_length, model.max_length) - prompt_tokens
+    context = _max_tokens(model, options)
+    room = context - prompt_tokens
+    count = f"at least {prompt_tokens}" if room < -EXACT_TOKENS else str(prompt_tokens)
     if room == 0 and options.scores_only:
         return
     if room < 1:
         raise ContextOverflow(
-            f"the prompt has {prompt_tokens} tokens and the context holds {room + prompt_tokens}, one of them for the "
-            "answer; shorten the prompt" + (" or raise num_ctx" if context else "")
+            f"the prompt has {count} tokens and the context holds {context}, "
+            "one of them for the answer; shorten the prompt" + (" or raise num_ctx" if options.context else "")
         )
     if params.max_tokens is None or params.max_tokens > room:
         params.max_tokens = room

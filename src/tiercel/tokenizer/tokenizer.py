@@ -30,6 +30,9 @@ from tiercel.tokenizer.vocab import ENDS, Recipe, kinds, space_prefix, steps_of
 
 __all__ = ["Piece", "TextStream", "Tokenizer"]
 
+UNLOCKED_CHARS = 4096  # from this length a text is tokenized without Python's lock
+CHARS_PER_TOKEN = 8  # more than texts have; where one has still more, a longer beginning is read
+CUT_TOKENS = 64  # at the end of a beginning that the rest of the text may change
 TAIL = 16  # ids at the end of a prompt in which an open think tag is looked for
 
 
@@ -100,18 +103,35 @@ class Tokenizer:
         """Ids of text that goes on with other text; no control tokens."""
         return self._section(text, first=False, prefix=False)
 
-    def _sections(self, text: str, disguise: Disguise | None = None) -> list[int]:
+    def beginning(self, text: str, max_tokens: int) -> str:
+        """The text, or where it is far too long a beginning of it that has more than `max_tokens` tokens.
+
+        What is cut off changes only the last tokens before the cut.
+        """
+        characters = CHARS_PER_TOKEN * (max_tokens + CUT_TOKENS)
+        while characters < len(text):
+            if len(self._section(text[:characters], first=True)) > max_tokens + CUT_TOKENS:
+                return text[:characters]
+            characters *= 4
+        return text
+
+    def _sections(self, text: str, disguise: Disguise | None = None, max_tokens: int | None = None) -> list[int]:
         """Control tokens as such, the text between them as text.
 
         Every stretch of text begins anew for a tokenizer that puts a space before one, as in `tokenizers` (for
-        tokens found before normalization, as real control tokens are) and in llama.cpp.
+        tokens found before normalization, as real control tokens are) and in llama.cpp.  With max_tokens it may end
+        where there are more.
         """
         ids: list[int] = []
         for token, start, stop in self._controls.cut(text):
+            if max_tokens is not None and len(ids) > max_tokens:
+                break
             if token is not None:
                 ids.append(token.id)
             else:
                 plain = text[start:stop] if disguise is None else disguise.reveal(text[start:stop])
+                if max_tokens is not None:
+                    plain = self.beginning(plain, max_tokens - len(ids))
                 ids += self._section(plain, first=start == 0)
         return ids
 
@@ -123,6 +143,10 @@ class Tokenizer:
         if prefix is None:
             prefix = first or self._prefix == "always"
         tokenizer = self._tokenizer if prefix else self._inner
+        if len(text) >= UNLOCKED_CHARS:
+            (fast,) = _ask(tokenizer.encode_batch_fast, [text], add_special_tokens=False)  # other threads run meanwhile
+            if self._controls.ids.isdisjoint(ids := list(fast.ids)):
+                return ids
         encoding = _ask(tokenizer.encode, text, add_special_tokens=False)
         ids = list(encoding.ids)
         if self._controls.ids.isdisjoint(ids):
@@ -242,16 +266,18 @@ class Tokenizer:
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final: bool = False,
+        max_tokens: int | None = None,
         **template_kwargs: Any,
     ) -> list[int]:
         """Ids of a conversation, ready for the model to answer.
 
         tools: JSON schemas, for templates that know them.  continue_final: the last message is unfinished and the
-        model goes on with it.  template_kwargs: what this template documents (`enable_thinking`, …).
+        model goes on with it.  max_tokens: of a prompt with more only a beginning is encoded, with more than that.
+        template_kwargs: what this template documents (`enable_thinking`, …).
         Raises RequestError when there is no template or it refuses, FormatError when the template misbehaves.
         """
         rendered, disguise = self._render(messages, tools, add_generation_prompt, continue_final, template_kwargs)
-        return self._sections(rendered, disguise)
+        return self._sections(rendered, disguise, max_tokens)
 
     def render(
         self,
