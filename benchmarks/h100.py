@@ -33,9 +33,11 @@ from tiercel.model.cuda_graphs import CapturedCUDAStep, CUDAGraphRunner
 from tiercel.model.decoder import Decoder
 from tiercel.model.device_sampler import DeviceSampler
 from tiercel.model.gpu_layout import place
+from tiercel.model.gpu_runner import prefill as read
 from tiercel.model.layers import Embedding, Linear, deviation, fresh, initialize, set_weight
+from tiercel.model.pages import PAGE
 from tiercel.model.parameters import parameters
-from tiercel.model.state_cache import PAGE, Mamba2Slots, StateCache
+from tiercel.model.state_cache import StateCache
 from tiercel.ops.triton.linear import DeviceQTensor, gated
 from tiercel.ops.triton.tiled import Tile, tile
 from tiercel.ops.triton.tiled import product as tiled_product
@@ -148,13 +150,12 @@ def filled(net: Decoder, rows: int, context: int, room: int, pages: int | None =
     slots = StateCache(net, rows, context + room, pages)
     for layer in slots.layers:
         for memory in layer:
-            for t in vars(memory).values():
-                if isinstance(t, torch.Tensor):
-                    t.normal_() if not isinstance(memory, Mamba2Slots) else t.uniform_(0, 0.1)
+            for t in memory.buffers.values():
+                t.uniform_(0, 0.1) if memory in slots.recurrent else t.normal_()
     numbers = [slots.take() for _ in range(rows)]
     for slot in numbers:
         slots.reserve(slot, context + room)
-        slots._set(slot, context, (context - 1) // slots.chunk * slots.chunk)
+        slots.set_position(slot, context, (context - 1) // slots.chunk * slots.chunk)
     return slots, numbers
 
 
@@ -245,8 +246,8 @@ def correct() -> None:
             slots = StateCache(net, 4, 200)
             numbers, got, want = [slots.take() for _ in texts], [], []
             for slot, text, whole in zip(numbers, texts, expected, strict=True):
-                got.append(slots.prefill(net, [slot], [text[:41].cuda()], logits_to_keep=41))
-                got.append(slots.prefill(net, [slot], [text[41:60].cuda()], logits_to_keep=19))
+                got.append(read(net, slots, [slot], [text[:41].cuda()], logits_to_keep=41))
+                got.append(read(net, slots, [slot], [text[41:60].cuda()], logits_to_keep=19))
                 want.append(whole[:60])
             graphs = CUDAGraphRunner(net, slots, (4,))
             for i in range(60, 83):
@@ -445,7 +446,7 @@ def prefill() -> None:
 
         def run(ids: torch.Tensor = ids) -> None:
             slot = slots.take()
-            slots.prefill(net, [slot], [ids])
+            read(net, slots, [slot], [ids])
             slots.release(slot)
 
         time_ = seconds(run, 3)
@@ -469,8 +470,8 @@ def context32k() -> None:
         here = "falcon" if name == MODEL else "llama"
         room = torch.cuda.get_device_properties(0).total_memory - torch.cuda.memory_allocated() - (6 << 30)
         probe = StateCache(net, 1, PAGE, pages=2)
-        page = sum(m.nbytes // 3 for lay in probe.layers for m in lay if not isinstance(m, Mamba2Slots))
-        fixed = sum(m.nbytes for lay in probe.layers for m in lay if isinstance(m, Mamba2Slots))
+        page = sum(group.page_nbytes for group in probe.groups)
+        fixed = sum(part.nbytes for part in probe.recurrent)
         text = page * (32768 // PAGE + 2) + fixed
         rows = min(32, room // text)
         note(**{f"{here}_32k_bytes_of_32_texts_GB": 32 * text / 1e9, f"{here}_32k_texts_that_fit": rows})

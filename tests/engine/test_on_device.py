@@ -14,6 +14,7 @@ import tiny
 from by_hand import generate_reference
 from ops.triton.conftest import DEVICE
 from tiercel.engine.engine import Engine
+from tiercel.model import state_file
 from tiercel.model.gpu_runner import GPURunner
 from tiercel.sampling.params import SamplingParams
 from tiny import ids
@@ -74,7 +75,7 @@ def test_answers_that_fork_and_slots_that_come_back(net):
     assert answer(request, 0) != answer(request, 1)
     assert answer(one) == expected(net, ids(19), greedy(3))
     slots = e.runner.slots
-    assert len(slots.free) == slots.count and not any(slots.pages)
+    assert len(slots.free) == slots.count and not any(any(group.numbers) for group in slots.groups)
 
 
 def test_the_next_forward_has_begun_when_a_token_is_handed_out(net):
@@ -144,8 +145,12 @@ def test_a_conversation_is_saved_and_goes_on_in_another_process(net, tmp_path):
     text = torch.tensor(ids(75), device=DEVICE)
     state = first.new_state()
     first.forward([text[:70]], [state])
-    state.save(tmp_path / "state", text[:70].tolist())
-    back = second.load_state(tmp_path / "state")
+    host = first.host_state()
+    host.restore(state.snapshot())
+    state_file.save(host, tmp_path / "state", text[:70].tolist())
+    back, host = second.new_state(), second.host_state()
+    state_file.load(host, tmp_path / "state")
+    back.restore(host.snapshot())
     assert back.length == 70 and back.min_pos == state.min_pos
     for i in range(70, 75):
         a, b = first.forward([text[i : i + 1]], [state])[0], second.forward([text[i : i + 1]], [back])[0]

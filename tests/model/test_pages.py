@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 import tiny
 from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.model import state_file
 from tiercel.model.batch import Batch
 from tiercel.model.pages import PAGE
 from tiercel.model.state import State, nbytes_together
@@ -57,7 +58,7 @@ def extend(state: State, tokens: list[int], *, natively: bool = False) -> None:
             k_TM, v_TM = (t.transpose(0, 1).flatten(1).contiguous() for t in (k, v))
             batch = Batch([len(tokens)], [state])
             native.extension.store_kv(
-                batch.metadata(memory.at), k_TM.data_ptr(), v_TM.data_ptr(), 0, 0,
+                batch.metadata_for(memory), k_TM.data_ptr(), v_TM.data_ptr(), 0, 0,
                 k_TM.stride(0), 0, config.kv_heads, config.head_dim,
             )  # fmt: skip
         else:
@@ -128,9 +129,9 @@ def test_texts_that_share_pages_never_see_each_others_tokens(
         elif what == "forget" and snapshots:
             del snapshots[count % len(snapshots)]
         elif what == "save":
-            state.save(path)
+            state_file.save(state, path)
             state = new_state(pool)
-            state.load(path)
+            state_file.load(state, path)
             texts[which] = state, tokens
         elif what == "read":
             in_a_row(state, tokens)
@@ -245,7 +246,7 @@ def test_a_states_file_is_the_same_however_its_pages_came_about(tmp_path: Path) 
     plain = new_state()
     extend(plain, [*range(100), 5, 6])
     for i, one in enumerate((state, fork, plain)):
-        one.save(tmp_path / str(i))
+        state_file.save(one, tmp_path / str(i))
     saved = []
     for i in range(3):
         with safe_open(tmp_path / str(i), framework="pt") as file:

@@ -7,6 +7,7 @@ import torch
 
 import tiercel
 from golden.make_sessions import FOLDER, NETWORKS, ids, network
+from tiercel.model import state_file
 
 ANSWERS = json.loads((FOLDER / "answers.json").read_text())
 
@@ -17,7 +18,7 @@ def test_a_state_saved_by_002aba0_continues(name, monkeypatch):
     monkeypatch.setattr(tiercel, "__version__", "0.1.0")  # the file names the version that wrote it
     net = network(name)
     state = net.new_state()
-    tokens, earlier = state.load(FOLDER / f"{name}.state")
+    tokens, earlier = state_file.load(state, FOLDER / f"{name}.state")
     assert tokens == ids().tolist() and state.length == 75 and [s.length for s in earlier] == [25, 60]
     end = net(torch.tensor([7, 9, 11]), state)[-1, :20]
     assert torch.allclose(end, torch.tensor(ANSWERS[name]["end"]), atol=1e-4)

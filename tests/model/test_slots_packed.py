@@ -12,6 +12,7 @@ from ops.triton.conftest import DEVICE
 from tiercel import quant
 from tiercel.model.cuda_graphs import CUDAGraphRunner
 from tiercel.model.gpu_layout import place
+from tiercel.model.gpu_runner import prefill
 from tiercel.model.layers import Embedding, Linear, set_weight
 from tiercel.model.state_cache import StateCache
 from tiercel.ops.linear import QTensor
@@ -50,7 +51,7 @@ def test_steps(networks, rows):
     slots = StateCache(packed, 4, 100)
     numbers = [slots.take() for _ in texts]
     for slot, text in zip(numbers, texts, strict=True):
-        slots.prefill(packed, [slot], [text[:-2]])
+        prefill(packed, slots, [slot], [text[:-2]])
     graphs = CUDAGraphRunner(packed, slots, (1, 4))
     for back in (2, 1):
         got = graphs.step(numbers, torch.stack([text[-back] for text in texts]))

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import tiercel
 from families import nasty
 from tiercel.errors import FormatError, RequestError
-from tiercel.model.layer_state import AttentionState
+from tiercel.mixers.paged import PagedState
+from tiercel.model import state_file
 
 CLOSE = 3e-5
 MODELS = ["h1-gate_first", "h1-norm_first", "mamba-biases", "mamba2-groups2", "bamba-biases", "jamba-experts",
@@ -39,6 +40,12 @@ def network(built: Callable) -> Callable[[str], Any]:
         return done[name]
 
     return load
+
+
+def loaded(net: Any, path: Path) -> Any:
+    state = net.new_state()
+    state_file.load(state, path)
+    return state
 
 
 @dataclasses.dataclass
@@ -88,8 +95,8 @@ class Lives:
             life.text = list(text)
 
     def save_and_load(self, life: Life) -> None:
-        life.state.save(self.path)
-        life.state = self.net.load_state(self.path)
+        state_file.save(life.state, self.path)
+        life.state = loaded(self.net, self.path)
 
     def check(self) -> None:
         for life in self.lives:
@@ -207,7 +214,7 @@ def test_the_recurrent_part_stays_small(name: str, network: Callable) -> None:
 
 def _attention_buffers(state: Any) -> list[torch.Tensor]:
     return [
-        b for layer in state.layers for part in layer if isinstance(part, AttentionState) for b in part.buffers.values()
+        b for layer in state.layers for part in layer if isinstance(part, PagedState) for b in part.buffers.values()
     ]
 
 
@@ -219,8 +226,8 @@ def test_a_saved_state_goes_on_bit_for_bit(network: Callable, tmp_path: Path) ->
     net = network("h1-gate_first")
     state = net.new_state()
     net([nasty.tokens(150)], [state])
-    state.save(tmp_path / "s")
-    again = net.load_state(tmp_path / "s")
+    state_file.save(state, tmp_path / "s")
+    again = loaded(net, tmp_path / "s")
     assert again.length == 150 and again.min_pos == state.min_pos
     more = nasty.tokens(7, seed=1)
     assert torch.equal(net([more], [again])[0], net([more], [state])[0])
@@ -231,9 +238,9 @@ def test_a_state_of_another_model_is_refused(network: Callable, tmp_path: Path) 
     mine, other = network("h1-gate_first"), network("h1-norm_first")
     state = mine.new_state()
     mine([nasty.tokens(10)], [state])
-    state.save(tmp_path / "s")
+    state_file.save(state, tmp_path / "s")
     with pytest.raises(FormatError, match="another model"):
-        other.load_state(tmp_path / "s")
+        loaded(other, tmp_path / "s")
 
 
 @torch.no_grad()
@@ -241,19 +248,19 @@ def test_a_damaged_state_is_refused(network: Callable, tmp_path: Path) -> None:
     net = network("mamba2-groups2")
     state = net.new_state()
     net([nasty.tokens(140)], [state])
-    state.save(tmp_path / "s")
+    state_file.save(state, tmp_path / "s")
     whole = (tmp_path / "s").read_bytes()
     generator = torch.Generator().manual_seed(0)
     for _ in range(60):
         at = int(torch.randint(len(whole), (1,), generator=generator))
         (tmp_path / "s").write_bytes(whole[:at] + bytes([whole[at] ^ 0x41]) + whole[at + 1 :])
         with pytest.raises(FormatError):
-            net.load_state(tmp_path / "s")
+            loaded(net, tmp_path / "s")
     (tmp_path / "s").write_bytes(whole[:-9])
     with pytest.raises(FormatError):
-        net.load_state(tmp_path / "s")
+        loaded(net, tmp_path / "s")
     with pytest.raises(FormatError):
-        net.load_state(tmp_path / "nowhere")
+        loaded(net, tmp_path / "nowhere")
 
 
 # -- requests that cannot be served ----------------------------------------------------------------

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tiercel.errors import FormatError, TiercelError
+from tiercel.model import state_file
 from tiercel.model.pages import Page
 from tiercel.model.runner import Runner
 from tiercel.model.state import Snapshot
@@ -265,10 +266,10 @@ class PrefixCache:
         entry = node.entry
         assert entry is not None and entry.snapshot is not None
         file = folder / f"{secrets.token_hex(8)}.state"
-        state = self.runner.new_state()
+        state = self.runner.host_state()
         state.restore(entry.snapshot)
         try:
-            state.save(file)
+            state_file.save(state, file)
         except TiercelError:  # the disk is full
             return False
         self._files.add(file)
@@ -283,7 +284,9 @@ class PrefixCache:
         assert entry is not None
         if entry.snapshot is None and entry.file is not None:
             try:
-                snapshot = self.runner.load_state(entry.file).snapshot(ending=True)
+                state = self.runner.host_state()
+                state_file.load(state, entry.file)
+                snapshot = state.snapshot(ending=True)
             except FormatError:
                 return None
             self._delete_file(entry)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from tiercel.engine.request import Request, Sequence
 from tiercel.errors import FormatError, RequestError
+from tiercel.model import state_file
 from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece
 
@@ -63,9 +64,9 @@ class Session:
             snapshots = self.engine.cache.along(self._key, tokens)
             if not snapshots:
                 raise RequestError("there is nothing to save: no answer of this conversation is cached")
-            state = self.engine.runner.new_state(self.adapter)
+            state = self.engine.runner.host_state(self.adapter)
             state.restore(snapshots[-1])
-            state.save(path, tokens[: state.length], snapshots[-1 - MAX_EARLIER_SNAPSHOTS : -1])
+            state_file.save(state, path, tokens[: state.length], snapshots[-1 - MAX_EARLIER_SNAPSHOTS : -1])
 
     def load(self, path: str | Path) -> list[int]:
         """Put a saved conversation into the cache and return its tokens: prompts that begin with them continue it.
@@ -75,8 +76,8 @@ class Session:
             RequestError: the cache has no room.
         """
         with self.engine.between_steps():
-            state, cache = self.engine.runner.new_state(self.adapter), self.engine.cache
-            tokens, earlier = state.load(path)
+            state, cache = self.engine.runner.host_state(self.adapter), self.engine.cache
+            tokens, earlier = state_file.load(state, path)
             if len(tokens) != state.length:
                 raise FormatError(f"{path} is a saved state without its text, not a conversation")
             for snapshot in (state.snapshot(), *earlier):

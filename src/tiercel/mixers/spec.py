@@ -200,6 +200,8 @@ class MixerSpec(ModuleSpec):
 
     report_class: ClassVar[str | None] = None  # its class in fidelity reports; None: its kind
     chunk: int  # tokens after which a recurrent state is committed at the latest; attention has none
+    has_gpu_kernels: ClassVar[bool] = False  # `gpu.py` beside it
+    window: int | None = None  # of attention: a token sees itself and window − 1 before it; None: all
 
     @abstractmethod
     def buffers(self) -> tuple[Buffer, ...]:
@@ -208,6 +210,11 @@ class MixerSpec(ModuleSpec):
     @abstractmethod
     def cost(self, tokens: int, context: int) -> Cost:
         """Of `tokens` new tokens after `context` earlier ones."""
+
+    @property
+    def segment_values(self) -> int:
+        """Float32 values of a split attention's partial sums, for one new token and one segment of keys."""
+        return 0
 
     @property
     def recurrent(self) -> bool:

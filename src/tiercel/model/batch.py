@@ -1,14 +1,15 @@
-"""A ragged batch without padding: the rows' new tokens stand one after another.
+"""A ragged batch without padding: the new tokens of all sequences, one sequence after another.
 
-Matrix products see all T tokens at once.  What depends on a row's own past (attention, convolution, scan) is one
-native operation for all rows, told by `rows` where each row's state and tokens are; on plain torch it runs row by
-row on its span.  Either way a row gets the same treatment whoever shares the batch.
+Matrix products see all T tokens at once.  What depends on a sequence's own past (attention, convolution, scan) is one
+native operation for all sequences, which finds their states and tokens through `rows`; on plain torch it runs sequence
+by sequence on its span.  Either way a sequence's numbers do not depend on what shares the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,29 +17,53 @@ from torch import Tensor
 
 from tiercel.mixers.attention.cpu import rotary
 from tiercel.mixers.attention.rope import RopeConfig
-from tiercel.mixers.attention.rotary import frequencies
+from tiercel.mixers.attention.rotary import frequencies_of
 from tiercel.mixers.backend import Backend
-from tiercel.model.layer_state import LayerState
-from tiercel.model.state import State
 from tiercel.ops.cpu import native
 from tiercel.ops.cpu.batch import BatchMetadata
 
-frequencies_of = lru_cache(maxsize=None)(frequencies)  # also keeps alive what a recorded step points to
+
+class SequenceMemory(Protocol):
+    """What a batch needs of a state (`model.state.State`)."""
+
+    dtype: torch.dtype
+    adapter: str | None
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+
+
+class LayerMemory(Protocol):
+    """What a batch needs of a layer's state (`model.layer_state.LayerState`)."""
+
+    offset: int
 
 
 class Batch:
-    """Where each row's new tokens lie (`spans`), and the states they go on from.
+    """New tokens of some sequences and the states they continue.
 
-    adapters: what each row wears, [] for nobody.
-    rows (B, 3) int64: address of its state's descriptor, first token, how many (`SeqSlice` in ops/cpu/kernels.h).
-    native: whether this forward runs on the kernels; its activations are float32 then.
+    Args:
+        lengths: number of new tokens of each sequence.
+        states: one for each, all alike; None: sequences without one.
+        device: where the tokens are.
+
+    Attributes:
+        spans: each sequence's tokens among all T.
+        adapters: each sequence's adapter; [] without states.
+        rows: (B, 3) int64: address of the state's descriptor, first token, count (`SeqSlice` in ops/cpu/kernels.h).
+        native: whether this forward runs on the CPU kernels; its activations are float32 then.
     """
 
     backend: Backend = "cpu"
-    step = False  # of a device: `model.slots.DeviceBatch`
+    step = False  # see `state_cache.DeviceBatch`
 
     def __init__(
-        self, lengths: Sequence[int], states: Sequence[State] | None = None, device: torch.device | str = "cpu"
+        self,
+        lengths: Sequence[int],
+        states: Sequence[SequenceMemory] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.lengths, self.device = list(lengths), torch.device(device)
         self.starts = [0] * len(self.lengths) if states is None else [state.length for state in states]
@@ -55,25 +80,25 @@ class Batch:
             self.refill(states)
         self._rotary: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = {}
 
-    def refill(self, states: Sequence[State]) -> None:
-        """Go on from these states, one for each row: what a recorded step needs to be run on other texts."""
+    def refill(self, states: Sequence[SequenceMemory]) -> None:
+        """Continue these states instead, one for each sequence: so a captured step runs on others."""
         self._rows[:, 0] = [state.address for state in states]
 
     def metadata(self, layer: int) -> BatchMetadata:
         """The sequences, and the layer whose descriptor begins here in their states, as native kernels read them."""
         return BatchMetadata(self.rows.data_ptr(), len(self.lengths), layer, self.is_bf16, self.tokens)
 
-    def metadata_for(self, memory: LayerState) -> BatchMetadata:
-        """The same, for what one mixer remembers."""
-        return self.metadata(memory.at)
+    def metadata_for(self, state: LayerMemory) -> BatchMetadata:
+        """The same, from the state of one mixer of the first sequence."""
+        return self.metadata(state.offset)
 
     def side_by_side(self, runs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """What each of a layer's mixers answers."""
+        """The outputs of a layer's mixers."""
         return [run() for run in runs]
 
     @cached_property
     def positions_T(self) -> Tensor:
-        """Which position each token has in its text."""
+        """(T,) int64: the position of each token in its sequence."""
         spans = zip(self.starts, self.lengths, strict=True)
         return torch.cat([torch.arange(start, start + length, device=self.device) for start, length in spans])
 
@@ -90,7 +115,7 @@ class Batch:
         return self._rotary[key]
 
 
-def runs_natively(states: Sequence[State], device: torch.device) -> bool:
+def runs_natively(states: Sequence[SequenceMemory], device: torch.device) -> bool:
     """Whether there are kernels for these states: on the CPU, in bfloat16 or float32, all alike."""
     dtypes = {state.dtype for state in states}
     return native.available and device.type == "cpu" and len(dtypes) == 1 and dtypes <= {torch.bfloat16, torch.float32}

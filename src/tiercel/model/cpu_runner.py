@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -63,9 +62,9 @@ class CPURunner:
         """See `Runner.new_state`."""
         return self.network.new_state(adapter)
 
-    def load_state(self, path: str | Path) -> State:
-        """See `Runner.load_state`."""
-        return self.network.load_state(path)
+    def host_state(self, adapter: str | None = None) -> State:
+        """See `Runner.host_state`."""
+        return self.network.new_state(adapter)
 
     def forward(self, tokens: Sequence[Tensor], states: Sequence[State], *, logits_to_keep: int = 1) -> list[Tensor]:
         """See `Runner.forward`."""

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import overload
 
 import torch
@@ -252,6 +251,12 @@ class Decoder(nn.Module):
         return isinstance(self.embed.weight, QTensor) and self.embed.weight.repacked
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.embed.weight.device
+        return device
+
+    @property
     def dtype(self) -> torch.dtype:
         """What states keep of the inputs: that of the matrices, bfloat16 beside quantized ones."""
         weight = self.embed.weight
@@ -262,15 +267,7 @@ class Decoder(nn.Module):
         """Return an empty state for one sequence that uses that adapter; RequestError for an unknown name."""
         model = self.fingerprint if adapter is None else f"{self.fingerprint}+{self.adapters[adapter].id}"
         mixers = [layer.mixers for layer in self.config.layers]
-        state = State(mixers, self.dtype, self.embed.weight.device, model, self.pool)
-        state.adapter = adapter
-        return state
-
-    def load_state(self, path: str | Path) -> State:
-        """A saved state; FormatError when it is damaged or was saved by another model or dtype."""
-        state = self.new_state()
-        state.load(path)
-        return state
+        return State(mixers, self.dtype, self.device, model, self.pool, adapter)
 
     @property
     def fingerprint(self) -> str:

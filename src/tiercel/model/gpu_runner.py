@@ -1,14 +1,12 @@
-"""A network on a GPU as the engine knows one: `new_state()` gives out slots, a call adds tokens to some of them.
+"""A network on a GPU: states in slots, steps captured as CUDA graphs, longer rows read one after another.
 
-Rows of one token are one recorded step (graphs.py), longer ones are read one after another.  Snapshots lie in the
-host's memory and look like those of `model.state`, so prefix cache, sessions and files hold either; of a text that
-grows only the pages that are new are copied again.
+Snapshots lie in the host's memory and look like those of `model.state`, so prefix cache, sessions and files hold
+either; of a sequence that grows only the pages that are new are copied again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,18 +15,28 @@ from tiercel.errors import RequestError
 from tiercel.model.cuda_graphs import CAPTURE_SIZES, CUDAGraphRunner
 from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import place
-from tiercel.model.pages import Page
+from tiercel.model.pages import PAGE, Page, PageRun
 from tiercel.model.state import Snapshot, State
-from tiercel.model.state_cache import PAGE, AttentionSlots, Mamba2Slots, StateCache
+from tiercel.model.state_cache import MAX_PREFILL, DeviceBatch, PageGroup, StateCache
 from tiercel.runtime.allocator import CachingAllocator
 
-SPARE = 2  # slots for what lives a moment: a text that starts again, a session that is saved
-SHARE = 0.85  # of the free memory that slots may take
+EXTRA_SLOTS = 2  # for short-lived states: restarts, snapshots that are read from files
+MEMORY_SHARE = 0.85  # of the free memory that slots may take
+USABLE_PAGES = 0.9  # of all pages that running sequences may take, so that a step always finds the ones it needs
 
 
 class GPURunner:
-    """count: texts at once, of at most `max_length` tokens.  pages: of PAGE tokens, for all of them together; when not
-    given as many as they may need, or as fit the GPU."""
+    """Runs `network`; a `Runner`.
+
+    Args:
+        network: on its device.
+        count: sequences at once.
+        max_length: tokens of one.
+        pages: of PAGE tokens for all of them together; when not given as many as they may need, or as fit the GPU.
+
+    Raises:
+        RequestError: the slots do not fit, or a layer has no kernels for GPUs.
+    """
 
     native = False
     supports_async = True
@@ -36,17 +44,16 @@ class GPURunner:
 
     def __init__(self, network: Decoder, count: int, max_length: int, pages: int | None = None) -> None:
         place(network)
-        self.network, self.config, self.embed = network, network.config, network.embed
-        self.adapters = network.adapters
+        self.network, self.config, self.adapters = network, network.config, network.adapters
         probe = StateCache(network, 1, PAGE, pages=1)
-        self.page_nbytes = sum(m.nbytes // 2 for m in _parts(probe) if isinstance(m, AttentionSlots))
-        self.own_nbytes = sum(m.nbytes for m in _parts(probe) if isinstance(m, Mamba2Slots))
+        self.own_nbytes = sum(part.nbytes for part in probe.recurrent)
+        nbytes = sum(group.page_nbytes for group in probe.groups)
         del probe
-        count += SPARE
+        count += EXTRA_SLOTS
         wanted = count * -(-max_length // PAGE)
-        if pages is None and network.embed.weight.device.type == "cuda" and self.page_nbytes:
-            room = torch.cuda.mem_get_info()[0] * SHARE - count * self.own_nbytes
-            pages = min(wanted, int(room) // self.page_nbytes)
+        if pages is None and self.device.type == "cuda" and nbytes:
+            room = torch.cuda.mem_get_info()[0] * MEMORY_SHARE - count * self.own_nbytes
+            pages = min(wanted, int(room) // nbytes)
             if pages < 1:
                 raise RequestError(f"{count} slots do not fit this GPU: serve fewer at once")
         self.slots = StateCache(network, count, max_length, wanted if pages is None else pages)
@@ -55,38 +62,30 @@ class GPURunner:
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return self.network.device
+
+    @property
+    def state_bytes(self) -> int:
+        """See `Runner.state_bytes`."""
+        pages = sum(int(group.count * USABLE_PAGES) * group.page_nbytes for group in self.slots.groups)
+        return pages + self.slots.count * self.own_nbytes
 
     def memory_targets(self, slots: int) -> tuple[int, int]:
         """See `Runner.memory_targets`: slots have their memory, only snapshots need some."""
         return self.allocator.KEEP, 0
 
-    @property
-    def fingerprint(self) -> str:
-        return self.network.fingerprint
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.slots.dtype
-
-    @property
-    def state_bytes(self) -> int:
-        """What running texts may take so that a step always finds the pages it needs."""
-        pages = len(self.slots.free_pages) + sum(map(len, self.slots.pages))
-        return int(pages * 0.9) * self.page_nbytes + self.slots.count * self.own_nbytes
-
     def new_state(self, adapter: str | None = None) -> SlotHandle:
+        """See `Runner.new_state`."""
         if adapter is not None:
             raise RequestError(
                 f"adapter {adapter!r}: adapters are served on the CPU; merge it (tiercel merge) for a GPU"
             )
         return SlotHandle(self)
 
-    def load_state(self, path: str | Path) -> SlotHandle:
-        """A saved state; FormatError when it is damaged or was saved by another model or dtype."""
-        state = self.new_state()
-        state.load(path)
-        return state
+    def host_state(self, adapter: str | None = None) -> State:
+        """See `Runner.host_state`."""
+        mixers = [layer.mixers for layer in self.config.layers]
+        return State(mixers, self.slots.dtype, torch.device("cpu"), self.network.fingerprint, self.allocator)
 
     def forward(
         self, tokens: Sequence[Tensor], states: Sequence[SlotHandle], *, logits_to_keep: int = 1
@@ -101,20 +100,41 @@ class GPURunner:
                     out[i] = logits_V.unsqueeze(0)
             for i, row in enumerate(tokens):
                 if len(row) > 1:
-                    out[i] = self.slots.prefill(self.network, [states[i].slot], [row], logits_to_keep=logits_to_keep)
+                    pieces = [
+                        prefill(self.network, self.slots, [states[i].slot], [piece], logits_to_keep)
+                        for piece in row.split(MAX_PREFILL)
+                    ]
+                    out[i] = torch.cat(pieces)[-logits_to_keep:] if len(pieces) > 1 else pieces[0]
         return [logits for logits in out if logits is not None]
 
 
+def prefill(
+    network: Decoder, slots: StateCache, numbers: Sequence[int], tokens: Sequence[Tensor], logits_to_keep: int = 1
+) -> Tensor:
+    """Add tokens to some slots; logits of the last `logits_to_keep` of each, one slot after another, (·, V) float32.
+
+    Raises:
+        RequestError: a sequence becomes too long, or there are not enough pages.
+    """
+    for slot, row in zip(numbers, tokens, strict=True):
+        slots.reserve(slot, slots.length[slot] + len(row))
+    batch = DeviceBatch(slots, numbers, [len(row) for row in tokens])
+    logits_TV = network.run(torch.cat(list(tokens)), batch, [slots], logits_to_keep)
+    for slot, length, committed in zip(numbers, batch.lengths, batch.committed_after, strict=True):
+        slots.set_position(slot, slots.length[slot] + length, committed, slots.length[slot] + length)
+    return logits_TV
+
+
 class SlotHandle:
-    """One text's slot, with what the engine asks of a `State`; the slot is free when nobody holds this."""
+    """One sequence's slot, with what the engine asks of a state; the slot is free when nothing refers to this."""
 
-    pages = ()  # texts share none on the device
+    pages: Sequence[Page] = ()  # sequences share none on the device
 
-    def __init__(self, owner: GPURunner) -> None:
+    def __init__(self, runner: GPURunner) -> None:
         self.slot = -1
-        self.owner, self.slots = owner, owner.slots
+        self.runner, self.slots = runner, runner.slots
         self.slot = self.slots.take()
-        self.kept: list[Page] = []  # copies of the first pages, which are full and stay what they are
+        self.copies: list[list[Page | None]] = [[] for _ in self.slots.groups]  # of full pages, which do not change
 
     def __del__(self) -> None:
         if self.slot >= 0:
@@ -122,100 +142,94 @@ class SlotHandle:
 
     @property
     def length(self) -> int:
+        """Tokens read."""
         return self.slots.length[self.slot]
 
     @property
     def min_pos(self) -> int:
+        """The least length `trim` can reach."""
         return self.slots.min_pos(self.slot)
 
     def min_pos_after(self, added: int) -> int:
-        """What `min_pos` will be when so many more tokens have been read in one forward."""
-        return self.slots.base_after(self.slot, added) if self.rollback_tokens else 0
+        """What `min_pos` will be after one forward of `added` tokens."""
+        return self.slots.min_pos_after(self.slot, added)
 
     @property
     def rollback_tokens(self) -> int:
-        return self.slots.chunk if self.owner.own_nbytes else 0
+        """See `State.rollback_tokens`."""
+        windows = [group.window for group in self.slots.groups if group.window is not None]
+        return min([*windows, *([self.slots.chunk] if self.slots.recurrent else [])], default=0)
 
     @property
     def own_nbytes(self) -> int:
-        return self.owner.own_nbytes + len(self.slots.pages[self.slot]) * self.owner.page_nbytes
+        """Bytes of the slot and its pages."""
+        pages = sum(len(group.held(self.slot)) * group.page_nbytes for group in self.slots.groups)
+        return self.runner.own_nbytes + pages
 
     nbytes = own_nbytes
 
     def trim(self, length: int) -> bool:
-        """Forget all but the first `length` tokens; False, and nothing changed, where that is not kept."""
+        """See `State.trim`."""
         if not self.slots.trim(self.slot, length):
             return False
-        del self.kept[length // PAGE :]
+        for copies in self.copies:
+            del copies[length // PAGE :]
         return True
 
     def snapshot(self, *, ending: bool = False) -> Snapshot:
-        """A copy in the host's memory, in any case."""
-        slots, length, base = self.slots, self.length, self.slots.base[self.slot]
-        full = length // PAGE
-        self.kept += self._copied(range(len(self.kept), full))
-        pages = [*self.kept, *self._copied(range(full, -(-length // PAGE)))]
-        layers = [
-            (memory.kept(self.slot, base, length), base) for memory in _parts(slots) if isinstance(memory, Mamba2Slots)
-        ]
-        return Snapshot(length, tuple(pages), tuple(layers))
+        """Copy the state to the host's memory, in any case."""
+        slots, length, committed = self.slots, self.length, self.slots.committed[self.slot]
+        runs = tuple(self._run(group, copies) for group, copies in zip(slots.groups, self.copies, strict=True))
+        layers = tuple((part.tensors(self.slot, committed, length), committed) for part in slots.recurrent)
+        return Snapshot(length, runs, tuple(group.window for group in slots.groups), layers)
 
-    def _copied(self, which: range) -> list[Page]:
-        """Some of the text's pages: keys and values of all attention layers, one after another (model/pages.py)."""
-        caches = [memory for memory in _parts(self.slots) if isinstance(memory, AttentionSlots)]
-        if not caches or not which:
+    def _run(self, group: PageGroup, copies: list[Page | None]) -> PageRun:
+        """A group's pages in the host's memory; those that are full are copied once."""
+        first, full, stop = group.first[self.slot], self.length // PAGE, -(-self.length // PAGE)
+        copies[:first] = [None] * min(first, len(copies))
+        copies += [None] * (first - len(copies))
+        copies += self._copied(group, range(len(copies), full))
+        held = [page for page in copies[first:full] if page is not None]
+        return PageRun(first, (*held, *self._copied(group, range(max(full, first), stop))))
+
+    def _copied(self, group: PageGroup, which: range) -> list[Page]:
+        """Copies of some pages: what the group's layers have there, one after another (model/pages.py)."""
+        if not which:
             return []
-        numbers = torch.tensor([self.slots.pages[self.slot][i] for i in which], device=self.slots.device)
-        flat = torch.cat([torch.stack((m.k[numbers], m.v[numbers]), 1).flatten(1) for m in caches], 1).cpu()
-        pool = self.owner.allocator
-        return [Page(pool.one(len(row), dtype=row.dtype, device=row.device).copy_(row)) for row in flat]
+        numbers = group.on_device([group.numbers[self.slot][i] for i in which])
+        flat = torch.cat([layer.read(numbers) for layer in group.layers], 1).cpu()
+        allocator = self.runner.allocator
+        return [Page(allocator.one(len(row), dtype=row.dtype, device=row.device).copy_(row)) for row in flat]
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Be as when the snapshot was taken.  RequestError for a CPU's with more open inputs than a slot has."""
+        """Set the state to a snapshot of the same network.
+
+        Raises:
+            RequestError: one of a CPU with more pending inputs than a slot has, or not enough pages.
+        """
         slots, slot, length = self.slots, self.slot, snapshot.length
-        if length - snapshot.min_pos > slots.chunk and snapshot.layers:
+        committed = max((position for _, position in snapshot.layers), default=0)
+        if length - committed > slots.chunk and snapshot.layers:
             raise RequestError("this state was saved on a CPU and cannot go on here: read the text again")
-        slots.reserve(slot, length)
-        caches = [memory for memory in _parts(slots) if isinstance(memory, AttentionSlots)]
-        if caches and snapshot.pages:
-            numbers = torch.tensor(slots.pages[slot][: len(snapshot.pages)], device=slots.device)
-            flat, at = torch.stack([page.memory for page in snapshot.pages]).to(slots.device), 0
-            for m in caches:
-                size = 2 * m.k[0].numel()
-                kv = flat[:, at : at + size].view(len(numbers), 2, *m.k.shape[1:])
-                m.k[numbers], m.v[numbers] = kv[:, 0], kv[:, 1]
-                at += size
-        recurrent = [memory for memory in _parts(slots) if isinstance(memory, Mamba2Slots)]
-        for memory, (tensors, base) in zip(recurrent, snapshot.layers, strict=True):
-            memory.adopt(slot, base, length, tensors)
-        self.kept = list(snapshot.pages[: length // PAGE])
-        slots._set(slot, length, snapshot.min_pos)
+        for group in slots.groups:
+            group.release(slot)
+        slots.set_position(slot, 0, 0)
+        slots.begin(slot, length, [run.first for run in snapshot.runs])
+        for group, run in zip(slots.groups, snapshot.runs, strict=True):
+            if run.pages:
+                numbers = group.on_device(group.held(slot)[: len(run.pages)])
+                flat = torch.stack([page.memory for page in run.pages]).to(slots.device)
+                parts = flat.split([layer.page_size for layer in group.layers], 1)
+                for layer, part in zip(group.layers, parts, strict=True):
+                    layer.write(numbers, part)
+        for part, (tensors, position) in zip(slots.recurrent, snapshot.layers, strict=True):
+            part.load(slot, position, tensors)
+        self.copies = [[*[None] * run.first, *run.pages][: length // PAGE] for run in snapshot.runs]
+        slots.set_position(slot, length, committed)
 
     def fork(self) -> SlotHandle:
-        """A second text that continues from here on its own."""
-        twin, slots = SlotHandle(self.owner), self.slots
-        slots.copy(self.slot, twin.slot)
-        twin.kept = list(self.kept)
+        """Return a second state that continues from here on its own."""
+        twin = SlotHandle(self.runner)
+        self.slots.copy(self.slot, twin.slot)
+        twin.copies = [list(copies) for copies in self.copies]
         return twin
-
-    def save(self, path: str | Path, tokens: Sequence[int] = (), earlier: Sequence[Snapshot] = ()) -> None:
-        """As `State.save`."""
-        host = self._on_host()
-        host.restore(self.snapshot())
-        host.save(path, tokens, earlier)
-
-    def load(self, path: str | Path) -> tuple[list[int], list[Snapshot]]:
-        """As `State.load`."""
-        host = self._on_host()
-        tokens, earlier = host.load(path)
-        self.restore(host.snapshot())
-        return tokens, earlier
-
-    def _on_host(self) -> State:
-        owner = self.owner
-        mixers = [layer.mixers for layer in owner.config.layers]
-        return State(mixers, self.slots.dtype, torch.device("cpu"), owner.fingerprint, owner.allocator)
-
-
-def _parts(slots: StateCache) -> list[AttentionSlots | Mamba2Slots]:
-    return [memory for layer in slots.layers for memory in layer]

@@ -1,18 +1,18 @@
-"""Memory for keys and values, shared between texts that begin alike.
+"""KV-cache pages, shared copy-on-write between sequences with a common prefix.
 
-A page is memory for PAGE tokens of one text: for every attention layer, one layer after another, keys and values of
-all its kv heads, (2, K, PAGE, P).  All layers share a page because they grow, are cut and are shared together; so a
-long text is some hundred objects, not some ten thousand.
+A page is memory for PAGE tokens of one sequence: for every layer of a page group, one layer after another, the layer's
+page buffers, each (heads, PAGE, head dim).  Layers with the same attention window are one group: they grow, are cut,
+shared and released together, so a long sequence is some hundred objects, not some ten thousand.
 
-A page is alive as long as any text or snapshot holds it.  With its last holder gone, that moment, its memory goes to
-the pool for the next text (pool.py).  Who shares its pages writes to none of them any more: full ones need no
-writing, the last one is copied before the next token (`Pages.reserve`).
+A page is alive as long as a sequence or snapshot refers to it; then its memory goes back to the allocator at once.
+Shared pages are not written to: full ones need no writing, the last one is copied before the next token
+(`Pages.reserve`).  Pages that lie wholly before the window of the next token are released by the next `reserve`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ PAGE = 64
 
 
 class Page:
-    """Compared by identity: a page held twice is one page.  `memory` is flat; a layer knows where its part begins."""
+    """Compared by identity: a page held twice is one page.  `memory` is flat; a layer has its own part of it."""
 
     __slots__ = ("address", "memory")
 
@@ -37,44 +37,98 @@ class Page:
         return self.memory.nbytes
 
 
-class Pages(Sequence[Page]):
-    """The pages of one text, in order.
+class PageRun(NamedTuple):
+    """Pages of one group that others may hold too: those from number `first` on."""
 
-    shared: so many of the first ones others may hold too, so they are not written to.
-    table (capacity) int64: their addresses, for kernels; moves when it grows.
+    first: int
+    pages: tuple[Page, ...]
+
+    def cut(self, length: int) -> PageRun:
+        """The pages of the first `length` tokens."""
+        return PageRun(self.first, self.pages[: max(-(-length // PAGE) - self.first, 0)])
+
+
+def released_pages(length: int, window: int | None) -> int:
+    """How many pages lie wholly before what the token after the first `length` sees."""
+    return 0 if window is None else max(length - window + 1, 0) // PAGE
+
+
+def min_pos(first: int, window: int | None) -> int:
+    """The least length that can be continued without the pages before number `first`."""
+    return first * PAGE + window - 1 if window is not None and first else 0
+
+
+class Pages:
+    """The pages of one sequence and one group, in order.
+
+    held      page i has tokens i · PAGE …; None where it was released
+    first     how many were
+    shared    how many of the first ones others may hold too, so that they are not written to
+    table     (capacity,) int64, their addresses for kernels; moves when it grows
+    window    of the group's layers; None: they see everything
     """
 
-    def __init__(self, pool: CachingAllocator, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.pool, self.size, self.dtype, self.device = pool, size, dtype, device
-        self.held: list[Page] = []
-        self.shared = 0
+    def __init__(
+        self, allocator: CachingAllocator, size: int, dtype: torch.dtype, device: torch.device, window: int | None
+    ) -> None:
+        self.allocator, self.size, self.dtype, self.device, self.window = allocator, size, dtype, device, window
+        self.held: list[Page | None] = []
+        self.first = self.shared = 0
         self.table = np.zeros(16, dtype=np.int64)
 
-    def __len__(self) -> int:
-        return len(self.held)
+    def __getitem__(self, index: int) -> Page:
+        page = self.held[index]
+        assert page is not None, "this page was released"
+        return page
 
-    def __getitem__(self, index: Any) -> Any:
-        return self.held[index]
+    def alive(self) -> Sequence[Page]:
+        """Those that are not released."""
+        return [page for page in self.held if page is not None]
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """Tokens."""
         return len(self.held) * PAGE
 
-    def precomputed(self, used: int, length: int) -> bool:
-        """Whether tokens from `used` up to `length` can be written."""
-        return length <= len(self.held) * PAGE and self.shared * PAGE <= used
+    @property
+    def min_pos(self) -> int:
+        """The least length that can be continued with these pages."""
+        return min_pos(self.first, self.window)
+
+    def min_pos_after(self, length: int) -> int:
+        """What `min_pos` will be once the tokens after the first `length` are added."""
+        return min_pos(max(self.first, released_pages(length, self.window)), self.window)
+
+    def ready(self, used: int, length: int) -> bool:
+        """Whether tokens from `used` up to `length` can be written and nothing is to be released."""
+        return (
+            length <= len(self.held) * PAGE
+            and self.shared * PAGE <= used
+            and released_pages(used, self.window) <= self.first
+        )
 
     def reserve(self, used: int, length: int) -> None:
-        """See to that: add pages, and copy the page of token `used` where it is shared.  Nothing else is copied."""
+        """Make it so: release pages before the window, add pages, copy the page of token `used` where it is shared."""
         self.cut(used)
+        while self.first < min(released_pages(used, self.window), len(self.held)):
+            self.held[self.first], self.table[self.first] = None, 0
+            self.first += 1
         if self.shared * PAGE > used:
             last = used // PAGE
             page = self._new()
-            page.memory.copy_(self.held[last].memory)
+            page.memory.copy_(self[last].memory)
             self.held[last], self.shared = page, last
             self.table[last] = page.address
-        while self.room < length:
+        self._grow(length)
+
+    def begin(self, first: int, length: int) -> None:
+        """Hold new pages for the tokens up to `length`, none before number `first`."""
+        self.held, self.first, self.shared = [None] * first, first, 0
+        self.table = np.zeros(16 + 2 * first, dtype=np.int64)
+        self._grow(length)
+
+    def _grow(self, length: int) -> None:
+        while self.capacity < length:
             if len(self.held) == len(self.table):
                 self.table = np.concatenate((self.table, np.zeros_like(self.table)))
             page = self._new()
@@ -82,23 +136,24 @@ class Pages(Sequence[Page]):
             self.held.append(page)
 
     def _new(self) -> Page:
-        return Page(self.pool.one(self.size, dtype=self.dtype, device=self.device))
+        return Page(self.allocator.one(self.size, dtype=self.dtype, device=self.device))
 
     def cut(self, length: int) -> None:
-        """Let go of what lies wholly behind the first `length` tokens."""
+        """Release the pages wholly behind the first `length` tokens."""
         kept = -(-length // PAGE)
         del self.held[kept:]
-        self.shared = min(self.shared, kept)
+        self.shared, self.first = min(self.shared, kept), min(self.first, kept)
 
-    def share(self, length: int) -> tuple[Page, ...]:
-        """The pages of the first `length` tokens, for somebody else too."""
+    def share(self, length: int) -> PageRun:
+        """The pages of the first `length` tokens, which are shared from now on."""
         self.cut(length)
         self.shared = len(self.held)
-        return tuple(self.held)
+        return PageRun(self.first, tuple(self.alive()))
 
-    def adopt(self, shared: Sequence[Page]) -> None:
-        """Hold these instead, which others hold too."""
-        self.held, self.shared = list(shared), len(shared)
+    def assign(self, run: PageRun) -> None:
+        """Hold these shared pages instead."""
+        self.held, self.first = [None] * run.first + list(run.pages), run.first
+        self.shared = len(self.held)
         if len(self.held) > len(self.table):
             self.table = np.zeros(2 * len(self.held), dtype=np.int64)
-        self.table[: len(self.held)] = [page.address for page in self.held]
+        self.table[: len(self.held)] = [0 if page is None else page.address for page in self.held]

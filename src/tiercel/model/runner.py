@@ -10,7 +10,6 @@ A `Decoder` computes.  A runner owns what running takes on its device: captured 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from tiercel.model.decoder import Decoder
     from tiercel.model.lora import Adapters
     from tiercel.model.pages import Page
-    from tiercel.model.state import Snapshot
+    from tiercel.model.state import Snapshot, State
     from tiercel.runtime.allocator import CachingAllocator
 
 
@@ -60,12 +59,6 @@ class SequenceState(Protocol):
     def fork(self) -> SequenceState:
         """Return a second state that continues from here on its own."""
 
-    def save(self, path: str | Path, tokens: Sequence[int] = (), earlier: Sequence[Snapshot] = ()) -> None:
-        """Write the state, its tokens and earlier snapshots to a file."""
-
-    def load(self, path: str | Path) -> tuple[list[int], list[Snapshot]]:
-        """Set the state to a file's; return its tokens and earlier snapshots.  FormatError: not this network's."""
-
 
 class Runner(Protocol):
     """A network on one device.
@@ -99,8 +92,8 @@ class Runner(Protocol):
     def new_state(self, adapter: str | None = None) -> SequenceState:
         """Return an empty state; RequestError for an adapter that is not there or not served on this device."""
 
-    def load_state(self, path: str | Path) -> SequenceState:
-        """Return a saved state; FormatError when it is damaged or of another network."""
+    def host_state(self, adapter: str | None = None) -> State:
+        """Return an empty state in the host's memory, for files (`state_file`); snapshots fit either."""
 
     def forward(self, tokens: Sequence[Tensor], states: Sequence[Any], *, logits_to_keep: int = 1) -> list[Tensor]:
         """Append tokens to states and return logits.

@@ -1,154 +1,180 @@
-"""What many texts remember on a device: every text has a slot in tensors that never move.
+"""States of many sequences on a device: every sequence has a slot in tensors that never move.
 
-`model.state.State` is one text on the CPU; here all texts share their tensors, so that one kernel serves all of them
-and a step can be recorded as a graph: it finds lengths, bases and pages on the device, through numbers of slots.
+`model.state.State` is one sequence on the CPU; here all share their tensors, so that one kernel serves all of them and
+a step can be captured as a graph: it finds lengths, committed positions and pages on the device, through slot numbers.
 
-    length_S, base_S   how many tokens a slot holds, and where its open chunk begins (the same in every layer)
-    table              which pages hold a slot's keys and values (the same in every layer)
-    attention          k, v (pages, K, PAGE, P)
-    Mamba-2            S (slots, H, N, P) float32 before token `base`; rings of the open inputs, the one of position p
-                       at p mod their size: columns, x, dt, B
+    length_S, committed_S   tokens of a slot, and where its pending inputs begin (the same in every layer)
+    scratch_S               the position that a slot's scratch buffers stand at (the same in every layer)
+    groups                  which pages hold a slot's keys and values, for each attention window
+    layers                  `mixers.paged.PagedSlots` and `mixers.recurrent.RecurrentSlots`
 
-A slot is cut to any length from `base` on by changing a number.  The boundary moves on lazily, at the first token after
-a full chunk.  The host has its own copy of lengths and bases: it never asks the device.
+A slot is cut to any length from `min_pos` on by changing a number.  The committed position moves on lazily, at the
+first token after a full chunk.  The host has its own copy of all these numbers: it never asks the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
-from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.attention.rope import RopeConfig
 from tiercel.mixers.attention.rotary import frequencies
 from tiercel.mixers.backend import Backend
-from tiercel.mixers.mamba2.config import Mamba2Config
-from tiercel.model.config import Mixer
-from tiercel.model.layer_state import LONGEST_CHUNK
-from tiercel.model.pages import PAGE
+from tiercel.mixers.paged import PagedSlots
+from tiercel.mixers.recurrent import RecurrentSlots
+from tiercel.mixers.spec import MixerSpec
+from tiercel.model.config import ModelConfig
+from tiercel.model.pages import PAGE, min_pos, released_pages
 
-if TYPE_CHECKING:
-    from tiercel.model.decoder import Decoder
+MAX_PREFILL = 4096  # tokens of one sequence in one forward, at most
 
-
-class AttentionSlots:
-    """Keys and values of all texts, in pages."""
-
-    def __init__(self, config: AttentionConfig, pages: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = pages, config.kv_heads, PAGE, config.head_dim
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+LayerSlots = PagedSlots | RecurrentSlots
 
 
-class Mamba2Slots:
-    """Committed states and rings of open inputs."""
+class Network(Protocol):
+    """What a cache needs of a `Decoder`."""
 
-    def __init__(self, config: Mamba2Config, slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        H, P, N, G = config.heads, config.head_dim, config.state, config.groups
-        self.chunk = min(config.chunk, LONGEST_CHUNK)
-        R = self.ring = 2 * self.chunk
-        self.S = torch.zeros(slots, H, N, P, device=device)
-        self.columns = torch.zeros(slots, R + config.conv - 1, config.channels, dtype=dtype, device=device)
-        self.x = torch.zeros(slots, H, R, P, dtype=dtype, device=device)
-        self.B = torch.zeros(slots, G, R, N, dtype=dtype, device=device)
-        self.dt = torch.zeros(slots, H, R, device=device)
+    config: ModelConfig
 
     @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.S, self.columns, self.x, self.B, self.dt))
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
 
-    def recall(self, slot: int, base: int, stop: int, xBC_LC: Tensor, dt_LH: Tensor) -> None:
-        """The open inputs from base to stop, into the first rows of x | B | C and dt; C is not kept."""
-        at = torch.arange(base, stop, device=xBC_LC.device) % self.ring
-        x, B = (ring[slot][:, at].transpose(0, 1).flatten(1) for ring in (self.x, self.B))
-        xBC_LC[: len(at), : x.shape[1]] = x
-        xBC_LC[: len(at), x.shape[1] : x.shape[1] + B.shape[1]] = B
-        dt_LH[: len(at)] = self.dt[slot][:, at].t()
 
-    def remember(self, slot: int, base: int, next_base: int, xBC_LC: Tensor, dt_LH: Tensor) -> None:
-        """Keep the inputs from next_base on; row 0 is that of base."""
-        kept = next_base - base
-        at = torch.arange(next_base, base + len(xBC_LC), device=xBC_LC.device) % self.ring
-        (H, P), (G, N) = (ring.shape[1:4:2] for ring in (self.x, self.B))
-        x, B = xBC_LC[kept:, : H * P], xBC_LC[kept:, H * P : H * P + G * N]
-        self.x[slot][:, at] = x.unflatten(1, (H, P)).transpose(0, 1)
-        self.B[slot][:, at] = B.unflatten(1, (G, N)).transpose(0, 1)
-        self.dt[slot][:, at] = dt_LH[kept:].t()
+class PageGroup:
+    """Pages of the layers with one attention window.
 
-    def kept(self, slot: int, base: int, stop: int) -> dict[str, Tensor]:
-        """Copies of one text's memory in the host's, as a `Mamba2State` has it."""
-        at = torch.arange(base, stop, device=self.S.device)
-        history = self.columns.shape[1] - self.ring
-        before = torch.arange(base - history, stop, device=self.S.device)
-        columns = self.columns[slot][before % self.columns.shape[1]]
-        columns[before < 0] = 0
-        here = {
-            "columns": columns,
-            "x": self.x[slot][:, at % self.ring].transpose(0, 1),
-            "dt": self.dt[slot][:, at % self.ring].t(),
-            "B": self.B[slot][:, at % self.ring].transpose(0, 1),
-            **({"S": self.S[slot]} if base else {}),
-        }
-        return {name: t.contiguous().cpu().clone() for name, t in here.items()}
+    table     (slots, most pages of a sequence) int32: page i of a slot has its tokens i · PAGE …; 0: none
+    numbers   the same for each slot on the host
+    first     how many of a slot's pages were released, as no later token sees them
+    free      numbers of free pages; number 0 is no sequence's
+    """
 
-    def adopt(self, slot: int, base: int, stop: int, kept: dict[str, Tensor]) -> None:
-        """Remember these instead."""
-        at = torch.arange(base, stop) % self.ring
-        history = self.columns.shape[1] - self.ring
-        before = torch.arange(base - history, stop)
-        new = {name: t.to(self.S.device) for name, t in kept.items()}
-        real = before >= 0
-        self.columns[slot, (before % self.columns.shape[1])[real].to(self.S.device)] = new["columns"][real]
-        at = at.to(self.S.device)
-        self.x[slot][:, at], self.B[slot][:, at] = new["x"].transpose(0, 1), new["B"].transpose(0, 1)
-        self.dt[slot][:, at] = new["dt"].t()
-        self.S[slot] = new.get("S", 0)
+    def __init__(self, window: int | None, count: int, pages: int, most_pages: int, device: torch.device) -> None:
+        self.window, self.count = window, pages
+        self.table = torch.zeros(count, most_pages, dtype=torch.int32, device=device)
+        self.free = list(range(1, pages + 1))[::-1]
+        self.numbers: list[list[int]] = [[] for _ in range(count)]
+        self.first = [0] * count
+        self.layers: list[PagedSlots] = []
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page."""
+        return sum(layer.nbytes // (self.count + 1) for layer in self.layers)
+
+    def held(self, slot: int) -> list[int]:
+        """Numbers of the pages that a slot has."""
+        return self.numbers[slot][self.first[slot] :]
+
+    def missing(self, slot: int, used: int, length: int) -> int:
+        """How many more free pages there must be so that a slot of `used` tokens can have `length`."""
+        first = min(released_pages(used, self.window), len(self.numbers[slot]))
+        return -(-length // PAGE) - len(self.numbers[slot]) - max(first - self.first[slot], 0)
+
+    def reserve(self, slot: int, used: int, length: int) -> None:
+        """Release a slot's pages before the window of token `used`, then have pages up to `length`."""
+        numbers, first = self.numbers[slot], self.first[slot]
+        released = min(released_pages(used, self.window), len(numbers))
+        if released > first:
+            self.free += numbers[first:released][::-1]
+            numbers[first:released] = [0] * (released - first)
+            self.first[slot] = released
+        self._grow(slot, length)
+
+    def _grow(self, slot: int, length: int) -> None:
+        numbers = self.numbers[slot]
+        if (count := -(-length // PAGE) - len(numbers)) > 0:
+            new, first = [self.free.pop() for _ in range(count)], len(numbers)
+            numbers += new
+            self.table[slot, first : first + count] = torch.tensor(new, dtype=torch.int32, device=self.table.device)
+
+    def begin(self, slot: int, first: int, length: int) -> None:
+        """Give an empty slot pages for the tokens up to `length`, none before number `first`."""
+        self.numbers[slot], self.first[slot] = [0] * first, first
+        self._grow(slot, length)
+
+    def release(self, slot: int) -> None:
+        """Free all pages of a slot."""
+        self.free += self.held(slot)[::-1]
+        self.numbers[slot], self.first[slot] = [], 0
+
+    def min_pos(self, slot: int) -> int:
+        """The least length that can be continued with the pages a slot has."""
+        return min_pos(self.first[slot], self.window)
+
+    def on_device(self, numbers: Sequence[int]) -> Tensor:
+        """Page numbers, to index a layer's buffers with."""
+        return torch.tensor(numbers, device=self.table.device)
 
 
 class StateCache:
-    """Memories of `count` texts of at most `max_length` tokens for one network, on its device.
+    """States of `count` sequences of at most `max_length` tokens for one network, on its device.
 
-    pages: how many pages there are for all texts together, all slots at full length when not given.  The first is
-    nobody's.
+    Args:
+        network: whose layers they are of.
+        count: slots.
+        max_length: tokens of one sequence.
+        pages: of PAGE tokens for all sequences together; all slots at full length when not given.  Layers with a
+            window have no more than they can need.
+
+    Raises:
+        RequestError: the layers' chunks differ, or one has no kernels for GPUs.
     """
 
-    def __init__(self, network: Decoder, count: int, max_length: int, pages: int | None = None) -> None:
-        self.device, self.dtype = network.norm.weight.device, network.dtype
-        self.most_pages = -(-max_length // PAGE)
-        pages = 1 + (count * self.most_pages if pages is None else pages)
+    def __init__(self, network: Network, count: int, max_length: int, pages: int | None = None) -> None:
+        self.device, self.dtype = network.device, network.dtype
+        most_pages = -(-max_length // PAGE)
         self.max_length, self.count = max_length, count
-        self.length, self.base = [0] * count, [0] * count
-        self.length_S, self.base_S = (torch.zeros(count, dtype=torch.int32, device=self.device) for _ in range(2))
-        self.table = torch.zeros(count, self.most_pages, dtype=torch.int32, device=self.device)
+        pages = count * most_pages if pages is None else pages
+        self.length, self.committed, self.scratch = [0] * count, [0] * count, [-1] * count
+        self.length_S, self.committed_S = (torch.zeros(count, dtype=torch.int32, device=self.device) for _ in range(2))
+        self.scratch_S = torch.full((count,), -1, dtype=torch.int32, device=self.device)
         self._frequencies: dict[tuple[RopeConfig, int], tuple[Tensor, float]] = {}
         self.free = list(range(count))[::-1]
-        self.free_pages = list(range(1, pages))[::-1]
-        self.pages: list[list[int]] = [[] for _ in range(count)]
-        self.layers = [[self._memory(m, pages) for m in layer.mixers] for layer in network.config.layers]
-        recurrent = [m for layer in self.layers for m in layer if isinstance(m, Mamba2Slots)]
-        chunks = {m.chunk for m in recurrent}
+        self._groups: dict[int | None, PageGroup] = {}
+        for window in dict.fromkeys(
+            m.window for layer in network.config.layers for m in layer.mixers if not m.recurrent
+        ):
+            most = pages if window is None else min(pages, count * (-(-(window + MAX_PREFILL) // PAGE) + 1))
+            self._groups[window] = PageGroup(window, count, most, most_pages, self.device)
+        self.layers = [[self._slots(m) for m in layer.mixers] for layer in network.config.layers]
+        self.recurrent = [part for part in self.parts if isinstance(part, RecurrentSlots)]
+        chunks = {part.chunk for part in self.recurrent}
         if len(chunks) > 1:
             raise RequestError(f"all layers must have one chunk to run on a GPU, not {sorted(chunks)}")
         self.chunk = chunks.pop() if chunks else 1
-        self.beside = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self.side_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
 
-    def _memory(self, config: Mixer, pages: int) -> AttentionSlots | Mamba2Slots:
-        if isinstance(config, AttentionConfig):
-            return AttentionSlots(config, pages, self.dtype, self.device)
-        if isinstance(config, Mamba2Config):
-            return Mamba2Slots(config, self.count, self.dtype, self.device)
-        raise RequestError("Mamba-1 layers have no kernels for GPUs yet: run this model on the CPU")
+    def _slots(self, spec: MixerSpec) -> LayerSlots:
+        if not spec.has_gpu_kernels:
+            raise RequestError(f"{spec.kind} layers have no kernels for GPUs yet: run this model on the CPU")
+        if spec.recurrent:
+            return RecurrentSlots(spec, self.count, self.dtype, self.device)
+        group = self._groups[spec.window]
+        layer = PagedSlots(spec, group.count + 1, self.dtype, self.device)
+        layer.group = group
+        group.layers.append(layer)
+        return layer
+
+    @property
+    def parts(self) -> Iterator[LayerSlots]:
+        """The state of every mixer, in their order."""
+        return (part for layer in self.layers for part in layer)
+
+    @property
+    def groups(self) -> list[PageGroup]:
+        """The page groups, in the order of `State.groups`."""
+        return list(self._groups.values())
 
     @property
     def nbytes(self) -> int:
-        return sum(memory.nbytes for layer in self.layers for memory in layer)
+        return sum(part.nbytes for part in self.parts)
 
     def frequencies(self, rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
         """`mixers.attention.rotary.frequencies`, on the device."""
@@ -161,82 +187,89 @@ class StateCache:
     # ── slots
 
     def take(self) -> int:
-        """An empty slot; RequestError when all are taken."""
+        """An empty slot.
+
+        Raises:
+            RequestError: all are taken.
+        """
         if not self.free:
             raise RequestError(f"all {self.count} slots are taken")
         slot = self.free.pop()
-        for layer in self.layers:
-            for memory in layer:
-                if isinstance(memory, Mamba2Slots):
-                    memory.S[slot] = 0
-        self._set(slot, 0, 0)
+        for part in self.recurrent:
+            part.clear(slot)
+        self.set_position(slot, 0, 0)
         return slot
 
     def release(self, slot: int) -> None:
-        """Forget a text; its slot and pages are free."""
-        self.free_pages += self.pages[slot][::-1]
-        self.pages[slot] = []
+        """Free a slot and its pages."""
+        for group in self.groups:
+            group.release(slot)
         self.free.append(slot)
 
     def reserve(self, slot: int, length: int) -> None:
-        """Have pages for so many tokens in all; RequestError when there are not enough."""
+        """Have pages for a sequence of `length` tokens, and release those that its new tokens do not see.
+
+        Raises:
+            RequestError: too long for a slot, or not enough pages are free; nothing is changed then.
+        """
         if length > self.max_length:
             raise RequestError(f"{length} tokens do not fit a slot of {self.max_length}")
-        missing = -(-length // PAGE) - len(self.pages[slot])
-        if missing <= 0:
-            return
-        if missing > len(self.free_pages):
-            raise RequestError(f"{missing} more pages of {PAGE} tokens are needed, {len(self.free_pages)} are free")
-        new = [self.free_pages.pop() for _ in range(missing)]
-        first = len(self.pages[slot])
-        self.pages[slot] += new
-        self.table[slot, first : first + missing] = torch.tensor(new, dtype=torch.int32, device=self.device)
+        used = self.length[slot]
+        for group in self.groups:
+            if (missing := group.missing(slot, used, length)) > len(group.free):
+                raise RequestError(f"{missing} more pages of {PAGE} tokens are needed, {len(group.free)} are free")
+        for group in self.groups:
+            group.reserve(slot, used, length)
+
+    def begin(self, slot: int, length: int, firsts: Sequence[int]) -> None:
+        """Give an empty slot pages for `length` tokens, in each group from its number in `firsts` on."""
+        for group, first in zip(self.groups, firsts, strict=True):
+            if (missing := -(-length // PAGE) - first) > len(group.free):
+                raise RequestError(f"{missing} more pages of {PAGE} tokens are needed, {len(group.free)} are free")
+        for group, first in zip(self.groups, firsts, strict=True):
+            group.begin(slot, first, length)
 
     def copy(self, source: int, slot: int) -> None:
         """Make an empty slot hold what another holds; nothing is shared."""
-        self.reserve(slot, self.length[source])
-        of, to = (torch.tensor(self.pages[s], device=self.device) for s in (source, slot))
-        of = of[: len(to)]
-        for layer in self.layers:
-            for memory in layer:
-                if isinstance(memory, Mamba2Slots):
-                    for t in (memory.S, memory.columns, memory.x, memory.B, memory.dt):
-                        t[slot] = t[source]
-                elif len(of):
-                    memory.k[to], memory.v[to] = memory.k[of], memory.v[of]
-        self._set(slot, self.length[source], self.base[source])
+        self.begin(slot, self.length[source], [group.first[source] for group in self.groups])
+        for group in self.groups:
+            to = group.held(slot)
+            of = group.held(source)[: len(to)]
+            for layer in group.layers if to else ():
+                layer.copy(group.on_device(of), group.on_device(to))
+        for part in self.recurrent:
+            part.copy(source, slot)
+        self.set_position(slot, self.length[source], self.committed[source], self.scratch[source])
 
     def trim(self, slot: int, length: int) -> bool:
-        """Forget all but the first tokens.  False, and nothing changed, where that is not kept."""
+        """Cut a sequence to its first `length` tokens; False, and nothing changed, where that is not kept."""
         if not self.min_pos(slot) <= length <= self.length[slot]:
             return False
-        self._set(slot, length, self.base[slot])
+        self.set_position(slot, length, self.committed[slot], self.scratch[slot])
         return True
 
     def min_pos(self, slot: int) -> int:
-        """The shortest length `trim` can reach."""
-        return self.base[slot] if self.chunk > 1 else 0
+        """The least length `trim` can reach."""
+        kept = [group.min_pos(slot) for group in self.groups]
+        return max([*kept, self.committed[slot] if self.recurrent else 0])
 
-    def _set(self, slot: int, length: int, base: int) -> None:
-        self.length[slot], self.base[slot] = length, base
-        self.length_S[slot], self.base_S[slot] = length, base
+    def min_pos_after(self, slot: int, added: int) -> int:
+        """What `min_pos` will be after a forward of `added` tokens."""
+        kept = [
+            min_pos(max(group.first[slot], released_pages(self.length[slot], group.window)), group.window)
+            for group in self.groups
+        ]
+        return max([*kept, self.committed_after(slot, added) if self.recurrent else 0])
+
+    def set_position(self, slot: int, length: int, committed: int, scratch: int = -1) -> None:
+        """Set the length of a slot, its committed position and that of its scratch buffers."""
+        self.length[slot], self.committed[slot], self.scratch[slot] = length, committed, scratch
+        self.length_S[slot], self.committed_S[slot], self.scratch_S[slot] = length, committed, scratch
 
     # ── forwards
 
-    def prefill(
-        self, network: Decoder, slots: Sequence[int], rows: Sequence[Tensor], logits_to_keep: int = 1
-    ) -> Tensor:
-        """Add tokens to some texts → logits of the last `logits_to_keep` of each, (B · keep, V) float32."""
-        for slot, row in zip(slots, rows, strict=True):
-            self.reserve(slot, self.length[slot] + len(row))
-        batch = DeviceBatch(self, slots, [len(row) for row in rows])
-        logits_TV = network.run(torch.cat(list(rows)), batch, [self], logits_to_keep)
-        for slot, length, base in zip(slots, batch.lengths, batch.next_bases, strict=True):
-            self._set(slot, self.length[slot] + length, base)
-        return logits_TV
-
     def begin_step(self, slots: Sequence[int]) -> None:
-        """Before a step of these texts: room for its tokens."""
+        """Before a step of these slots: have room for its tokens."""
         for slot in slots:
             if slot >= 0:
                 self.reserve(slot, self.length[slot] + 1)
@@ -245,34 +278,36 @@ class StateCache:
         """After it: what `advance` has done on the device."""
         for slot in slots:
             if slot >= 0:
-                self.base[slot] = self.base_after(slot, 1)
+                self.committed[slot] = self.committed_after(slot, 1)
                 self.length[slot] += 1
+                self.scratch[slot] = self.length[slot]
 
     def advance(self, slot_B: Tensor) -> None:
-        """One token more in each of these; on the device, −1 for nobody."""
+        """One token more in each of these slots; on the device, −1: no sequence."""
         B = slot_B.clamp(min=0).long()
         real = (slot_B >= 0).to(torch.int32)
-        length, base = self.length_S[B], self.base_S[B]
-        moved = torch.maximum(base, length // self.chunk * self.chunk)
-        self.base_S.index_put_((B,), (moved - base) * real, accumulate=True)
+        length, committed, scratch = self.length_S[B], self.committed_S[B], self.scratch_S[B]
+        moved = torch.maximum(committed, length // self.chunk * self.chunk)
+        self.committed_S.index_put_((B,), (moved - committed) * real, accumulate=True)
+        self.scratch_S.index_put_((B,), (length + 1 - scratch) * real, accumulate=True)
         self.length_S.index_put_((B,), real, accumulate=True)
 
-    def base_after(self, slot: int, added: int) -> int:
-        """The boundary after adding tokens: as late as it may be while one of them can still be cut."""
-        return max(self.base[slot], (self.length[slot] + added - 1) // self.chunk * self.chunk)
+    def committed_after(self, slot: int, added: int) -> int:
+        """The committed position after adding tokens: as late as it may be while one of them can still be cut."""
+        return max(self.committed[slot], (self.length[slot] + added - 1) // self.chunk * self.chunk)
 
 
-class Texts(NamedTuple):
-    """One layer part's memory, and where the tokens of a batch belong in it."""
+class SlotMetadata(NamedTuple):
+    """The state of one mixer in all slots, and the batch."""
 
-    memory: Any
+    state: LayerSlots
     batch: DeviceBatch
 
 
 class DeviceBatch:
-    """New tokens of texts in slots: what `model.batch.Batch` is for States.
+    """New tokens of sequences in slots: what `model.batch.Batch` is for States.
 
-    step: one token for each row, found through `slot_T` on the device alone, which a graph may record.
+    step: one token of each sequence, found through `slot_T` on the device alone, so that a graph may capture it.
     """
 
     native = True
@@ -282,7 +317,7 @@ class DeviceBatch:
     def __init__(self, slots: StateCache, rows: Sequence[int], lengths: Sequence[int]) -> None:
         self.slots, self.rows, self.lengths, self.step = slots, list(rows), list(lengths), False
         self.starts = [slots.length[slot] for slot in rows]
-        self.next_bases = [slots.base_after(slot, n) for slot, n in zip(rows, lengths, strict=True)]
+        self.committed_after = [slots.committed_after(slot, n) for slot, n in zip(rows, lengths, strict=True)]
         ends = torch.tensor(self.lengths).cumsum(0).tolist()
         self.spans = [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
         places = zip(self.starts, self.lengths, strict=True)
@@ -295,6 +330,7 @@ class DeviceBatch:
 
     @classmethod
     def for_step(cls, slots: StateCache, slot_B: Tensor) -> DeviceBatch:
+        """A step of the slots that a tensor (B,) int32 names on the device; −1: no sequence."""
         batch = cls.__new__(cls)
         B = len(slot_B)
         batch.slots, batch.step, batch.slot_T, batch._rotary = slots, True, slot_B, {}
@@ -303,20 +339,21 @@ class DeviceBatch:
         batch.first_T = torch.arange(B, dtype=torch.int32, device=slots.device)
         return batch
 
-    def metadata_for(self, memory: AttentionSlots | Mamba2Slots) -> Texts:
-        return Texts(memory, self)
+    def metadata_for(self, state: LayerSlots) -> SlotMetadata:
+        """What the ops of one mixer need besides their inputs."""
+        return SlotMetadata(state, self)
 
     def side_by_side(self, runs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-        """What each of a layer's mixers answers; in a step on a GPU at the same time: each alone is small."""
-        beside = self.slots.beside
-        if not self.step or beside is None or len(runs) == 1:
+        """The outputs of a layer's mixers; in a step on a GPU computed at the same time: each alone is small."""
+        side = self.slots.side_stream
+        if not self.step or side is None or len(runs) == 1:
             return [run() for run in runs]
         here = torch.cuda.current_stream()
-        beside.wait_stream(here)
-        with torch.cuda.stream(beside):
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
             answers = [run() for run in runs[:-1]]
         last = runs[-1]()
-        here.wait_stream(beside)
+        here.wait_stream(side)
         return [*answers, last]
 
     def rotary(self, rope: RopeConfig, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiercel.mixers.attention.rope import RopeConfig
+from tiercel.mixers.attention.rotary import frequencies_of
 from tiercel.mixers.attention.varlen import Documents, attention_varlen
 from tiercel.mixers.mamba2.varlen import Chunks, ssd_varlen
-from tiercel.model.batch import frequencies_of
 from tiercel.ops import triton
 from tiercel.ops.conv1d_varlen import PastRows, conv1d_silu_varlen, takes
 

@@ -17,7 +17,8 @@ from tiercel.mixers.mamba2 import triton as ssd_kernels
 from tiercel.mixers.mamba2.chunked import ssd_reference
 from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.mixers.mamba2.triton_step import ssd_step
-from tiercel.model.state_cache import AttentionSlots, Mamba2Slots
+from tiercel.mixers.paged import PagedSlots
+from tiercel.mixers.recurrent import RecurrentSlots
 from tiercel.ops.conv1d import conv1d_reference
 from tiercel.ops.norm import gated_rms_norm, rms_norm_reference
 from tiercel.ops.pointwise import gate_reference
@@ -83,7 +84,8 @@ def test_convolution_of_a_prompt_in_pieces_and_in_steps(C, K, bias):
             places = torch.arange(at, at + n, dtype=torch.int32, device=DEVICE), torch.zeros_like(whole(*[0] * n))
             conv_kernels.conv1d(x[at : at + n], ring, w, b, places[1] + 1, *places, y, store=n == 1)
             if n > 1:
-                conv_kernels.remember_columns(x[at : at + n], ring[1], at)
+                kept = torch.arange(max(at, at + n - R), at + n, device=DEVICE)
+                ring[1][kept % R] = x[kept]
             parts.append(y)
             at += n
         torch.testing.assert_close(torch.cat(parts), expected, atol=1e-5, rtol=1e-5)
@@ -144,8 +146,8 @@ def test_extreme_decays_stay_finite_and_true(dt, decay):
 def test_steps_of_several_texts_are_the_recurrence(H, P, G, N):
     """Three slots at different places, one row of nobody; every chunk is committed on the way."""
     c = Mamba2Config(heads=H, head_dim=P, groups=G, state=N, chunk=8)
-    memory = Mamba2Slots(c, 3, F32, torch.device(DEVICE))
-    for t in (memory.x, memory.B, memory.dt):
+    memory = RecurrentSlots(c, 3, F32, torch.device(DEVICE))
+    for t in (memory["x"], memory["B"], memory["dt"]):
         t.fill_(math.nan)
     A, D, bias = -torch.rand(H, device=DEVICE), rand(H), rand(H)
     length, base = whole(0, 0, 0), whole(0, 0, 0)
@@ -184,8 +186,8 @@ def test_steps_of_several_texts_are_the_recurrence(H, P, G, N):
 def test_attention_over_pages(H, K, P, window, R):
     """A prompt is remembered in scattered pages, then one token of each of two texts looks at all of its own."""
     c = AttentionConfig(heads=H, kv_heads=K, head_dim=P)
-    memory = AttentionSlots(c, 12, F32, torch.device(DEVICE))
-    memory.k.fill_(math.nan), memory.v.fill_(math.nan)
+    memory = PagedSlots(c, 12, F32, torch.device(DEVICE))
+    memory["k"].fill_(math.nan), memory["v"].fill_(math.nan)
     table = torch.tensor([[7, 2, 9, 4], [0, 0, 0, 0], [3, 8, 1, 0]], dtype=torch.int32, device=DEVICE)
     lengths = {0: 200, 2: 65}
     texts = {}

@@ -18,6 +18,7 @@ class AttentionConfig(MixerSpec):
     """Grouped-query attention; causal always, windowed when `window` is given."""
 
     kind: ClassVar[str] = "attention"
+    has_gpu_kernels: ClassVar[bool] = True
     word: ClassVar[str | None] = "attention"
     tables: ClassVar[dict[str, type]] = {"rope": RopeConfig}
     heads: int
@@ -52,6 +53,11 @@ class AttentionConfig(MixerSpec):
     def buffers(self) -> tuple[Buffer, ...]:
         shape = self.kv_heads, self.head_dim
         return tuple(Buffer(name=name, shape=shape, dtype="model", lifetime="page") for name in ("k", "v"))
+
+    @property
+    def segment_values(self) -> int:
+        """For each head a vector, its sum and its largest score."""
+        return self.heads * (self.head_dim + 2)
 
     def cost(self, tokens: int, context: int) -> Cost:
         """Pairs of a window W over n tokens: W n − W² / 2, four operations for each head and dim."""

@@ -85,8 +85,9 @@ template <class T> struct Cache {
     T* v(i64 token) const { return at(values, token); }
 };
 template <class T> INLINE Cache<T> cache_of(const BatchMetadata& batch, const SeqSlice& seq, i64 h, i64 kv_heads, i64 P) {
-    const i64 start = layer_of<AttentionDescriptor>(batch, seq).start, head = PAGE * P * sizeof(T);
-    return {((const StateDescriptor*)seq.descriptor)->pages, start + h * head, start + (kv_heads + h) * head, P};
+    const AttentionDescriptor& layer = layer_of<AttentionDescriptor>(batch, seq);
+    const i64 head = PAGE * P * sizeof(T);
+    return {layer.pages, layer.start + h * head, layer.start + (kv_heads + h) * head, P};
 }
 
 // Turn the first 2 · half dims by the angles of this token, and scale all.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tiercel.mixers.attention import sdpa, triton
+from tiercel.model.pages import PAGE
 from tiercel.ops.triton import FEW
 
 Metadata = tuple[Any, Any]  # `DeviceBatch.metadata_for`: a layer's buffers, and the batch
@@ -28,12 +29,13 @@ def attention(
 ) -> Tensor:
     """As `AttentionOp`."""
     buffers, where = batch
-    q_THP = triton.remember(q_TI, k_TM, v_TM, turn, buffers, where.slots.table, where.slot_T, where.position_T)
+    table = buffers.group.table
+    q_THP = triton.remember(q_TI, k_TM, v_TM, turn, buffers, table, where.slot_T, where.position_T)
     if where.step:
         return triton.attention_step(
             q_THP,
             buffers,
-            where.slots.table,
+            table,
             where.slot_T,
             where.slots.length_S,
             scale=scale,
@@ -42,8 +44,9 @@ def attention(
         )
     rows = []
     for span, slot, start, length in zip(where.spans, where.rows, where.starts, where.lengths, strict=True):
-        table_row = where.slots.table[slot]
-        k, v = (triton.pages_of(pages, table_row, start + length) for pages in (buffers.k, buffers.v))
+        first = buffers.group.first[slot]  # pages before it are released, and no token here sees them
+        held, table_row = start + length - first * PAGE, table[slot, first:]
+        k, v = (triton.pages_of(buffers[name], table_row, held) for name in ("k", "v"))
         rows.append(sdpa.attention(q_THP[span].transpose(0, 1), k, v, scale=scale, window=window))
     y_HTP = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
     return y_HTP.transpose(0, 1).flatten(1)

@@ -16,8 +16,8 @@ from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.attention.ops import attention_op
 from tiercel.mixers.attention.rotary import rotate
 from tiercel.mixers.attention.sdpa import attention
+from tiercel.mixers.paged import PagedState
 from tiercel.model.batch import Batch
-from tiercel.model.layer_state import AttentionState
 from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, quantizes_input
 from tiercel.model.varlen import VarlenBatch
 
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self,
         h_TD: Tensor,
         batch: Batch | VarlenBatch,
-        states: Sequence[AttentionState | None],
+        states: Sequence[PagedState | None],
         precomputed: Precomputed = NONE_PRECOMPUTED,
     ) -> Tensor:
         """h: (T, D) → (T, D); every row attends to its own past.  ready: products with h made elsewhere."""
@@ -54,16 +54,16 @@ class Attention(nn.Module):
             y_HTP = batch.attend(q_HTP, k_KTP, v_KTP, self.scale, self.config.window)
             return self.o(y_HTP.transpose(0, 1).flatten(1))
         rows = []
-        for span, memory in zip(batch.spans, states, strict=True):
+        for span, state in zip(batch.spans, states, strict=True):
             k, v = k_KTP[:, span], v_KTP[:, span]
-            if memory is not None:
-                k, v = memory.extend(k, v)
+            if state is not None:
+                k, v = state.extend(k, v)
             rows.append(attention(q_HTP[:, span], k, v, scale=self.scale, window=self.config.window))
         y_HTP = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
         return self.o(y_HTP.transpose(0, 1).flatten(1))
 
     def _natively(
-        self, h_TD: Tensor, batch: Batch, states: Sequence[AttentionState | None], precomputed: Precomputed
+        self, h_TD: Tensor, batch: Batch, states: Sequence[PagedState | None], precomputed: Precomputed
     ) -> Tensor:
         c = self.config
         assert states[0] is not None

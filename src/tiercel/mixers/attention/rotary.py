@@ -11,6 +11,7 @@ they would rewrite the past at every token: they run here inside their original 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     elif rope.scaling == "yarn":
         f, scale = _yarn(f, rope, R)
     return f.float(), scale
+
+
+frequencies_of = lru_cache(maxsize=None)(frequencies)  # also keeps alive what a captured step points to
 
 
 def rotated_dims(rope: RopeConfig, head_dim: int) -> int:

@@ -72,9 +72,9 @@ def remember(
 ) -> Tensor:
     """Turn q and k, put k and v into their pages, → turned q (T, H, P) in the pages' dtype.
 
-    memory: `model.slots.AttentionSlots` · rows of q, k and v may lie apart · slot −1: nobody's row.
+    memory: `mixers.paged.PagedSlots` · rows of q, k and v may lie apart · slot −1: nobody's row.
     """
-    k_pages, v_pages = memory.k, memory.v
+    k_pages, v_pages = memory["k"], memory["v"]
     _, K, page, P = k_pages.shape
     T, H = q_TI.shape[0], q_TI.shape[1] // P
     q_THP = torch.empty(T, H, P, dtype=k_pages.dtype, device=q_TI.device)
@@ -163,7 +163,7 @@ def attention_step(
     *, scale: float, window: int | None, round: bool = False,
 ) -> Tensor:  # fmt: skip
     """(T, H · P): the newest token of each text, number `length`, whose key is in its page, over all its keys."""
-    k_pages, v_pages = memory.k, memory.v
+    k_pages, v_pages = memory["k"], memory["v"]
     T, H, P = q_THP.shape
     K, page = k_pages.shape[1:3]
     most_pages = table.shape[1] if window is None else min(table.shape[1], window // page + 2)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tiercel.mixers.mamba1 import cpu
 from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba1.reference import selective_scan
+from tiercel.mixers.recurrent import RecurrentState
 from tiercel.model.batch import Batch
 from tiercel.model.derived import Derived, float32
-from tiercel.model.layer_state import Mamba1State
 from tiercel.model.layers import Linear, RMSNorm
 from tiercel.model.varlen import VarlenBatch, wide
 from tiercel.ops.conv1d import conv1d
@@ -48,7 +48,7 @@ class Mamba1(nn.Module):
         self.out_proj = Linear(I, width, config.proj_bias)
         self._derived = Derived()
 
-    def forward(self, u_TD: Tensor, batch: Batch | VarlenBatch, states: Sequence[Mamba1State | None]) -> Tensor:
+    def forward(self, u_TD: Tensor, batch: Batch | VarlenBatch, states: Sequence[RecurrentState | None]) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state."""
         if not isinstance(batch, VarlenBatch) and batch.native:
             return self.out_proj(self._natively(u_TD, batch, states))
@@ -59,34 +59,36 @@ class Mamba1(nn.Module):
             y_TI = batch.selective_scan(C_TN, x_TI, dt_TI, -self.A_log.exp(), B_TN) + self.D * x_TI
             return self.out_proj(y_TI * F.silu(wide(z_TI)))
         windows = [
-            F.pad(x_TI[span], (0, 0, self.config.conv - 1, 0)) if memory is None else memory.window(x_TI[span])
-            for span, memory in zip(batch.spans, states, strict=True)
+            F.pad(x_TI[span], (0, 0, self.config.conv - 1, 0))
+            if state is None
+            else state.window("conv_state", x_TI[span])
+            for span, state in zip(batch.spans, states, strict=True)
         ]
         x_TI = F.silu(torch.cat([conv1d(w, self.conv, self.conv_bias) for w in windows])).to(x_TI.dtype)
         dt_TI, B_TN, C_TN = self._select(x_TI)
         A_IN = -self.A_log.float().exp()
         rows = []
-        for span, memory in zip(batch.spans, states, strict=True):
+        for span, state in zip(batch.spans, states, strict=True):
             C, x, dt, B = C_TN[span], x_TI[span], dt_TI[span], B_TN[span]
-            if memory is None:
+            if state is None:
                 rows.append(selective_scan(C, x, dt, A_IN, B, torch.zeros_like(A_IN.t()))[0])
             else:
-                rows.append(memory.scan(C, x, dt, A_IN, B))
+                rows.append(scan(state, C, x, dt, A_IN, B))
         y_TI = torch.cat(rows) + self.D.float() * x_TI
         return self.out_proj(y_TI * F.silu(z_TI.float()))
 
-    def _natively(self, u_TD: Tensor, batch: Batch, states: Sequence[Mamba1State | None]) -> Tensor:
-        c, memory = self.config, states[0]
-        assert memory is not None
+    def _natively(self, u_TD: Tensor, batch: Batch, states: Sequence[RecurrentState | None]) -> Tensor:
+        c, state = self.config, states[0]
+        assert state is not None
         parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, *self._norm_weights()
         weight_KC, bias_C, dt_bias_I, A_NI, D_I, *norms = self._derived(parameters, self._derive)
-        metadata = batch.metadata(memory.at)
+        metadata = batch.metadata_for(state)
         xz_TI = self.in_proj(u_TD).float()
         x_TI = causal_conv1d(metadata, xz_TI[:, : c.inner], weight_KC, bias_C)[0]
         dt_TR, B_TN, C_TN = cpu.split_norm(metadata, self.x_proj(x_TI).float(), norms, c.dt_rank, c.state, self.eps)
         dt_TI = self.dt(dt_TR).float()
         return cpu.selective_scan(
-            metadata, x_TI, dt_TI, dt_bias_I, B_TN, C_TN, A_NI, D_I, xz_TI, taps=c.conv, chunk=memory.chunk
+            metadata, x_TI, dt_TI, dt_bias_I, B_TN, C_TN, A_NI, D_I, xz_TI, taps=c.conv, chunk=state.chunk
         )
 
     def _derive(self) -> tuple[Tensor | None, ...]:
@@ -109,3 +111,33 @@ class Mamba1(nn.Module):
         if c.inner_norms:
             dt_TR, B_TN, C_TN = self.dt_norm(dt_TR), self.B_norm(B_TN), self.C_norm(C_TN)
         return F.softplus(self.dt(dt_TR).float() + self.dt_bias.float()), B_TN, C_TN
+
+
+def scan(state: RecurrentState, C_LN: Tensor, x_LI: Tensor, dt_LI: Tensor, A_IN: Tensor, B_LN: Tensor) -> Tensor:
+    """Add L tokens to a state and return their outputs (L, I) float32.
+
+    The decay is per channel and state, so there is no chunked form: the newest state is kept too, and after a cut it is
+    computed again from the committed one and the pending inputs (no matrix product is repeated).
+    """
+    added, start = x_LI.shape[0], state.pending
+    commit = state.committed_pos_after(added) - state.committed_pos  # the new boundary, counted in pending inputs
+    x, dt, B = state.append("x", x_LI), state.append("dt", dt_LI), state.append("B", B_LN)
+
+    def advance(S_NI: Tensor, first: int, last: int) -> Tensor:
+        return selective_scan(None, x[first:last], dt[first:last], A_IN, B[first:last], S_NI)[1]
+
+    S_NI, newest_NI = state.buffers["ssm_state"], state.buffers["running"]
+    if not state.scratch_valid:
+        newest_NI = advance(S_NI, 0, start)
+    if 0 < commit <= start:
+        S_NI = advance(S_NI, 0, commit)
+    middle = max(commit - start, 0)  # the boundary may lie among the new tokens: stop there on the way
+    ys = []
+    for part in (slice(0, middle), slice(middle, added)):
+        if part.start < part.stop:
+            y, newest_NI = selective_scan(C_LN[part], x_LI[part], dt_LI[part], A_IN, B_LN[part], newest_NI)
+            ys.append(y)
+            if part.stop == middle:
+                S_NI = newest_NI
+    state.commit(added, ssm_state=S_NI, running=newest_NI)
+    return torch.cat(ys)

@@ -23,6 +23,7 @@ class Mamba2Config(MixerSpec):
     """
 
     kind: ClassVar[str] = "mamba2"
+    has_gpu_kernels: ClassVar[bool] = True
     word: ClassVar[str | None] = "mamba2"
     report_class: ClassVar[str | None] = "mamba"
     heads: int

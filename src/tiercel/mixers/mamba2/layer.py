@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from tiercel.mixers.mamba2.chunked import ssd
 from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.mixers.mamba2.ops import gated_norm_op, mamba2_op
+from tiercel.mixers.recurrent import RecurrentState
 from tiercel.model.batch import Batch
 from tiercel.model.derived import Derived, float32
-from tiercel.model.layer_state import Mamba2State
 from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, quantizes_input
 from tiercel.model.varlen import CHUNK, VarlenBatch
 from tiercel.ops.conv1d import conv1d
@@ -50,7 +50,7 @@ class Mamba2(nn.Module):
         self,
         u_TD: Tensor,
         batch: Batch | VarlenBatch,
-        states: Sequence[Mamba2State | None],
+        states: Sequence[RecurrentState | None],
         precomputed: Precomputed = NONE_PRECOMPUTED,
     ) -> Tensor:
         """u: (T, D) → (T, D); every row goes on from its own state.  ready: products with u made elsewhere."""
@@ -64,8 +64,8 @@ class Mamba2(nn.Module):
             y_TI = self._packed(xBC_TC, dt_TH, A_H, batch)
         else:
             rows = [
-                self._scan(xBC_TC[span], dt_TH[span], A_H, memory)
-                for span, memory in zip(batch.spans, states, strict=True)
+                self._scan(xBC_TC[span], dt_TH[span], A_H, state)
+                for span, state in zip(batch.spans, states, strict=True)
             ]
             y_TI = rows[0] if len(rows) == 1 else torch.cat(rows)
         if self.out_norm is None:
@@ -76,16 +76,16 @@ class Mamba2(nn.Module):
         return self.out_proj(y_TI)
 
     def _natively(
-        self, u_TD: Tensor, batch: Batch, states: Sequence[Mamba2State | None], precomputed: Precomputed
+        self, u_TD: Tensor, batch: Batch, states: Sequence[RecurrentState | None], precomputed: Precomputed
     ) -> Tensor:
-        c, memory = self.config, states[0]
-        assert memory is not None
+        c, state = self.config, states[0]
+        assert state is not None
         parameters = self.conv, self.conv_bias, self.dt_bias, self.A_log, self.D, self.out_norm
         weight_KC, bias_C, dt_bias_H, A_H, D_H, norm_I = self._derived(parameters, self._derive)
         zxBCdt_TD = precomputed[self.in_proj] if self.in_proj in precomputed else self.in_proj(u_TD)
         y_TI = mamba2_op(batch.backend)(
-            batch.metadata_for(memory), zxBCdt_TD, weight_KC, bias_C, dt_bias_H, A_H, D_H,
-            head_dim=c.head_dim, groups=c.groups, state=c.state, chunk=memory.chunk, dt_limit=c.dt_limit,
+            batch.metadata_for(state), zxBCdt_TD, weight_KC, bias_C, dt_bias_H, A_H, D_H,
+            head_dim=c.head_dim, groups=c.groups, state=c.state, chunk=state.chunk, dt_limit=c.dt_limit,
         )  # fmt: skip
         gate_first = c.gated_norm == "gate_first"
         return gated_norm_op(batch.backend)(
@@ -114,17 +114,19 @@ class Mamba2(nn.Module):
         B_LGN, C_LGN = B_LM.unflatten(-1, (c.groups, -1)), C_LM.unflatten(-1, (c.groups, -1))
         return x_LI.unflatten(-1, (c.heads, c.head_dim)), B_LGN, C_LGN
 
-    def _scan(self, xBC_LC: Tensor, dt_LH: Tensor, A_H: Tensor, memory: Mamba2State | None) -> Tensor:
+    def _scan(self, xBC_LC: Tensor, dt_LH: Tensor, A_H: Tensor, state: RecurrentState | None) -> Tensor:
         """One row: convolution and scan → y (L, I) float32."""
         c = self.config
-        window_TC = F.pad(xBC_LC, (0, 0, c.conv - 1, 0)) if memory is None else memory.window(xBC_LC)
+        window_TC = F.pad(xBC_LC, (0, 0, c.conv - 1, 0)) if state is None else state.window("conv_state", xBC_LC)
         xBC_LC = F.silu(conv1d(window_TC, self.conv, self.conv_bias)).to(xBC_LC.dtype)
         x_LHP, B_LGN, C_LGN = self._parts(xBC_LC)
-        if memory is None:
+        if state is None:
             S_HNP = torch.zeros(c.heads, c.state, c.head_dim, device=x_LHP.device)
             y_LHP, _ = ssd(C_LGN, x_LHP, dt_LH, A_H, B_LGN, S_HNP, chunk=c.chunk)
         else:
-            x_open, dt_open, B_open, S_HNP, commit = memory.extend(x_LHP, dt_LH, B_LGN)
-            y_LHP, S_HNP = ssd(C_LGN, x_open, dt_open, A_H, B_open, S_HNP, chunk=memory.chunk, commit=commit)
-            memory.commit(S_HNP, commit)
+            added = len(x_LHP)
+            commit, S_HNP = state.committed_pos_after(added) - state.committed_pos, state.buffers["ssm_state"]
+            x, dt, B = state.append("x", x_LHP), state.append("dt", dt_LH), state.append("B", B_LGN)
+            y_LHP, S_HNP = ssd(C_LGN, x, dt, A_H, B, S_HNP, chunk=state.chunk, commit=commit)
+            state.commit(added, ssm_state=S_HNP)
         return (y_LHP + self.D.float().unsqueeze(-1) * x_LHP).flatten(1)

@@ -1,7 +1,7 @@
 """One new token of each sequence through convolution and scan, at the bytes of the committed states.
 
     S (slots, H, N, P) before token `base` · rings of R pending inputs: x (slots, H, R, P), B (slots, G, R, N),
-    dt (slots, H, R) float32; the input of position p is number p mod R · a ring of raw columns for the convolution
+    dt (slots, R, H) float32; the input of position p is number p mod R · a ring of raw columns for the convolution
 
 Two kernels:
 
@@ -62,7 +62,7 @@ def _commit(
     j, p = tl.arange(0, BJ), tl.arange(0, BP)
     number, kept = (base + j) % R, j < CHUNK
     head, group = slot * H + h, slot * G + h // (H // G)
-    dt_J = tl.load(dt_ring + head * R + number, kept, 0.0)
+    dt_J = tl.load(dt_ring + (slot * R + number) * H + h, kept, 0.0)
     log_J = dt_J * tl.load(A + h)
     last = tl.sum(log_J, 0)
     w_J = tl.exp(tl.maximum(last - tl.cumsum(log_J, 0), MIN_LOG_DECAY)) * dt_J
@@ -111,8 +111,9 @@ def _prepare(
             r = tl.arange(0, BH)
             h = g * heads + r
             mine = r < heads
-            at = (slot * H + h)[:, None] * R
-            dt_HJ = tl.load(dt_ring + at + number[None, :], mine[:, None] & (j < pending)[None, :], 0.0)
+            dt_HJ = tl.load(
+                dt_ring + (slot * R + number)[None, :] * H + h[:, None], mine[:, None] & (j < pending)[None, :], 0.0
+            )
             a_H = tl.load(A + h, mine, 0.0)
             if K > 0:
                 older_B = _columns(ring, weight, bias, of_B, real, length, size, C, K, BIAS)
@@ -133,7 +134,7 @@ def _prepare(
             scores_J, score = tl.sum(B_JN * C_N[None, :], 1), tl.sum(B_N * C_N, 0)
             raw = tl.load(dt_in + t * stride_dt + h, mine, 0.0).to(tl.float32) + tl.load(dt_bias + h, mine, 0.0)
             dt_H = tl.minimum(tl.maximum(softplus(raw), low), high)
-            tl.store(dt_ring + (slot * H + h) * R + length % R, dt_H, mine)
+            tl.store(dt_ring + (slot * R + length % R) * H + h, dt_H, mine)
             log_HJ = dt_HJ * a_H[:, None]
             last_H = tl.sum(log_HJ, 1)
             lag_HJ = tl.maximum(last_H[:, None] - tl.cumsum(log_HJ, 1), MIN_LOG_DECAY)
@@ -227,30 +228,32 @@ def ssd_step(
     """y + D x (T, H · P) float32 of one new token of each sequence; its input joins the rings, and where a chunk is
     full S is rewritten (its base and all lengths are the caller's to move on).
 
-    memory: `Mamba2Slots`, with at most a chunk of pending inputs.  slot_T: −1 for rows without a sequence (y = 0).
+    memory: `mixers.recurrent.RecurrentSlots`, with at most a chunk of pending inputs.
+    slot_T: −1 for rows without a sequence (y = 0).
     conv: weight (K, C) and bias, where xBC is not convolved yet.
     """
     weight_KC, bias_C = (A_H, None) if conv is None else conv
     T, device = xBC_TC.shape[0], xBC_TC.device
-    _, H, N, P = memory.S.shape
-    G, R = memory.B.shape[1:3]
+    columns, x, dt, B, S = (memory[name] for name in ("conv_state", "x", "dt", "B", "ssm_state"))
+    _, H, N, P = S.shape
+    G, R = B.shape[1:3]
     BJ, BN = (max(16, triton.next_power_of_2(n)) for n in (memory.chunk, N))
     CN, BP = (max(16, min(most, triton.next_power_of_2(n))) for most, n in ((COMMIT_STATES, N), (READ_COLUMNS, P)))
     C_TGN, w_THJ = torch.empty(T, G, N, device=device), torch.empty(T, H, BJ, device=device)
     decay_TH, new_TH = torch.empty(T, H, device=device), torch.empty(T, H, device=device)
     y_TI = torch.empty(T, H * P, dtype=torch.float32, device=device)
     bias, K = weight_KC if bias_C is None else bias_C, 0 if conv is None else len(weight_KC)
-    size = memory.columns.shape[1]
+    size = columns.shape[1]
     same = dict(K=K, BIAS=bias_C is not None, CHUNK=memory.chunk, BJ=BJ, BN=BN, **early())
     _prepare[(T * G + triton.cdiv(T, COMMIT_ROWS) * H,)](
-        xBC_TC, dt_TH, dt_bias_H, A_H, D_H, memory.S, memory.x, memory.B, memory.dt, memory.columns, weight_KC, bias,
+        xBC_TC, dt_TH, dt_bias_H, A_H, D_H, S, x, B, dt, columns, weight_KC, bias,
         slot_T, length_S, base_S, C_TGN, w_THJ, decay_TH, new_TH, xBC_TC.stride(0), dt_TH.stride(0), *dt_limit,
         T, H, P, N, G, R, size, BH=triton.next_power_of_2(H // G), CN=CN, BP=max(16, triton.next_power_of_2(P)),
-        ROWS=COMMIT_ROWS, PRECISION=precision(memory.x),
+        ROWS=COMMIT_ROWS, PRECISION=precision(x),
         num_warps=PREPARE_WARPS, **same,
     )  # fmt: skip
     _read[(T, H, triton.cdiv(P, BP))](
-        xBC_TC, memory.S, memory.x, memory.columns, weight_KC, bias, slot_T, length_S, base_S, C_TGN, w_THJ, decay_TH,
+        xBC_TC, S, x, columns, weight_KC, bias, slot_T, length_S, base_S, C_TGN, w_THJ, decay_TH,
         new_TH, y_TI, xBC_TC.stride(0), y_TI.stride(0), H, P, N, G, R, size, BP=BP, num_warps=READ_WARPS, **same,
     )  # fmt: skip
     return y_TI

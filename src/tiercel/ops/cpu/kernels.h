@@ -64,9 +64,9 @@ struct StateDescriptor {
     i64 length;       // tokens
     float* partials;  // (segments, SPLIT, H, 2 + P): largest score, sum and vector of each key segment
     i64 segments;
-    char** pages;     // of every PAGE tokens, keys and values of all attention layers
 };
 struct AttentionDescriptor {  // of an attention layer
+    char** pages;             // of every PAGE tokens, keys and values of all attention layers with the same window
     i64 start;                // byte of a page where the layer's keys begin, (K, PAGE, P); the values follow
     i64 tiles_done[1];        // for each kv head; 0 between ops
 };

@@ -5,7 +5,6 @@ A ring has R columns; that of position p is number p mod R.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,11 +65,3 @@ def conv1d(
         T, C, columns_SRC.shape[1], x_TC.stride(0), y_TC.stride(0), K=weight_KC.shape[0], BIAS=bias_C is not None,
         STORE=store, BT=BT, BC=BC, num_warps=2 if few else 4,
     )  # fmt: skip
-
-
-def remember_columns(x_LC: Tensor, columns_RC: Tensor, position: int) -> None:
-    """Put the last of x, which begins at `position`, into the ring of one text."""
-    L, R = x_LC.shape[0], columns_RC.shape[0]
-    kept = min(L, R)
-    at = torch.arange(position + L - kept, position + L, device=x_LC.device) % R
-    columns_RC[at] = x_LC[L - kept :].to(columns_RC.dtype)
