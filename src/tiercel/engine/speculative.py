@@ -68,10 +68,12 @@ class NgramDrafter:
         self._num_matched = 0  # equal tokens before it
 
     def match_class(self, tokens: Sequence[int]) -> int:
+        """Return 0, 1 or 2 by the length of the match."""
         self._follow(tokens)
         return -1 if not self._position else 0 if self._num_matched < 4 else 1 if self._num_matched < 8 else 2
 
     def propose(self, tokens: Sequence[int], k: int) -> list[int]:
+        """Return the k tokens that followed the match."""
         self._follow(tokens)
         if not self._position:
             return []

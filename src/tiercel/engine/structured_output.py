@@ -277,11 +277,13 @@ class _Worker:
         return error
 
     def ensure_started(self, words: Callable[[], dict[str, Any]]) -> None:
+        """Start the process where there is none."""
         if self.process is None or self.process.poll() is not None:
             self.stop()
             self.start(words())
 
     def start(self, words: dict[str, Any]) -> None:
+        """Start the process and send it the vocabulary."""
         spec = importlib.util.find_spec("llguidance")
         if spec is None or spec.origin is None:
             raise TiercelError("structured answers need the package llguidance: pip install llguidance")
@@ -298,6 +300,7 @@ class _Worker:
             raise TiercelError(f"the process that compiles grammars did not start ({sys.executable})")
 
     def stop(self) -> None:
+        """End the process."""
         process, self.process = self.process, None
         if process is not None:
             terminate(process)

@@ -18,38 +18,52 @@ from typing import Any
 
 from tiercel.errors import RequestError
 from tiercel.sampling.fields import is_integer, is_real, refuse
-from tiercel.voting.confidence import TOP, WEIGHTS, WINDOW
+from tiercel.voting.confidence import TOP_TOKENS, WEIGHTS, WINDOW_TOKENS
 
 KEEP = {"majority": 100.0, "weighted": 100.0, "filtered-low": 10.0, "filtered-high": 90.0, "deepconf-low": 10.0,
         "deepconf-high": 90.0, "deepconf": 90.0}  # fmt: skip
 METHODS = tuple(KEEP)
-MOST, WARMUP, CONSENSUS = 1024, 16, 0.95
+MAX_TRACES, WARMUP_TRACES, CONSENSUS_SHARE = 1024, 16, 0.95
 
 
 @dataclass(frozen=True)
 class VoteSettings:
-    """k: traces at most · keep: the share of traces that stays, percent (η); by method when left out
-    weight: what a trace counts, one of WEIGHTS; `one` for majority, else `lowest`
-    window: tokens of a group · top_k: likeliest tokens of a token's confidence
-    warmup: traces run in full first; 16, or half of k where that is less (deepconf; others: before a consensus counts)
-    consensus: no more traces once the leading answer has this share of the weight, τ; 0 never;
-    0.95 for deepconf, else 0
-    Raises RequestError.
+    """How a vote is held.
+
+    Args:
+        k: traces at most.
+        method: one of METHODS.
+        keep: the share of traces that stays, in percent (η); by default the method's.
+        weight: what a trace counts, one of WEIGHTS; by default `one` for majority, else `lowest`.
+        window: tokens of a group.
+        top_k: likeliest tokens of a token's confidence.
+        warmup: traces run in full first (deepconf; others: before a consensus counts); by default 16, or half of k
+            where that is less.
+        consensus: share of the weight (τ) of the leading answer that ends the vote, 0 for none; by default 0.95 for
+            deepconf, else 0.
+
+    Raises:
+        RequestError: names the field, the value and the range.
     """
 
     k: int = 16
     method: str = "majority"
     keep: float | None = None
     weight: str | None = None
-    window: int = WINDOW
-    top_k: int = TOP
+    window: int = WINDOW_TOKENS
+    top_k: int = TOP_TOKENS
     warmup: int | None = None
     consensus: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise refuse("vote.method", self.method, f"one of {', '.join(METHODS)}")
-        for name, low, high in (("k", 1, MOST), ("window", 1, 1 << 20), ("top_k", 1, 100), ("warmup", 1, MOST)):
+        for name, low, high in (
+            ("k", 1, MAX_TRACES),
+            ("window", 1, 1 << 20),
+            ("top_k", 1, 100),
+            ("warmup", 1, MAX_TRACES),
+        ):
             value = getattr(self, name)
             if (value is not None or name != "warmup") and (not is_integer(value) or not low <= value <= high):
                 raise refuse(f"vote.{name}", value, f"a whole number from {low} to {high}")
@@ -64,9 +78,9 @@ class VoteSettings:
         if KEEP[self.method] == 100 and self.keep != 100:
             raise RequestError(f"vote.keep is for filtered and deepconf votes; with {self.method} all traces count")
         if self.warmup is None:
-            self._set("warmup", min(WARMUP, max(self.k // 2, 1)))
+            self._set("warmup", min(WARMUP_TRACES, max(self.k // 2, 1)))
         if self.consensus is None:
-            self._set("consensus", CONSENSUS if self.online else 0)
+            self._set("consensus", CONSENSUS_SHARE if self.online else 0)
         if self.consensus != 0:
             if not is_real(self.consensus) or not 0.5 < self.consensus <= 1:
                 raise refuse("vote.consensus", self.consensus, "0, or a number above 0.5, up to 1")
@@ -78,15 +92,17 @@ class VoteSettings:
 
     @property
     def online(self) -> bool:
+        """Whether traces are stopped while they run."""
         return self.method.startswith("deepconf")
 
     @property
     def filtered(self) -> bool:
+        """Whether the surest of all traces vote."""
         return self.method.startswith("filtered")
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> VoteSettings:
-        """From a table as a request carries it; None is the same as left out."""
+        """Return the settings of a request's table; None is the same as left out.  Raises RequestError."""
         names = [part.name for part in dataclasses.fields(cls)]
         unknown = next((name for name in given if name not in names), None)
         if unknown is not None:
@@ -95,7 +111,7 @@ class VoteSettings:
 
     @classmethod
     def typed(cls, k: int | None, method: str, pairs: Iterable[str]) -> VoteSettings | None:
-        """From a command line: --vote K, --vote-method, and NAME=VALUE of --vote-set.  None where there is no vote."""
+        """Return the settings of --vote, --vote-method and --vote-set; None without --vote.  Raises RequestError."""
         if k is None:
             if method != "majority" or list(pairs):
                 raise RequestError("--vote-method and --vote-set need --vote K, the number of answers")

@@ -95,6 +95,7 @@ class Vote:
 
 
 def warmup_threshold(traces: Sequence[Trace], settings: VoteSettings) -> float:
+    """Return the threshold s of a vote's warm-up traces."""
     return threshold([trace.confidence["lowest"] for trace in traces[: settings.warmup]], settings.keep or 100)
 
 
@@ -162,6 +163,7 @@ class Count:
             self.decided, self.consensus = len(self.traces), True
 
     def rows(self) -> list[TableRow]:
+        """Return the table of the vote so far."""
         return tally(voters(self.traces, self.settings, self.s), str(self.settings.weight), self.equal)
 
     def _agreed(self, share: float) -> bool:
@@ -174,6 +176,7 @@ class Count:
         return agree and everything[0].share >= share
 
     def result(self) -> Vote:
+        """Return the vote of the traces so far."""
         chosen, settings = voters(self.traces, self.settings, self.s), self.settings
         fallback = not chosen and any(trace.answer is not None for trace in self.traces)
         if fallback:

@@ -44,11 +44,12 @@ class Voter:
 
     @property
     def max_sequences(self) -> int:
-        """The further traces of deepconf wait for the threshold."""
+        """Traces that may have started by now: further ones of deepconf wait for the threshold."""
         warm = self.settings.online and self.count.s is None
         return min(self.settings.warmup or 1, self.settings.k) if warm else self.settings.k
 
     def on_token(self, sequence: Sequence, logits_V: Tensor) -> str | None:
+        """See `SampleController.on_token`: "confidence" where a window falls below the threshold."""
         running = self._growing.get(sequence.index)
         if running is None:
             running = self._growing[sequence.index] = Running(self.settings.window)
@@ -57,6 +58,7 @@ class Voter:
         return "confidence" if group is not None and s is not None and group < s else None
 
     def on_finish(self, sequence: Sequence) -> None:
+        """See `SampleController.on_finish`: count the traces in order of their numbers."""
         running = self._growing.pop(sequence.index, None) or Running(self.settings.window)
         trace = Trace(
             sequence.index, sequence.text, sequence.reasoning, len(sequence.token_ids), sequence.finish_reason
@@ -70,31 +72,35 @@ class Voter:
         self.open = self.open and self.count.decided is None
 
     def close(self) -> None:
+        """Start no further traces."""
         self.open = False
 
     # ── queries ──
 
     @property
     def decided(self) -> bool:
+        """Whether the vote has its result."""
         return self.count.decided is not None
 
     @property
     def done(self) -> int:
-        """Traces that have ended, for whoever waits."""
+        """Traces that have ended."""
         return len(self._ended)
 
     @property
     def stopped(self) -> int:
+        """Traces that were stopped for low confidence."""
         return sum(trace.finish_reason == "confidence" for trace in list(self._ended.values()))
 
     def progress(self) -> dict[str, Any]:
-        """How it stands, for JSON."""
+        """Return the interim result, for JSON."""
         leader = self.leader
         return {"k": self.settings.k, "done": self.done, "stopped": self.stopped,
                 "leader": leader.answer if leader else None, "share": leader.share if leader else 0.0}  # fmt: skip
 
     @property
     def leader(self) -> TableRow | None:
+        """The leading answer so far."""
         rows = self.count.rows()
         return rows[0] if rows else None
 
