@@ -55,7 +55,7 @@ CASES = (
 
 def predicted(case: Case, speed: bool) -> dict[str, Any]:
     """The plan of a case; random weights have no tokenizer."""
-    from tiercel.commands import plan as planning
+    from tiercel.hub import planning
     from tiercel.plan.forecast import forecast, matrices, prefill_seconds
 
     what = planning.subject(case.model)

@@ -585,7 +585,7 @@ def test_show_reads_a_gguf_header_without_torch(home: dict[str, str]) -> None:
     code = f"""
 import json, sys
 from pathlib import Path
-from tiercel.commands.show import describe
+from tiercel.hub.describe import describe
 print(json.dumps(describe(Path({gguf!r})) | {{"torch": "torch" in sys.modules}}))
 """
     done = subprocess.run([sys.executable, "-c", code], env=home, capture_output=True, text=True, timeout=60)

@@ -7,13 +7,12 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from tiercel.commands import chart
-from tiercel.commands import plan as planning
 from tiercel.commands.cli import app
 from tiercel.errors import DoesNotFit, ModelNotFound, RequestError
 from tiercel.families import from_hf
 from tiercel.families.shapes import SHAPES
-from tiercel.plan import open_bytes, shapes
+from tiercel.hub import planning
+from tiercel.plan import chart, open_bytes, shapes
 from tiercel.plan.forecast import forecast, matrices, prefill_seconds, step_seconds, transformer_of
 from tiercel.plan.machines import MACHINES, PROBES, Machine, from_probe, machine
 

@@ -24,6 +24,7 @@ from typing import Any
 from tiercel.bench.case import Case, Report
 from tiercel.bench.models import Files, prepare
 from tiercel.bench.peers import PEERS, Engine, Worker, require
+from tiercel.runtime.cpu import cores, cpu_name
 
 
 def run(case: Case, report: Report = lambda what, done, total: None) -> dict[str, Any]:
@@ -61,21 +62,10 @@ def _engines(case: Case, files: Files, report: Report) -> Any:
         yield peer, PEERS[peer](files, threads, case)
 
 
-def cores() -> int:
-    """Real cores this process may use: a second thread on a core reads no faster."""
-    import os
-
-    import psutil
-
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
-
-
 # ── the result
 
 
 def _result(case: Case, engines: dict[str, Engine], rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    from tiercel.commands.doctor import cpu_name
 
     ours, about = rounds["tiercel"], engines["tiercel"].about
     bandwidth = statistics.median(turn["bandwidth_gb_s"] for turn in rounds["memory"])

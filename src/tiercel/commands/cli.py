@@ -163,8 +163,8 @@ def _ago(then: float) -> str:
 @app.command()
 def show(model: ModelName, json: Json = False) -> None:
     """Say what a model is, from its config or header alone."""
-    from tiercel.commands.show import describe, table
     from tiercel.hub import local_models
+    from tiercel.hub.describe import describe, table
 
     found = describe(local_models.resolve(model))
     if json:
@@ -222,8 +222,8 @@ def plan(
     json: Json = False,
 ) -> None:
     """Say whether a model will fit, and how fast it will be, before anything is loaded."""
-    from tiercel.commands import plan as planning
     from tiercel.commands.chat.render import waiting
+    from tiercel.hub import planning
 
     if plot is not None and plot.suffix != ".svg":
         raise RequestError(f"--plot writes an .svg file, not {plot}")

@@ -7,12 +7,12 @@ import platform
 import re
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from tiercel.errors import RequestError
 from tiercel.hub.local_models import hub_cache, list_models, models_folder
 from tiercel.plan import human_bytes
+from tiercel.runtime.cpu import cpu_name, cpuinfo
 
 USEFUL = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8",
           "asimd", "asimddp", "bf16", "i8mm", "sve")  # fmt: skip
@@ -91,22 +91,10 @@ def op_paths() -> dict[str, str]:
     }
 
 
-def cpu_name() -> str:
-    names = re.findall(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _cpu_features() -> list[str]:
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo(), re.MULTILINE)
     there = set(flags[1].split()) if flags else set()
     return [name for name in USEFUL if name in there]
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
 
 
 def _version(package: str) -> str | None:

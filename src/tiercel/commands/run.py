@@ -138,8 +138,8 @@ def open_backend(
     """The model behind a name, with a memory of its conversation; packing: `load`'s quantize, exact and device."""
     import tiercel
     from tiercel.commands.chat.backend import ModelBackend
-    from tiercel.commands.plan import fit
     from tiercel.hub import local_models
+    from tiercel.hub.planning import fit
 
     local_models.resolve(name, pull=True, progress=report)
     fitted = fit(name, context=context, dtype=dtype, quantize=packing.get("quantize"))

@@ -18,12 +18,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tiercel.commands import chart
 from tiercel.errors import RequestError, TiercelError
 from tiercel.evals.aggregate import Result
 from tiercel.evals.answers import Answerer, Ask, Question
 from tiercel.evals.run import evaluate
 from tiercel.evals.task import Settings, Task
+from tiercel.plan import chart
 
 TIMED_TOKENS = 32  # tokens of a timed answer
 Report = Callable[[str], None]
@@ -130,8 +130,8 @@ def timed_here(each: Entrant, length: int) -> dict[str, Any]:
     if each.address is not None:
         return timed_there(each, length)
     from tiercel.bench.peers import Worker
-    from tiercel.bench.run import cores
     from tiercel.hub import local_models
+    from tiercel.runtime.cpu import cores
 
     path = str(local_models.resolve(each.name, pull=True))
     with Worker({"engine": "tiercel", "threads": cores(), "dtype": "auto", "path": path}) as worker:

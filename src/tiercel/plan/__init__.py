@@ -4,7 +4,7 @@
     machines.py   what machines can do: a small table with sources
     forecast.py   a network on a machine: memory part by part, speed, whether it fits and what would
 
-A name becomes a forecast in `tiercel.commands.plan`, which reads files.
+A name becomes a forecast in `tiercel.hub.planning`, which reads files.
 """
 
 from tiercel.plan.sizes import (

@@ -35,9 +35,9 @@ Key = tuple[int, int, int, "str | None"]  # device, inode, mtime and template: w
 def open_model(path: Path, settings: Settings) -> tuple[Model, AsyncEngine]:
     """Load a model and make its engine, sized to this machine's memory.  Raises DoesNotFit, FormatError."""
     import tiercel
-    from tiercel.commands.plan import fit
     from tiercel.engine import AsyncEngine, Engine
     from tiercel.engine.draft_model import drafter_for
+    from tiercel.hub.planning import fit
 
     size: dict[str, Any]
     context: int | None

@@ -91,7 +91,7 @@ def adapter_from_blobs(files: dict[str, str], local: local_models.LocalModel) ->
 
 def model_from_blob(files: dict[str, str]) -> local_models.LocalModel:
     """One GGUF file that was sent in as a blob; it is opened.  Raises APIError 400, FormatError."""
-    from tiercel.commands.show import describe
+    from tiercel.hub.describe import describe
 
     if len(files) != 1:
         raise APIError(400, "files: one GGUF file makes a model")

@@ -59,7 +59,7 @@ async def version(request: Request) -> Response:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    from tiercel.commands.show import describe
+    from tiercel.hub.describe import describe
 
     return describe(path)
 
@@ -77,7 +77,7 @@ _adapter_digest = StatCache(_hash_adapter)
 
 def details(served: ServedModel) -> dict[str, Any]:
     """What a model is, in Ollama's fields.  Raises FormatError."""
-    from tiercel.commands.show import human_count
+    from tiercel.hub.describe import human_count
 
     about = described(served.local.path)
     types = about.get("types") or {"none": 1}

@@ -17,19 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiercel.commands.show import stored_types
 from tiercel.errors import DoesNotFit, ModelNotFound, RequestError, TiercelError
 from tiercel.families import from_gguf, from_hf
 from tiercel.families.family import Layout
 from tiercel.families.pattern import read_file
 from tiercel.families.shapes import SHAPES
 from tiercel.hub import local_models
+from tiercel.hub.describe import stored_types
 from tiercel.hub.download import read_json
 from tiercel.model.config import ModelConfig
 from tiercel.plan import human_bytes
 from tiercel.plan.forecast import CONTEXT_TOKENS, Forecast, forecast, matrices, smaller, transformer_of
 from tiercel.plan.machines import PROBE, Machine, from_probe, machine
 from tiercel.quant import PACKED_TYPES
+from tiercel.runtime.cpu import cores, cpu_name
 from tiercel.weights.gguf import GGUFFile
 
 PROBE_S = 120.0
@@ -116,8 +117,6 @@ def this_machine(kinds: Sequence[str] = (), *, measure: bool = False) -> Machine
     """
     import psutil
 
-    from tiercel.commands.doctor import cpu_name
-
     memory = psutil.virtual_memory()
     name = cpu_name()
     if not kinds:
@@ -136,8 +135,6 @@ def this_machine(kinds: Sequence[str] = (), *, measure: bool = False) -> Machine
 
 
 def _threads() -> int:
-    from tiercel.bench.run import cores
-
     return int(os.environ.get("OMP_NUM_THREADS") or cores())
 
 
@@ -366,7 +363,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _chart(found: dict[str, Any]) -> list[str]:
-    from tiercel.commands import chart
+    from tiercel.plan import chart
 
     bars = []
     for row in found["lengths"]:
@@ -382,7 +379,7 @@ def _chart(found: dict[str, Any]) -> list[str]:
 
 def plot(found: dict[str, Any]) -> str:
     """Memory against context as one SVG."""
-    from tiercel.commands import chart
+    from tiercel.plan import chart
 
     series = {
         who: [(float(row["context"]), float(row[key]["total_bytes"])) for row in found["lengths"]]
