@@ -34,10 +34,11 @@ sanitize: ## the tests of the kernels under the address and undefined behaviour 
 	  sys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]; \
 	  sys.path.insert(0, 'build/sanitized'); sys.exit(pytest.main(['tests/ops', 'tests/model', '-s', '-k', 'not memory_is_flat']))"  # freed memory is kept back here
 
-lint:     ## ruff and mypy
+lint:     ## ruff, mypy, and which part may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format:   ## what lint would complain about, mended
 	$(BIN)/ruff check --fix .

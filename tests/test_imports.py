@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,62 +11,20 @@ import pytest
 import tiercel
 
 SRC = Path(tiercel.__file__).parent
-LEVELS = {  # a part imports from its own level or below; the command line may import anything
-    "errors": 0, "child": 0, "leave": 0, "memory": 0, "pool": 0, "model.config": 0,
-    "sampling": 1, "plan": 1, "quant": 1, "ops": 2, "families": 2,
-    "model": 3, "text": 3, "weights": 4, "problems": 4, "steering": 5, "reply": 5, "generate": 5, "engine": 5,
-    "voting": 6, "llm": 6, "serve": 7, "train": 7, "evals": 7, "cli": 7,
-}  # fmt: skip
-# what a file at the root belongs to
-PART = {
-    "console": "cli",
-    "run": "cli",
-    "commandline": "cli",
-    "show": "cli",
-    "doctor": "cli",
-    "bench": "cli",
-    "shrink": "cli",
-    "planning": "cli",
-    "chart": "cli",
-    "__main__": "cli",
-}
-# families need only configs; a state writes files; the tokenizer reads and writes them
-ALLOWED = {("model", "weights"), ("text", "weights")}
 
 
-def part_of(module: str) -> str:
-    if module in ("model.config", "model.parameters"):  # data, no torch
-        return "model.config"
-    top = module.split(".")[0]
-    return PART.get(top, top)
+def test_import_contracts_hold():
+    """Layers, as pyproject.toml lists them; the same as `lint-imports`."""
+    done = subprocess.run([sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()",
+                           "--no-cache", "--no-logo"], cwd=SRC.parents[1], capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout
 
 
-def imports():
-    for file in sorted(SRC.rglob("*.py")):
-        module = ".".join(file.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__")
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = []
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tiercel."):
-                names = [node.module.removeprefix("tiercel.")]
-            elif isinstance(node, ast.ImportFrom) and node.module == "tiercel":
-                names = [alias.name for alias in node.names]
-            for name in names:
-                yield module, name
-
-
-def test_imports_point_one_way():
-    seen = 0
-    for module, imported in imports():
-        a, b = part_of(module), part_of(imported)
-        if a in LEVELS and b in LEVELS and (a, b) not in ALLOWED:
-            assert LEVELS[b] <= LEVELS[a], f"{module} imports {imported}"
-            seen += 1
-    assert seen > 50
-
-
-def test_every_part_has_a_level():
-    unknown = {part_of(m) for m, _ in imports()} - set(LEVELS) - {"__init__"}
-    assert not unknown
+def test_every_part_is_in_a_layer():
+    contract = tomllib.loads((SRC.parents[1] / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    layers = {name.strip().removeprefix("tiercel.") for line in contract["layers"] for name in line.split(":")}
+    parts = {path.stem for path in SRC.iterdir() if (path.is_dir() and any(path.glob("*.py"))) or path.suffix == ".py"}
+    assert parts - {"__init__", "__pycache__"} <= layers
 
 
 @pytest.mark.parametrize(
