@@ -8,7 +8,8 @@ import torch
 import tiercel
 import tiny
 from by_hand import generate_reference
-from tiercel import LLM, RequestError, SamplingParams
+from tiercel import LLM, RequestError, SamplingParams, TiercelError
+from tiercel.llm import LoRARequest
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,90 @@ def test_arguments_that_ask_for_nothing_are_silent_and_unknown_ones_refused(fold
         LLM(model=folder, tensor_parallel_size=1, trust_remote_code=False)
     with pytest.raises(RequestError, match="no argument 'tensor_paralel_size'"):
         LLM(model=folder, tensor_paralel_size=2)
+
+
+def said(llm, **more):
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    return [out.outputs[0].token_ids for out in llm.generate(["abcabcabc", "xyz"], params, use_tqdm=False, **more)]
+
+
+def test_drafts_of_any_kind_change_no_token(folder, tmp_path):
+    plain = said(LLM(model=folder))
+    for config in (
+        {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 3},
+        {"model": str(folder)},
+        {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3},
+        {"model": "[ngram]", "prompt_lookup_min": 1, "prompt_lookup_max": 2},
+    ):
+        llm = LLM(model=folder, speculative_config=config)
+        assert said(llm) == plain, config
+    for config, what in (
+        ({"method": "eagle"}, "eagle"),
+        ({"method": "draft_model"}, "draft model's name"),
+        ({"method": "ngram", "num_speculative_tokens": 99}, "num_speculative_tokens"),
+        ({"method": "ngram", "prompt_lookup_max": 0}, "prompt_lookup_max"),
+        ({"draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size"),
+    ):
+        with pytest.raises(RequestError, match=what):
+            LLM(model=folder, speculative_config=config)
+    other = tiny.checkpoint(tmp_path, vocab_size=280)
+    (other / "tokenizer.json").unlink()
+    with pytest.raises(RequestError, match="cannot draft"):
+        tiercel.load(folder, draft_model=other)
+
+
+def test_quantization_and_device_are_vllms_names(folder):
+    assert said(LLM(model=folder, quantization="q8_0")) == said(LLM(model=folder, quantization="q8_0", device="cpu"))
+    with pytest.raises(RequestError, match="device is auto, cpu or cuda"):
+        LLM(model=folder, device="tpu")
+    with pytest.raises(RequestError, match="marlin"):
+        LLM(model=folder, quantization="marlin")
+
+
+def test_lora_requests_need_their_switch(folder):
+    request = LoRARequest("a", 1, "nowhere")
+    with pytest.raises(RequestError, match="enable_lora"):
+        said(LLM(model=folder), lora_request=request)
+    with pytest.raises(TiercelError, match="nowhere"):
+        said(LLM(model=folder, enable_lora=True), lora_request=request)
+
+
+def test_processes_that_share_a_model_say_what_one_says(tmp_path):
+    folder = tiny.checkpoint(tmp_path, "attention+mamba2 attention mamba2/-")
+    one = LLM(model=folder, dtype="float32")
+    expected = said(one)
+    several = LLM(model=folder, dtype="float32", tensor_parallel_size=2)
+    assert said(several) == expected == said(several), "also from its cache"
+    assert several.model.engine.stats.hit_tokens > 0
+    both = SamplingParams(n=2, seed=3, max_tokens=12, ignore_eos=True)
+    assert [[c.token_ids for c in llm.generate("abc", both, use_tqdm=False)[0].outputs] for llm in (one, several)] == [
+        [c.token_ids for c in several.generate("abc", both, use_tqdm=False)[0].outputs]
+    ] * 2
+    assert torch.allclose(several.model.logits([1, 2, 3]), one.model.logits([1, 2, 3]), atol=1e-3)
+    for refused in (lambda: several.model.export(tmp_path / "out"), lambda: several.model.load_adapter("a", "b")):
+        with pytest.raises(RequestError, match="without tensor_parallel"):
+            refused()
+    session = several.model.session()
+    for _ in session.generate([1, 2, 3], GREEDY):
+        pass
+    with pytest.raises(RequestError, match="cannot be saved"):
+        session.save(tmp_path / "session")
+    with pytest.raises(RequestError, match="group already"):
+        tiercel.load(folder, tensor_parallel=2)
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        (dict(tensor_parallel=0), "from 1 to 64"),
+        (dict(tensor_parallel=2, quantize="q8_0"), "choose one"),
+        (dict(tensor_parallel=2, device="cuda"), "runs on the CPU"),
+        (dict(tensor_parallel=2), "mamba1 layers cannot be split"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(folder, changes, what):
+    with pytest.raises(RequestError, match=what):
+        tiercel.load(folder, **changes)
 
 
 def test_n_answers_fork_one_reading_of_the_prompt(folder):

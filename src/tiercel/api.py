@@ -21,12 +21,14 @@ from tiercel.engine.draft_model import drafter_for
 from tiercel.engine.engine import Engine
 from tiercel.engine.request import Request
 from tiercel.engine.session import Session
+from tiercel.engine.speculative import Drafter, draft_lengths
 from tiercel.errors import RequestError
 from tiercel.families.family import Layout
 from tiercel.hub import local_models
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import move
+from tiercel.model.mirrored import MirroredDecoder
 from tiercel.runtime.timing import Times
 from tiercel.sampling.logprobs import Logprob
 from tiercel.sampling.params import SamplingParams
@@ -72,9 +74,13 @@ class Model:
 
     network: the Decoder, a torch module · tokenizer: with the chat template; None without one · config: as data
     max_length: the context in tokens · adapter: the one that is used where none is named · text: alias of tokenizer
+    draft: the model that drafts for it, or None · num_speculative_tokens: drafted at once at most; None: 7
     """
 
     adapter: str | None = None
+    draft: Model | None = None
+    num_speculative_tokens: int | None = None
+    drafter: Callable[[Any], Drafter] | None = None  # in place of the usual one; set before the first request
 
     def __init__(
         self,
@@ -110,7 +116,8 @@ class Model:
     @cached_property
     def engine(self) -> Engine:
         """What runs the prompts of `generate`, `stream` and sessions, and remembers them."""
-        return Engine(self, drafter=drafter_for(self))
+        drafter = self.drafter or drafter_for(self, self.draft)
+        return Engine(self, drafter=drafter, num_speculative_tokens=self.num_speculative_tokens)
 
     def load_adapter(self, name: str, path: str | Path, *, lock: AbstractContextManager[Any] | None = None) -> None:
         """Hold a LoRA adapter (a folder in PEFT's form) under a name, to be named by `generate(…, adapter=name)`.
@@ -119,6 +126,7 @@ class Model:
         """
         from tiercel.weights.adapters import read
 
+        self._check_whole("takes no adapters")
         adapter, held = read(path, self.layout), self.network.adapters
         with lock or self.engine.between_steps():
             if name in held and held[name].id != adapter.id:
@@ -226,7 +234,13 @@ class Model:
 
     def export(self, out: str | Path, *, dtype: str | None = None) -> Path:
         """Write the network as it is now: a .gguf file or a Hugging Face folder."""
+        self._check_whole("cannot be written")
         return export(NetworkSource(self.network, self.layout, self.tokenizer), out, dtype=dtype, name=self.name)
+
+    def _check_whole(self, why: str) -> None:
+        """Refuse what needs all weights in this process."""
+        if isinstance(self.network, MirroredDecoder):
+            raise RequestError(f"a tensor-parallel model {why}: load {self.name} without tensor_parallel")
 
 
 def _is_ids(prompt: Prompt) -> bool:
@@ -242,6 +256,9 @@ def load(
     max_length: int | None = None,
     device: str = "cpu",
     adapters: Mapping[str, str | Path] | None = None,
+    draft_model: str | Path | None = None,
+    num_speculative_tokens: int | None = None,
+    tensor_parallel: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """A model by path, short name or hub name; the small reasoner that comes with this package without one.
@@ -253,14 +270,26 @@ def load(
     adapters: LoRA adapters to hold beside it, name → folder in PEFT's form; see `Model.load_adapter`.
     exact: inputs of packed matrices are not rounded to eight bits: slower, and as if the weights were unpacked.
     device: "cpu", or "cuda" for one GPU.
-    Raises ModelNotFound, FormatError, UnsupportedError, DoesNotFit, Offline.
+    draft_model: a smaller model of the same vocabulary, by any such name: it proposes tokens that this one verifies;
+    no token of an answer changes.  num_speculative_tokens: proposed at once, 1 to 7; by default as many as pay.
+    tensor_parallel: processes of this machine that share each layer of an unquantized model on the CPU, by torch.
+    Raises ModelNotFound, FormatError, UnsupportedError, RequestError, DoesNotFit, Offline.
     """
     path = local_models.resolve(name, pull=True)
-    network, tokenizer, layout = weights.load(path, dtype=dtype, quantize=quantize, exact=exact, progress=progress)
+    network: Decoder
+    if tensor_parallel != 1:
+        network, tokenizer, layout = _load_parallel(path, tensor_parallel, dtype, quantize, device, progress)
+    else:
+        network, tokenizer, layout = weights.load(path, dtype=dtype, quantize=quantize, exact=exact, progress=progress)
     if device != "cpu":
         move(network, device)
     defaults = generation_defaults(path)
     model = Model(network, tokenizer, layout, name=str(name), max_length=max_length, defaults=defaults)
+    model.num_speculative_tokens = num_speculative_tokens
+    draft_lengths(num_speculative_tokens)  # refuses what is no such number
+    if draft_model is not None:
+        model.draft = load(draft_model, device=device)
+        drafter_for(model, model.draft)  # refuses another vocabulary
     for adapter, folder in (adapters or {}).items():
         model.load_adapter(adapter, folder)
     own = local_models.adapter_of(name)  # what a Modelfile put on
@@ -268,3 +297,21 @@ def load(
         model.load_adapter(model.name, own)
         model.adapter = model.name
     return model
+
+
+def _load_parallel(
+    path: Path,
+    size: int,
+    dtype: str | torch.dtype,
+    quantize: str | None,
+    device: str,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Decoder, Tokenizer | None, Layout]:
+    """`load` with tensor_parallel: refuse what does not go with it."""
+    from tiercel.weights.parallel import load_parallel
+
+    if quantize is not None:
+        raise RequestError(f"choose one: quantize={quantize!r} or tensor_parallel={size}")
+    if device != "cpu":
+        raise RequestError(f"tensor_parallel runs on the CPU; leave out device={device!r} or tensor_parallel={size}")
+    return load_parallel(path, size, dtype=dtype, progress=progress)

@@ -37,6 +37,10 @@ def run(
     exact: Annotated[bool, typer.Option("--exact", help="Do not round inputs of packed matrices; slower.")] = False,
     context: Annotated[int | None, typer.Option(help="Length of the context in tokens.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda for one GPU.")] = "cpu",
+    draft_model: Annotated[
+        str | None, typer.Option(help="A smaller model of the same vocabulary that proposes tokens; same answers.")
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="Processes that share each layer, on the CPU.", min=1)] = 1,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thoughts first, or not.")] = None,
     hide_thinking: Annotated[bool, typer.Option("--hidethinking", help="Do not show the thoughts.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the timings.")] = False,
@@ -78,6 +82,8 @@ def run(
     began = time.perf_counter()
     packing: dict[str, Any] = ({"quantize": quantize} if quantize else {}) | ({"exact": True} if exact else {})
     packing |= {} if device == "cpu" else {"device": device}
+    packing |= {} if draft_model is None else {"draft_model": draft_model}
+    packing |= {} if tensor_parallel == 1 else {"tensor_parallel": tensor_parallel}
     backend = _open(model, dtype, context, **packing)
     load = time.perf_counter() - began
     params = dataclasses.replace(backend.default_params(), **given)
@@ -135,7 +141,7 @@ def _messages(system: str | None, text: str) -> list[dict[str, str]]:
 def open_backend(
     name: str, dtype: str, context: int | None, report: Callable[[str, int, int], None], **packing: Any
 ) -> ChatBackend:
-    """The model behind a name, with a memory of its conversation; packing: `load`'s quantize, exact and device."""
+    """The model behind a name, with a memory of its conversation; packing: further arguments of `load`."""
     import tiercel
     from tiercel.commands.chat.backend import ModelBackend
     from tiercel.hub import local_models

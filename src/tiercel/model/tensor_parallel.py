@@ -12,7 +12,7 @@ the sums.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from tiercel.model.config import LayerConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import Linear, set_weight
 
+D = TypeVar("D", bound=Decoder)
+
 
 class RowParallelLinear(Linear):
     """A shard of the columns: y = Σ over the processes of W x, + b."""
@@ -34,15 +36,15 @@ class RowParallelLinear(Linear):
         return y
 
 
-def shard(network: Decoder, rank: int, size: int) -> Decoder:
-    """This process's part of a plain network; its weights are copies.
+def shard(network: Decoder, rank: int, size: int, decoder: type[D] = Decoder) -> D:  # type: ignore[assignment]
+    """This process's part of a plain network, as a `decoder`; its weights are copies.
 
     Raises:
         RequestError: heads, groups or widths do not divide by `size`, or a layer cannot be split.
     """
     config = network.config
     with torch.device("meta"):
-        part = Decoder(dataclasses.replace(config, layers=tuple(_layer(layer, size) for layer in config.layers)))
+        part = decoder(dataclasses.replace(config, layers=tuple(_layer(layer, size) for layer in config.layers)))
     for name in ("embed", "norm", "head"):
         _copy(getattr(network, name), getattr(part, name))
     blocks: Any = zip(config.layers, network.layers, part.layers, strict=True)
