@@ -16,7 +16,11 @@ from pathlib import Path
 
 import pytest
 
+import tiercel
+import tiny
+from tiercel import RequestError, SamplingParams
 from tiercel.engine import Engine
+from tiercel.serve.settings import Settings
 
 LONG = {"model": "tiny", "prompt": "Why?", "options": {"num_predict": 400, "temperature": 2.0}, "stream": True}
 
@@ -354,3 +358,22 @@ def test_sigterm_ends_the_server_also_while_a_download_stands_still(checkpoints,
         process.wait()
         process.stderr.close()
         silent.close()
+
+
+def test_draft_models_and_shared_layers_change_no_answer(tmp_path):
+    """A draft model of another vocabulary is named in the log, and prompt lookup drafts."""
+    from tiercel.serve.models import open_model
+
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    folder = tiny.checkpoint(tmp_path, "attention+mamba2 attention")
+    expected = tiercel.load(folder).generate("abc", params).token_ids
+    for settings in (Settings(draft_model=str(folder)), Settings(tensor_parallel=2, models=1)):
+        model, loop = open_model(folder, settings)
+        request = loop.engine.prepare(model.encode("abc"), params)
+        loop.engine.queue(request)
+        for _ in loop.engine.run(request):
+            pass
+        assert request.sequences[0].token_ids == expected
+        assert (loop.engine.stats.drafts_proposed > 0) == bool(settings.draft_model)
+    with pytest.raises(RequestError, match="one model at a time"):
+        Settings(tensor_parallel=2)

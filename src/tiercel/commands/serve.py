@@ -32,6 +32,12 @@ def serve(
         str | None, typer.Option(help='How long an unused model stays: "5m", "1h", -1 for ever.')
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, or cuda for one GPU.")] = None,
+    draft_model: Annotated[
+        str | None, typer.Option(help="A smaller model of the same vocabulary that proposes tokens; same answers.")
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="Processes that share each layer, on the CPU.", min=1)
+    ] = None,
     drain: Annotated[float | None, typer.Option(help="Seconds that requests may continue after a signal.")] = None,
     adapter: Annotated[
         list[str] | None,
@@ -49,10 +55,13 @@ def serve(
 
     given: dict[str, Any] = {
         "host": host, "port": port, "api_key": api_key, "manage": manage, "slots": slots, "queue": queue,
-        "drain": drain, "device": device, "allow_hosts": tuple(allow_host) if allow_host else None,
+        "drain": drain, "device": device, "draft_model": draft_model,
+        "tensor_parallel": tensor_parallel, "allow_hosts": tuple(allow_host) if allow_host else None,
         "allow_origins": tuple(allow_origin) if allow_origin else None,
         **named(set_ or []),
     }  # fmt: skip
+    if tensor_parallel is not None and tensor_parallel > 1:
+        given.setdefault("models", 1)
     if keep_alive is not None:
         from tiercel.serve.duration import seconds_of
 

@@ -36,7 +36,6 @@ def open_model(path: Path, settings: Settings) -> tuple[Model, AsyncEngine]:
     """Load a model and make its engine, sized to this machine's memory.  Raises DoesNotFit, FormatError."""
     import tiercel
     from tiercel.engine import AsyncEngine, Engine
-    from tiercel.engine.draft_model import drafter_for
     from tiercel.hub.planning import fit
 
     size: dict[str, Any]
@@ -50,11 +49,26 @@ def open_model(path: Path, settings: Settings) -> tuple[Model, AsyncEngine]:
         size, context = {"slots": settings.slots}, settings.context or None
     if settings.cache_bytes is not None:
         size["cache_bytes"] = settings.cache_bytes
-    model = tiercel.load(path, device=settings.device, max_length=context)
+    parallel = settings.tensor_parallel
+    model = tiercel.load(path, device=settings.device, max_length=context, tensor_parallel=parallel)
     spill = Path(settings.spill).expanduser() if settings.spill else None
-    engine = Engine(model, max_queue=settings.queue, spill=spill, drafter=drafter_for(model), **size)
+    engine = Engine(model, max_queue=settings.queue, spill=spill, drafter=_drafter(settings, model), **size)
     engine.warm_up()
     return model, AsyncEngine(engine)
+
+
+def _drafter(settings: Settings, model: Any) -> Any:
+    """What makes the engine's drafters: the draft model where it has this model's vocabulary, else prompt lookup."""
+    import tiercel
+    from tiercel.engine.draft_model import drafter_for
+
+    if settings.draft_model:
+        draft = tiercel.load(settings.draft_model, device=settings.device)
+        try:
+            return drafter_for(model, draft, settings.slots)
+        except RequestError as error:
+            log.warning("%s", error)
+    return drafter_for(model)
 
 
 @dataclass

@@ -45,6 +45,8 @@ class Settings:
     cache_bytes: int | None = None  # prefix cache of each model; None: an eighth of the free memory
     spill: str = ""  # a folder for cached prefixes that do not fit in memory
     device: str = "cpu"  # or cuda: one GPU
+    draft_model: str = ""  # a smaller model that drafts for the models of its vocabulary
+    tensor_parallel: int = 1  # processes that share each layer of the models, on the CPU
 
     body_timeout: float = 30.0  # for a request to arrive
     head_timeout: float = 10.0  # for its first lines, before that
@@ -61,6 +63,8 @@ class Settings:
             value = getattr(self, part.name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and not value >= 0:
                 raise RequestError(f"{part.name} must not be negative, not {value}")
+        if self.tensor_parallel > 1 and (self.spill or self.device != "cpu" or self.models > 1):
+            raise RequestError("tensor_parallel serves one model at a time on the CPU: set models=1, no spill")
         if self.api_keys and not (self.api_key and all(self.api_keys)):
             raise RequestError("api_keys are further keys: set api_key too, and leave none empty")
         if not self.loopback and not self.api_key:
