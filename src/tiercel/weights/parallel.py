@@ -64,11 +64,9 @@ def load_parallel(
         }
         others = [_start(order | {"rank": rank}) for rank in range(1, size)]
         try:
-            for other in others:
-                assert other.stdout is not None
-                if other.stdout.readline() != b"ready\n":
-                    raise TiercelError("a process of the tensor-parallel group did not start; see its message above")
+            _await(others, b"loaded\n")
             _join(0, size, order["store"])
+            _await(others, b"joined\n")  # they read the store until then
         except BaseException:
             _end(others)
             raise
@@ -80,6 +78,13 @@ def load_parallel(
 def _start(order: dict[str, Any]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tiercel.weights.parallel", json.dumps(order)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def _await(others: list[subprocess.Popen[bytes]], line: bytes) -> None:
+    for other in others:
+        assert other.stdout is not None
+        if other.stdout.readline() != line:
+            raise TiercelError("a process of the tensor-parallel group did not start; see its message above")
 
 
 def _end(others: list[subprocess.Popen[bytes]]) -> None:
@@ -107,10 +112,15 @@ def main() -> None:
     network.unpack()
     part: Decoder = shard(network, order["rank"], order["size"])
     del network
-    sys.stdout.buffer.write(b"ready\n")
-    sys.stdout.buffer.flush()
+    _say(b"loaded\n")
     _join(order["rank"], order["size"], order["store"])
+    _say(b"joined\n")
     follow(part, sys.stdin.buffer)
+
+
+def _say(line: bytes) -> None:
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":
