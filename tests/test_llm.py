@@ -211,7 +211,7 @@ def test_processes_that_share_a_model_say_what_one_says(tmp_path):
     session = several.model.session()
     for _ in session.generate([1, 2, 3], GREEDY):
         pass
-    with pytest.raises(RequestError, match="cannot be saved"):
+    with pytest.raises(RequestError, match="neither saves"):
         session.save(tmp_path / "session")
     with pytest.raises(RequestError, match="group already"):
         tiercel.load(folder, tensor_parallel=2)

@@ -64,7 +64,7 @@ class CPURunner:
 
     def host_state(self, adapter: str | None = None) -> State:
         """See `Runner.host_state`."""
-        return self.network.new_state(adapter)
+        return self.network.host_state(adapter)
 
     def forward(self, tokens: Sequence[Tensor], states: Sequence[State], *, logits_to_keep: int = 1) -> list[Tensor]:
         """See `Runner.forward`."""

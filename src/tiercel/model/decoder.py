@@ -269,6 +269,10 @@ class Decoder(nn.Module):
         mixers = [layer.mixers for layer in self.config.layers]
         return State(mixers, self.dtype, self.device, model, self.pool, adapter)
 
+    def host_state(self, adapter: str | None = None) -> State:
+        """Return an empty state for reading and writing files."""
+        return self.new_state(adapter)
+
     @property
     def fingerprint(self) -> str:
         """Names this network in saved states: its configuration, dtype and a sample of its weights."""

@@ -15,7 +15,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -81,7 +80,7 @@ class MirroredState(State):
     def snapshot(self, *, ending: bool = False) -> Snapshot:
         """See `State.snapshot`."""
         plain = super().snapshot(ending=ending)
-        made = MirroredSnapshot(plain.length, plain.pages, plain.layers)
+        made = MirroredSnapshot(plain.length, plain.runs, plain.windows, plain.layers)
         object.__setattr__(made, "id", self.group.track(made))
         self.group.send("snapshot", state=self.id, snapshot=made.id, ending=ending)
         return made
@@ -93,20 +92,10 @@ class MirroredState(State):
 
     def fork(self) -> State:
         """See `State.fork`."""
-        twin = MirroredState(self.group, self.mixers, self.dtype, self.device, self.model, self.pool)
-        twin.adapter = self.adapter
-        recurrent = tuple((part.tensors(), part.base) for part in self.recurrent)
-        State.restore(twin, Snapshot(self.length, self.pages.share(self.length), recurrent))
+        twin = MirroredState(self.group, self.mixers, self.dtype, self.device, self.model, self.allocator, self.adapter)
+        State.restore(twin, self.share_pages(tuple((part.tensors(), part.committed_pos) for part in self.recurrent)))
         self.group.send("fork", state=self.id, twin=twin.id)
         return twin
-
-    def save(self, path: str | Path, tokens: Sequence[int] = (), earlier: Sequence[Snapshot] = ()) -> None:
-        """Refuse: a file would hold one process's part."""
-        raise RequestError("a session of a tensor-parallel model cannot be saved; load it without tensor_parallel")
-
-    def load(self, path: str | Path) -> tuple[list[int], list[Snapshot]]:
-        """Refuse: a file holds the whole of a state, not a process's part."""
-        raise RequestError("a saved session cannot be opened by a tensor-parallel model")
 
 
 class MirroredDecoder(Decoder):
@@ -117,9 +106,13 @@ class MirroredDecoder(Decoder):
     def new_state(self, adapter: str | None = None) -> State:
         """See `Decoder.new_state`."""
         plain = super().new_state(adapter)
-        state = MirroredState(self.group, plain.mixers, plain.dtype, plain.device, plain.model, plain.pool)
+        state = MirroredState(self.group, plain.mixers, plain.dtype, plain.device, plain.model, plain.allocator)
         self.group.send("new", state=state.id)
         return state
+
+    def host_state(self, adapter: str | None = None) -> State:
+        """Refuse: a file holds the whole of a state, and this process has a part."""
+        raise RequestError("a tensor-parallel model neither saves sessions nor opens them: load it without")
 
     def _rows(self, rows: list[Tensor], states: Sequence[State] | None, logits_to_keep: int | None) -> list[Tensor]:
         self._checked(rows, states)
