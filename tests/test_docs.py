@@ -51,6 +51,21 @@ def test_paths_of_the_repository_exist(page):
             assert (ROOT / path).exists() or (PACKAGE / path).exists(), f"{name(page)}: `{code}`"
 
 
+def test_files_of_the_diagram_exist():
+    """A label such as `engine/scheduler.py` in the Mermaid diagram, a folder or file in the tree above it."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    (diagram,) = re.findall(r"```mermaid\n(.*?)```", text, flags=re.DOTALL)
+    (tree,) = re.findall(r"```text\n(.*?)```", text, flags=re.DOTALL)
+    files = re.findall(r"[\w/]+\.py", diagram) + re.findall(r"(?<![\w/])([a-z_/]+(?:\.py|/))(?=[ :])", tree)[1:]
+    assert len(files) > 25
+    for file in files:
+        assert (PACKAGE / file).exists(), file
+    folders = {
+        path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__" and any(path.iterdir())
+    }
+    assert folders <= set(re.findall(r"([a-z_]+)/", tree))
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if name(p) not in PAST], ids=name)
 def test_commands_exist(page):
     """`tiercel …` in code is a command, and its --options are options of that command."""
