@@ -169,6 +169,16 @@ NASTY: dict[str, Nasty] = {
         mamba_d_state=5, mamba_d_conv=5, mamba_expand=2, mamba_dt_rank="auto", mamba_conv_bias=False,
         tie_word_embeddings=True,
     )),
+    "falcon_mamba-biases": Nasty("falcon_mamba", dict(
+        vocab_size=VOCAB, hidden_size=38, state_size=11, num_hidden_layers=3, layer_norm_epsilon=0.041, expand=3,
+        conv_kernel=3, use_bias=True, use_conv_bias=True, time_step_rank=5, tie_word_embeddings=False,
+        mixer_rms_eps=0.053,
+    )),
+    "falcon_mamba-tied": Nasty("falcon_mamba", dict(
+        vocab_size=VOCAB, hidden_size=32, state_size=7, num_hidden_layers=4, layer_norm_epsilon=0.043, expand=16,
+        intermediate_size=64, conv_kernel=5, use_bias=False, time_step_rank="auto", tie_word_embeddings=True,
+        mixer_rms_eps=0.019,
+    )),
 }  # fmt: skip
 
 FAMILIES = sorted({nasty.family for nasty in NASTY.values()})

@@ -1,7 +1,9 @@
-"""Mamba and Mamba-2 on their own: one mixer a layer, no feed-forward, a constant memory.
+"""Mamba, Falcon-Mamba and Mamba-2 on their own: one mixer a layer, no feed-forward, a constant memory.
 
-transformers `modeling_mamba.py`, `modeling_mamba2.py`.  Two spellings of the folder exist for each tensor name
-(`backbone.embedding.weight` in checkpoints of state-spaces/mamba, `backbone.embeddings.weight` in transformers).
+transformers `modeling_mamba.py`, `modeling_falcon_mamba.py`, `modeling_mamba2.py`.  Falcon-Mamba is Mamba with RMS
+norms without weights on dt, B and C; llama.cpp gives them the model's epsilon, transformers one of their own.  Two
+spellings of the folder exist for each tensor name (`backbone.embedding.weight` in checkpoints of state-spaces/mamba,
+`backbone.embeddings.weight` in transformers).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.model.config import LayerConfig, ModelConfig
 
+NORM_EPS = "ssm.dt_b_c_rms_eps"  # ours: llama.cpp has no key for it and takes the model's
 CONTEXT = 1 << 20  # nothing in these models ends at a length; llama.cpp writes the same number
 
 
@@ -38,7 +41,9 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     kernel = f.size("conv_kernel", 4, largest=256)
     f.only("hidden_act", "silu", "swish")
     mixer: Mamba1Config | Mamba2Config
-    if f.data.get("model_type") == "mamba":
+    kind = f.data.get("model_type")
+    if kind in ("mamba", "falcon_mamba"):
+        falcon = kind == "falcon_mamba"
         inner = f.size("intermediate_size", inner)
         auto = f.data.get("time_step_rank", "auto") == "auto"
         mixer = Mamba1Config(
@@ -48,6 +53,9 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
             dt_rank=math.ceil(width / 16) if auto else f.size("time_step_rank"),
             conv_bias=conv_bias,
             proj_bias=bias,
+            inner_norms=falcon,
+            norm_weights=not falcon,
+            norm_eps=f.number("mixer_rms_eps", 1e-6) if falcon else None,
         )
     else:
         mixer = Mamba2Config(
@@ -69,7 +77,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
         width=width,
         layers=(LayerConfig(mixers=(mixer,)),) * f.size("num_hidden_layers", largest=100_000),
         norm_eps=f.number("layer_norm_epsilon", 1e-5),
-        tied=f.flag("tie_word_embeddings", f.data.get("model_type") == "mamba"),
+        tied=f.flag("tie_word_embeddings", kind in ("mamba", "falcon_mamba")),
         residual_fp32=f.flag("residual_in_fp32", True),
         max_length=f.size("max_position_embeddings", CONTEXT),
     )
@@ -108,25 +116,30 @@ def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[
 def read_gguf_mamba1(
     m: Metadata, tensors: Mapping[str, Any], *, inner_norms: bool = False, layer: int = 0
 ) -> Mamba1Config:
-    if m.metadata.get(f"{m.arch}.ssm.dt_b_c_rms"):
-        raise FormatError("GGUF metadata: ssm.dt_b_c_rms (Falcon-Mamba's norms without weights) is not supported")
+    falcon = bool(m.metadata.get(f"{m.arch}.ssm.dt_b_c_rms"))
     return Mamba1Config(
         inner=m.size("ssm.inner_size"),
         state=m.size("ssm.state_size"),
         conv=m.size("ssm.conv_kernel"),
         dt_rank=m.size("ssm.time_step_rank"),
         conv_bias=f"blk.{layer}.ssm_conv1d.bias" in tensors,
-        inner_norms=inner_norms,
+        inner_norms=inner_norms or falcon,
+        norm_weights=not falcon,
+        norm_eps=m.number(NORM_EPS) if f"{m.arch}.{NORM_EPS}" in m.metadata else None,
     )
 
 
 def write_gguf_mamba1(c: Mamba1Config) -> dict[str, Any]:
-    return {
-        "ssm.conv_kernel": c.conv,
-        "ssm.inner_size": c.inner,
-        "ssm.state_size": c.state,
-        "ssm.time_step_rank": c.dt_rank,
-    }
+    return (
+        {
+            "ssm.conv_kernel": c.conv,
+            "ssm.inner_size": c.inner,
+            "ssm.state_size": c.state,
+            "ssm.time_step_rank": c.dt_rank,
+        }
+        | ({} if c.norm_weights else {"ssm.dt_b_c_rms": True})
+        | ({} if c.norm_eps is None else {NORM_EPS: c.norm_eps})
+    )
 
 
 def write_gguf(config: ModelConfig) -> dict[str, Any]:
@@ -182,16 +195,20 @@ def write(config: ModelConfig) -> dict[str, Any]:
     if out["expand"].is_integer():
         out["expand"] = int(out["expand"])
     if isinstance(c, Mamba1Config):
-        names = {"architectures": ["MambaForCausalLM"], "model_type": "mamba", "intermediate_size": c.inner}
-        return out | names | {"time_step_rank": c.dt_rank, "use_bias": c.proj_bias}
+        names: dict[str, Any] = {"architectures": ["MambaForCausalLM"], "model_type": "mamba"}
+        if not c.norm_weights:
+            names = {"architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba"}
+            out["mixer_rms_eps"] = config.norm_eps if c.norm_eps is None else c.norm_eps
+        return out | names | {"intermediate_size": c.inner, "time_step_rank": c.dt_rank, "use_bias": c.proj_bias}
     assert isinstance(c, Mamba2Config)
     names = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "chunk_size": c.chunk}
     return out | names | {"num_heads": c.heads, "head_dim": c.head_dim, "n_groups": c.groups, "use_bias": c.in_bias}
 
 
 MAMBA = Family(
-    "mamba", ("mamba",), read, gguf="mamba", read_gguf=read_gguf, write_gguf=write_gguf, write=write, limits=limits
-)
+    "mamba", ("mamba", "falcon_mamba"), read, gguf="mamba", read_gguf=read_gguf, write_gguf=write_gguf, write=write,
+    limits=limits,
+)  # fmt: skip
 MAMBA2 = Family(
     "mamba2", ("mamba2",), read, gguf="mamba2", read_gguf=read_gguf, write_gguf=write_gguf, write=write, limits=limits
 )

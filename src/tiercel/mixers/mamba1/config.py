@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from tiercel.errors import RequestError
-from tiercel.mixers.checks import check_sizes
+from tiercel.mixers.checks import check, check_sizes
 from tiercel.mixers.spec import Buffer, Cost, MixerSpec, Param, Transform, linear
 
 if TYPE_CHECKING:
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba1Config(MixerSpec):
-    """Selective scan (Gu & Dao 2023).  inner_norms: RMS norms on dt, B and C after x_proj (Jamba)."""
+    """Selective scan (Gu & Dao 2023).
+
+    inner_norms   RMS norms on dt, B and C after x_proj (Jamba); norm_weights: with weights (Falcon-Mamba: without)
+    norm_eps      of these norms; None: the model's
+    """
 
     kind: ClassVar[str] = "mamba1"
     word: ClassVar[str | None] = "mamba1"
@@ -28,10 +32,14 @@ class Mamba1Config(MixerSpec):
     conv_bias: bool = True
     proj_bias: bool = False  # on in_proj and out_proj
     inner_norms: bool = False
+    norm_weights: bool = True
+    norm_eps: float | None = None
     chunk: int = 128
 
     def __post_init__(self) -> None:
         check_sizes(self, "inner", "state", "conv", "dt_rank", "chunk")
+        eps = self.norm_eps
+        check(eps is None or 0 <= eps < 1, f"norm_eps must be small, not {eps!r}")
 
     def params(self, width: int) -> tuple[Param, ...]:
         I, N, R = self.inner, self.state, self.dt_rank
@@ -53,7 +61,7 @@ class Mamba1Config(MixerSpec):
                   init="A_log", **_EXACT),
             Param(name="D", shape=(I,), hf="D", gguf="ssm_d", init="ones", **_EXACT),
         ]  # fmt: skip
-        for name, size in (("dt", R), ("B", N), ("C", N)) if self.inner_norms else ():
+        for name, size in (("dt", R), ("B", N), ("C", N)) if self.inner_norms and self.norm_weights else ():
             out.append(Param(
                 name=f"{name}_norm.weight", shape=(size,), hf=f"{name.lower()}_layernorm.weight",
                 gguf=f"ssm_{name.lower()}_norm.weight", init="ones", keep_fp32=True, decay=False,

@@ -33,7 +33,7 @@ from tiercel.ops.cpu.batch import causal_conv1d
 class Mamba1(nn.Module):
     def __init__(self, config: Mamba1Config, width: int, eps: float) -> None:
         super().__init__()
-        self.config, self.eps = config, eps
+        self.config, self.eps = config, eps if config.norm_eps is None else config.norm_eps
         I, R, N = config.inner, config.dt_rank, config.state
         self.in_proj = Linear(width, 2 * I, config.proj_bias)
         self.conv = nn.Parameter(torch.empty(I, config.conv))
@@ -43,8 +43,8 @@ class Mamba1(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(I))
         self.A_log = nn.Parameter(torch.empty(I, N))
         self.D = nn.Parameter(torch.empty(I))
-        if config.inner_norms:
-            self.dt_norm, self.B_norm, self.C_norm = RMSNorm(R, eps), RMSNorm(N, eps), RMSNorm(N, eps)
+        if config.inner_norms and config.norm_weights:
+            self.dt_norm, self.B_norm, self.C_norm = (RMSNorm(size, self.eps) for size in (R, N, N))
         self.out_proj = Linear(I, width, config.proj_bias)
         self._derived = Derived()
 
@@ -95,21 +95,32 @@ class Mamba1(nn.Module):
         """The small parameters as the kernels read them."""
         bias_C = None if self.conv_bias is None else float32(self.conv_bias)
         norms = [None if weight is None else float32(weight) for weight in self._norm_weights()]
+        if self.config.inner_norms and not self.config.norm_weights:
+            norms = [torch.ones(size, device=self.D.device) for size in self._selected]
         A_NI = -float32(self.A_log.t()).exp()
         return float32(self.conv.t()), bias_C, float32(self.dt_bias), A_NI, float32(self.D), *norms
 
     def _norm_weights(self) -> list[Tensor | None]:
         """Of dt, B and C."""
-        if not self.config.inner_norms:
+        if not (self.config.inner_norms and self.config.norm_weights):
             return [None] * 3
         return [self.dt_norm.weight, self.B_norm.weight, self.C_norm.weight]
+
+    @property
+    def _selected(self) -> tuple[int, int, int]:
+        """Widths of dt, B and C after x_proj."""
+        return self.config.dt_rank, self.config.state, self.config.state
 
     def _select(self, x_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt (T, I) float32, B and C (T, N), chosen by the input itself."""
         c = self.config
-        dt_TR, B_TN, C_TN = self.x_proj(x_TI).split((c.dt_rank, c.state, c.state), -1)
-        if c.inner_norms:
+        dt_TR, B_TN, C_TN = self.x_proj(x_TI).split(self._selected, -1)
+        if c.inner_norms and c.norm_weights:
             dt_TR, B_TN, C_TN = self.dt_norm(dt_TR), self.B_norm(B_TN), self.C_norm(C_TN)
+        elif c.inner_norms:
+            dt_TR, B_TN, C_TN = (
+                F.rms_norm(t.float(), t.shape[-1:], eps=self.eps).to(t.dtype) for t in (dt_TR, B_TN, C_TN)
+            )
         return F.softplus(self.dt(dt_TR).float() + self.dt_bias.float()), B_TN, C_TN
 
 
