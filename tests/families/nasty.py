@@ -179,6 +179,31 @@ NASTY: dict[str, Nasty] = {
         intermediate_size=64, conv_kernel=5, use_bias=False, time_step_rank="auto", tie_word_embeddings=True,
         mixer_rms_eps=0.019,
     )),
+    "qwen3-mixed_window": Nasty("qwen3", dict(
+        vocab_size=VOCAB, hidden_size=44, intermediate_size=50, num_hidden_layers=4, rms_norm_eps=0.021,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=12, max_position_embeddings=700, attention_bias=True,
+        use_sliding_window=True, sliding_window=11, max_window_layers=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 543.0},
+    )),
+    "qwen3-tied": Nasty("qwen3", dict(
+        vocab_size=VOCAB, hidden_size=40, intermediate_size=34, num_hidden_layers=2, rms_norm_eps=0.027,
+        num_attention_heads=3, num_key_value_heads=1, head_dim=16, max_position_embeddings=600,
+        rope_parameters={"rope_type": "yarn", "rope_theta": 99.0, "factor": 3.0,
+                         "original_max_position_embeddings": 64},
+        tie_word_embeddings=True,
+    )),
+    "qwen3_moe-mixed": Nasty("qwen3_moe", dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=46, moe_intermediate_size=22, num_hidden_layers=4,
+        rms_norm_eps=0.029, num_attention_heads=4, num_key_value_heads=2, head_dim=10, max_position_embeddings=900,
+        num_experts=5, num_experts_per_tok=3, norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[1],
+        use_sliding_window=True, sliding_window=17, rope_parameters={"rope_type": "default", "rope_theta": 345.0},
+    )),
+    "qwen3_moe-renormalized": Nasty("qwen3_moe", dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=22, moe_intermediate_size=24, num_hidden_layers=3,
+        rms_norm_eps=0.037, num_attention_heads=4, num_key_value_heads=4, head_dim=8, max_position_embeddings=500,
+        num_experts=7, num_experts_per_tok=2, norm_topk_prob=True, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 55.0},
+    )),
 }  # fmt: skip
 
 FAMILIES = sorted({nasty.family for nasty in NASTY.values()})

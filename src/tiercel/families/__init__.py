@@ -13,8 +13,9 @@ from tiercel.families.jamba import JAMBA
 from tiercel.families.llama import LLAMA, QWEN2
 from tiercel.families.mamba import MAMBA, MAMBA2
 from tiercel.families.pattern import PATTERN
+from tiercel.families.qwen3 import QWEN3, QWEN3_MOE
 
-FAMILIES: tuple[Family, ...] = (FALCON_H1, LLAMA, QWEN2, MAMBA, MAMBA2, BAMBA, JAMBA, PATTERN)
+FAMILIES: tuple[Family, ...] = (FALCON_H1, LLAMA, QWEN2, QWEN3, QWEN3_MOE, MAMBA, MAMBA2, BAMBA, JAMBA, PATTERN)
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 BY_GGUF = {family.gguf: family for family in FAMILIES if family.gguf is not None}
 

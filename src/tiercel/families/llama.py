@@ -66,12 +66,12 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
             width=ffn_width, experts=experts, active=f.size("num_experts_per_tok", 2), activation=activation
         )
         f.ignore("num_experts", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise")
-    windows = _windows(f, kind, depth)
-    layer = {w: LayerConfig(mixers=(_windowed(attention, w),), feed_forward=feed_forward) for w in set(windows)}
+    of_layers = windows(f, kind, depth)
+    layer = {w: LayerConfig(mixers=(_windowed(attention, w),), feed_forward=feed_forward) for w in set(of_layers)}
     config = ModelConfig(
         vocab_size=f.size("vocab_size"),
         width=width,
-        layers=tuple(layer[w] for w in windows),
+        layers=tuple(layer[w] for w in of_layers),
         norm_eps=f.number("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6),
         tied=f.flag("tie_word_embeddings", False),
         max_length=fixed_length(rope, context),
@@ -81,12 +81,12 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     return config, rows(config)
 
 
-def _windows(f: Fields, kind: Any, depth: int) -> list[int | None]:
+def windows(f: Fields, kind: Any, depth: int) -> list[int | None]:
     """The sliding window of every layer."""
     if kind == "llama":
         return [None] * depth
-    window = f.size_or_none("sliding_window", 4096 if kind == "mistral" else None)
-    if kind != "qwen2":
+    window = f.size_or_none("sliding_window", 4096 if kind in ("mistral", "qwen3") else None)
+    if kind not in ("qwen2", "qwen3"):
         return [window] * depth
     first = f.count("max_window_layers", 28)
     if not f.flag("use_sliding_window", False):

@@ -29,6 +29,7 @@ class AttentionConfig(MixerSpec):
     qkv_bias: bool = False
     out_bias: bool = False
     scale: float | None = None  # None: head_dim^-0.5
+    qk_norm: bool = False  # RMS norms on each head of q and k, before the rotation
 
     def __post_init__(self) -> None:
         check_sizes(self, "heads", "kv_heads", "head_dim")
@@ -48,6 +49,9 @@ class AttentionConfig(MixerSpec):
             "o", (width, self.heads * self.head_dim), "o_proj", "attn_output", bias=self.out_bias,
             init="residual", shard="row", lora=True, role="attn_output",
         )  # fmt: skip
+        for name in ("q_norm", "k_norm") if self.qk_norm else ():
+            out.append(Param(name=f"{name}.weight", shape=(self.head_dim,), hf=f"{name}.weight",
+                             gguf=f"attn_{name}.weight", init="ones", keep_fp32=True, decay=False))  # fmt: skip
         return tuple(out)
 
     def buffers(self) -> tuple[Buffer, ...]:
@@ -85,7 +89,7 @@ class AttentionConfig(MixerSpec):
     def build(self, width: int, eps: float) -> nn.Module:
         from tiercel.mixers.attention.layer import Attention
 
-        return Attention(self, width)
+        return Attention(self, width, eps)
 
     @classmethod
     def from_pattern(cls, width: int, **sizes: Any) -> Self:

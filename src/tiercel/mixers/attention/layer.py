@@ -18,12 +18,12 @@ from tiercel.mixers.attention.rotary import rotate
 from tiercel.mixers.attention.sdpa import attention
 from tiercel.mixers.paged import PagedState
 from tiercel.model.batch import Batch
-from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, quantizes_input
+from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, RMSNorm, quantizes_input
 from tiercel.model.varlen import VarlenBatch
 
 
 class Attention(nn.Module):
-    def __init__(self, config: AttentionConfig, width: int) -> None:
+    def __init__(self, config: AttentionConfig, width: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.config = config
         P = config.head_dim
@@ -32,6 +32,8 @@ class Attention(nn.Module):
         self.k = Linear(width, config.kv_heads * P, config.qkv_bias)
         self.v = Linear(width, config.kv_heads * P, config.qkv_bias)
         self.o = Linear(config.heads * P, width, config.out_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(P, eps), RMSNorm(P, eps)
 
     def forward(
         self,
@@ -44,8 +46,10 @@ class Attention(nn.Module):
         if not isinstance(batch, VarlenBatch) and batch.native:
             return self.o(self._natively(h_TD, batch, states, precomputed))
         P = self.config.head_dim
-        q_HTP = self.q(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
-        k_KTP = self.k(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
+        q_THP, k_TKP = self.q(h_TD).unflatten(-1, (-1, P)), self.k(h_TD).unflatten(-1, (-1, P))
+        if self.config.qk_norm:
+            q_THP, k_TKP = self.q_norm(q_THP), self.k_norm(k_TKP)
+        q_HTP, k_KTP = q_THP.transpose(0, 1), k_TKP.transpose(0, 1)
         v_KTP = self.v(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
         if self.config.rope is not None:
             turned = rotate(torch.cat((q_HTP, k_KTP)), *batch.rotary(self.config.rope, P))
@@ -68,6 +72,9 @@ class Attention(nn.Module):
         c = self.config
         assert states[0] is not None
         q_TI, k_TM, v_TM = (precomputed[m] if m in precomputed else m(h_TD) for m in (self.q, self.k, self.v))
+        if c.qk_norm:
+            q_TI = self.q_norm(q_TI.unflatten(-1, (-1, c.head_dim))).flatten(1)
+            k_TM = self.k_norm(k_TM.unflatten(-1, (-1, c.head_dim))).flatten(1)
         return attention_op(batch.backend)(
             batch.metadata_for(states[0]),
             q_TI,
