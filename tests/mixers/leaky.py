@@ -63,14 +63,21 @@ class Leaky(nn.Module):
         self.out_proj = Linear(config.inner, width, bias=True)
 
     def forward(self, u_TD, batch, states):
-        x_TI, z_TI = self.in_proj(u_TD).chunk(2, -1)
+        x_TI, z_TI = self.in_proj(u_TD).float().chunk(2, -1)
+        rows = [self._sum(x_TI[span], state) for span, state in zip(batch.spans, states, strict=True)]
+        return self.out_proj((torch.cat(rows) * torch.sigmoid(z_TI)).to(u_TD.dtype))
+
+    def _sum(self, x_LI, state):
+        """S after each token (L, I); a state keeps that of its last boundary and the inputs since."""
         a_I = torch.exp(-torch.exp(self.A_log.float()))
-        rows = []
-        for span in batch.spans:
-            S_I = torch.zeros_like(a_I)
-            ys = []
-            for x_I in x_TI[span].float():
-                S_I = a_I * S_I + x_I
-                ys.append(S_I)
-            rows.append(torch.stack(ys))
-        return self.out_proj((torch.cat(rows) * torch.sigmoid(z_TI.float())).to(u_TD.dtype))
+        sums = [torch.zeros_like(a_I) if state is None else state.buffers["S"]]
+        count, commit = len(x_LI), 0
+        if state is not None:
+            commit = state.committed_pos_after(count) - state.committed_pos
+            x_LI = state.append("x", x_LI)
+        for x_I in x_LI:
+            sums.append(a_I * sums[-1] + x_I)
+        y_LI = torch.stack(sums[-count:])
+        if state is not None:
+            state.commit(count, S=sums[commit])
+        return y_LI

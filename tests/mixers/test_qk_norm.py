@@ -12,6 +12,7 @@ from tiercel.families.pattern import pattern
 from tiercel.model.cuda_graphs import CUDAGraphRunner
 from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import place
+from tiercel.model.gpu_runner import prefill
 from tiercel.model.layers import initialize
 from tiercel.model.state_cache import StateCache
 
@@ -36,7 +37,7 @@ def test_a_prompt_and_steps():
     place(network)
     slots = StateCache(network, 2, 200)
     slot = slots.take()
-    got = slots.prefill(network, [slot], [ids[:20]], logits_to_keep=3)
+    got = prefill(network, slots, [slot], [ids[:20]], logits_to_keep=3)
     torch.testing.assert_close(got, expected[17:20], atol=2e-4, rtol=2e-4)
     runner = CUDAGraphRunner(network, slots, (1, 2, 4))
     for i in range(20, 25):

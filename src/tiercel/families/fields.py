@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
-from tiercel.mixers.checks import LARGEST
+from tiercel.mixers.checks import MAX_SIZE
 
 REQUIRED: Any = object()
 
@@ -67,7 +67,7 @@ class Fields:
             return default
         return value
 
-    def size(self, name: str, default: Any = REQUIRED, *, largest: int = LARGEST - 1) -> int:
+    def size(self, name: str, default: Any = REQUIRED, *, largest: int = MAX_SIZE - 1) -> int:
         """A whole number from 1 to `largest`."""
         value = self._get(name, default)
         if isinstance(value, float) and value.is_integer():
@@ -83,7 +83,7 @@ class Fields:
     def count(self, name: str, default: Any = REQUIRED) -> int:
         """A whole number from 0: an index, an offset."""
         value = self._get(name, default)
-        if type(value) is not int or not 0 <= value < LARGEST:
+        if type(value) is not int or not 0 <= value < MAX_SIZE:
             raise FormatError(f"{self.where}: {name} must be a whole number from 0, not {_short(value)}")
         return value
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tiercel.errors import FormatError
 
-LARGEST = 1 << 31  # no field of a real model reaches this; a hostile file does
+MAX_SIZE = 1 << 31  # no field of a real model reaches this; a hostile file does
 
 
 def check(ok: bool, message: str) -> None:
@@ -19,6 +19,6 @@ def check_sizes(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         check(
-            type(value) is int and 0 < value < LARGEST,
+            type(value) is int and 0 < value < MAX_SIZE,
             f"{type(config).__name__}.{name} must be a whole number from 1 to 2^31, not {value!r}",
         )

@@ -25,12 +25,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tiercel.mixers.checks import LARGEST
-from tiercel.mixers.spec import Buffer, MixerSpec
+from tiercel.mixers.checks import MAX_SIZE
+from tiercel.mixers.spec import MAX_CHUNK, Buffer, MixerSpec
 from tiercel.model.layer_state import LayerState, dtype_of
 from tiercel.runtime.allocator import CachingAllocator
-
-MAX_CHUNK = 64  # tokens after which a state is committed at the latest, whatever a model was trained with
 
 
 def chunk_of(spec: MixerSpec) -> int:
@@ -135,7 +133,7 @@ class RecurrentState(LayerState):
         """
         position, length = self.committed_pos_after(added), self.length + added
         shift = position - self.committed_pos
-        self.committed_pos = LARGEST  # interrupted in the middle of this, the state is of no use: `State.validate`
+        self.committed_pos = MAX_SIZE  # interrupted in the middle of this, the state is of no use: `State.validate`
         if self._scratch:
             self.descriptor[self.size - 1] = -1
         for name, value in values.items():
@@ -170,7 +168,7 @@ class RecurrentState(LayerState):
         return out
 
     def load(self, tensors: Mapping[str, Tensor], length: int, committed_pos: int) -> None:
-        self.committed_pos = LARGEST
+        self.committed_pos = MAX_SIZE
         for name, tensor in tensors.items():
             self._buffers[name][: len(tensor)] = tensor
         for name in self._sequence:

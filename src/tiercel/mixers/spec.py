@@ -22,6 +22,7 @@ from tiercel.errors import FormatError, RequestError
 if TYPE_CHECKING:
     from torch import nn
 
+MAX_CHUNK = 64  # tokens after which a state is committed at the latest, whatever a model was trained with
 Init = Literal["linear", "residual", "embedding", "zeros", "ones", "dt_bias", "A_log"]
 Shard = Literal["replicate", "column", "row"]  # Megatron's words: column splits outputs, row splits inputs and sums
 Dtype = Literal["model", "float32"]

@@ -21,8 +21,6 @@ from tiercel.mixers.checks import check, check_sizes
 from tiercel.mixers.registry import MIXERS
 from tiercel.mixers.spec import FeedForwardSpec, MixerSpec, ModuleSpec, Registry
 
-Mixer = MixerSpec
-
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tiercel
 from tiercel.errors import FormatError
-from tiercel.mixers.checks import LARGEST
+from tiercel.mixers.checks import MAX_SIZE
 from tiercel.model.pages import PAGE, min_pos
 from tiercel.model.state import Snapshot, State
 
@@ -138,7 +138,7 @@ def _shapes(state: State, length: int, bases: list[int], places: list[list[int]]
     counts = [len(state.parts), *(len(state.recurrent) for _ in places)]
     sequences = [(length, bases), *((place[0], place[1:]) for place in places)]
     for (end, starts), count in zip(sequences, counts, strict=True):
-        if len(starts) != count or not all(0 <= start <= end <= length < LARGEST for start in starts):
+        if len(starts) != count or not all(0 <= start <= end <= length < MAX_SIZE for start in starts):
             raise ValueError("its lengths do not fit together")
     for pages in state.groups:
         firsts = {base for part, base in zip(state.parts, bases, strict=True) if getattr(part, "pages", None) is pages}

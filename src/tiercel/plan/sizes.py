@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tiercel.errors import DoesNotFit
-from tiercel.mixers.spec import Lifetime, MixerSpec
+from tiercel.mixers.spec import MAX_CHUNK, Lifetime, MixerSpec
 from tiercel.model.config import LayerConfig, ModelConfig
 from tiercel.model.parameters import layer_parameters, parameters
 
@@ -42,7 +42,6 @@ def state_bytes(config: ModelConfig, bytes: int = 4) -> int:
 
 
 PAGE = 64  # tokens of a page of keys and values (model/pages.py)
-LONGEST_CHUNK = 64  # tokens after which a state is committed at the latest (model/layer_state.py)
 
 
 def open_bytes(config: ModelConfig, bytes: int = 2, *, snapshot: bool = False) -> int:
@@ -106,7 +105,7 @@ def _open_bytes(mixer: MixerSpec, bytes: int, snapshot: bool) -> int:
     for b in mixer.buffers():
         size = bytes if b.dtype == "model" else 4
         if b.lifetime == "pending":
-            rows = min(mixer.chunk, LONGEST_CHUNK) * (1 if snapshot else 2)
+            rows = min(mixer.chunk, MAX_CHUNK) * (1 if snapshot else 2)
             total += size * (b.history + rows) * b.values
         elif b.lifetime == "scratch" and not snapshot:
             total += size * b.values
