@@ -15,9 +15,11 @@ def fork_sequences(core: EngineCore, parent: Sequence) -> list[Sequence]:
 
     Those beyond the free slots go to the queue: the prefix cache has the prompt when their turn comes.
     """
-    if parent.index:
+    if len(parent.request.sequences) == 1 or parent.index:
         return []
     waiting = [other for other in parent.request.sequences if other.status is SequenceStatus.WAITING_FOR_PREFIX]
+    if not waiting:
+        return []
     free = core.scheduler.free_slots_beside(parent)
     for sequence in waiting[:free]:
         core.fork(sequence, state_of(parent))

@@ -182,8 +182,10 @@ class Sequence(OutputProcessor):
     @property
     def num_slots(self) -> int:
         """Slots it takes, those of the sequences that will fork from it included."""
-        waiting = SequenceStatus.WAITING_FOR_PREFIX
-        return 1 if self.index else 1 + sum(sequence.status is waiting for sequence in self.request.sequences)
+        siblings = self.request.sequences
+        if self.index or len(siblings) == 1:
+            return 1
+        return 1 + sum(sequence.status is SequenceStatus.WAITING_FOR_PREFIX for sequence in siblings)
 
     @property
     def has_controller(self) -> bool:
