@@ -31,10 +31,11 @@ OURS, THEIRS = "falcon-h1", "llama"
 
 
 def network(model: str, who: str, quantize: str) -> Any:
-    """Random packed weights of the model, or of the Transformer that `tiercel plan` sets beside it."""
+    """A runner of random packed weights of the model, or of the Transformer that `tiercel plan` sets beside it."""
     from tiercel.bench.models import random_layout
     from tiercel.families.family import Layout
     from tiercel.families.pattern import PATTERN, rows
+    from tiercel.model.cpu_runner import CPURunner
     from tiercel.plan.forecast import transformer_of
     from tiercel.weights.load import of_source
     from tiercel.weights.random import RandomSource, kinds_of
@@ -42,7 +43,7 @@ def network(model: str, who: str, quantize: str) -> Any:
     config = random_layout(model).config
     config = config if who == OURS else transformer_of(config)
     layout = Layout(PATTERN, config, rows(config))
-    return of_source(RandomSource(layout, kinds_of(layout, quantize)))
+    return CPURunner(of_source(RandomSource(layout, kinds_of(layout, quantize))))
 
 
 def grown(net: Any, state: Any, length: int) -> None:
@@ -56,7 +57,7 @@ def grown(net: Any, state: Any, length: int) -> None:
     for page in state.pages[old // 64 :]:
         page.memory.copy_(first)
     for part in state.recurrent:
-        part.base = part.base + length - old
+        part.committed_pos = part.committed_pos + length - old
     state.length = length
 
 
@@ -67,7 +68,7 @@ def measure(net: Any, length: int) -> dict[str, float]:
     ids = torch.randint(net.config.vocab_size, (CHUNK,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         state = net.new_state()
-        net(ids, state, logits_to_keep=1)
+        net.forward([ids], [state])
         grown(net, state, length - CHUNK)
         calls, before = [], state.snapshot() if length > CHUNK else None
         for _ in range(TRIES):
@@ -76,12 +77,12 @@ def measure(net: Any, length: int) -> dict[str, float]:
             else:
                 state = net.new_state()
             began = time.perf_counter()
-            net(ids, state, logits_to_keep=1)
+            net.forward([ids], [state])
             calls.append(time.perf_counter() - began)
         size, steps = state.nbytes, []
         for i in range(STEPS + 4):
             began = time.perf_counter()
-            net(ids[:1], state, logits_to_keep=1)
+            net.forward([ids[:1]], [state])
             steps += [time.perf_counter() - began] if i >= 4 else []
     return {"call_s": min(calls), "step_s": statistics.median(steps), "cache_bytes": size}
 

@@ -81,6 +81,7 @@ def child(case: Case, tries: int = 2) -> dict[str, Any]:
     import tiercel
     from tiercel.bench.models import random_source
     from tiercel.bench.rss import peak_rss
+    from tiercel.model.cpu_runner import CPURunner
     from tiercel.weights import load
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -88,45 +89,45 @@ def child(case: Case, tries: int = 2) -> dict[str, Any]:
         network = tiercel.load(case.model).network
     else:
         network = load.of_source(random_source(case.model, case.quantize or "bf16"))
+    runner = CPURunner(network)
     loaded = peak_rss(os.getpid())
     with torch.inference_mode():
         ids = torch.randint(network.config.vocab_size, (READ,), generator=torch.Generator().manual_seed(0))
         read, speeds = min(case.context, READ if tries > 1 else 512), []
         for _ in range(tries):
-            state = network.new_state()
+            state = runner.new_state()
             began = time.perf_counter()
             for start in range(0, read, 512):
-                network(ids[start : min(start + 512, read)], state, logits_to_keep=1)
+                runner.forward([ids[start : min(start + 512, read)]], [state])
             speeds.append(read / (time.perf_counter() - began))
-        states = [_longer(network, state, case.context) for _ in range(case.slots)]
+        states = [_longer(runner, state, case.context) for _ in range(case.slots)]
         del state
         snapshots = [state.snapshot() for state in states for _ in range(4)]
         for _ in range(4):
-            network([ids[:1]] * case.slots, states, logits_to_keep=1)
+            runner.forward([ids[:1]] * case.slots, states)
         steps = []
         for _ in range(STEPS):
             began = time.perf_counter()
-            network([ids[:1]] * case.slots, states, logits_to_keep=1)
+            runner.forward([ids[:1]] * case.slots, states)
             steps.append(time.perf_counter() - began)
     assert len(snapshots) == 4 * case.slots
     return {"loaded_bytes": loaded, "total_bytes": peak_rss(os.getpid()), "prefill_tok_s": max(speeds),
             "decode_tok_s": case.slots / sorted(steps)[STEPS // 2]}  # fmt: skip
 
 
-def _longer(network: Any, state: Any, length: int) -> Any:
+def _longer(runner: Any, state: Any, length: int) -> Any:
     """A state of its own with the recurrent part of `state`, and keys and values of so many tokens (its own repeated).
 
     The last STEPS + 4 tokens are left for decoding.
     """
-    twin = network.new_state()
+    twin = runner.new_state()
     length = max(length - STEPS - 4, 1) // 64 * 64
     twin.reserve(length)
     for i, page in enumerate(twin.pages):
         page.memory.copy_(state.pages[i % len(state.pages)].memory)
     for part, own in zip(twin.parts, state.parts, strict=True):
-        if hasattr(part, "S"):
-            tensors = {name: tensor for name, tensor in own.tensors().items()}
-            part.adopt(tensors, length, length - own.open)
+        if part in twin.recurrent:
+            part.load(own.tensors(), length, length - own.pending)
     twin.length = length
     return twin
 

@@ -203,11 +203,11 @@ def test_an_engine_that_was_warmed_up_has_recorded_the_steps_of_any_number_of_an
     network = tiny.network("attention+mamba2 mamba2")
     e = Engine(SimpleNamespace(network=network, tokenizer=None, max_length=512), slots=slots)
     e.warm_up()
-    known = {key for key, step in network._graphs.seen.items() if isinstance(step, CapturedStep)}
+    known = {key for key, step in e.runner.graphs.seen.items() if isinstance(step, CapturedStep)}
     for i in range(slots):
         e.add(ids(20, seed=i), greedy(4 + i))
     run(e)
-    met = {key for key in network._graphs.seen if set(key[0]) == {1}}
+    met = {key for key in e.runner.graphs.seen if set(key[0]) == {1}}
     assert met and met <= known and e.stats.requests == slots
 
 
@@ -407,12 +407,12 @@ def test_memory_for_all_slots_and_what_they_leave_is_there_before_they_come():
     e.add(ids(4, seed=9), greedy(2)), run(e)  # a first one makes what lasts
     while e.prefault():
         pass
-    before = touched(network.pool)
-    assert network.pool.nbytes >= sum(e.memory_targets)
+    before = touched(e.runner.allocator)
+    assert e.runner.allocator.nbytes >= sum(e.memory_targets)
     for seed in range(3):
         e.add(ids(100, seed=seed), greedy(30))
     run(e)
-    assert touched(network.pool) == before, "nothing was touched first, and nothing was given back"
+    assert touched(e.runner.allocator) == before, "nothing was touched first, and nothing was given back"
     assert e.prefault(), "what the answers left in the cache is made up for"
 
 
@@ -428,7 +428,7 @@ def test_no_more_memory_is_at_hand_than_slots_and_cache_may_take():
         while e.prefault():
             pass
         slack = CachingAllocator.STEP * torch.get_num_threads()
-        assert network.pool.nbytes + e.cache.nbytes <= running + 200_000 + slack + CachingAllocator.SLAB
+        assert e.runner.allocator.nbytes + e.cache.nbytes <= running + 200_000 + slack + CachingAllocator.SLAB
     off = engine(tiny.network(), slots=3, cache_bytes=0)
     while off.prefault():
         pass

@@ -183,15 +183,15 @@ def test_an_engine_that_rests_sees_to_memory_and_still_answers_at_once(monkeypat
     async def main():
         many = engine(net)
         many.start()
-        while net.pool.nbytes < 1 << 18:
+        while many.engine.runner.allocator.nbytes < 1 << 18:
             await asyncio.sleep(0.001)
         assert not many.engine.stats.running
         answer = await asyncio.wait_for(tokens(many.submit(ids(9), GREEDY)), 20)
         for _ in range(2000):
             await asyncio.sleep(0.005)
-            if net.pool.nbytes >= sum(many.engine.memory_targets):
+            if many.engine.runner.allocator.nbytes >= sum(many.engine.memory_targets):
                 break
-        assert net.pool.nbytes >= sum(many.engine.memory_targets)
+        assert many.engine.runner.allocator.nbytes >= sum(many.engine.memory_targets)
         await many.close()
         return answer
 

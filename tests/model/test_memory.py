@@ -150,22 +150,23 @@ def test_threads_take_and_give_at_once() -> None:
 def test_a_text_that_ends_leaves_all_its_memory_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "spoil", True)
     network = tiny.network("attention+mamba2 mamba1 attention mamba2", max_length=512)
+    pool = CachingAllocator()
     text = torch.randint(0, 300, (200,), generator=torch.Generator().manual_seed(1))
 
     def read() -> tuple[torch.Tensor, Any]:
-        state = network.new_state()
+        state = network.new_state(allocator=pool)
         network(text[:150], state)
         middle = state.snapshot()
         logits = network(text[150:], state)
         return logits, (middle, state.snapshot(ending=True))
 
     expected, snapshots = read()
-    touched = network.pool.nbytes + network.pool._held
+    touched = pool.nbytes + pool._held
     del snapshots
     for _ in range(5):
         assert torch.equal(read()[0], expected)
-    assert network.pool._held == 0
-    assert network.pool.nbytes <= touched
+    assert pool._held == 0
+    assert pool.nbytes <= touched
 
 
 def test_small_things_come_in_small_slabs() -> None:

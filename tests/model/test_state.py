@@ -180,8 +180,8 @@ def test_a_snapshot_before_the_first_boundary_keeps_no_state_and_later_ones_do(n
     early = state.snapshot()
     net([text[20:]], [state])
     late = state.snapshot()
-    assert early.min_pos == 0 and not any("S" in tensors for tensors, _ in early.layers)
-    assert late.min_pos > 0 and all("S" in tensors for tensors, _ in late.layers)
+    assert early.min_pos == 0 and not any("ssm_state" in tensors for tensors, _ in early.layers)
+    assert late.min_pos > 0 and all("ssm_state" in tensors for tensors, _ in late.layers)
     more = nasty.tokens(9, seed=1)
     for snapshot in (early, late, early):  # by a state that remembers something else, and the other way round
         fresh = net.new_state()

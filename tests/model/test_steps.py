@@ -10,7 +10,8 @@ import torch
 import tiny
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, rows
-from tiercel.model.graph_cache import CapturedStep, GraphCache
+from tiercel.model.cpu_runner import CPURunner
+from tiercel.model.graph_cache import CapturedStep
 from tiercel.ops.cpu import native
 from tiercel.weights.load import of_source
 from tiercel.weights.random import RandomSource, kinds_of
@@ -19,21 +20,36 @@ pytestmark = pytest.mark.skipif(not native.available, reason="no native kernels 
 DENSE = "attention+mamba2 mamba2 attention mamba1"  # experts are chosen in Python: such layers are not recorded
 
 
+class Captured:
+    """A network as `CPURunner` runs it, called like the network."""
+
+    def __init__(self, network):
+        self.network, self.runner = network, CPURunner(network)
+
+    def __getattr__(self, name):
+        return getattr(self.network, name)
+
+    def __call__(self, tokens, states, logits_to_keep=None):
+        if isinstance(tokens, list):
+            return self.runner.forward(tokens, states, logits_to_keep=logits_to_keep or max(map(len, tokens)))
+        return self.runner.forward([tokens], [states], logits_to_keep=logits_to_keep or len(tokens))[0]
+
+
+def captured(words) -> Captured:
+    return Captured(tiny.network(words))
+
+
 def recordings(network) -> list[CapturedStep]:
-    return [step for step in network._graphs.seen.values() if isinstance(step, CapturedStep)]
+    return [step for step in network.runner.graphs.seen.values() if isinstance(step, CapturedStep)]
 
 
 def live(network, tokens, state, logits_to_keep=None):
     """The forward as Python runs it."""
-    kept, network._graphs = network._graphs, GraphCache()
-    try:
-        return network(tokens, state, logits_to_keep=logits_to_keep)
-    finally:
-        network._graphs = kept
+    return network.network(tokens, state, logits_to_keep=logits_to_keep)
 
 
 def test_a_text_of_recorded_steps_is_the_text_of_live_ones():
-    network = tiny.network(DENSE)
+    network = captured(DENSE)
     tokens = torch.randint(0, 300, (90,))
     recorded, alone = network.new_state(), network.new_state()
     expected = [live(network, token, alone) for token in tokens.split(1)]
@@ -43,7 +59,7 @@ def test_a_text_of_recorded_steps_is_the_text_of_live_ones():
 
 
 def test_one_recording_serves_all_texts():
-    network = tiny.network(DENSE)
+    network = captured(DENSE)
     states, twins = [network.new_state() for _ in range(5)], [network.new_state() for _ in range(5)]
     for i, (state, twin) in enumerate(zip(states, twins, strict=True)):
         prompt = torch.arange(20 + 7 * i)
@@ -56,7 +72,7 @@ def test_one_recording_serves_all_texts():
 
 
 def test_a_recording_made_in_inference_mode_serves_outside_of_it():
-    network = tiny.network(DENSE)
+    network = captured(DENSE)
     state, alone = network.new_state(), network.new_state()
     for i, token in enumerate(torch.arange(12).split(1)):
         with torch.inference_mode(i < 6):
@@ -65,7 +81,7 @@ def test_a_recording_made_in_inference_mode_serves_outside_of_it():
 
 
 def test_rows_of_a_batch_are_recorded_together_and_may_change_places():
-    network = tiny.network(DENSE)
+    network = captured(DENSE)
     states = [network.new_state() for _ in range(3)]
     alone = [network.new_state() for _ in range(3)]
     for step in range(30):
@@ -78,7 +94,7 @@ def test_rows_of_a_batch_are_recorded_together_and_may_change_places():
 
 
 def test_trim_and_restore_between_recorded_steps():
-    network = tiny.network(DENSE)
+    network = captured(DENSE)
     state, twin = network.new_state(), network.new_state()
     for token in range(20):
         network(torch.tensor([token]), state), network(torch.tensor([token]), twin)
@@ -93,7 +109,7 @@ def test_trim_and_restore_between_recorded_steps():
 
 
 def test_answers_are_the_callers_own():
-    network = tiny.network(DENSE)
+    network = captured(DENSE)
     state = network.new_state()
     answers = [network(torch.tensor([5]), state) for _ in range(6)]
     kept = [a.clone() for a in answers]
@@ -102,7 +118,7 @@ def test_answers_are_the_callers_own():
 
 
 def test_hooks_and_exchanged_modules_are_seen():
-    network = tiny.network(DENSE)
+    network = captured(DENSE)
     state, heard = network.new_state(), []
     for _ in range(3):
         network(torch.tensor([5]), state)
@@ -117,7 +133,7 @@ def test_hooks_and_exchanged_modules_are_seen():
 
 
 def test_what_torch_computes_is_never_left_out():
-    network = tiny.network("attention/moe")
+    network = captured("attention/moe")
     state, twin = network.new_state(), network.new_state()
     got = [network(torch.tensor([t]), state) for t in range(8)]
     assert not recordings(network)
@@ -125,7 +141,7 @@ def test_what_torch_computes_is_never_left_out():
 
 
 def test_memory_of_a_recording_is_used_again():
-    network = tiny.network("attention+mamba2 " * 12)
+    network = captured("attention+mamba2 " * 12)
     state = network.new_state()
     for _ in range(3):
         network(torch.tensor([5]), state)
@@ -136,7 +152,7 @@ def test_memory_of_a_recording_is_used_again():
 def test_packed_products_that_read_the_same_input_round_it_once_and_give_the_same_bits():
     config = tiny.config("attention+mamba2", width=64, ffn_width=64, repeat=1)
     layout = Layout(PATTERN, config, tuple(rows(config)))
-    network = of_source(RandomSource(layout, kinds_of(layout, "q8_0"), 0))
+    network = Captured(of_source(RandomSource(layout, kinds_of(layout, "q8_0"), 0)))
     states, twins = ([network.new_state() for _ in range(3)] for _ in range(2))
     for step in range(40):
         tokens = [torch.tensor([(7 * step + i) % 300]) for i in range(3)]
@@ -152,11 +168,12 @@ def test_steps_do_not_wait_for_a_compiler():
     """torch imports its own where a class of ours watches what it computes: a second, and 120 MB, at a first step."""
     script = """
 import sys, tiny, torch
-network = tiny.network("attention+mamba2 mamba2 attention mamba1")
-state = network.new_state()
+from tiercel.model.cpu_runner import CPURunner
+runner = CPURunner(tiny.network("attention+mamba2 mamba2 attention mamba1"))
+state = runner.new_state()
 for token in torch.arange(9).split(1):
-    network(token, state)
-assert network._graphs.seen and not {"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)
+    runner.forward([token], [state])
+assert runner.graphs.seen and not {"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)
 """
     subprocess.run(
         [sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -23,6 +23,7 @@ import torch
 
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, pattern, rows
+from tiercel.model.cpu_runner import CPURunner
 from tiercel.model.decoder import Decoder
 from tiercel.model.state import State
 from tiercel.ops.linear import QTensor, row_bytes
@@ -78,36 +79,36 @@ def network(piece: Piece) -> Decoder:
 
 def mixer(name: str, piece: Piece) -> dict[str, float]:
     """Seconds of reading 512 tokens and of one step, after so many."""
-    net, tokens = network(piece), torch.zeros(MANY_ROWS, dtype=torch.long)
-    state = net.new_state()
+    runner, tokens = CPURunner(network(piece)), torch.zeros(MANY_ROWS, dtype=torch.long)
+    state = runner.new_state()
     for _ in range(0, piece.context, MANY_ROWS):
-        net(tokens, state, logits_to_keep=1)
+        runner.forward([tokens], [state])
     snapshot = state.snapshot()
 
     def again() -> None:
         state.restore(snapshot)
-        net(tokens, state, logits_to_keep=1)
+        runner.forward([tokens], [state])
 
     chunk = best(again, 4)
     states = [
         state,
-        *(another(net, state, piece.context, tokens) for _ in range(min(PROBE_BYTES // state.nbytes, MOST) - 1)),
+        *(another(runner, state, piece.context, tokens) for _ in range(min(PROBE_BYTES // state.nbytes, MOST) - 1)),
     ]
 
     def step() -> None:
         for each in states:
-            net(tokens[:1], each, logits_to_keep=1)
+            runner.forward([tokens[:1]], [each])
 
     for _ in range(4):
         step()
     return {f"{name} chunk": chunk, f"{name} step": best(step, 8) / len(states)}
 
 
-def another(net: Decoder, like: State, context: int, tokens: torch.Tensor) -> State:
+def another(runner: CPURunner, like: State, context: int, tokens: torch.Tensor) -> State:
     """As long as it and with memory of its own.  Where there is a context all layers are attention."""
-    state = net.new_state()
+    state = runner.new_state()
     if context == 0:
-        net(tokens, state, logits_to_keep=1)
+        runner.forward([tokens], [state])
         return state
     state.reserve(like.length)
     for own, page in zip(state.pages, like.pages, strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.graph_cache import MOST_TOKENS
+from tiercel.model.graph_cache import MAX_CAPTURED_TOKENS, GraphCache
 from tiercel.model.lora import Adapters
 from tiercel.model.pages import PAGE
 from tiercel.model.state import State
@@ -26,7 +26,7 @@ class CPURunner:
     state_bytes: int | None = None
 
     def __init__(self, network: Decoder) -> None:
-        self.network = network
+        self.network, self.graphs, self._allocator = network, GraphCache(), CachingAllocator()
 
     @property
     def config(self) -> ModelConfig:
@@ -34,7 +34,7 @@ class CPURunner:
 
     @property
     def device(self) -> torch.device:
-        return self.network.embed.weight.device
+        return self.network.device
 
     @property
     def adapters(self) -> Adapters:
@@ -42,7 +42,7 @@ class CPURunner:
 
     @property
     def allocator(self) -> CachingAllocator:
-        return self.network.pool
+        return self._allocator
 
     @property
     def native(self) -> bool:
@@ -50,7 +50,7 @@ class CPURunner:
 
     @property
     def max_captured_tokens(self) -> int:
-        return MOST_TOKENS if self.native else 0
+        return MAX_CAPTURED_TOKENS if self.native else 0
 
     def memory_targets(self, slots: int) -> tuple[int, int]:
         """See `Runner.memory_targets`."""
@@ -60,12 +60,13 @@ class CPURunner:
 
     def new_state(self, adapter: str | None = None) -> State:
         """See `Runner.new_state`."""
-        return self.network.new_state(adapter)
+        return self.network.new_state(adapter, self._allocator)
 
     def host_state(self, adapter: str | None = None) -> State:
         """See `Runner.host_state`."""
-        return self.network.host_state(adapter)
+        return self.network.host_state(adapter, self._allocator)
 
     def forward(self, tokens: Sequence[Tensor], states: Sequence[State], *, logits_to_keep: int = 1) -> list[Tensor]:
         """See `Runner.forward`."""
-        return self.network(tokens, states, logits_to_keep=logits_to_keep)
+        with torch.no_grad(), self.network.growing(tokens, states) as tokens_T:
+            return self.graphs.run(self.network, tokens_T, [len(row) for row in tokens], states, logits_to_keep)

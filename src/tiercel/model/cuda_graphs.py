@@ -52,7 +52,7 @@ class CapturedCUDAStep:
 
     def _forward(self) -> None:
         batch = DeviceBatch.for_step(self.slots, self.slot_B)
-        self.logits = self.network.run(self.tokens, batch, [self.slots])
+        self.logits = self.network.compute(self.tokens, batch, [self.slots])
         self.slots.advance(self.slot_B)
         if self.draws is not None:
             self.tokens.copy_(self.draws.choose(self.logits, self.slot_B))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import overload
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,31 @@ from tiercel.errors import RequestError
 from tiercel.model.batch import Batch
 from tiercel.model.block import Block
 from tiercel.model.config import ModelConfig
-from tiercel.model.graph_cache import GraphCache
 from tiercel.model.layers import Embedding, Linear, RMSNorm, pack, set_weight
 from tiercel.model.lora import Adapters
 from tiercel.model.state import State
-from tiercel.model.state_cache import DeviceBatch, StateCache
 from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.cpu import native
 from tiercel.ops.linear import QTensor, torch_multiplies_bf16
-from tiercel.runtime.allocator import CachingAllocator
+from tiercel.runtime.allocator import CachingAllocator, default_allocator
+
+
+class LayerStates(Protocol):
+    """States of one sequence (`State`) or of all (`StateCache`), by layer and mixer."""
+
+    @property
+    def layers(self) -> Sequence[Sequence[Any]]: ...
+
+
+class AnyBatch(Protocol):
+    """What a forward needs of a batch (`Batch`, `state_cache.DeviceBatch`) besides what its mixers do."""
+
+    native: bool
+    lengths: list[int]
+    spans: list[slice]
+
+    @property
+    def adapters(self) -> Sequence[str | None]: ...
 
 
 class Decoder(nn.Module):
@@ -39,9 +55,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = Linear(config.width, config.vocab_size, bias=False)
         self._tie()
-        self._graphs = GraphCache()
-        self.pool = CachingAllocator()
         self.adapters = Adapters(self)
+        self.layout_version = 0  # raised when weights are laid out anew: what was captured of them is void then
 
     @overload
     def forward(self, tokens: Tensor, states: State | None = None, *, logits_to_keep: int | None = None) -> Tensor: ...
@@ -57,48 +72,77 @@ class Decoder(nn.Module):
         *,
         logits_to_keep: int | None = None,
     ) -> Tensor | list[Tensor]:
-        """Logits of each token's successor, float32.
+        """Return the logits of each token's successor.
 
-        tokens: one row (L,) → (L, V); a (B, L) tensor → (B, L, V); a list of rows of any lengths → a list.
-        states: one per row; each row goes on where its state ended, and the state grows (no gradients then).
-        keep: only the logits of the last `logits_to_keep` tokens of every row.
+        Args:
+            tokens: int64: one row (L,), a (B, L) tensor, or a list of rows of any lengths.
+            states: one for each row, which goes on where its state ended; the states grow, and there are no gradients.
+            logits_to_keep: only of the last so many tokens of every row; None: all.
+
+        Returns:
+            Float32: (L, V) for one row, (B, L, V) for a tensor, a list of (L, V) for a list.
+
+        Raises:
+            RequestError: an empty row, a token outside the vocabulary, or states that do not fit the rows.
         """
         if isinstance(tokens, Tensor) and tokens.dim() == 1:
-            return self._rows([tokens], None if states is None else [states], logits_to_keep)[0]  # type: ignore[list-item]
-        rows = self._rows(list(tokens), states, logits_to_keep)  # type: ignore[arg-type]
+            one = None if states is None else [cast(State, states)]
+            return self._rows([tokens], one, logits_to_keep)[0]
+        rows = self._rows(list(tokens), cast("Sequence[State] | None", states), logits_to_keep)
         return torch.stack(rows) if isinstance(tokens, Tensor) else rows
 
     def _rows(self, rows: list[Tensor], states: Sequence[State] | None, logits_to_keep: int | None) -> list[Tensor]:
-        tokens_T = self._checked(rows, states)
         if states is None and self.native and not torch.is_grad_enabled():
             states = [self.new_state() for _ in rows]
+        lengths = [len(row) for row in rows]
         if states is None:
-            return self._run(tokens_T, Batch([len(row) for row in rows], None, tokens_T.device), None, logits_to_keep)
-        with torch.no_grad():
-            for row, state in zip(rows, states, strict=True):
-                state.validate()
-                state.reserve(len(row))
-            logits = self._graphs.run(self, tokens_T, [len(row) for row in rows], states, logits_to_keep)
-            for row, state in zip(rows, states, strict=True):
-                state.length += len(row)
-            return logits
+            tokens_T = self.check(rows)
+            return self.logits(tokens_T, Batch(lengths, None, tokens_T.device), None, logits_to_keep)
+        with torch.no_grad(), self.growing(rows, states) as tokens_T:
+            return self.logits(tokens_T, Batch(lengths, states, tokens_T.device), states, logits_to_keep)
 
-    def _run(
+    @contextmanager
+    def growing(self, rows: Sequence[Tensor], states: Sequence[State]) -> Iterator[Tensor]:
+        """Around a forward of rows over their states: checks, memory before it, and lengths after it.
+
+        Yields:
+            int64 (T,): all rows' tokens.
+
+        Raises:
+            RequestError: as `forward`.
+        """
+        tokens_T = self.check(rows, states)
+        for row, state in zip(rows, states, strict=True):
+            state.validate()
+            state.reserve(len(row))
+        yield tokens_T
+        for row, state in zip(rows, states, strict=True):
+            state.length += len(row)
+
+    def logits(
         self, tokens_T: Tensor, batch: Batch, states: Sequence[State] | None, logits_to_keep: int | None
     ) -> list[Tensor]:
+        """`compute`, cut into a tensor for each row."""
         lengths = [length if logits_to_keep is None else min(logits_to_keep, length) for length in batch.lengths]
-        return list(self.run(tokens_T, batch, states, logits_to_keep).split(lengths))
+        return list(self.compute(tokens_T, batch, states, logits_to_keep).split(lengths))
 
-    def run(
+    def compute(
         self,
         tokens_T: Tensor,
-        batch: Batch | DeviceBatch,
-        states: Sequence[State] | Sequence[StateCache] | None,
+        batch: AnyBatch,
+        states: Sequence[LayerStates] | None,
         logits_to_keep: int | None = None,
     ) -> Tensor:
-        """Logits (T, V) float32 of all rows in order, of the last `logits_to_keep` tokens of each where it is given.
+        """Return the logits of one forward; states are read and written, their lengths are the caller's.
 
-        states: what the batch was made for, one for each row, or the one `StateCache` that holds them all.
+        Args:
+            tokens_T: int64 (T,): all rows' tokens, one row after another.
+            batch: which rows these are, on the device of the states.
+            states: one for each row, or the one that holds all of them (`StateCache`); what the batch was made for.
+            logits_to_keep: only of the last so many tokens of every row; None: all.
+
+        Returns:
+            (T, V) float32, or of the tokens that are kept.
         """
         lengths = batch.lengths
         # with states there are no gradients; the logits, made outside of the mode, are tensors like any other
@@ -117,15 +161,13 @@ class Decoder(nn.Module):
             if adapters:
                 self.adapters.clear_active()
 
-    def _body(
-        self, tokens_T: Tensor, batch: Batch | DeviceBatch, states: Sequence[State] | Sequence[StateCache] | None
-    ) -> Tensor:
-        """What the blocks make of the tokens, (T, D)."""
+    def _body(self, tokens_T: Tensor, batch: AnyBatch, states: Sequence[LayerStates] | None) -> Tensor:
+        """The blocks' output for the tokens, (T, D)."""
         x_TD = self.embed(tokens_T)
         if self.config.residual_fp32 or batch.native:
             x_TD = x_TD.float()
         for i, block in enumerate(self.layers):
-            x_TD = block(x_TD, batch, self._layer_states(i, states, len(batch.lengths)))  # type: ignore[arg-type]
+            x_TD = block(x_TD, batch, self._layer_states(i, states, len(batch.lengths)))
         return x_TD
 
     def hidden_states(self, tokens: Tensor, context: State | VarlenBatch) -> Tensor:
@@ -144,14 +186,11 @@ class Decoder(nn.Module):
         """
         if isinstance(context, VarlenBatch):
             return self._training_states(tokens, context)
-        state, tokens_L = context, self._checked([tokens], [context])
-        state.validate()
-        state.reserve(len(tokens_L))
+        state = context
         try:
-            self.adapters.set_active([state.adapter], [len(tokens_L)])
-            with torch.inference_mode():
+            with self.growing([tokens], [state]) as tokens_L, torch.inference_mode():
+                self.adapters.set_active([state.adapter], [len(tokens_L)])
                 x_LD = self._body(tokens_L, Batch([len(tokens_L)], [state], tokens_L.device), [state])
-                state.length += len(tokens_L)
                 return self.norm(x_LD).float()
         finally:
             self.adapters.clear_active()
@@ -171,20 +210,20 @@ class Decoder(nn.Module):
                     x_TD = block(x_TD, batch, nothing)
         return self.norm(x_TD)
 
-    def _layer_states(self, layer: int, states: Sequence[State] | None, rows: int) -> list[list[object]]:
+    def _layer_states(self, layer: int, states: Sequence[LayerStates] | None, rows: int) -> list[list[Any]]:
         """For every mixer of a layer, the state of each row."""
         mixers = len(self.config.layers[layer].mixers)
         if states is None:
             return [[None] * rows] * mixers
         return [[state.layers[layer][j] for state in states] for j in range(mixers)]
 
-    def _checked(self, rows: list[Tensor], states: Sequence[State] | None) -> Tensor:
-        """All rows' tokens (T,), once they are known to be ones the network has."""
+    def check(self, rows: Sequence[Tensor], states: Sequence[State] | None = None) -> Tensor:
+        """All rows' tokens (T,), which the vocabulary has; RequestError as in `forward`."""
         if not rows or any(row.dim() != 1 or len(row) == 0 for row in rows):
             raise RequestError("a forward needs at least one token in every row")
         if states is not None and (len(states) != len(rows) or len({id(s) for s in states}) != len(rows)):
             raise RequestError(f"{len(rows)} rows need {len(rows)} different states, not {len(states)}")
-        V, tokens_T = self.config.vocab_size, torch.cat(rows)
+        V, tokens_T = self.config.vocab_size, torch.cat(list(rows))
         low, high = torch.aminmax(tokens_T)
         if low < 0 or high >= V:
             raise RequestError(f"token id {int(low if low < 0 else high)} is outside the vocabulary of {V}")
@@ -207,7 +246,7 @@ class Decoder(nn.Module):
                 elif not matrix and p.dtype == torch.bfloat16:
                     set_weight(module, name, nn.Parameter(p.detach().float(), requires_grad=False))
         self._tie()
-        self._graphs.clear()
+        self.layout_version += 1
 
     def unpack(self) -> None:
         """Plain tensors again, for training, other devices, copies, state dicts.  What is quantized stays packed."""
@@ -221,7 +260,7 @@ class Decoder(nn.Module):
         if not self.config.tied and isinstance(self.head.weight, QTensor) and not self.head.weight.packed:
             set_weight(self.head, "weight", nn.Parameter(self.head.weight.numbers(), requires_grad=False))
         self._tie()
-        self._graphs.clear()
+        self.layout_version += 1
 
     def _tie(self) -> None:
         if self.config.tied:
@@ -263,15 +302,23 @@ class Decoder(nn.Module):
         packed = isinstance(weight, QTensor) and weight.packed
         return torch.bfloat16 if packed and (self.native or weight.device.type == "cuda") else weight.dtype
 
-    def new_state(self, adapter: str | None = None) -> State:
-        """Return an empty state for one sequence that uses that adapter; RequestError for an unknown name."""
+    def new_state(self, adapter: str | None = None, allocator: CachingAllocator | None = None) -> State:
+        """Return an empty state for one sequence.
+
+        Args:
+            adapter: the LoRA adapter that it uses.
+            allocator: where its memory comes from; by default one that all networks share.
+
+        Raises:
+            RequestError: there is no adapter of that name.
+        """
         model = self.fingerprint if adapter is None else f"{self.fingerprint}+{self.adapters[adapter].id}"
         mixers = [layer.mixers for layer in self.config.layers]
-        return State(mixers, self.dtype, self.device, model, self.pool, adapter)
+        return State(mixers, self.dtype, self.device, model, allocator or default_allocator, adapter)
 
-    def host_state(self, adapter: str | None = None) -> State:
+    def host_state(self, adapter: str | None = None, allocator: CachingAllocator | None = None) -> State:
         """Return an empty state for reading and writing files."""
-        return self.new_state(adapter)
+        return self.new_state(adapter, allocator)
 
     @property
     def fingerprint(self) -> str:

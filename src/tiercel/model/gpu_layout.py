@@ -72,7 +72,7 @@ def move(network: Decoder, device: str | torch.device) -> None:
                 kind = torch.float32 if f"{path}.{name}" in exact else plain
                 set_weight(module, name, nn.Parameter(value.detach().to(device, kind), requires_grad=False))
     network._tie()
-    network._graphs.clear()
+    network.layout_version += 1
 
 
 def _any_packed(network: Decoder) -> bool:

@@ -119,7 +119,7 @@ def prefill(
     for slot, row in zip(numbers, tokens, strict=True):
         slots.reserve(slot, slots.length[slot] + len(row))
     batch = DeviceBatch(slots, numbers, [len(row) for row in tokens])
-    logits_TV = network.run(torch.cat(list(tokens)), batch, [slots], logits_to_keep)
+    logits_TV = network.compute(torch.cat(list(tokens)), batch, [slots], logits_to_keep)
     for slot, length, committed in zip(numbers, batch.lengths, batch.committed_after, strict=True):
         slots.set_position(slot, slots.length[slot] + length, committed, slots.length[slot] + length)
     return logits_TV

@@ -1,34 +1,33 @@
-"""Forwards of few tokens, recorded once and run again: at 0.5B a step is 36 layers in some 12 ms, and the Python
-between them would be a third of that.
+"""Small forwards on the CPU, captured once and replayed.
 
-A recording is for a list of row lengths and `logits_to_keep`, not for certain states: these are found through rows of
-the batch.  The first forward of a kind runs as it is, the second is recorded, the rest are run from the tape, as long
-as the modules are the ones that were recorded.  What cannot be recorded (experts chosen in Python, adapters, hooks)
-is run as it is, always.
+At 0.5B a step is 36 layers in some 12 ms, and the Python between them would be a third of that.
+
+A graph is for a list of row lengths and `logits_to_keep`, not for certain states: these are found through the rows of
+the batch.  The first forward of a kind runs as it is, the second is captured, the rest are replayed, as long as the
+network's modules and weights are the ones that were captured.  What cannot be captured (experts chosen in Python,
+adapters, hooks) runs as it is, always.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tiercel.model.batch import Batch
+from tiercel.model.decoder import Decoder
 from tiercel.model.state import State
 from tiercel.ops.cpu.capture import CapturedGraph
 
-if TYPE_CHECKING:
-    from tiercel.model.decoder import Decoder
-
-MOST_TOKENS = 16  # larger forwards do so much that the calls do not count
+MAX_CAPTURED_TOKENS = 16  # larger forwards do so much that the calls do not count
 MAX_CAPTURED_GRAPHS = 24
 
 
 class CapturedStep:
-    """One recorded forward."""
+    """One captured forward."""
 
     def __init__(
         self, network: Decoder, tokens_T: Tensor, batch: Batch, states: Sequence[State], logits_to_keep: int | None
@@ -43,10 +42,10 @@ class CapturedStep:
             if child is not None and not isinstance(part, nn.ModuleList)
         ]
         with torch.inference_mode(), self.graph.recording():
-            self.logits = network._run(self.tokens_T, batch, states, logits_to_keep)
+            self.logits = network.logits(self.tokens_T, batch, states, logits_to_keep)
 
     def holds(self) -> bool:
-        """Whether the modules are those that were recorded, and nobody listens to them."""
+        """Whether the modules are those that were captured, without forward hooks."""
         return all(children.get(name) is child and not hooks for children, name, child, hooks in self.parts)
 
     def answers(self) -> list[Tensor]:
@@ -61,19 +60,11 @@ class CapturedStep:
 
 
 class GraphCache:
-    """The recordings of a network, the least recently used of them forgotten first."""
+    """The captured steps of a network; the least recently used goes first."""
 
     def __init__(self) -> None:
         self.seen: OrderedDict[Any, CapturedStep | str | None] = OrderedDict()
-
-    def __deepcopy__(self, memo: Any) -> GraphCache:
-        return GraphCache()
-
-    def __reduce__(self) -> Any:
-        return GraphCache, ()
-
-    def clear(self) -> None:
-        self.seen.clear()
+        self._layout_version = -1
 
     def run(
         self,
@@ -83,11 +74,14 @@ class GraphCache:
         states: Sequence[State],
         logits_to_keep: int | None,
     ) -> list[Tensor]:
-        """Logits of each row, from a recording where there is one."""
+        """`Decoder.logits`, replayed where the step was captured."""
+        if network.layout_version != self._layout_version:
+            self.seen.clear()
+            self._layout_version = network.layout_version
         key = (tuple(lengths), logits_to_keep, states[0].dtype)
-        worn = any(state.adapter is not None for state in states)
-        if worn or not network.native or len(tokens_T) > MOST_TOKENS:
-            return network._run(tokens_T, Batch(lengths, states, tokens_T.device), states, logits_to_keep)
+        adapted = any(state.adapter is not None for state in states)
+        if adapted or not network.native or len(tokens_T) > MAX_CAPTURED_TOKENS:
+            return network.logits(tokens_T, Batch(lengths, states, tokens_T.device), states, logits_to_keep)
         known = self.seen.get(key)
         if isinstance(known, CapturedStep) and not known.holds():
             del self.seen[key]
@@ -104,4 +98,4 @@ class GraphCache:
         self.seen.setdefault(key, None)
         while len(self.seen) > MAX_CAPTURED_GRAPHS:
             self.seen.popitem(last=False)
-        return network._run(tokens_T, batch, states, logits_to_keep)
+        return network.logits(tokens_T, batch, states, logits_to_keep)

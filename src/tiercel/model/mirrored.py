@@ -13,7 +13,8 @@ import struct
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -24,6 +25,7 @@ from tiercel.errors import RequestError, TiercelError
 from tiercel.model.decoder import Decoder
 from tiercel.model.state import Snapshot, State
 from tiercel.model.varlen import VarlenBatch
+from tiercel.runtime.allocator import CachingAllocator
 
 
 class Group:
@@ -103,32 +105,35 @@ class MirroredDecoder(Decoder):
 
     group: Group
 
-    def new_state(self, adapter: str | None = None) -> State:
+    def new_state(self, adapter: str | None = None, allocator: CachingAllocator | None = None) -> State:
         """See `Decoder.new_state`."""
-        plain = super().new_state(adapter)
+        plain = super().new_state(adapter, allocator)
         state = MirroredState(self.group, plain.mixers, plain.dtype, plain.device, plain.model, plain.allocator)
         self.group.send("new", state=state.id)
         return state
 
-    def host_state(self, adapter: str | None = None) -> State:
+    def host_state(self, adapter: str | None = None, allocator: CachingAllocator | None = None) -> State:
         """Refuse: a file holds the whole of a state, and this process has a part."""
         raise RequestError("a tensor-parallel model neither saves sessions nor opens them: load it without")
 
     def _rows(self, rows: list[Tensor], states: Sequence[State] | None, logits_to_keep: int | None) -> list[Tensor]:
-        self._checked(rows, states)
+        return super()._rows(rows, states or [self.new_state() for _ in rows], logits_to_keep)
+
+    @contextmanager
+    def growing(self, rows: Sequence[Tensor], states: Sequence[State]) -> Iterator[Tensor]:
+        """See `Decoder.growing`; the other processes run the same forward."""
+        self.check(rows, states)
         with self.group.lock:
-            ids = None if states is None else [state.id for state in states]  # type: ignore[attr-defined]
+            ids = [state.id for state in states]  # type: ignore[attr-defined]
             self.group.send("forward", rows=[row.tolist() for row in rows], states=ids)
-            return super()._rows(rows, states, logits_to_keep)
+            with super().growing(rows, states) as tokens_T:
+                yield tokens_T
 
     def hidden_states(self, tokens: Tensor, context: State | VarlenBatch) -> Tensor:
         """See `Decoder.hidden_states`; for inference only."""
         if not isinstance(context, MirroredState):
             raise RequestError("a tensor-parallel model is for inference only; load it without tensor_parallel")
-        self._checked([tokens], [context])
-        with self.group.lock:
-            self.group.send("forward", rows=[tokens.tolist()], states=[context.id])
-            return super().hidden_states(tokens, context)
+        return super().hidden_states(tokens, context)
 
 
 @torch.no_grad()
@@ -150,6 +155,5 @@ def follow(network: Decoder, pipe: IO[bytes]) -> None:
         ops[order["op"]](order)
 
 
-def _forward(network: Decoder, rows: list[list[int]], states: list[int] | None, held: dict[int, Any]) -> None:
-    tokens = [torch.tensor(row) for row in rows]
-    network(tokens, None if states is None else [held[number] for number in states], logits_to_keep=1)
+def _forward(network: Decoder, rows: list[list[int]], states: list[int], held: dict[int, Any]) -> None:
+    network([torch.tensor(row) for row in rows], [held[number] for number in states], logits_to_keep=1)

@@ -257,3 +257,6 @@ class CachingAllocator:
             self.slabs.remove(unused)
             self._lucky = None if self._lucky is unused else self._lucky
             self._touched -= unused.touched
+
+
+default_allocator = CachingAllocator()  # of states that are made without a runner
