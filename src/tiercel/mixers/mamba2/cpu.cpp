@@ -3,7 +3,7 @@
 // Every output is the same chain of operations whether its token comes alone or with a whole prompt: n in order, then
 // j in order from the start of the chunk; C_t · B_j in sixteen lanes over n.  One token reads S where it lies; more
 // go six at a time through panels of sixteen channels.
-#include "ops/cpu/batch.h"
+#include "ops/cpu/scan.h"
 
 namespace tiercel {
 
@@ -64,43 +64,6 @@ template <class T> struct Inputs {  // pending inputs of the state, then the new
     const float* C(i64 j, i64 g) const { return added(j) + a.heads * a.head_dim + (a.groups + g) * a.state; }
 };
 
-// C · B for J rows of B, each in sixteen lanes over n and then summed in the tree of sum()
-template <int J, class V> INLINE void dots(const float* C, const V* B, i64 stride, i64 N, float* out) {
-    F s[J];
-    for (int j = 0; j < J; j++) s[j] = zero();
-    i64 n = 0;
-    for (; n + 16 <= N; n += 16) {
-        const F c = load(C + n);
-        for (int j = 0; j < J; j++) s[j] = fma(c, load(B + j * stride + n), s[j]);
-    }
-    if (n < N) {
-        const F c = load_some(C + n, N - n);
-        for (int j = 0; j < J; j++) s[j] = fma(c, load_some(B + j * stride + n, N - n), s[j]);
-    }
-    for (int j = 0; j < J; j++) out[j] = sum(s[j]);
-}
-
-template <class V> INLINE void all_dots(const float* C, const V* B, i64 stride, i64 N, i64 count, float* out) {
-    i64 j = 0;
-    for (; j + 4 <= count; j += 4) dots<4>(C, B + j * stride, stride, N, out + j);
-    for (; j < count; j++) dots<1>(C, B + j * stride, stride, N, out + j);
-}
-
-// exp(now − a_j) for sixteen j; a in float64, as differences of long sums are taken
-INLINE F exp_since(const double* a, double now) {
-    float lag[16];
-    for (int i = 0; i < 16; i++) lag[i] = (float)(now - a[i]);
-    return exp(min(load(lag), zero()));
-}
-
-INLINE void exps_of(float* out, const double* a, i64 count) {  // exp(a_j)
-    for (i64 j = 0; j < count; j += 16) {
-        float x[16];
-        for (int i = 0; i < 16; i++) x[i] = (float)a[j + i];
-        store(out + j, exp(load(x)));
-    }
-}
-
 // Decay from every input to the end of its sixteen, times dt: what queries beyond these share.
 INLINE void to_sixteens(float* out, const double* a, const float* dt, i64 count) {
     for (i64 j = 0; j + 16 <= count; j += 16) store(out + j, exp_since(a + j, a[j + 15]) * load(dt + j));
@@ -155,18 +118,6 @@ INLINE void one(const float* C, const float* S, i64 N, i64 P, float decay, const
 }
 
 // ── many: six tokens by sixteen channels ──
-
-// sums (R rows of 16) += Σ_k rows[r][k] panel[k], k in order
-template <int R> INLINE void panel_product(F (&sum)[R], const float* rows, i64 stride, i64 step, const float* panel, i64 count) {
-    for (i64 k = 0; k < count; k++) {
-        const F v = load(panel + 16 * k);
-        for (int r = 0; r < R; r++) sum[r] = fma(set(rows[r * stride + k * step]), v, sum[r]);
-    }
-}
-
-template <class T> INLINE void load_panel(float* panel, const T* x, i64 stride, i64 count, int n) {
-    for (i64 k = 0; k < count; k++) store(panel + 16 * k, load_n(x + k * stride, n));
-}
 
 template <class T> INLINE void ssd_as(const SSD& a, Worker& worker) {
     const i64 H = a.heads, P = a.head_dim, G = a.groups, N = a.state, R = H / G, chunk = a.chunk, history = a.taps - 1;

@@ -1,0 +1,1 @@
+"""Gated delta rule: linear attention that erases before it writes."""
