@@ -43,7 +43,12 @@ def test_chunks_are_the_recurrence(shape, length: int, slow: bool) -> None:
     commit = length // 64 * 64
     o, u, committed = gated_delta(q, k, v, g, beta, v[:0], S, chunk=64, commit=commit)
     assert error(o, right) < 2e-6
-    assert error(committed, gated_delta_reference(*(x[:commit] for x in (q, k, v, g, beta)), S)[1] if commit else S.double()) < 2e-6
+    assert (
+        error(
+            committed, gated_delta_reference(*(x[:commit] for x in (q, k, v, g, beta)), S)[1] if commit else S.double()
+        )
+        < 2e-6
+    )
     # and from any cut in the open chunk
     cut = commit + (length - commit) // 2
     tail = slice(cut, None)
@@ -76,16 +81,12 @@ def test_gradients_are_those_of_the_recurrence() -> None:
     document = torch.ones(1, 70, dtype=torch.int64)
     weights = torch.randn(70, 2, 4, dtype=torch.double)
     ours = torch.autograd.grad((gated_delta_varlen(*leaves, document) * weights).sum(), leaves)
-    right = torch.autograd.grad(
-        (gated_delta_reference(*leaves, torch.zeros(2, 3, 4))[0] * weights).sum(), leaves
-    )
+    right = torch.autograd.grad((gated_delta_reference(*leaves, torch.zeros(2, 3, 4))[0] * weights).sum(), leaves)
     for a, b in zip(ours, right, strict=True):
         assert torch.allclose(a, b, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "changed", ["beta", "late decay", "head order", "no scale", "no norm"]
-)
+@pytest.mark.parametrize("changed", ["beta", "late decay", "head order", "no scale", "no norm"])
 def test_a_wrong_rule_is_seen(changed: str) -> None:
     """The comparison above can fail: each is a mistake to be expected."""
     q, k, v, g, beta, S = inputs((2, 4, 16, 24), 40)

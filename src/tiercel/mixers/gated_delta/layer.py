@@ -97,7 +97,11 @@ class GatedDelta(nn.Module):
         """q and k (L, G, K), v (L, H, V)."""
         c = self.config
         q, k, v = qkv_LC.split((c.keys, c.keys, c.values), -1)
-        return q.unflatten(-1, (c.key_heads, -1)), k.unflatten(-1, (c.key_heads, -1)), v.unflatten(-1, (c.value_heads, -1))
+        return (
+            q.unflatten(-1, (c.key_heads, -1)),
+            k.unflatten(-1, (c.key_heads, -1)),
+            v.unflatten(-1, (c.value_heads, -1)),
+        )
 
     def _rule(self, qkv_LC: Tensor, g_LH: Tensor, beta_LH: Tensor, state: RecurrentState | None) -> Tensor:
         """One sequence: convolution and rule → o (L, H · V) float32."""
