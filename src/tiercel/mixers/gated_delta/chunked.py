@@ -33,7 +33,7 @@ def gated_delta(
     chunk: int,
     commit: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs o (Q, H, V) and pseudo-values u (Q, H, V) of the new tokens, float32, and the state after `commit` inputs.
+    """Outputs o and pseudo-values u (Q, H, V) float32 of the new tokens, and the state after `commit` inputs.
 
     Args:
         q_QGK, k_LGK: as the convolution leaves them, not normalised.
