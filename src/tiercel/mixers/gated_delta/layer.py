@@ -96,12 +96,10 @@ class GatedDelta(nn.Module):
     def _heads(self, qkv_LC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q and k (L, G, K), v (L, H, V)."""
         c = self.config
-        q, k, v = qkv_LC.split((c.keys, c.keys, c.values), -1)
-        return (
-            q.unflatten(-1, (c.key_heads, -1)),
-            k.unflatten(-1, (c.key_heads, -1)),
-            v.unflatten(-1, (c.value_heads, -1)),
-        )
+        heads = (c.key_heads, c.key_heads, c.value_heads)
+        parts = qkv_LC.split((c.keys, c.keys, c.values), -1)
+        q, k, v = (part.unflatten(-1, (count, -1)) for part, count in zip(parts, heads, strict=True))
+        return q, k, v
 
     def _rule(self, qkv_LC: Tensor, g_LH: Tensor, beta_LH: Tensor, state: RecurrentState | None) -> Tensor:
         """One sequence: convolution and rule → o (L, H · V) float32."""
