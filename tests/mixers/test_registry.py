@@ -82,7 +82,8 @@ def test_the_parameters_of_a_config_are_those_of_its_network(name):
 def test_the_nasty_models_hold_every_mixer_and_feed_forward():
     layers = [layer for made in nasty.NASTY.values()
               for layer in from_hf({"model_type": made.family} | made.config).config.layers]  # fmt: skip
-    assert {mixer.kind for layer in layers for mixer in layer.mixers} == set(MIXERS)
+    in_families = {mixer.kind for layer in layers for mixer in layer.mixers}
+    assert in_families == set(MIXERS) - {"gated_delta"}  # a word of patterns, no family has it yet
     assert {layer.feed_forward.kind for layer in layers if layer.feed_forward} == set(FEED_FORWARDS)
 
 
@@ -107,8 +108,8 @@ def test_no_file_outside_mixers_and_families_names_a_mixer_class():
 @pytest.mark.parametrize("part, what", [("mixers", "mixer"), ("feed_forward", "feed-forward")])
 def test_an_unknown_kind_is_refused_by_name_and_the_known_are_listed(part, what):
     layer = {"mixers": [{"kind": "mamba1", "inner": 8, "state": 4, "dt_rank": 1}]}
-    layer[part] = [{"kind": "gated_delta"}] if part == "mixers" else {"kind": "gated_delta"}
-    with pytest.raises(FormatError, match=f"unknown {what} 'gated_delta'; known: ") as error:
+    layer[part] = [{"kind": "warp"}] if part == "mixers" else {"kind": "warp"}
+    with pytest.raises(FormatError, match=f"unknown {what} 'warp'; known: ") as error:
         ModelConfig.from_dict({"vocab_size": 9, "width": 8, "layers": [layer]})
     assert ("mamba2" if part == "mixers" else "moe") in str(error.value)
 
@@ -128,7 +129,9 @@ def test_a_kind_is_registered_once(registered):
 def test_its_config_goes_to_a_file_and_back(config):
     assert ModelConfig.from_dict(config.to_dict()) == config
     assert picture(config) == "(attention ∥ leaky + gated_mlp), 2 × (leaky + gated_mlp)"
-    with pytest.raises(RequestError, match="'leaky' in 'leaky' is not known; choose from attention, mamba1, mamba2"):
+    with pytest.raises(
+        RequestError, match="'leaky' in 'leaky' is not known; choose from attention, gated_delta, mamba1, mamba2"
+    ):
         pattern("leaky", width=8, vocab_size=9)
 
 
