@@ -2,6 +2,7 @@
 
     /api/…           {"error": "text"}                                            as Ollama
     /v1/…            {"error": {"message", "type", "param", "code"}}              as OpenAI
+    /v1/messages     {"type": "error", "error": {"type", "message"}}             as Anthropic
 
 No reply carries a path of this machine, a prompt or a traceback: our own errors are written for users, everything
 else becomes one sentence and a line in the log.
@@ -28,6 +29,11 @@ OPENAI_TYPES = {400: "invalid_request_error", 401: "invalid_request_error", 403:
                 404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error",
                 431: "invalid_request_error"}  # fmt: skip
 OPENAI_CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
+
+
+ANTHROPIC_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+                   413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
+                   504: "timeout_error"}  # fmt: skip
 
 
 class APIError(TiercelError):
@@ -81,6 +87,9 @@ def error_body(
     """The body of an error in the dialect of the route."""
     if not path.startswith("/v1"):
         return {"error": message}
+    if path.startswith("/v1/messages"):
+        kind = ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": message}}
     kind = OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code or OPENAI_CODES.get(status)}}
 

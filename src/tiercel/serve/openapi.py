@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import tiercel
+from tiercel.serve.anthropic import schemas as anthropic
 from tiercel.serve.errors import to_json
 from tiercel.serve.ollama import schemas as ollama
 from tiercel.serve.openai import schemas as openai
@@ -46,6 +47,8 @@ TABLE: list[RouteInfo] = [
     ("/v1/completions", "post", "Completions", openai.Completion, (404, 429, 504), (JSON, SSE)),
     ("/v1/embeddings", "post", "Embeddings", openai.EmbeddingsRequest, (404, 429), (JSON,)),
     ("/v1/responses", "post", "Responses, without storage", openai.ResponsesRequest, (404, 429, 504), (JSON, SSE)),
+    ("/v1/messages", "post", "Messages (Anthropic)", anthropic.Messages, (404, 429, 504), (JSON, SSE)),
+    ("/v1/messages/count_tokens", "post", "Tokens of messages", anthropic.CountTokens, (404, 429), (JSON,)),
     ("/v1/models", "get", "The models that are here", None, (), (JSON,)),
 ]
 COMMON = {400: "the request is refused; the body says why", 401: "an API key is needed", 403: "Host, Origin or this "

@@ -65,7 +65,7 @@ def prepare(
     model, options, fields = lease.loaded.model, options or PromptOptions(), dict(fields)
     tokenizer, chat = model.tokenizer, is_chat(prompt)
     form = tool_format(template_text(tokenizer)) if options.tools else None
-    if options.tools and form is None:
+    if options.tools and form is None and not options.forced:  # a forced call is read without the template's form
         raise RequestError(f'"{lease.served.name}" does not support tools')
     if is_chat(prompt):
         prompt_ids, turn_start = _encode_chat(lease, prompt, fields, options)
@@ -106,24 +106,42 @@ def _ids(lease: Lease, prompt: Prompt, max_tokens: int) -> list[int]:
     return [token for token in prompt if isinstance(token, int)]
 
 
+def encode_chat(
+    lease: Lease,
+    messages: list[Message],
+    variables: dict[str, Any],
+    options: PromptOptions,
+    max_tokens: int | None = None,
+) -> list[int]:
+    """Token ids of a conversation; what the template gets is put into `variables`.  Raises RequestError."""
+    tokenizer = lease.tokenizer
+    variables |= options.template
+    if options.think is not None and can_reason(template_text(tokenizer)):
+        variables.setdefault("enable_thinking", options.think not in (False, "none"))
+    if options.tools:
+        variables["tools"] = list(options.tools)
+    return tokenizer.chat(
+        messages,
+        continue_final=options.continue_final,
+        add_generation_prompt=options.add_generation_prompt,
+        max_tokens=max_tokens,
+        **variables,
+    )
+
+
 def _encode_chat(
     lease: Lease, messages: list[Message], fields: dict[str, Any], options: PromptOptions
 ) -> tuple[list[int], int | None]:
     """Token ids, and where the last user turn begins.  A reasoning effort sets its budget in `fields`."""
-    tokenizer, variables = lease.tokenizer, dict(options.template)
-    _set_thinking(tokenizer, fields, variables, options.think)
-    if options.tools:
-        variables["tools"] = list(options.tools)
-    ids = tokenizer.chat(
-        messages,
-        continue_final=options.continue_final,
-        add_generation_prompt=options.add_generation_prompt,
-        max_tokens=_max_tokens(lease.loaded.model, options),
-        **variables,
-    )
+    tokenizer, think = lease.tokenizer, options.think
+    max_tokens = _max_tokens(lease.loaded.model, options)
+    variables: dict[str, Any] = {}
+    ids = encode_chat(lease, messages, variables, options, max_tokens)
+    budget = REASONING_TOKENS.get(think) if isinstance(think, str) else 0 if think is False else None
+    if budget is not None and can_reason(template_text(tokenizer)):
+        fields.setdefault("thinking_budget", budget)
     # a state whose rollback depth covers the prompt needs no snapshot at a turn
-    fits = len(ids) <= _max_tokens(lease.loaded.model, options)
-    splits = fits and 0 < lease.loaded.engine.engine.rollback_tokens < len(ids)
+    splits = len(ids) <= max_tokens and 0 < lease.loaded.engine.engine.rollback_tokens < len(ids)
     return ids, _turn_start(tokenizer, messages, ids, variables) if splits else None
 
 
@@ -134,16 +152,6 @@ def check_ids(model: Model, ids: Sequence[int]) -> None:
         raise RequestError("the prompt is empty: it needs at least one token")
     if min(ids) < 0 or max(ids) >= size:
         raise RequestError(f"token ids are from 0 to {size - 1}")
-
-
-def _set_thinking(tokenizer: Tokenizer, fields: dict[str, Any], variables: dict[str, Any], think: Think) -> None:
-    """Switch reasoning by the variable templates use; an effort is also a budget in tokens."""
-    if think is None or not can_reason(template_text(tokenizer)):
-        return
-    variables.setdefault("enable_thinking", think not in (False, "none"))
-    budget = REASONING_TOKENS.get(think) if isinstance(think, str) else 0 if think is False else None
-    if budget is not None:
-        fields.setdefault("thinking_budget", budget)
 
 
 def _turn_start(tokenizer: Tokenizer, messages: list[Message], ids: list[int], variables: dict[str, Any]) -> int | None:

@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from tiercel.serve import openapi
+from tiercel.serve.anthropic import messages
 from tiercel.serve.errors import to_json
 from tiercel.serve.ollama import blobs, manage, show
 from tiercel.serve.ollama import chat as ollama_chat
@@ -67,6 +68,8 @@ def routes() -> list[Route]:
         ("/v1/completions", completions.completions, ["POST"]),
         ("/v1/embeddings", embeddings.embeddings, ["POST"]),
         ("/v1/responses", responses.responses, ["POST"]),
+        ("/v1/messages", messages.messages, ["POST"]),
+        ("/v1/messages/count_tokens", messages.count_tokens, ["POST"]),
         ("/v1/models", models.models, ["GET"]),
         ("/v1/models/{model:path}", models.model, ["GET"]),
     ]

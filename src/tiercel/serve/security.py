@@ -29,7 +29,8 @@ HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)(
 APP_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")  # pages of programs on this machine
 OPEN = frozenset({"/health"})
 ALLOW_HEADERS = (
-    "Authorization, Content-Type, User-Agent, Accept, X-Requested-With, OpenAI-Beta, OpenAI-Organization, "
+    "Authorization, X-Api-Key, Anthropic-Version, Anthropic-Beta, Anthropic-Dangerous-Direct-Browser-Access, "
+    "Content-Type, User-Agent, Accept, X-Requested-With, OpenAI-Beta, OpenAI-Organization, "
     "OpenAI-Project, x-stainless-arch, x-stainless-async, x-stainless-custom-poll-interval, x-stainless-helper-method, "
     "x-stainless-lang, x-stainless-os, x-stainless-package-version, x-stainless-poll-helper, x-stainless-retry-count, "
     "x-stainless-runtime, x-stainless-runtime-version, x-stainless-timeout"
@@ -68,7 +69,7 @@ class SecurityMiddleware:
         if scope["method"] == "OPTIONS" and origins and _values(headers, b"access-control-request-method"):
             await _preflight(send)
             return
-        number = self.which_key(_values(headers, b"authorization"))
+        number = self.which_key(_credentials(headers))
         if number is None:
             await self._ask_for_key(scope, receive, send)
             return
@@ -100,11 +101,11 @@ class SecurityMiddleware:
             return False
         return rest == host.lower() or is_loopback(re.sub(r":[0-9]{1,5}$", "", rest))
 
-    def which_key(self, values: list[str]) -> int | None:
+    def which_key(self, values: list[str | None]) -> int | None:
         """The number of the key that was given; 0 where none is needed, None: refused."""
         if not self._keys:
             return 0
-        given = _digest((_credential(values[0]) if len(values) == 1 else None) or "")
+        given = _digest((values[0] if len(values) == 1 else None) or "")
         same = [hmac.compare_digest(given, key) for key in self._keys]  # all of them, in constant time
         return same.index(True) if any(same) else None
 
@@ -123,6 +124,12 @@ def _digest(text: str) -> bytes:
 
 def _values(headers: list[tuple[bytes, bytes]], name: bytes) -> list[str]:
     return [value.decode("latin-1") for key, value in headers if key == name]
+
+
+def _credentials(headers: list[tuple[bytes, bytes]]) -> list[str | None]:
+    """The keys of a request: of Authorization, or of X-Api-Key (Anthropic's clients)."""
+    found = [_credential(value) for value in _values(headers, b"authorization")]
+    return found or list(_values(headers, b"x-api-key"))
 
 
 def _credential(header: str) -> str | None:

@@ -159,7 +159,10 @@ class EventSourceResponse(NDJSONResponse):
 
 
 class NamedEventSourceResponse(EventSourceResponse):
-    """Server-sent events with their type before them."""
+    """Server-sent events with their type before them; the last one is the end."""
+
+    def error_frame(self, error: Exception) -> bytes:
+        return NDJSONResponse.error_frame(self, error)
 
     def frame(self, event: Json | str) -> bytes:
         assert isinstance(event, dict)
