@@ -34,7 +34,8 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.device_sampler import DeviceSampler
 from tiercel.model.gpu_layout import place
 from tiercel.model.gpu_runner import prefill as read
-from tiercel.model.layers import Embedding, Linear, deviation, fresh, initialize, set_weight
+from tiercel.model.initialize import deviation, fresh, initialize
+from tiercel.model.layers import Embedding, Linear, set_weight
 from tiercel.model.pages import PAGE
 from tiercel.model.parameters import parameters
 from tiercel.model.state_cache import StateCache

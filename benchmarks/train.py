@@ -13,7 +13,7 @@ import torch
 
 from tiercel.families.pattern import pattern
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import initialize
+from tiercel.model.initialize import initialize
 from tiercel.train.data import Batches, Documents
 from tiercel.train.loop import Settings, fit
 

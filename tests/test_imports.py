@@ -6,6 +6,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import grimp
 import pytest
 
 import tiercel
@@ -18,6 +19,15 @@ def test_import_contracts_hold():
     done = subprocess.run([sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()",
                            "--no-cache", "--no-logo"], cwd=SRC.parents[1], capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports inside functions count, those for type checkers do not."""
+    graph = grimp.build_graph("tiercel", exclude_type_checking_imports=True, cache_dir=None)
+    left = {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
+    while leaves := {module for module, imported in left.items() if not imported & set(left)}:
+        left = {module: imported for module, imported in left.items() if module not in leaves}
+    assert not left, f"in a cycle, or importing one: {sorted(left)}"
 
 
 def test_every_part_is_in_a_layer():

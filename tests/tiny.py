@@ -11,7 +11,7 @@ from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, pattern, rows
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import initialize
+from tiercel.model.initialize import initialize
 from tiercel.sampling.params import SamplingParams
 from tiercel.weights.export import NetworkSource, export
 

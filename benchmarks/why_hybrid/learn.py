@@ -18,7 +18,7 @@ from tasks import IGNORE, NOISE, Task
 from torch import Tensor
 
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import initialize
+from tiercel.model.initialize import initialize
 from tiercel.model.varlen import CHUNK, VarlenBatch
 from tiercel.train.optim import adamw, clip, rate
 

@@ -18,7 +18,7 @@ from tiercel.engine.engine import Engine
 from tiercel.errors import FormatError, ModelNotFound, RequestError, UnsupportedError
 from tiercel.hub import local_models
 from tiercel.model.layers import named_weights
-from tiercel.ops.linear import QTensor, multiply_reference
+from tiercel.ops.qtensor import QTensor, multiply_reference
 from tiercel.train.causal_lm import CausalLM, coverage
 from tiercel.train.lora import adapt, matched, save
 from tiercel.train.lora_layer import LowRank, kept

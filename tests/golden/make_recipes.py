@@ -68,7 +68,7 @@ def fresh_network(layout: Any, dtype: Any) -> Any:
     import torch
 
     from tiercel.model.decoder import Decoder
-    from tiercel.model.layers import initialize
+    from tiercel.model.initialize import initialize
 
     with torch.no_grad():
         network = Decoder(layout.config)

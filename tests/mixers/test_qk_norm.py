@@ -13,7 +13,7 @@ from tiercel.model.cuda_graphs import CUDAGraphRunner
 from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import place
 from tiercel.model.gpu_runner import prefill
-from tiercel.model.layers import initialize
+from tiercel.model.initialize import initialize
 from tiercel.model.state_cache import StateCache
 
 

@@ -24,7 +24,7 @@ from tiercel.mixers.spec import Cost
 from tiercel.model import state_file
 from tiercel.model.config import LayerConfig, ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import initialize
+from tiercel.model.initialize import initialize
 from tiercel.model.parameters import parameters
 from tiercel.plan import kv_bytes_per_token, open_bytes, parameter_count, state_bytes
 from tiercel.plan import pattern as picture

@@ -9,7 +9,7 @@ import tiny
 from tiercel.errors import RequestError
 from tiercel.model.layers import named_weights, set_weight
 from tiercel.ops.cpu import native
-from tiercel.ops.linear import QTensor
+from tiercel.ops.qtensor import QTensor
 
 needs_kernels = pytest.mark.skipif(not native.available, reason="no native kernels here")
 

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from tiercel.errors import RequestError
 from tiercel.families.pattern import pattern
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import initialize
+from tiercel.model.initialize import initialize
 from tiercel.model.tensor_parallel import shard
 
 SIZES = dict(width=24, vocab_size=97, heads=6, kv_heads=2, head_dim=10, ffn_width=40, repeat=2, chunk=16, norm_eps=1e-2)

@@ -15,7 +15,7 @@ from tiercel.model.gpu_layout import place
 from tiercel.model.gpu_runner import prefill
 from tiercel.model.layers import Embedding, Linear, set_weight
 from tiercel.model.state_cache import StateCache
-from tiercel.ops.linear import QTensor
+from tiercel.ops.qtensor import QTensor
 from tiercel.ops.triton.linear import on_device
 from tiercel.ops.triton.norm import rms_norm
 from tiercel.ops.triton.rounded import rounded

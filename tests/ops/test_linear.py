@@ -5,7 +5,7 @@ import torch
 
 from tiercel import quant
 from tiercel.ops.cpu import native
-from tiercel.ops.linear import NUMBERS, QTensor, multiply_reference
+from tiercel.ops.qtensor import NUMBERS, QTensor, multiply_reference
 
 TYPES = [*quant.PACKED_TYPES, *NUMBERS]
 FORMS = [*TYPES, *(["BF16_12"] if native.available else [])]  # bfloat16 once it is complete

@@ -20,7 +20,7 @@ from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, read_file, rows
 from tiercel.hub import local_models, store
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import initialize
+from tiercel.model.initialize import initialize
 from tiercel.problems import conversations
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.export import NetworkSource, export

@@ -12,7 +12,7 @@ import torch
 import tiercel
 import tiny
 from tiercel.errors import FormatError, RequestError, TiercelError
-from tiercel.model.layers import initialize
+from tiercel.model.initialize import initialize
 from tiercel.problems import FAMILIES
 from tiercel.sampling.params import SamplingParams
 from tiercel.train import rewards

@@ -17,7 +17,8 @@ from tiercel.weights import fidelity, importance
 from tiercel.weights.checkpoint import open_checkpoint, parameter_shapes
 from tiercel.weights.export import NetworkSource, export
 from tiercel.weights.load import load
-from tiercel.weights.quantize import quantize, quantized
+from tiercel.weights.quantize import quantize
+from tiercel.weights.quantized import quantized
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from make_recipes import CONFIGS, fresh_network

@@ -26,7 +26,7 @@ from tiercel.families.pattern import PATTERN, pattern, rows
 from tiercel.model.cpu_runner import CPURunner
 from tiercel.model.decoder import Decoder
 from tiercel.model.state import State
-from tiercel.ops.linear import QTensor, row_bytes
+from tiercel.ops.qtensor import QTensor, row_bytes
 from tiercel.plan.machines import FEW_ROWS, LARGE_SHAPE, LAYERS, MANY_ROWS, PROBE_BYTES, PROBES, SMALL_SHAPE, Piece
 from tiercel.quant import panel_bytes
 

@@ -14,7 +14,8 @@ from tiercel.weights import importance as importances
 from tiercel.weights.checkpoint import Checkpoint, open_checkpoint
 from tiercel.weights.fidelity import Report, measure, table
 from tiercel.weights.load import load
-from tiercel.weights.quantize import quantize, quantized, recipe_named
+from tiercel.weights.quantize import quantize
+from tiercel.weights.quantized import quantized, recipe_named
 
 LONGEST_TEXT = 64 << 20
 Bar = Callable[[str, int, int], None]  # (what, done, total)

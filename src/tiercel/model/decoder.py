@@ -24,7 +24,7 @@ from tiercel.model.lora import Adapters
 from tiercel.model.state import State
 from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.cpu import native
-from tiercel.ops.linear import QTensor, torch_multiplies_bf16
+from tiercel.ops.qtensor import QTensor, torch_multiplies_bf16
 from tiercel.runtime.allocator import CachingAllocator, default_allocator
 
 

@@ -16,7 +16,8 @@ from tiercel.mixers.spec import ModuleSpec
 from tiercel.model.layers import Linear, set_weight
 from tiercel.model.parameters import parameters
 from tiercel.ops import triton
-from tiercel.ops.linear import QTensor, linear
+from tiercel.ops.linear import linear
+from tiercel.ops.qtensor import QTensor
 
 if TYPE_CHECKING:
     from tiercel.model.block import Block

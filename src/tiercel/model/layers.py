@@ -1,13 +1,12 @@
 """The parts that hold parameters: Linear, Embedding, RMSNorm.
 
 None of them initialises itself: weights come from a checkpoint, or from `initialize` for a new network.
-A matrix is a plain Parameter, to be trained, or a QTensor, to be run (ops/linear.py); who multiplies with it does not
+A matrix is a plain Parameter, to be trained, or a QTensor, to be run (ops/qtensor.py); who multiplies with it does not
 ask which.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiercel.mixers.spec import Param
 from tiercel.model.lora import LoRADelta
-from tiercel.model.parameters import parameters
 from tiercel.ops.cpu import native
-from tiercel.ops.linear import QTensor, linear
+from tiercel.ops.linear import linear
 from tiercel.ops.norm import add_rms_norm, rms_norm
+from tiercel.ops.qtensor import QTensor
 
 if TYPE_CHECKING:
-    from tiercel.model.decoder import Decoder
+    pass
 
 Matrix = Tensor | QTensor
 Precomputed = Mapping[nn.Module, Tensor]  # answers of Linears that were computed together with others
@@ -118,42 +116,3 @@ def pack(weight: Tensor) -> QTensor | list[QTensor] | None:
 def fast_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 at full speed, by our kernels or torch's; otherwise float32 is faster."""
     return native.available or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@torch.no_grad()
-def initialize(network: Decoder, seed: int = 0) -> None:
-    """Draw fresh weights for training, in place: the same seed gives the same network."""
-    g = torch.Generator().manual_seed(seed)
-    depth, table = len(network.config.layers), parameters(network.config)
-    for name, p in network.named_parameters():
-        p.copy_(fresh(table[name], depth, g))
-
-
-def fresh(param: Param, depth: int, g: torch.Generator) -> Tensor:
-    """A new parameter of a network of `depth` layers, float32.
-
-    Matrices N(0, `deviation`²); Mamba parameters as the papers draw them: A uniform in 1 … 16 per head (Mamba-2)
-    or 1 … N per state (Mamba-1), D = 1, dt log-uniform in [0.001, 0.1] stored through the inverse of softplus.
-    """
-    shape = param.shape
-    if param.init == "dt_bias":
-        dt = torch.exp(torch.rand(shape, generator=g) * math.log(100.0) + math.log(0.001))
-        return dt + torch.log(-torch.expm1(-dt))
-    if param.init == "A_log" and len(shape) == 1:
-        return torch.log(1 + 15 * torch.rand(shape, generator=g))
-    if param.init == "A_log":
-        return torch.log(torch.arange(1, shape[1] + 1)).expand(*shape)
-    if param.init in ("ones", "zeros"):
-        return torch.full(shape, float(param.init == "ones"))
-    return torch.randn(shape, generator=g) * deviation(param, depth)
-
-
-def deviation(param: Param, depth: int) -> float:
-    """The spread of a fresh matrix, convolution or stack of expert matrices: fan-in^−½, fan-in being the last axis.
-
-    Smaller by √(2 · depth) where it writes into the residual stream; 0.02 for the embedding.
-    """
-    if param.init == "embedding":
-        return 0.02
-    std = param.shape[-1] ** -0.5
-    return std / math.sqrt(2 * depth) if param.init == "residual" else std

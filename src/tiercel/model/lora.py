@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tiercel.errors import RequestError
 from tiercel.ops.cpu import native
-from tiercel.ops.linear import QTensor, linear
+from tiercel.ops.linear import linear
+from tiercel.ops.qtensor import QTensor
 
 Pair = tuple[Tensor | QTensor, Tensor | QTensor]
 

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tiercel.ops.linear import QTensor, linear
+from tiercel.ops.linear import linear
 from tiercel.ops.pointwise import gate, gate_reference
+from tiercel.ops.qtensor import QTensor
 
 Experts = Tensor | Sequence[QTensor]  # one matrix for each
 

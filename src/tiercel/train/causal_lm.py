@@ -25,7 +25,7 @@ from tiercel.families.family import Layout, Runs
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import Linear, named_weights
 from tiercel.model.varlen import VarlenBatch
-from tiercel.ops.linear import QTensor
+from tiercel.ops.qtensor import QTensor
 from tiercel.train.loss import chunked_cross_entropy, learns
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@
     lora("smollm2", "chats.jsonl", Settings(...), quantize="q4_k_m")          over packed weights
 
 Packed matrices are multiplied by the inference kernels; the backward unpacks them block by block
-(`ops.linear.Product`); frozen ones of bfloat16 by torch where the CPU multiplies that fast, and the products of
+(`ops.qtensor.Product`); frozen ones of bfloat16 by torch where the CPU multiplies that fast, and the products of
 attention and scans between them are rounded alike.  What learns is float32.  `out` is an adapter in PEFT's form, with
 the checkpoint's own names.
 """

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from tiercel.errors import RequestError
 from tiercel.families.family import Runs
 from tiercel.ops.cpu import training
-from tiercel.ops.linear import QTensor
+from tiercel.ops.qtensor import QTensor
 
 
 class LoraLinear(lora.Linear):

@@ -16,7 +16,7 @@ from tiercel.families.pattern import PATTERN, read_file
 from tiercel.families.pattern import rows as pattern_rows
 from tiercel.hub import local_models
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import initialize
+from tiercel.model.initialize import initialize
 from tiercel.plan import check_fits, parameter_count
 from tiercel.quant import PACKED_TYPES
 from tiercel.tokenizer.tokenizer import Tokenizer

@@ -22,7 +22,7 @@ from tiercel.mixers.attention.rotary import frequencies
 from tiercel.mixers.spec import Transform
 from tiercel.model.decoder import Decoder
 from tiercel.model.layers import named_weights
-from tiercel.ops.linear import QTensor
+from tiercel.ops.qtensor import QTensor
 from tiercel.quant import PACKED_TYPES, PACKINGS, recipes
 from tiercel.quant.recipes import file_type
 from tiercel.runtime.atomic import atomic_write

@@ -26,7 +26,7 @@ from tiercel.quant import PACKED_TYPES
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import Source
 from tiercel.weights.load import build, fill, put, row_blocks
-from tiercel.weights.quantize import Quantized
+from tiercel.weights.quantized import Quantized
 
 MARKS = (512, 8192)
 SPAN = 64

@@ -23,9 +23,10 @@ from tiercel.families.pattern import PATTERN, read_file
 from tiercel.families.pattern import rows as pattern_rows
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import fast_bf16, initialize, named_weights, set_weight
+from tiercel.model.initialize import initialize
+from tiercel.model.layers import fast_bf16, named_weights, set_weight
 from tiercel.ops.cpu import native
-from tiercel.ops.linear import NUMBERS, QTensor
+from tiercel.ops.qtensor import NUMBERS, QTensor
 from tiercel.plan import check_fits, parameter_count
 from tiercel.quant import PACKED_TYPES, held_bytes, row_bytes
 from tiercel.runtime.workspace import give_back
@@ -69,7 +70,7 @@ def load(
     checkpoint = open_checkpoint(path)
     source: Source = checkpoint
     if quantize is not None:
-        from tiercel.weights.quantize import quantized
+        from tiercel.weights.quantized import quantized
 
         if dtype != "auto":
             raise RequestError(f"choose one: dtype={dtype!r} or quantize={quantize!r}")

@@ -24,7 +24,7 @@ from torch import Tensor
 from tiercel.errors import RequestError
 from tiercel.families.family import Layout, TensorMapping
 from tiercel.mixers.spec import Param
-from tiercel.model.layers import deviation, fresh
+from tiercel.model.initialize import deviation, fresh
 from tiercel.model.parameters import parameters
 from tiercel.quant import BLOCKS, PACKED_TYPES, dequantize, recipes, row_bytes
 from tiercel.quant.nf4 import LEVELS

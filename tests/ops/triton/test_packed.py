@@ -7,8 +7,8 @@ pytest.importorskip("triton", reason="pip install triton")
 
 from ops.triton.conftest import DEVICE
 from tiercel import quant
-from tiercel.ops.linear import QTensor
 from tiercel.ops.pointwise import gate_reference
+from tiercel.ops.qtensor import QTensor
 from tiercel.ops.triton import tiled
 from tiercel.ops.triton.linear import TYPES, gated, on_device, plain
 from tiercel.ops.triton.tiled import Tile

@@ -132,7 +132,7 @@ def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return y
 
 
-# ── matrices: see ops/linear.py
+# ── matrices: see ops/qtensor.py
 
 FORMATS: dict[str, int] = {} if extension is None else {name: i for i, name in enumerate(extension.formats)}
 SUPER_BLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiercel import quant
-from tiercel.ops.linear import QTensor
+from tiercel.ops.qtensor import QTensor
 from tiercel.ops.triton import FEW, interpreted, tiled
 from tiercel.ops.triton.activation import activated
 from tiercel.ops.triton.launch import early, others_done
