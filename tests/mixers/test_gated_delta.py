@@ -14,7 +14,7 @@ from tiercel.mixers.gated_delta.reference import gated_delta_reference
 from tiercel.mixers.gated_delta.varlen import gated_delta_varlen
 from tiercel.model.config import LayerConfig, ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.layers import initialize
+from tiercel.model.initialize import initialize
 from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.cpu import native
 

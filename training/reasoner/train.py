@@ -32,7 +32,7 @@ from tiercel.families.family import Layout  # noqa: E402
 from tiercel.families.pattern import PATTERN, read_file  # noqa: E402
 from tiercel.families.pattern import rows as table  # noqa: E402
 from tiercel.model.decoder import Decoder  # noqa: E402
-from tiercel.model.layers import initialize  # noqa: E402
+from tiercel.model.initialize import initialize  # noqa: E402
 from tiercel.train.data import Batches, Documents, Rows, make_rows  # noqa: E402
 from tiercel.train.loop import Settings, autocast, fit  # noqa: E402
 from tiercel.weights.load import NetworkSource, export  # noqa: E402
