@@ -6,12 +6,12 @@ import sys
 import pytest
 import torch
 
-from tiercel.runtime.allocator import ALIGN
-from tiercel.runtime.workspace import KEPT, LARGE, give_back, passing
+from tiercel.runtime.allocator import ALIGNMENT_BYTES
+from tiercel.runtime.workspace import MAX_FREE_BYTES, MIN_WORKSPACE_BYTES, trim, workspace
 
 READING = """
 import torch
-from tiercel.runtime.workspace import give_back, passing
+from tiercel.runtime.workspace import trim, workspace
 
 def resident():
     with open("/proc/self/statm") as file:
@@ -28,31 +28,34 @@ for size in 8 * (2_700_000, 11_600_000, 5_300_000, 21_200_000, 21_200_000, 31_00
             matrices.append(empty(size))
         matrices[-1][start : start + block] = rows
 del rows
-give_back()
+trim()
 print(resident() - before - sum(len(matrix) for matrix in matrices))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux tells it")
-@pytest.mark.parametrize("make", ["passing", "empty"])
+@pytest.mark.parametrize("make", ["workspace", "empty"])
 def test_a_model_that_was_read_in_pieces_takes_its_own_bytes(make):
     command = [sys.executable, "-c", READING.format(make=make)]
     beside = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert beside < 20e6  # by itself: 170 MB after these eight layers, more with each
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, LARGE - 1, LARGE, LARGE + 1, 3 * LARGE + 7, KEPT + 1])
+LARGE = MIN_WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, LARGE - 1, LARGE, LARGE + 1, 3 * LARGE + 7, MAX_FREE_BYTES + 1])
 def test_pieces_are_aligned_and_can_be_written_to(nbytes):
-    pieces = [passing(nbytes) for _ in range(3)]
+    pieces = [workspace(nbytes) for _ in range(3)]
     for value, piece in enumerate(pieces):
         piece.fill_(value)
     for value, piece in enumerate(pieces):
         assert piece.dtype == torch.uint8 and piece.shape == (nbytes,) and (piece == value).all()
-        assert nbytes == 0 or piece.data_ptr() % ALIGN == 0
+        assert nbytes == 0 or piece.data_ptr() % ALIGNMENT_BYTES == 0
 
 
 def test_a_view_keeps_its_piece():
-    part = passing(2 * LARGE).fill_(7)[LARGE:]
-    give_back()
-    others = [passing(2 * LARGE).fill_(1) for _ in range(4)]
+    part = workspace(2 * MIN_WORKSPACE_BYTES).fill_(7)[MIN_WORKSPACE_BYTES:]
+    trim()
+    others = [workspace(2 * MIN_WORKSPACE_BYTES).fill_(1) for _ in range(4)]
     assert (part == 7).all() and len(others) == 4

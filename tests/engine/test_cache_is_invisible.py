@@ -57,7 +57,7 @@ def watched(monkeypatch):
         return sample(self, logits_V)
 
     monkeypatch.setattr(OutputProcessor, "sample", record)
-    monkeypatch.setattr(pool, "spoil", True)
+    monkeypatch.setattr(pool, "poison", True)
 
 
 class Guesser:

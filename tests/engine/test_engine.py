@@ -390,13 +390,13 @@ def test_updates_add_up_to_the_answer(net):
 
 @pytest.fixture
 def slabs_for_small_things(monkeypatch):
-    monkeypatch.setattr(CachingAllocator, "SMALL", 1)
-    monkeypatch.setattr(CachingAllocator, "SLAB", 1 << 20)
-    monkeypatch.setattr(CachingAllocator, "STEP", 1 << 14)
+    monkeypatch.setattr(CachingAllocator, "SMALL_BLOCK_BYTES", 1)
+    monkeypatch.setattr(CachingAllocator, "SEGMENT_BYTES", 1 << 20)
+    monkeypatch.setattr(CachingAllocator, "PREFAULT_BYTES", 1 << 14)
 
 
 def touched(pool):
-    return sum(slab.touched for slab in pool.slabs)
+    return sum(segment.touched for segment in pool.segments)
 
 
 @pytest.mark.usefixtures("slabs_for_small_things")
@@ -427,8 +427,8 @@ def test_no_more_memory_is_at_hand_than_slots_and_cache_may_take():
         run(e)
         while e.prefault():
             pass
-        slack = CachingAllocator.STEP * torch.get_num_threads()
-        assert e.runner.allocator.nbytes + e.cache.nbytes <= running + 200_000 + slack + CachingAllocator.SLAB
+        slack = CachingAllocator.PREFAULT_BYTES * torch.get_num_threads()
+        assert e.runner.allocator.nbytes + e.cache.nbytes <= running + 200_000 + slack + CachingAllocator.SEGMENT_BYTES
     off = engine(tiny.network(), slots=3, cache_bytes=0)
     while off.prefault():
         pass

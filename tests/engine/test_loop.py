@@ -175,8 +175,8 @@ def test_a_reader_that_is_far_behind_is_cut_off_and_the_log_says_so(net, monkeyp
 
 
 def test_an_engine_that_rests_sees_to_memory_and_still_answers_at_once(monkeypatch):
-    monkeypatch.setattr(CachingAllocator, "SMALL", 1)
-    monkeypatch.setattr(CachingAllocator, "STEP", 1 << 14)
+    monkeypatch.setattr(CachingAllocator, "SMALL_BLOCK_BYTES", 1)
+    monkeypatch.setattr(CachingAllocator, "PREFAULT_BYTES", 1 << 14)
     monkeypatch.setattr(loop, "IDLE_SECONDS", 0.01)
     net = tiny.network()
 

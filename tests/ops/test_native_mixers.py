@@ -52,7 +52,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     before, threads = native.extension.isa(), native.extension.threads()
     native.extension.choose(request.param)
     monkeypatch.setattr(native, "empty", lambda *shape: torch.full(shape, math.nan))
-    monkeypatch.setattr(pool, "spoil", True)
+    monkeypatch.setattr(pool, "poison", True)
     yield request.param
     native.extension.choose(before)
     native.extension.set_threads(threads)

@@ -26,8 +26,8 @@ def prefault(core: EngineCore) -> bool:
         running, left = core.memory_targets
         wanted = running + max(0, min(left, core.cache.budget - core.cache.nbytes))
         allocator = core.runner.allocator
-        allocator.keep = wanted + allocator.SLAB  # whole segments go back
-        return allocator.ahead(wanted)
+        allocator.max_free_bytes = wanted + allocator.SEGMENT_BYTES  # whole segments go back
+        return allocator.prefault(wanted)
     return False
 
 

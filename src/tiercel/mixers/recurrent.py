@@ -52,7 +52,7 @@ class RecurrentState(LayerState):
         self._pending = {b.name: b for b in table if b.lifetime == "pending"}
         self._sequence = [b.name for b in table if b.lifetime == "sequence"]
         self._scratch = [b.name for b in table if b.lifetime == "scratch"]
-        inputs = allocator.several(
+        inputs = allocator.empty_many(
             {
                 name: (memory_shape(b, b.history + 2 * self.chunk), dtype_of(b, dtype))
                 for name, b in self._pending.items()
@@ -65,7 +65,7 @@ class RecurrentState(LayerState):
                 self._buffers[b.name] = inputs[b.name].movedim(b.token_dim, 0)
                 self._buffers[b.name][: b.history] = 0
             else:
-                whole = allocator.one(*b.shape, dtype=dtype_of(b, dtype), device=device)
+                whole = allocator.empty(*b.shape, dtype=dtype_of(b, dtype), device=device)
                 self._buffers[b.name] = whole.zero_()
         self._with_new: dict[str, Tensor] = {}
 
@@ -160,11 +160,11 @@ class RecurrentState(LayerState):
         """Copies of `tensors`; but the sequence buffers themselves where the state is not used any more."""
         kept = self.tensors()
         inputs = {name: kept[name] for name in self._pending}
-        copies = self.allocator.several({name: (t.shape, t.dtype) for name, t in inputs.items()}, self.device)
+        copies = self.allocator.empty_many({name: (t.shape, t.dtype) for name, t in inputs.items()}, self.device)
         out = {name: copy.copy_(inputs[name]) for name, copy in copies.items()}
         for name in self._sequence:
             if (t := kept.get(name)) is not None:
-                out[name] = t if ending else self.allocator.one(*t.shape, dtype=t.dtype, device=self.device).copy_(t)
+                out[name] = t if ending else self.allocator.empty(*t.shape, dtype=t.dtype, device=self.device).copy_(t)
         return out
 
     def load(self, tensors: Mapping[str, Tensor], length: int, committed_pos: int) -> None:

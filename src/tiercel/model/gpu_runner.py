@@ -72,7 +72,7 @@ class GPURunner:
 
     def memory_targets(self, slots: int) -> tuple[int, int]:
         """See `Runner.memory_targets`: slots have their memory, only snapshots need some."""
-        return self.allocator.KEEP, 0
+        return self.allocator.MAX_FREE_BYTES, 0
 
     def new_state(self, adapter: str | None = None) -> SlotHandle:
         """See `Runner.new_state`."""
@@ -199,7 +199,7 @@ class SlotHandle:
         numbers = group.on_device([group.numbers[self.slot][i] for i in which])
         flat = torch.cat([layer.read(numbers) for layer in group.layers], 1).cpu()
         allocator = self.runner.allocator
-        return [Page(allocator.one(len(row), dtype=row.dtype, device=row.device).copy_(row)) for row in flat]
+        return [Page(allocator.empty(len(row), dtype=row.dtype, device=row.device).copy_(row)) for row in flat]
 
     def restore(self, snapshot: Snapshot) -> None:
         """Set the state to a snapshot of the same network.

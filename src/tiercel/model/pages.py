@@ -136,7 +136,7 @@ class Pages:
             self.held.append(page)
 
     def _new(self) -> Page:
-        return Page(self.allocator.one(self.size, dtype=self.dtype, device=self.device))
+        return Page(self.allocator.empty(self.size, dtype=self.dtype, device=self.device))
 
     def cut(self, length: int) -> None:
         """Release the pages wholly behind the first `length` tokens."""

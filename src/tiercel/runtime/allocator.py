@@ -1,14 +1,14 @@
-"""Memory that texts leave each other.
+"""Caching allocator for the states of sequences.
 
-What a text remembers is megabytes, written once and given up a second later: pages of keys and values, a recurrent
-state and its open inputs, snapshots of both.  From the system such memory is slow every time.  It comes in small pages,
-each cleaned when it is touched first, and goes back as soon as it is free.  That is 3 GB/s on our machine, and 0.4 in a
-virtual one whose host has to find the memory, too: 100 ms for a snapshot of a 0.5B.
+A state is megabytes, written once and given up a second later: KV pages, a recurrent state and its pending inputs,
+snapshots of both.  From the system such memory is slow every time: it comes in small pages, each cleared when it is
+first touched, and returns to the system as soon as it is free.  That is 3 GB/s on one machine, and 0.4 in a virtual
+one whose host has to find the memory, too: 100 ms for a snapshot of a 0.5B.
 
-So a network has a pool: slabs in the system's large pages, and in them runs of bytes, each a tensor's memory.  A run is
-free again the moment the last view of it is gone: Python counts.  Free neighbours become one, a new run is the first
-that fits, where memory was used before if possible, and whole slabs go back when more is free than is kept.  `ahead`
-touches memory for those who will come.
+So an allocator has segments in the system's large pages, and in them blocks, each the memory of tensors.  A block is
+free again the moment the last view of it is gone (reference counting).  Free neighbours are joined; a new block is the
+first that fits, where memory was touched before if possible; whole segments go back when more is free than is kept.
+`prefault` touches memory before it is needed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-spoil = os.environ.get("TIERCEL_SPOIL") == "1"  # fill memory with NaN when it is new and when it is free: for tests
+poison = os.environ.get("TIERCEL_POISON") == "1"  # fill memory with NaN when it is new and when it is free: for tests
 
-HUGE = 2 << 20  # bytes of the system's large pages
-ALIGN = 64  # bytes of a cache line
+HUGE_PAGE_BYTES = 2 << 20
+ALIGNMENT_BYTES = 64  # a cache line
 
 Shape = tuple[Sequence[int], torch.dtype]
 
 
-def mapped(nbytes: int) -> np.ndarray:
-    """So many bytes (uint8) from the system itself, in its large pages where it has some; they go back to it whole."""
+def map_memory(nbytes: int) -> np.ndarray:
+    """Return bytes (uint8) from the system, in its large pages where it has some; they go back to it whole."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
     # private: what Python maps by default is shared, and gets no large pages
@@ -48,37 +48,40 @@ def mapped(nbytes: int) -> np.ndarray:
 
 
 def memory(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory of nobody's pool, that can be written to in and out of inference mode."""
+    """Return memory of no allocator, which can be written in and out of inference mode."""
     with torch.inference_mode(False):
         new = torch.empty(shape, dtype=dtype, device=device)
-    return new.fill_(torch.nan) if spoil else new
+    return new.fill_(torch.nan) if poison else new
 
 
 class Block(np.ndarray):
-    """Some bytes of a slab.  numpy's own views of it have no `slab`: only the one that a tensor holds gives it back."""
+    """Some bytes of a segment.  numpy's views of it have no `segment`: only the one that a tensor holds frees it."""
 
-    slab: Segment | None = None
+    segment: Segment | None = None
     place: tuple[int, int]
 
     def __del__(self) -> None:
-        if self.slab is not None:
-            self.slab.pool.give(self)
+        if self.segment is not None:
+            self.segment.allocator.release(self)
 
 
 class Segment:
-    """bytes: all of it · free: (start, stop) of what is, in order, no two of them neighbours · largest: of these, or
-    more · touched: everything before this has been, nothing behind it"""
+    """Memory from the system.
 
-    def __init__(self, pool: CachingAllocator, nbytes: int) -> None:
-        self.pool, self.nbytes = pool, nbytes
-        all_ = mapped(nbytes + HUGE)
-        begin = -all_.ctypes.data % HUGE
+    bytes: all of it · free: (start, stop) of free ranges, in order and joined · largest: bytes of the largest of
+    them, or more · touched: bytes from the start that were touched
+    """
+
+    def __init__(self, allocator: CachingAllocator, nbytes: int) -> None:
+        self.allocator, self.nbytes = allocator, nbytes
+        all_ = map_memory(nbytes + HUGE_PAGE_BYTES)
+        begin = -all_.ctypes.data % HUGE_PAGE_BYTES
         self.bytes = all_[begin : begin + nbytes]
         self.free, self.largest = [(0, nbytes)], nbytes
         self.touched = 0
 
     def take(self, nbytes: int, stop: int) -> Block | None:
-        """The first run of so many free bytes that ends before `stop`."""
+        """Return the first block of free bytes that ends before `stop`; None where there is none."""
         if nbytes > self.largest:
             return None
         for i, (start, end) in enumerate(self.free):
@@ -87,13 +90,14 @@ class Segment:
             if end - start >= nbytes:
                 self.free[i : i + 1] = [(start + nbytes, end)] if end - start > nbytes else []
                 self.touched = max(self.touched, start + nbytes)
-                run: Block = self.bytes[start : start + nbytes].view(Block)
-                run.slab, run.place = self, (start, start + nbytes)
-                return run
+                block: Block = self.bytes[start : start + nbytes].view(Block)
+                block.segment, block.place = self, (start, start + nbytes)
+                return block
         self.largest = max((end - start for start, end in self.free), default=0)
         return None
 
-    def give(self, start: int, stop: int) -> None:
+    def release(self, start: int, stop: int) -> None:
+        """Add a range to the free ones, joined with its neighbours."""
         i = bisect_left(self.free, (start, stop))
         if i < len(self.free) and self.free[i][0] == stop:
             stop = self.free.pop(i)[1]
@@ -104,10 +108,11 @@ class Segment:
         self.largest = max(self.largest, stop - start)
 
     def touch(self, start: int, stop: int) -> int:
-        """Touch these bytes, which nobody did, and say how many.  Two threads take half the time where the system's
-        host has to find the memory: 0.9 GB/s for 0.4."""
+        """Touch these bytes and return how many.  Two threads take half the time where the system's host has to find
+        the memory: 0.9 GB/s for 0.4."""
         self.touched = min(stop, self.nbytes)
-        address, half = self.bytes.ctypes.data, max(start, (start + self.touched) // 2 // HUGE * HUGE)
+        address, middle = self.bytes.ctypes.data, (start + self.touched) // 2
+        half = max(start, middle // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
         other = threading.Thread(target=ctypes.memset, args=(address + half, 0, self.touched - half))
         other.start()
         ctypes.memset(address + start, 0, half - start)
@@ -116,28 +121,29 @@ class Segment:
 
     @property
     def unused(self) -> bool:
+        """Whether all of it is free."""
         return self.free == [(0, self.nbytes)]
 
 
 class CachingAllocator:
-    """A network has one, and so has what passes (memory.py); a copy of a network begins with an empty one.  From any
-    thread.
+    """Allocates from segments, from any thread; a copy begins empty.
 
-    keep: bytes of free memory up to which slabs that nobody uses are kept
+    max_free_bytes: free memory up to which unused segments are kept
     """
 
-    KEEP = 128 << 20
-    SLAB = 64 << 20  # bytes asked for at once; but for a run below SMALL
-    SMALL, FEW = 256 << 10, HUGE  # only FEW: small networks stay small
-    STEP = 2 * HUGE  # bytes touched at once while nobody waits
-    AT_ONCE = 4 * HUGE  # and where somebody does, in large slabs
+    MAX_FREE_BYTES = 128 << 20
+    SEGMENT_BYTES = 64 << 20
+    SMALL_BLOCK_BYTES = 256 << 10  # blocks below come in small segments, so that small networks stay small
+    SMALL_SEGMENT_BYTES = HUGE_PAGE_BYTES
+    PREFAULT_BYTES = 2 * HUGE_PAGE_BYTES  # touched by one call of `prefault`
+    ALLOCATION_PREFAULT_BYTES = 4 * HUGE_PAGE_BYTES  # touched beyond a new block, in large segments
 
-    def __init__(self, keep: int | None = None) -> None:
-        self.slabs: list[Segment] = []
-        self.keep = self.KEEP if keep is None else keep
-        self._held = self._touched = 0  # bytes of runs that are out, and of slabs that were touched
-        self._lucky: Segment | None = None
-        self._given: deque[tuple[Segment, int, int]] = deque()  # runs that came back, not yet in their slabs
+    def __init__(self, max_free_bytes: int | None = None) -> None:
+        self.segments: list[Segment] = []
+        self.max_free_bytes = self.MAX_FREE_BYTES if max_free_bytes is None else max_free_bytes
+        self._held = self._touched = 0  # bytes of blocks in use, and of segments that were touched
+        self._last_segment: Segment | None = None
+        self._freed: deque[tuple[Segment, int, int]] = deque()  # freed blocks, not yet in their segments
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: Any) -> CachingAllocator:
@@ -148,114 +154,117 @@ class CachingAllocator:
 
     @property
     def nbytes(self) -> int:
-        """Memory that is free and was touched: it costs, and is there at once."""
-        self._settle()
+        """Bytes that are free and were touched: resident, and ready for use."""
+        self._try_collect()
         return self._touched - self._held
 
-    def take(self, nbytes: int, device: torch.device) -> Tensor:
-        """So many bytes (uint8), aligned for everybody; what they are is undefined.  They can be written to in and out
-        of inference mode."""
+    def empty_bytes(self, nbytes: int, device: torch.device) -> Tensor:
+        """Return uninitialised bytes (uint8), aligned to a cache line, which can be written in and out of inference
+        mode."""
         with torch.inference_mode(False):
             if device.type != "cpu" or nbytes == 0:
                 new = torch.empty(nbytes, dtype=torch.uint8, device=device)
             else:
-                new = torch.from_numpy(self._run(-(-nbytes // ALIGN) * ALIGN))[:nbytes]
-            return new.fill_(255) if spoil else new  # 255s are NaN in every dtype of ours
+                new = torch.from_numpy(self._allocate(-(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES))[:nbytes]
+            return new.fill_(255) if poison else new  # 255s are NaN in every dtype of ours
 
-    def several(self, shapes: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
-        """Tensors that come and go together, in one run."""
+    def empty_many(self, shapes: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
+        """Return tensors that are freed together, in one block."""
         starts, end = {}, 0
         for name, (shape, dtype) in shapes.items():
             starts[name] = end
-            end += -(-int(np.prod(shape)) * dtype.itemsize // ALIGN) * ALIGN
-        run, out = self.take(end, device), {}
+            end += -(-int(np.prod(shape)) * dtype.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        block, out = self.empty_bytes(end, device), {}
         with torch.inference_mode(False):
             for name, (shape, dtype) in shapes.items():
                 nbytes = int(np.prod(shape)) * dtype.itemsize
-                out[name] = run[starts[name] : starts[name] + nbytes].view(dtype).view(tuple(shape))
+                out[name] = block[starts[name] : starts[name] + nbytes].view(dtype).view(tuple(shape))
         return out
 
-    def one(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.several({"it": (shape, dtype)}, device)["it"]
+    def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return an uninitialised tensor."""
+        return self.empty_many({"it": (shape, dtype)}, device)["it"]
 
-    def ahead(self, nbytes: int) -> bool:
-        """Touch a little more memory where less than so many bytes are free and touched; whether that was done."""
-        if nbytes < self.STEP or self.nbytes >= nbytes:
+    def prefault(self, nbytes: int) -> bool:
+        """Touch PREFAULT_BYTES more where fewer than `nbytes` are free and touched; whether that was needed."""
+        if nbytes < self.PREFAULT_BYTES or self.nbytes >= nbytes:
             return False
         with self._lock:
-            slab = next((slab for slab in self.slabs if slab.touched < slab.nbytes), None) or self._new(self.SLAB)
-            self._touched += slab.touch(slab.touched, slab.touched + self.STEP)
+            untouched = (each for each in self.segments if each.touched < each.nbytes)
+            segment = next(untouched, None) or self._new(self.SEGMENT_BYTES)
+            self._touched += segment.touch(segment.touched, segment.touched + self.PREFAULT_BYTES)
         return True
 
-    def give(self, run: Block) -> None:
-        """Called by a run that nobody holds any more; perhaps in the middle of `take`, as garbage is collected."""
-        if spoil:
-            run.fill(255)
-        assert run.slab is not None
-        self._given.append((run.slab, *run.place))
-        self._settle()
+    def release(self, block: Block) -> None:
+        """Free a block: called when its last view is gone, perhaps during an allocation, by the garbage collector."""
+        if poison:
+            block.fill(255)
+        assert block.segment is not None
+        self._freed.append((block.segment, *block.place))
+        self._try_collect()
 
-    def _run(self, nbytes: int) -> Block:
+    def _allocate(self, nbytes: int) -> Block:
         with self._lock:
-            self._put_back()
+            self._collect_freed()
             self._held += nbytes
-            for slab in self._by_luck():
-                if (run := slab.take(nbytes, slab.touched)) is not None:
-                    self._lucky = slab
-                    return run
-            for slab in self.slabs:
-                if (run := self._fresh(slab, nbytes)) is not None:
-                    return run
-            run = self._fresh(self._new(nbytes), nbytes)
-            assert run is not None
-            return run
+            for segment in self._last_used_first():
+                if (block := segment.take(nbytes, segment.touched)) is not None:
+                    self._last_segment = segment
+                    return block
+            for segment in self.segments:
+                if (block := self._take_untouched(segment, nbytes)) is not None:
+                    return block
+            block = self._take_untouched(self._new(nbytes), nbytes)
+            assert block is not None
+            return block
 
-    def _by_luck(self) -> Iterator[Segment]:
-        """All slabs, the one first that had room last: a state's many runs are taken one after another."""
-        if self._lucky is not None:
-            yield self._lucky
-        yield from self.slabs
+    def _last_used_first(self) -> Iterator[Segment]:
+        """Yield all segments, first the one that had room last: a state's blocks are allocated one after another."""
+        if self._last_segment is not None:
+            yield self._last_segment
+        yield from self.segments
 
-    def _fresh(self, slab: Segment, nbytes: int) -> Block | None:
-        """A run of which some was never touched."""
-        before = slab.touched
-        run = slab.take(nbytes, slab.nbytes)
-        if run is not None and slab.nbytes > self.AT_ONCE:
-            self._touched += slab.touch(before, max(slab.touched, before + self.AT_ONCE))
+    def _take_untouched(self, segment: Segment, nbytes: int) -> Block | None:
+        """Return a block of which some bytes were never touched."""
+        before = segment.touched
+        block = segment.take(nbytes, segment.nbytes)
+        if block is not None and segment.nbytes > self.ALLOCATION_PREFAULT_BYTES:
+            self._touched += segment.touch(before, max(segment.touched, before + self.ALLOCATION_PREFAULT_BYTES))
         else:
-            self._touched += slab.touched - before
-        return run
+            self._touched += segment.touched - before
+        return block
 
     def _new(self, nbytes: int) -> Segment:
-        self.slabs.append(Segment(self, max(nbytes, self.FEW if nbytes < self.SMALL else self.SLAB)))
-        return self.slabs[-1]
+        least = self.SMALL_SEGMENT_BYTES if nbytes < self.SMALL_BLOCK_BYTES else self.SEGMENT_BYTES
+        self.segments.append(Segment(self, max(nbytes, least)))
+        return self.segments[-1]
 
-    def give_back(self) -> None:
-        """Slabs that nobody uses, to the system."""
+    def trim(self) -> None:
+        """Return unused segments to the system."""
         with self._lock:
-            kept, self.keep = self.keep, 0
-            self._put_back()
-            self.keep = kept
+            kept, self.max_free_bytes = self.max_free_bytes, 0
+            self._collect_freed()
+            self.max_free_bytes = kept
 
-    def _settle(self) -> None:
-        if self._given and self._lock.acquire(blocking=False):
+    def _try_collect(self) -> None:
+        if self._freed and self._lock.acquire(blocking=False):
             try:
-                self._put_back()
+                self._collect_freed()
             finally:
                 self._lock.release()
 
-    def _put_back(self) -> None:
-        """What was given, into its slabs; the lock is held."""
-        while self._given:
-            slab, start, stop = self._given.popleft()
-            slab.give(start, stop)
+    def _collect_freed(self) -> None:
+        """Move freed blocks into their segments; the lock is held."""
+        while self._freed:
+            segment, start, stop = self._freed.popleft()
+            segment.release(start, stop)
             self._held -= stop - start
-        while self._touched - self._held > self.keep:
-            unused = next((slab for slab in self.slabs if slab.unused), None)
+        while self._touched - self._held > self.max_free_bytes:
+            unused = next((segment for segment in self.segments if segment.unused), None)
             if unused is None:
                 break
-            self.slabs.remove(unused)
-            self._lucky = None if self._lucky is unused else self._lucky
+            self.segments.remove(unused)
+            self._last_segment = None if self._last_segment is unused else self._last_segment
             self._touched -= unused.touched
 
 

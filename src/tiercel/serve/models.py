@@ -304,10 +304,10 @@ class Models:
 
 def _collect() -> None:
     """Free what an unloaded model leaves: reference cycles, and unused pages of malloc."""
-    from tiercel.runtime.workspace import give_back
+    from tiercel.runtime.workspace import trim
 
     gc.collect()
-    give_back()
+    trim()
 
 
 def extras_of(local: local_models.LocalModel) -> dict[str, Any]:

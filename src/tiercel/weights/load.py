@@ -29,7 +29,7 @@ from tiercel.ops.cpu import native
 from tiercel.ops.qtensor import NUMBERS, QTensor
 from tiercel.plan import check_fits, parameter_count
 from tiercel.quant import PACKED_TYPES, held_bytes, row_bytes
-from tiercel.runtime.workspace import give_back
+from tiercel.runtime.workspace import trim
 from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import Source, open_checkpoint, outline, parameter_shapes
 from tiercel.weights.stored import PLAIN, torch_dtype
@@ -191,9 +191,9 @@ def fill(network: Decoder, source: Source, progress: Progress | None = None) -> 
                 matrix.complete()
         passed += held
         if passed > HOLES:
-            give_back()
+            trim()
             passed = 0
-    give_back()
+    trim()
 
 
 def put(

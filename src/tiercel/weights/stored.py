@@ -162,13 +162,13 @@ class StoredTensor:
 
         Rows of a packed tensor with one axis are its values: start and stop must fall between blocks.
         """
-        from tiercel.runtime.workspace import passing
+        from tiercel.runtime.workspace import workspace
 
         shape = self._shape(start, stop)
         begin = bytes_of(self.type, (start, *self.shape[1:])) if self.shape else 0
         count, last = bytes_of(self.type, shape), bytes_of(self.type, shape[-1:])
         assert begin is not None and count is not None and last is not None, f"{self.name}: rows {start}:{stop}"
-        raw = passing(count)
+        raw = workspace(count)
         self.file.read_into(raw.numpy().data, self.offset + begin)
         return raw.view(*shape[:-1], last)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tiercel.errors import RequestError
 from tiercel.quant import panel_bytes as panel_bytes
-from tiercel.runtime.workspace import LARGE, passing
+from tiercel.runtime.workspace import MIN_WORKSPACE_BYTES, workspace
 
 if TYPE_CHECKING:
     from tiercel.ops.cpu.capture import CapturedGraph
@@ -78,7 +78,7 @@ def empty(*shape: int) -> Tensor:
     if capturing is not None:
         return capturing.empty(*shape)
     nbytes = 4 * math.prod(shape)
-    return torch.empty(shape) if nbytes < LARGE else passing(nbytes).view(torch.float32).view(shape)
+    return torch.empty(shape) if nbytes < MIN_WORKSPACE_BYTES else workspace(nbytes).view(torch.float32).view(shape)
 
 
 def address(t: Tensor | None) -> int:
