@@ -25,10 +25,9 @@ from tiercel.mixers.spec import Cost
 from tiercel.model.config import LayerConfig, ModelConfig
 from tiercel.model.parameters import parameters
 from tiercel.plan.machines import Machine, Product
-from tiercel.plan.sizes import PAGE, kv_bytes_per_token, open_bytes, parameter_count, state_bytes
+from tiercel.plan.sizes import PREFILL_TOKENS, kv_bytes, kv_bytes_per_token, open_bytes, parameter_count, state_bytes
 from tiercel.quant import PACKED_TYPES, fits, held_bytes, recipes, row_bytes
 
-PREFILL_TOKENS = 512  # tokens of one call while a prompt is read (model.prefill.MAX_PREFILL_TOKENS)
 SNAPSHOTS_PER_SLOT = (
     4  # last user turn, end of the prompt and one before it, end of the answer (engine/snapshot_policy.py)
 )
@@ -153,7 +152,7 @@ def forecast(
     held = matrices(config, stored, dtype, quantize)
     size = _state_size(held)
     weights = sum(matrix.nbytes(not machine.gpu) for matrix in held)
-    kv = slots * -(-context // PAGE) * PAGE * kv_bytes_per_token(config, size)
+    kv = slots * kv_bytes(config, context, size)
     state, opened = state_bytes(config), open_bytes(config, size)
     snapshot = state + open_bytes(config, size, snapshot=True)
     snapshots = (SNAPSHOTS_PER_SLOT * slots * snapshot if state else 0) if cache is None else cache

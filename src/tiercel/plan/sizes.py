@@ -42,6 +42,25 @@ def state_bytes(config: ModelConfig, bytes: int = 4) -> int:
 
 
 PAGE = 64  # tokens of a page of keys and values (model/pages.py)
+PREFILL_TOKENS = 512  # of a prompt in one forward
+
+
+def kv_bytes(config: ModelConfig, context: int, bytes: int = 2) -> int:
+    """Page buffers of one sequence of `context` tokens at most, in whole pages; `bytes` per value.
+
+    Layers with a window release the pages before it: they have those of the window and of one forward.
+    """
+
+    def of(layer: LayerConfig, D: int) -> int:
+        total = 0
+        for mixer in layer.mixers:
+            pages = -(-context // PAGE)
+            if mixer.window is not None:
+                pages = min(pages, -(-(mixer.window + PREFILL_TOKENS) // PAGE) + 1)
+            total += pages * PAGE * sum(b.values for b in mixer.buffers() if b.lifetime == "page")
+        return total
+
+    return bytes * sum(_each_layer(config, of))
 
 
 def open_bytes(config: ModelConfig, bytes: int = 2, *, snapshot: bool = False) -> int:
