@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
@@ -40,7 +40,7 @@ def from_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> Layout
     return _understood(lambda: BY_GGUF[arch].gguf_layout(metadata, tensors), "GGUF metadata")
 
 
-def _understood(read: Any, where: str) -> Layout:
+def _understood(read: Callable[[], Layout], where: str) -> Layout:
     """Numbers that overflow one another (a width of 10⁹ times an expansion of 10²⁰⁰) are a broken file too."""
     try:
         return read()

@@ -85,7 +85,8 @@ class ModelConfig:
             check(type(repeat) is int and 0 < repeat <= 100_000, f"repeat must be a whole number, not {repeat!r}")
             layers += [_layer_from_dict({k: v for k, v in run.items() if k != "repeat"})] * repeat
             check(len(layers) <= 100_000, "a model has at most 100000 layers")
-        return _build(cls, data | {"layers": tuple(layers)})
+        found: ModelConfig = _build(cls, data | {"layers": tuple(layers)})
+        return found
 
 
 def _plain(config: Any) -> dict[str, Any]:

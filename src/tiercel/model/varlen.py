@@ -127,7 +127,8 @@ class VarlenBatch:
         decay_BLIN = log_BLIN.exp() * ~self.starts_BL.unsqueeze(-1).unsqueeze(-1)
         added_BLIN = (dt_BLI * x_BLI).unsqueeze(-1) * B_BLN.unsqueeze(2)
         S_BLIN: Tensor = LinearScan.apply(decay_BLIN, added_BLIN)
-        return (S_BLIN @ C_BLN.unsqueeze(-1)).squeeze(-1).flatten(0, 1)
+        y_BLI: Tensor = (S_BLIN @ C_BLN.unsqueeze(-1)).squeeze(-1)
+        return y_BLI.flatten(0, 1)
 
     def ssd(
         self,

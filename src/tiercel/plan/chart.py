@@ -104,7 +104,7 @@ def _round_up(value: float) -> float:
     """The next of 1, 2, 2.5, 4, 5, 8 × 10^n."""
     if value <= 0:
         return 1.0
-    base = 10 ** math.floor(math.log10(value))
+    base = 10.0 ** math.floor(math.log10(value))
     return next(step * base for step in (1, 2, 2.5, 4, 5, 8, 10) if step * base >= value * 0.999)
 
 

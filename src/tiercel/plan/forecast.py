@@ -288,7 +288,7 @@ def _seconds(product: Product, nbytes: int, values: int, rows: int) -> float:
     if rows < 8:
         return max(one, one + (eight - one) * (rows - 1) / 7)
     way = min(math.log(rows / 8) / math.log(PREFILL_TOKENS / 8), 1.0)
-    return max(one, 2 * rows * values / (product.few ** (1 - way) * product.many**way))
+    return max(one, 2 * rows * values / float(product.few ** (1 - way) * product.many**way))
 
 
 # ── beside it, and instead of it

@@ -286,7 +286,7 @@ def _by_token(t: Tensor, K: int, H: int) -> Tensor:
 
 def _grouped(t_TGN: Tensor, K: int) -> Tensor:
     """(T, G, N) → (K · G, Q, N), without a copy where there is one group."""
-    t = t_TGN.unflatten(0, (K, -1))
+    t: Tensor = t_TGN.unflatten(0, (K, -1))
     return t.squeeze(2) if t.shape[2] == 1 else t.transpose(1, 2).flatten(0, 1)
 
 
@@ -303,7 +303,8 @@ def _decayed(high_KHQ: Tensor, low_KHQ: Tensor, scores_KGQQ: Tensor, dtype: torc
     if _natively(high_KHQ):
         return cpu_train.decay_weights(high_KHQ, low_KHQ, scores_KGQQ, dtype)
     G = scores_KGQQ.shape[1]
-    return (_decay(high_KHQ, low_KHQ).unflatten(1, (G, -1)) * scores_KGQQ.unsqueeze(2)).flatten(0, 2).to(dtype)
+    decay_KGHQQ: Tensor = _decay(high_KHQ, low_KHQ).unflatten(1, (G, -1))
+    return (decay_KGHQQ * scores_KGQQ.unsqueeze(2)).flatten(0, 2).to(dtype)
 
 
 def _decayed_back(high_KHQ: Tensor, low_KHQ: Tensor, scores_KGQQ: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
