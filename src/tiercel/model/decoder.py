@@ -163,7 +163,7 @@ class Decoder(nn.Module):
 
     def _body(self, tokens_T: Tensor, batch: AnyBatch, states: Sequence[LayerStates] | None) -> Tensor:
         """The blocks' output for the tokens, (T, D)."""
-        x_TD = self.embed(tokens_T)
+        x_TD: Tensor = self.embed(tokens_T)
         if self.config.residual_fp32 or batch.native:
             x_TD = x_TD.float()
         for i, block in enumerate(self.layers):
@@ -282,7 +282,8 @@ class Decoder(nn.Module):
             self.unpack()  # packed weights have one device and one dtype
         if isinstance(self.embed.weight, QTensor) and fn(torch.empty(0)).device.type != "cpu":
             raise RequestError("quantized weights run on the CPU; load the model with dtype='bfloat16' to move it")
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     @property
     def native(self) -> bool:

@@ -47,5 +47,5 @@ def deviation(param: Param, depth: int) -> float:
     """
     if param.init == "embedding":
         return 0.02
-    std = param.shape[-1] ** -0.5
+    std = float(param.shape[-1] ** -0.5)
     return std / math.sqrt(2 * depth) if param.init == "residual" else std

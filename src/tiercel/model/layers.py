@@ -39,6 +39,10 @@ class Linear(nn.Linear):
 
     adapters: LoRADelta | None = None
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor, scale: float = 1.0) -> Tensor: ...
+
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         """scale · W x + b"""
         y = linear(x, self.weight, self.bias, scale)
@@ -72,6 +76,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
         self.feeds_packed = False  # on a GPU: see `model.placed`
+
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, round=self.feeds_packed)

@@ -33,7 +33,8 @@ def gated_delta_varlen(
     def rows(x: Tensor) -> Tensor:  # (T, H, …) → (B, H, C, Q, …)
         x = x.unflatten(0, (B, L)).transpose(1, 2)
         x = F.pad(x, (*(0, 0) * (x.ndim - 3), 0, pad))
-        return x.unflatten(2, (-1, CHUNK))
+        chunks: Tensor = x.unflatten(2, (-1, CHUNK))
+        return chunks
 
     q = rows((normalized(q_TGK.to(wide)) * K**-0.5).repeat_interleave(R, 1))
     k = rows(normalized(k_TGK.to(wide)).repeat_interleave(R, 1))
