@@ -21,7 +21,7 @@ fuzz:     ## 20,000 broken files and configs of each kind instead of 2,000
 	TIERCEL_FUZZ=20000 $(BIN)/pytest tests/weights/test_mutated_files.py tests/families/test_configs.py
 
 isas:     ## the tests of the kernels and the network on torch alone and on the portable path
-	for isa in torch portable; do TIERCEL_ISA=$$isa $(BIN)/pytest tests/model tests/ops tests/test_generate.py || exit 1; done
+	for isa in torch portable; do TIERCEL_ISA=$$isa $(BIN)/pytest tests/model tests/mixers tests/ops tests/test_generate.py || exit 1; done
 
 sanitize: ## the tests of the kernels under the address and undefined behaviour sanitizers (ten minutes)
 	$(BIN)/pip install -q -c constraints.txt nanobind cmake ninja
@@ -32,7 +32,7 @@ sanitize: ## the tests of the kernels under the address and undefined behaviour 
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(BIN)/python -c "import sys, pytest; \
 	  sys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]; \
-	  sys.path.insert(0, 'build/sanitized'); sys.exit(pytest.main(['tests/ops', 'tests/model', '-s', '-k', 'not memory_is_flat']))"  # freed memory is kept back here
+	  sys.path.insert(0, 'build/sanitized'); sys.exit(pytest.main(['tests/ops', 'tests/mixers', 'tests/model', '-s', '-k', 'not memory_is_flat']))"  # freed memory is kept back here
 
 lint:     ## ruff, mypy, and which part may import which
 	$(BIN)/ruff check .
