@@ -32,7 +32,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 def test_every_part_is_in_a_layer():
     contract = tomllib.loads((SRC.parents[1] / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
-    layers = {name.strip().removeprefix("tiercel.") for line in contract["layers"] for name in line.split(":")}
+    layers = {name.strip(" ()").removeprefix("tiercel.") for line in contract["layers"] for name in line.split(":")}
     parts = {path.stem for path in SRC.iterdir() if (path.is_dir() and any(path.glob("*.py"))) or path.suffix == ".py"}
     assert parts - {"__init__", "__pycache__"} <= layers
 
