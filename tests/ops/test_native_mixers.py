@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tiercel.mixers import paged
 from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.attention.rope import RopeConfig
 from tiercel.mixers.attention.rotary import frequencies, rotate
@@ -23,7 +24,7 @@ from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba1.reference import selective_scan_reference
 from tiercel.mixers.mamba2.chunked import ssd_reference
 from tiercel.mixers.mamba2.config import Mamba2Config
-from tiercel.model import layer_state, pages
+from tiercel.model import pages
 from tiercel.model import state as state_module
 from tiercel.model.batch import Batch
 from tiercel.model.state import State
@@ -76,10 +77,10 @@ class Attention:
         batch = Batch(lengths, states)
         for state, length in zip(states, lengths, strict=True):
             state.reserve(length)
-        part = states[0].layers[0][0].at
+        part = states[0].layers[0][0]
         turn = None if c.rope is None else batch.rotary(c.rope, c.head_dim)
         y = attention_cpu.attention(
-            batch.metadata(part), *inputs, turn, heads=c.heads, kv_heads=c.kv_heads, scale=0.3, window=c.window
+            batch.metadata_for(part), *inputs, turn, heads=c.heads, kv_heads=c.kv_heads, scale=0.3, window=c.window
         )  # fmt: skip
         return _grown(states, lengths, y)
 
@@ -112,7 +113,7 @@ class Mamba2:
     def step(self, states: Sequence[State], lengths: Sequence[int], zxBCdt: Tensor) -> Tensor:
         c, part, batch = self.config, states[0].layers[0][0], Batch(lengths, states)
         y = mamba2_cpu.mamba2(
-            batch.metadata(part.at), zxBCdt, self.weight, self.bias, self.dt_bias, self.A, self.D,
+            batch.metadata_for(part), zxBCdt, self.weight, self.bias, self.dt_bias, self.A, self.D,
             head_dim=c.head_dim, groups=c.groups, state=c.state, chunk=part.chunk, dt_limit=c.dt_limit,
         )  # fmt: skip
         return _grown(states, lengths, y)
@@ -153,7 +154,7 @@ class Mamba1:
 
     def step(self, states: Sequence[State], lengths: Sequence[int], xz: Tensor, chosen: Tensor) -> Tensor:
         c, part, batch = self.config, states[0].layers[0][0], Batch(lengths, states)
-        texts = batch.metadata(part.at)
+        texts = batch.metadata_for(part)
         x = causal_conv1d(texts, xz[:, : c.inner], self.weight, self.bias)[0]
         dt, B, C = mamba1_cpu.split_norm(texts, chosen, self.norms, c.inner, c.state, 1e-3)
         y = mamba1_cpu.selective_scan(
@@ -307,15 +308,15 @@ def test_the_committed_state_is_the_recurrences() -> None:
     for start in range(0, 100, 10):
         op.step([state], [10], inputs[0][start : start + 10])
         part = state.layers[0][0]
-        base = part.base
+        base = part.committed_pos
         assert base == max(0, start // 16 * 16)
         if base:
             C, x, dt, A, B = op.parts(F32, inputs[0])
             expected = ssd_reference(C[:base], x[:base], dt[:base], A, B[:base], torch.zeros(4, 16, 24))[1]
-            torch.testing.assert_close(part.S.double(), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(part.buffers["ssm_state"].double(), expected, atol=1e-5, rtol=1e-5)
         open_ = state.length - base
         torch.testing.assert_close(
-            part.x[:open_].double(), op.parts(F32, inputs[0])[1][base : base + open_], atol=1e-5, rtol=1e-5
+            part.buffers["x"][:open_].double(), op.parts(F32, inputs[0])[1][base : base + open_], atol=1e-5, rtol=1e-5
         )
 
 
@@ -336,7 +337,7 @@ def test_long_texts_in_segments_have_the_same_bits(window: int | None) -> None:
 
 def test_kernels_and_states_agree_on_sizes() -> None:
     constants = native.extension
-    sizes = layer_state.TILE, pages.PAGE, state_module.SEGMENT, state_module.SPLIT
+    sizes = paged.TILE, pages.PAGE, state_module.SEGMENT, state_module.SPLIT
     assert sizes == (constants.KEYS, constants.PAGE, constants.SEGMENT, constants.SPLIT)
 
 
