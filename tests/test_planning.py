@@ -16,7 +16,9 @@ from tiercel.plan import chart, open_bytes, shapes
 from tiercel.plan.forecast import forecast, matrices, prefill_seconds, step_seconds, transformer_of
 from tiercel.plan.machines import MACHINES, PROBES, Machine, from_probe, machine
 
-PUBLISHED = {  # reference: TII's model cards and configs
+PUBLISHED = {  # reference: TII's and Qwen's model cards and configs
+    "falcon-mamba:7b": 7_272_665_088, "qwen3:0.6b": 596_049_920, "qwen3:4b": 4_022_468_096,
+    "qwen3:8b": 8_190_735_360, "qwen3:30b-a3b": 30_532_122_624,
     "falcon-h1:90m": 91_131_072, "falcon-h1:0.5b": 521_411_104, "falcon-h1:1.5b": 1_554_863_488,
     "falcon-h1:7b": 7_585_648_736, "falcon-h1:34b": 33_642_516_224,
 }  # fmt: skip
@@ -32,6 +34,18 @@ def told(*words: str) -> dict:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_have_their_published_parameters(name):
     assert planning.plan(name, device=LAPTOP)["parameters"] == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    "hub_id, name",
+    [("tiiuae/Falcon-H1R-7B", "falcon-h1r:7b"), ("tiiuae/Falcon-H1R-7B-GGUF", "falcon-h1r:7b"),
+     ("tiiuae/Falcon-H1-0.5B-Instruct", "falcon-h1:0.5b"), ("Qwen/Qwen3-30B-A3B", "qwen3:30b-a3b"),
+     ("tiiuae/falcon-mamba-7b", "falcon-mamba:7b"), ("state-spaces/mamba-2.8b-hf", "mamba:2.8b")],
+)  # fmt: skip
+def test_a_hub_id_is_planned_as_its_published_shape(hub_id, name):
+    found, same = told(hub_id, "--device", LAPTOP), told(name, "--device", LAPTOP)
+    assert found["model"] == hub_id and found["parameters"] == same["parameters"]
+    assert found["total_bytes"] == same["total_bytes"]
 
 
 def test_the_7b_in_numbers_everybody_can_check():

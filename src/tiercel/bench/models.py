@@ -17,7 +17,7 @@ from tiercel.errors import ModelNotFound, RequestError, UnsupportedError
 from tiercel.families import from_gguf, from_hf
 from tiercel.families.family import Layout
 from tiercel.families.pattern import PATTERN, read_file, rows
-from tiercel.families.shapes import SHAPES
+from tiercel.families.shapes import SHAPES, find
 from tiercel.hub import local_models
 from tiercel.hub.download import read_json
 from tiercel.quant import recipes
@@ -94,8 +94,8 @@ def random_source(name: str, recipe: str, seed: int = 0) -> RandomSource:
 
 def random_layout(name: str) -> Layout:
     """The network behind a named shape, a config.json, a pattern file, a model folder or a .gguf file."""
-    if name in SHAPES:
-        return from_hf(SHAPES[name])
+    if (published := find(name)) is not None:
+        return from_hf(published)
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     if path.suffix == ".gguf" and path.is_file():

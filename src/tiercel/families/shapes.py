@@ -90,6 +90,16 @@ def _llama(layers: int, width: int, ffn: int, heads: int, kv_heads: int, vocab: 
     }
 
 
+def _qwen3(layers: int, width: int, ffn: int, heads: int, kv_heads: int, **others: Any) -> dict[str, Any]:
+    """Qwen3's configs: heads of 128 whatever the width."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": width,
+        "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0,
+        "max_position_embeddings": 40960, "tie_word_embeddings": False, **others,
+    }  # fmt: skip
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "falcon-h1:90m": _falcon_h1(24, 512, 768, 8, 64, (24, 32, 64), 32768, 262144, False, tie_word_embeddings=True,
                                 embedding_multiplier=0.11083984375, lm_head_multiplier=0.078125, key_multiplier=1.0,
@@ -125,6 +135,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts": 16, "num_experts_per_tok": 2, "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2,
         "mamba_dt_rank": 256, "max_position_embeddings": 262144, "tie_word_embeddings": False,
     },
+    "falcon-mamba:7b": {
+        "architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba", "vocab_size": 65024,
+        "hidden_size": 4096, "num_hidden_layers": 64, "state_size": 16, "expand": 16, "intermediate_size": 8192,
+        "conv_kernel": 4, "time_step_rank": 256, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False,
+    },
+    "qwen3:0.6b": _qwen3(28, 1024, 3072, 16, 8, tie_word_embeddings=True),
+    "qwen3:1.7b": _qwen3(28, 2048, 6144, 16, 8, tie_word_embeddings=True),
+    "qwen3:4b": _qwen3(36, 2560, 9728, 32, 8, tie_word_embeddings=True),
+    "qwen3:8b": _qwen3(36, 4096, 12288, 32, 8),
+    "qwen3:30b-a3b": _qwen3(48, 2048, 6144, 32, 4, architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe",
+                            moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True),
     "llama:7b": _llama(32, 4096, 11008, 32, 32, 32000),
     "smollm2:135m": _llama(30, 576, 1536, 9, 3, 49152, rope_theta=100_000.0, max_position_embeddings=8192,
                            tie_word_embeddings=True),
@@ -132,8 +153,29 @@ SHAPES: dict[str, dict[str, Any]] = {
 SHAPES["falcon-h1r:7b"] = SHAPES["falcon-h1:7b"]  # only weights and training differ
 
 
+# Hub ids in lower case, without what tells one training of a size from another (`VARIANTS`).
+HUB_IDS = {f"tiiuae/falcon-h1-{size}": f"falcon-h1:{size}" for size in "0.5b 1.5b 1.5b-deep 3b 7b 34b".split()} | {
+    "tiiuae/falcon-h1-tiny-90m": "falcon-h1:90m", "tiiuae/falcon-h1r-7b": "falcon-h1r:7b",
+    "tiiuae/falcon-mamba-7b": "falcon-mamba:7b", "state-spaces/mamba-2.8b": "mamba:2.8b",
+    "state-spaces/mamba2-2.7b": "mamba2:2.7b", "ibm-ai-platform/bamba-9b-v1": "bamba:9b",
+    "ibm-ai-platform/bamba-9b-v2": "bamba:9b", "ai21labs/jamba-v0.1": "jamba:mini",
+    "ai21labs/ai21-jamba-1.5-mini": "jamba:mini", "ai21labs/ai21-jamba-mini-1.5": "jamba:mini",
+    "meta-llama/llama-2-7b": "llama:7b", "huggingfacetb/smollm2-135m": "smollm2:135m",
+} | {f"qwen/qwen3-{size}": f"qwen3:{size}" for size in "0.6b 1.7b 4b 8b 30b-a3b".split()}  # fmt: skip
+VARIANTS = ("-gguf", "-instruct", "-base", "-chat", "-hf")
+
+
+def find(name: str) -> dict[str, Any] | None:
+    """The config.json of a published shape by its short name or its hub id, such as tiiuae/Falcon-H1R-7B; or None."""
+    hub_id = name.lower()
+    for variant in VARIANTS:
+        hub_id = hub_id.removesuffix(variant)
+    return SHAPES.get(name) or SHAPES.get(HUB_IDS.get(hub_id, ""))
+
+
 def shape(name: str) -> dict[str, Any]:
-    """The config.json of a published shape; ModelNotFound names the known ones."""
-    if name not in SHAPES:
+    """`find`; ModelNotFound names the known ones."""
+    found = find(name)
+    if found is None:
         raise ModelNotFound(f"no shape {name!r}; known: {', '.join(SHAPES)}")
-    return SHAPES[name]
+    return found

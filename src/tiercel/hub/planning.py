@@ -21,7 +21,7 @@ from tiercel.errors import DoesNotFit, ModelNotFound, RequestError, TiercelError
 from tiercel.families import from_gguf, from_hf
 from tiercel.families.family import Layout
 from tiercel.families.pattern import read_file
-from tiercel.families.shapes import SHAPES
+from tiercel.families.shapes import SHAPES, find
 from tiercel.hub import local_models
 from tiercel.hub.describe import stored_types
 from tiercel.hub.download import read_json
@@ -70,8 +70,8 @@ def subject(name: str) -> Subject:
         local = None
     if local is not None:
         return _of_path(name, local.path)
-    if name in SHAPES:
-        return Subject(name, from_hf(SHAPES[name]).config, "BF16")
+    if (published := find(name)) is not None:
+        return Subject(name, from_hf(published).config, "BF16")
     raise ModelNotFound(f"no model and no shape {name!r}; pull it, or choose of {', '.join(SHAPES)}")
 
 
