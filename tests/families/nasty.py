@@ -198,6 +198,21 @@ NASTY: dict[str, Nasty] = {
         num_experts=5, num_experts_per_tok=3, norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[1],
         use_sliding_window=True, sliding_window=17, rope_parameters={"rope_type": "default", "rope_theta": 345.0},
     )),
+    "qwen3_5-shared_keys": Nasty("qwen3_5_text", dict(
+        vocab_size=VOCAB, hidden_size=40, intermediate_size=54, num_hidden_layers=4, rms_norm_eps=0.017,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=24, max_position_embeddings=800,
+        linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=12, linear_value_head_dim=20,
+        linear_conv_kernel_dim=3, layer_types=["linear_attention", "full_attention", "linear_attention",
+                                               "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 321.0, "partial_rotary_factor": 0.5},
+    )),
+    "qwen3_5-tied": Nasty("qwen3_5_text", dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=46, num_hidden_layers=4, rms_norm_eps=0.023,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=16, max_position_embeddings=600,
+        linear_num_key_heads=3, linear_num_value_heads=3, linear_key_head_dim=16, linear_value_head_dim=8,
+        linear_conv_kernel_dim=4, attention_bias=True, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.25},
+    )),
     "qwen3_moe-renormalized": Nasty("qwen3_moe", dict(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=22, moe_intermediate_size=24, num_hidden_layers=3,
         rms_norm_eps=0.037, num_attention_heads=4, num_key_value_heads=4, head_dim=8, max_position_embeddings=500,

@@ -14,8 +14,21 @@ from tiercel.families.llama import LLAMA, QWEN2
 from tiercel.families.mamba import MAMBA, MAMBA2
 from tiercel.families.pattern import PATTERN
 from tiercel.families.qwen3 import QWEN3, QWEN3_MOE
+from tiercel.families.qwen3_5 import QWEN3_5
 
-FAMILIES: tuple[Family, ...] = (FALCON_H1, LLAMA, QWEN2, QWEN3, QWEN3_MOE, MAMBA, MAMBA2, BAMBA, JAMBA, PATTERN)
+FAMILIES: tuple[Family, ...] = (
+    FALCON_H1,
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    QWEN3_5,
+    MAMBA,
+    MAMBA2,
+    BAMBA,
+    JAMBA,
+    PATTERN,
+)
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 BY_GGUF = {family.gguf: family for family in FAMILIES if family.gguf is not None}
 

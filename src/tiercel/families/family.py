@@ -67,6 +67,7 @@ class Family:
     write_gguf: Callable[[ModelConfig], dict[str, Any]] | None = None
     write: Callable[[ModelConfig], dict[str, Any]] | None = None
     limits: Callable[[ModelConfig], Iterable[str]] = field(default=lambda config: ())
+    left_out: tuple[str, ...] = ()  # prefixes of tensors in a folder that are no part of the text model
 
     def layout(self, hf_config: Mapping[str, Any]) -> Layout:
         config, rows = self.read(hf_config)

@@ -38,6 +38,8 @@ class Transform:
     groups      (I) here, (G, I / G) there; n = G
     neg_exp     A_log here, A = −exp(A_log) there
     interleave  rows of q and k: rotate-half here, neighbouring pairs there (llama.cpp's `llama`); n = heads
+    query, gate one half of every head's rows of a tensor that holds both, [q | gate] by head; n = heads
+    plus_one    1 + w here, w there (norms of Gemma and Qwen3.5)
     """
 
     name: str

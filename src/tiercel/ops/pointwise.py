@@ -1,7 +1,7 @@
 """Value by value: the residual sum, and the gate of a gated MLP.
 
 add    y = a + b
-gate   y = act(g) · u            act: silu, gelu (exact or by tanh), relu
+gate   y = act(g) · u            act: silu, gelu (exact or by tanh), relu, sigmoid
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "sigmoid": torch.sigmoid,
 }
 
 

@@ -125,14 +125,23 @@ class Checkpoint:
                     raise FormatError(
                         f"{self.path}: {tensor.name} is {_by(tensor.shape)}, the config says {_by(expected)}"
                     )
+        self._name_left_out()
         extra = [name for name in self.tensors if name not in used and not self._derived(name)]
         if extra:
             known = self.layout.family.name
             raise FormatError(f"{self.path}: {known} has no tensor {extra[0]!r} ({len(extra)} unknown in all)")
 
+    def _left_out(self, name: str) -> bool:
+        return self.gguf is None and name.startswith(self.layout.family.left_out)
+
+    def _name_left_out(self) -> None:
+        if found := [name for name in self.tensors if self._left_out(name)]:
+            parts = ", ".join(f"{p}*" for p in self.layout.family.left_out if any(n.startswith(p) for n in found))
+            warnings.warn(f"{self.path}: {len(found)} tensors are left out, they are not read: {parts}", stacklevel=6)
+
     def _derived(self, name: str) -> bool:
         tied = self.layout.config.tied and name in ("lm_head.weight", "output.weight")
-        return tied or name == "rope_freqs.weight" or name.endswith(DERIVED)
+        return tied or self._left_out(name) or name == "rope_freqs.weight" or name.endswith(DERIVED)
 
     # ── Source ──
 

@@ -171,6 +171,7 @@ def _export_hf(source: Source, folder: Path, wanted: str | None, private: bool) 
                 tensors += packed_folder.tensors(name, shape, kind, rows, dtype, private)
             else:
                 tensors.append(OutTensor(name, shape, kind, rows))
+    tensors = _added_up(tensors)
     for key in ("torch_dtype", "dtype"):
         if key in config and wanted is not None:
             config[key] = dtype
@@ -184,6 +185,20 @@ def _export_hf(source: Source, folder: Path, wanted: str | None, private: bool) 
     _write_text(_origin(source), folder)
     with atomic_write(folder / "config.json") as file:
         file.write((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _added_up(tensors: Iterable[OutTensor]) -> list[OutTensor]:
+    """Tensors of one name are parts of one, each zero where the others are not."""
+    out: dict[str, OutTensor] = {}
+    for tensor in tensors:
+        if (first := out.get(tensor.name)) is not None:
+            tensor = replace(first, rows=partial(_sum, first.rows, tensor.rows))
+        out[tensor.name] = tensor
+    return list(out.values())
+
+
+def _sum(first: Callable[[int, int], Tensor], second: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor:
+    return first(start, stop) + second(start, stop)
 
 
 def _config_dtype(source: Source, wanted: str | None) -> str:
@@ -245,6 +260,7 @@ def _export_gguf(source: Source, path: Path, wanted: str | None, name: str | Non
             foreign = foreign_shape(form, foreign)
         kind = "F32" if row.keep_fp32 or len(shape) < 2 else _type(source, row, wanted, PACKINGS)
         tensors.append(OutTensor(row.gguf, foreign, kind, _reader(source, row, shape, row.gguf_forms, kind, False)))
+    tensors = _added_up(tensors)
     tensors += _extra_gguf(source, tensors)
     metadata: dict[str, Any] = {
         "general.architecture": family.gguf,

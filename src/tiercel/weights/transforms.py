@@ -8,7 +8,8 @@ from torch import Tensor
 from tiercel.families.family import Runs
 from tiercel.mixers.spec import Transform
 
-WHOLE = ("interleave", "groups", "column", "neg_exp")  # forms that cannot be cut into row blocks
+WHOLE = ("interleave", "groups", "column", "neg_exp", "query", "gate")  # forms that cannot be cut into row blocks
+HALVES = ("query", "gate")
 
 
 def foreign_shape(form: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -19,11 +20,13 @@ def foreign_shape(form: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*shape, 1)
     if form.name == "groups":
         return (form.n, shape[0] // form.n)
+    if form.name in HALVES:
+        return (2 * shape[0], *shape[1:])
     return shape
 
 
 def to_ours(form: Transform, x: Tensor) -> Tensor:
-    """From the file's form to ours; neg_exp answers in float64."""
+    """From the file's form to ours; neg_exp and plus_one answer in float64."""
     if form.name == "conv":
         return x.squeeze(1)
     if form.name == "column":
@@ -32,12 +35,16 @@ def to_ours(form: Transform, x: Tensor) -> Tensor:
         return x.flatten()
     if form.name == "neg_exp":
         return (-x.double()).log()
+    if form.name == "plus_one":
+        return x.double() + 1
+    if form.name in HALVES:
+        return x.unflatten(0, (form.n, 2, -1))[:, HALVES.index(form.name)].flatten(0, 1)
     assert form.name == "interleave"
     return x.unflatten(0, (form.n, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def to_foreign(form: Transform, x: Tensor) -> Tensor:
-    """From our form to the file's; neg_exp answers in float64."""
+    """From our form to the file's; neg_exp and plus_one answer in float64."""
     if form.name == "conv":
         return x.unsqueeze(1)
     if form.name == "column":
@@ -46,6 +53,12 @@ def to_foreign(form: Transform, x: Tensor) -> Tensor:
         return x.unflatten(0, (form.n, -1))
     if form.name == "neg_exp":
         return -x.double().exp()
+    if form.name == "plus_one":
+        return x.double() - 1
+    if form.name in HALVES:  # the other half is zero: mappings of one tensor are added up
+        both = x.new_zeros(form.n, 2, x.shape[0] // form.n, *x.shape[1:])
+        both[:, HALVES.index(form.name)] = x.unflatten(0, (form.n, -1))
+        return both.flatten(0, 2)
     assert form.name == "interleave"
     return x.unflatten(0, (form.n, 2, -1)).transpose(1, 2).flatten(0, 2)
 

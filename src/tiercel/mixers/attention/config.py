@@ -30,6 +30,7 @@ class AttentionConfig(MixerSpec):
     out_bias: bool = False
     scale: float | None = None  # None: head_dim^-0.5
     qk_norm: bool = False  # RMS norms on each head of q and k, before the rotation
+    output_gate: bool = False  # σ of a projection of the input times the output, before o
 
     def __post_init__(self) -> None:
         check_sizes(self, "heads", "kv_heads", "head_dim")
@@ -44,6 +45,11 @@ class AttentionConfig(MixerSpec):
             out += linear(
                 name, (heads * self.head_dim, width), f"{name}_proj", f"attn_{name}", bias=self.qkv_bias,
                 shard="column", reads_input=True, lora=True, role=f"attn_{name}",
+            )  # fmt: skip
+        if self.output_gate:
+            out += linear(
+                "gate", (self.heads * self.head_dim, width), "gate_proj", "attn_gate", bias=self.qkv_bias,
+                shard="column", reads_input=True, lora=True, role="attn_q",
             )  # fmt: skip
         out += linear(
             "o", (width, self.heads * self.head_dim), "o_proj", "attn_output", bias=self.out_bias,

@@ -1,6 +1,7 @@
 """Grouped-query attention with rotary positions: the mixer that recalls exactly.
 
     o( softmax(scale · rot(q) · rot(k)ᵀ) v )        q: H heads, k and v: K heads, K divides H
+    o( σ(gate u) · softmax(…) v )                   with an output gate (Qwen3-Next)
 
 Letters: T tokens of the whole batch, D width, H heads, K key/value heads, P head dim.
 """
@@ -20,6 +21,7 @@ from tiercel.mixers.paged import PagedState
 from tiercel.model.batch import Batch
 from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, RMSNorm, quantizes_input
 from tiercel.model.varlen import VarlenBatch
+from tiercel.ops.pointwise import gate
 
 if TYPE_CHECKING:
     from tiercel.mixers.attention.config import AttentionConfig
@@ -34,6 +36,8 @@ class Attention(nn.Module):
         self.q = Linear(width, config.heads * P, config.qkv_bias)
         self.k = Linear(width, config.kv_heads * P, config.qkv_bias)
         self.v = Linear(width, config.kv_heads * P, config.qkv_bias)
+        if config.output_gate:
+            self.gate = Linear(width, config.heads * P, config.qkv_bias)
         self.o = Linear(config.heads * P, width, config.out_bias)
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(P, eps), RMSNorm(P, eps)
@@ -47,7 +51,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """h: (T, D) → (T, D); every row attends to its own past.  ready: products with h made elsewhere."""
         if not isinstance(batch, VarlenBatch) and batch.native:
-            return self.o(self._natively(h_TD, batch, states, precomputed))
+            return self._project(self._natively(h_TD, batch, states, precomputed), h_TD, precomputed)
         P = self.config.head_dim
         q_THP, k_TKP = self.q(h_TD).unflatten(-1, (-1, P)), self.k(h_TD).unflatten(-1, (-1, P))
         if self.config.qk_norm:
@@ -59,7 +63,7 @@ class Attention(nn.Module):
             q_HTP, k_KTP = turned.split((self.config.heads, self.config.kv_heads))
         if isinstance(batch, VarlenBatch):
             y_HTP = batch.attend(q_HTP, k_KTP, v_KTP, self.scale, self.config.window)
-            return self.o(y_HTP.transpose(0, 1).flatten(1))
+            return self._project(y_HTP.transpose(0, 1).flatten(1), h_TD, precomputed)
         rows = []
         for span, state in zip(batch.spans, states, strict=True):
             k, v = k_KTP[:, span], v_KTP[:, span]
@@ -67,7 +71,14 @@ class Attention(nn.Module):
                 k, v = state.extend(k, v)
             rows.append(attention(q_HTP[:, span], k, v, scale=self.scale, window=self.config.window))
         y_HTP = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-        return self.o(y_HTP.transpose(0, 1).flatten(1))
+        return self._project(y_HTP.transpose(0, 1).flatten(1), h_TD, precomputed)
+
+    def _project(self, y_TI: Tensor, h_TD: Tensor, precomputed: Precomputed) -> Tensor:
+        """The output projection, after the gate where there is one."""
+        if self.config.output_gate:
+            gate_TI = precomputed[self.gate] if self.gate in precomputed else self.gate(h_TD)
+            y_TI = gate(gate_TI, y_TI, "sigmoid")
+        return self.o(y_TI)
 
     def _natively(
         self, h_TD: Tensor, batch: Batch, states: Sequence[PagedState | None], precomputed: Precomputed
@@ -88,5 +99,5 @@ class Attention(nn.Module):
             kv_heads=c.kv_heads,
             scale=self.scale,
             window=c.window,
-            round=quantizes_input(self.o),
+            round=quantizes_input(self.o) and not c.output_gate,
         )

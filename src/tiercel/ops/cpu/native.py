@@ -122,7 +122,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid": 4}
 
 
 def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -6,7 +6,7 @@ namespace tiercel {
 
 struct Add { const float *a, *b; float* y; i64 count; };  // y = a + b
 struct Gate { const float *gate, *up; float* y; i64 count; int activation; };  // y = act(gate) · up
-enum Activation { SILU, GELU, GELU_TANH, RELU };
+enum Activation { SILU, GELU, GELU_TANH, RELU, SIGMOID };
 
 }  // namespace tiercel
 
@@ -61,6 +61,7 @@ INLINE F map(F x, float (*f)(float)) {
 INLINE F activate(int activation, F x) {
     if (activation == SILU) return silu(x);
     if (activation == RELU) return max(x, zero());
+    if (activation == SIGMOID) return set(1.0f) / (set(1.0f) + exp(zero() - x));
     const F half = set(0.5f), one = set(1.0f);
     if (activation == GELU) return half * x * (one + map(x * set(0.70710678f), erff));
     return half * x * (one + map(set(0.79788456f) * (x + set(0.044715f) * x * x * x), tanhf));

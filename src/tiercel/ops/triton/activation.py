@@ -14,6 +14,8 @@ def activated(x, ACTIVATION: tl.constexpr):
         x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "sigmoid":
+        x = tl.sigmoid(x)
     else:
         x = tl.where(x > 0, x, 0.0 * x)  # NaN stays NaN
     return x
