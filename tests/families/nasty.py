@@ -202,8 +202,7 @@ NASTY: dict[str, Nasty] = {
         vocab_size=VOCAB, hidden_size=40, intermediate_size=54, num_hidden_layers=4, rms_norm_eps=0.017,
         num_attention_heads=6, num_key_value_heads=2, head_dim=24, max_position_embeddings=800,
         linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=12, linear_value_head_dim=20,
-        linear_conv_kernel_dim=3, layer_types=["linear_attention", "full_attention", "linear_attention",
-                                               "full_attention"],
+        linear_conv_kernel_dim=3, full_attention_interval=2,
         rope_parameters={"rope_type": "default", "rope_theta": 321.0, "partial_rotary_factor": 0.5},
     )),
     "qwen3_5-tied": Nasty("qwen3_5_text", dict(
@@ -317,12 +316,15 @@ def spell_old(config: dict[str, Any]) -> None:
     """A config.json as transformers 4.x wrote it: rope_theta and rope_scaling, torch_dtype, no layer types."""
     config["transformers_version"] = "4.57.6"
     config["torch_dtype"] = config.pop("dtype", "float32")
-    for derived in ("layer_types", "layers_block_type"):
+    linear = "linear_attention" in config.get("layer_types", [])  # these types were written, and the fraction beside
+    for derived in () if linear else ("layer_types", "layers_block_type"):
         config.pop(derived, None)
     rope = config.pop("rope_parameters", None)
     if rope is not None:
         config["rope_theta"] = rope.pop("rope_theta")
-        rope.pop("partial_rotary_factor", None)
+        fraction = rope.pop("partial_rotary_factor", None)
+        if linear:
+            config["partial_rotary_factor"] = fraction
         kind = rope.pop("rope_type")
         config["rope_scaling"] = (
             None if kind == "default" else {"type" if kind == "linear" else "rope_type": kind} | rope

@@ -1,8 +1,8 @@
 """Qwen3.5 and Qwen3.6, dense: gated delta rule in three layers of four, gated attention in the fourth.
 
 transformers `modeling_qwen3_5.py`.  Norms are 1 + w, but for the gated norm of the linear layers; q_proj holds query
-and gate, head by head.  The vision tower (`model.visual.*`) and the multi-token prediction head (`mtp.*`) of a checkpoint
-are left out.  Its GGUF form (`qwen35`, value heads in another order) is not written or read yet.
+and gate, head by head.  The vision tower (`model.visual.*`) and the multi-token prediction head (`mtp.*`) of a
+checkpoint are left out.  Its GGUF form (`qwen35`, value heads in another order) is not written or read yet.
 """
 
 from __future__ import annotations
