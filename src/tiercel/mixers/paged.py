@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -173,6 +174,7 @@ class PagedSlots:
         return sum(t[0].numel() for t in self.buffers.values())
 
 
+@lru_cache(maxsize=256)
 def page_buffers(spec: MixerSpec) -> tuple[Buffer, ...]:
     """The page buffers of a spec."""
     return tuple(b for b in spec.buffers() if b.lifetime == "page")

@@ -21,6 +21,8 @@ Letters: L new tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,12 +30,36 @@ from torch import Tensor
 from tiercel.mixers.checks import MAX_SIZE
 from tiercel.mixers.spec import MAX_CHUNK, Buffer, MixerSpec
 from tiercel.model.layer_state import LayerState, dtype_of
-from tiercel.runtime.allocator import CachingAllocator
+from tiercel.runtime.allocator import CachingAllocator, Shape
 
 
 def chunk_of(spec: MixerSpec) -> int:
     """Tokens between two boundaries of a mixer's state."""
     return min(spec.chunk, MAX_CHUNK)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A spec's buffers, worked out once: shapes in memory, by lifetime."""
+
+    chunk: int
+    pending: dict[str, Buffer]
+    sequence: tuple[str, ...]
+    scratch: tuple[str, ...]
+    shapes: dict[str, Shape]  # of all, in the order of the table
+    inputs: dict[str, Shape]  # of the pending ones
+
+
+@lru_cache(maxsize=256)
+def _layout(spec: MixerSpec, dtype: torch.dtype) -> _Layout:
+    chunk, table = chunk_of(spec), spec.buffers()
+    pending = {b.name: b for b in table if b.lifetime == "pending"}
+    shapes: dict[str, Shape] = {
+        b.name: (memory_shape(b, b.history + 2 * chunk) if b.name in pending else b.shape, dtype_of(b, dtype))
+        for b in table
+    }
+    sequence, scratch = (tuple(b.name for b in table if b.lifetime == kind) for kind in ("sequence", "scratch"))
+    return _Layout(chunk, pending, sequence, scratch, shapes, {name: shapes[name] for name in pending})
 
 
 class RecurrentState(LayerState):
@@ -47,26 +73,18 @@ class RecurrentState(LayerState):
 
     def __init__(self, spec: MixerSpec, dtype: torch.dtype, device: torch.device, allocator: CachingAllocator) -> None:
         super().__init__(spec, dtype, device)
-        self.allocator, self.chunk = allocator, chunk_of(spec)
-        table = spec.buffers()
-        self._pending = {b.name: b for b in table if b.lifetime == "pending"}
-        self._sequence = [b.name for b in table if b.lifetime == "sequence"]
-        self._scratch = [b.name for b in table if b.lifetime == "scratch"]
-        inputs = allocator.empty_many(
-            {
-                name: (memory_shape(b, b.history + 2 * self.chunk), dtype_of(b, dtype))
-                for name, b in self._pending.items()
-            },
-            device,
-        )
+        self.allocator, layout = allocator, _layout(spec, dtype)
+        self.chunk, self._pending = layout.chunk, layout.pending
+        self._sequence, self._scratch = layout.sequence, layout.scratch
+        inputs = allocator.empty_many(layout.inputs, device)
         self._buffers: dict[str, Tensor] = {}
-        for b in table:
-            if b.name in inputs:
-                self._buffers[b.name] = inputs[b.name].movedim(b.token_dim, 0)
-                self._buffers[b.name][: b.history] = 0
+        for name, shape in layout.shapes.items():
+            if (b := self._pending.get(name)) is not None:
+                self._buffers[name] = inputs[name].movedim(-2, 0) if b.token_dim else inputs[name]
+                if b.history:
+                    self._buffers[name][: b.history] = 0
             else:
-                whole = allocator.empty(*b.shape, dtype=dtype_of(b, dtype), device=device)
-                self._buffers[b.name] = whole.zero_()
+                self._buffers[name] = allocator.empty(*shape[0], dtype=shape[1], device=device).zero_()
         self._with_new: dict[str, Tensor] = {}
 
     @property

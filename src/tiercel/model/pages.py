@@ -101,11 +101,9 @@ class Pages:
 
     def ready(self, used: int, length: int) -> bool:
         """Whether tokens from `used` up to `length` can be written and nothing is to be released."""
-        return (
-            length <= len(self.held) * PAGE
-            and self.shared * PAGE <= used
-            and released_pages(used, self.window) <= self.first
-        )
+        if length > len(self.held) * PAGE or self.shared * PAGE > used:
+            return False
+        return self.window is None or released_pages(used, self.window) <= self.first
 
     def reserve(self, used: int, length: int) -> None:
         """Make it so: release pages before the window, add pages, copy the page of token `used` where it is shared."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
-from tiercel.mixers.paged import PagedState
+from tiercel.mixers.paged import PagedState, page_buffers
 from tiercel.mixers.recurrent import RecurrentState
 from tiercel.mixers.spec import MixerSpec
 from tiercel.model.layer_state import LENGTH, LayerState
@@ -197,7 +197,8 @@ class State:
         """Have room for `added` more tokens, and release what they do not see; before every forward."""
         used = self.length
         for part in self._paged:
-            part.cut(used)  # what an interrupted forward added
+            if part.gathered > used:
+                part.cut(used)  # what an interrupted forward added
         changed = False
         for pages in self.groups:
             if not pages.ready(used, used + added):
@@ -293,11 +294,11 @@ class State:
 
 def _layer_state(spec: MixerSpec, dtype: torch.dtype, device: torch.device, allocator: CachingAllocator) -> LayerState:
     """An empty state for one mixer."""
-    lifetimes = {b.lifetime for b in spec.buffers()}
-    if lifetimes == {"page"}:
-        return PagedState(spec, dtype, device)
-    if "page" in lifetimes:
+    pages = page_buffers(spec)
+    if not pages:
+        return RecurrentState(spec, dtype, device, allocator)
+    if len(pages) < len(spec.buffers()):
         raise RequestError(
             f"a {spec.kind} layer keeps pages and a recurrent state: one mixer can have only one of them"
         )
-    return RecurrentState(spec, dtype, device, allocator)
+    return PagedState(spec, dtype, device)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import mmap
 import os
 import threading
@@ -170,15 +171,15 @@ class CachingAllocator:
 
     def empty_many(self, shapes: Mapping[str, Shape], device: torch.device) -> dict[str, Tensor]:
         """Return tensors that are freed together, in one block."""
-        starts, end = {}, 0
-        for name, (shape, dtype) in shapes.items():
-            starts[name] = end
-            end += -(-int(np.prod(shape)) * dtype.itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        spans, end = [], 0
+        for shape, dtype in shapes.values():
+            nbytes = math.prod(shape) * dtype.itemsize
+            spans.append((end, end + nbytes))
+            end += -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         block, out = self.empty_bytes(end, device), {}
         with torch.inference_mode(False):
-            for name, (shape, dtype) in shapes.items():
-                nbytes = int(np.prod(shape)) * dtype.itemsize
-                out[name] = block[starts[name] : starts[name] + nbytes].view(dtype).view(tuple(shape))
+            for (name, (shape, dtype)), (start, stop) in zip(shapes.items(), spans, strict=True):
+                out[name] = block[start:stop].view(dtype).view(tuple(shape))
         return out
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
