@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from hard_strings import FIXED
-from tiercel.tokenizer.vocab import PRE_TOKENIZERS
+from tiercel.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
 CONTROL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [text for text in FIXED if "<" not in text] * 3

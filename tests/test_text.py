@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from growth import Calls, ratio
 from hard_strings import HARD
 from small_tokenizers import CONTROL, TAGS, byte_level, sentencepiece
 from tiercel.errors import FormatError, RequestError, UnsupportedError
+from tiercel.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from tiercel.tokenizer.tokenizer import Tokenizer
-from tiercel.tokenizer.vocab import PRE_TOKENIZERS
+from tiercel.tokenizer.vocab_gguf import GGUF_TYPES
+from tiercel.weights.gguf import GGUFFile, Typed, write_gguf
 
 GOLDEN = Path(__file__).parent / "golden"
 BYTE_LEVEL = ["llama-bpe", "smollm", "gpt-2", "qwen2", "falcon", "default"]
@@ -101,15 +103,16 @@ def test_a_tiny_gguf_written_by_us_means_the_same_to_llama_cpp(name: str) -> Non
 # What is put around a text, and what ends one
 
 
-def test_bos_and_eos_are_added_as_the_files_say(tmp_path: Path) -> None:
+def test_the_post_processor_says_what_stands_around_a_text(tmp_path: Path) -> None:
+    """As in transformers 5, where add_bos_token and add_eos_token of a tokenizer.json do nothing."""
     names = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
     plain = text_of(tmp_path / "a", table("llama-bpe"), special_tokens_map=names)
     assert plain.encode("a") == plain.encode("a", bos=False)
     assert plain.encode("a", bos=True) == [plain.bos, *plain.encode("a")]
     both = names | {"add_bos_token": True, "add_eos_token": True}
     asked = text_of(tmp_path / "b", table("llama-bpe"), tokenizer_config=both)
-    assert asked.encode("a") == [0, *plain.encode("a"), 1] == asked.encode("a", bos=True)
-    assert asked.encode("", bos=None) == [0, 1]
+    assert asked.encode("a") == plain.encode("a") and asked.encode("a", bos=True) == [0, *plain.encode("a")]
+    assert asked.encode("", bos=None) == []
     own = table("llama-bpe")
     tokenizer = HFTokenizer.from_str(json.dumps(own))
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
@@ -118,7 +121,151 @@ def test_bos_and_eos_are_added_as_the_files_say(tmp_path: Path) -> None:
     switched_off = text_of(
         tmp_path / "d", json.loads(tokenizer.to_str()), tokenizer_config=names | {"add_bos_token": False}
     )
-    assert switched_off.encode("a") == plain.encode("a")
+    assert switched_off.encode("a") == [0, *plain.encode("a")]
+    flat = {"bos_token": "<s>", "eos_token": "</s>"}
+    for files in (
+        {"tokenizer_config": flat | {"add_bos_token": False}},
+        {"tokenizer_config": flat | {"add_bos_token": True}},
+        {"special_tokens_map": flat},
+    ):
+        for processor in (tokenizer.post_processor, None):
+            made = HFTokenizer.from_str(json.dumps(own))
+            if processor is not None:
+                made.post_processor = processor
+            folder = tmp_path / f"e{len(list(tmp_path.iterdir()))}"
+            ids = text_of(folder, json.loads(made.to_str()), **files).encode("a")
+            assert ids == AutoTokenizer.from_pretrained(folder)("a")["input_ids"]
+
+
+def test_a_begin_token_that_the_post_processor_alone_names_is_known(tmp_path: Path) -> None:
+    made = HFTokenizer.from_str(json.dumps(table("llama-bpe")))
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    first = text_of(tmp_path / "a", json.loads(made.to_str()))
+    assert first.bos == 0 and first.encode("a")[0] == 0
+    again = Tokenizer.from_gguf(first.to_gguf())
+    assert again is not None and again.encode("a") == first.encode("a") and again.bos == 0
+    made.post_processor = processors.Sequence([processors.ByteLevel(), made.post_processor])
+    assert text_of(tmp_path / "b", json.loads(made.to_str())).bos == 0
+
+
+def test_tokens_that_a_processor_has_names_for_are_special(tmp_path: Path) -> None:
+    source = table("llama-bpe")
+    start = len(source["model"]["vocab"]) + 10
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
+    names = ["<|tag|>", "tagword", "[TAG]"]
+    source["added_tokens"] += [{"id": start + i, "content": name, **flags} for i, name in enumerate(names)]
+    for form, special in (
+        (dict(zip("abc", names, strict=True)), True),
+        ({"a": {"content": "<|tag|>"}}, True),
+        (names, False),
+    ):
+        folder = tmp_path / f"x{len(list(tmp_path.iterdir()))}"
+        tokenizer = text_of(folder, source, tokenizer_config={"extra_special_tokens": form})
+        assert (tokenizer.decode([start]) == "") == special
+        type_of = tokenizer.to_gguf()["tokenizer.ggml.token_type"][start]
+        assert type_of == (3 if special else 4)
+
+
+def test_ids_without_a_token_stay_without_one(tmp_path: Path) -> None:
+    """Added tokens behind a gap keep their ids, in files too; nothing stands for the ids of the gap."""
+    for gap, tail in ((1, ["<|new|>"]), (40, ["<|new|>", "<|newer|>"])):
+        source = table("llama-bpe")
+        start = max([*source["model"]["vocab"].values(), *(t["id"] for t in source["added_tokens"])]) + 1 + gap
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        source["added_tokens"] += [{"id": start + i, "content": name, **flags} for i, name in enumerate(tail)]
+        first = text_of(tmp_path / f"a{gap}", source)
+        first.save(tmp_path / f"b{gap}")
+        for tokenizer in (first, Tokenizer.from_folder(tmp_path / f"b{gap}"), Tokenizer.from_gguf(first.to_gguf())):
+            assert tokenizer is not None
+            assert [tokenizer.id_of(name) for name in tail] == [start + i for i in range(len(tail))]
+            assert tokenizer.encode("a <|new|>", special=True)[-1] == start
+            assert tokenizer.encode("hello", bos=False) == first.encode("hello", bos=False)
+        assert first.decode([start - 1], special=True) == ""
+        saved = json.loads((tmp_path / f"b{gap}" / "tokenizer.json").read_text())
+        assert saved["model"]["vocab"] == source["model"]["vocab"]
+
+
+def test_special_ids_outside_the_vocabulary_are_ignored_unless_they_are_needed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metadata = text_of(tmp_path, table("llama-bpe")).to_gguf()
+    count = len(metadata["tokenizer.ggml.tokens"])
+    for name in ("padding", "unknown", "seperator", "mask", "eom"):
+        for value in (count, -1, 1 << 40):
+            caplog.clear()
+            assert Tokenizer.from_gguf(metadata | {f"tokenizer.ggml.{name}_token_id": value}) is not None
+            assert f"{name}_token_id is {value}" in caplog.text
+    for name in ("bos", "eos", "eot"):
+        with pytest.raises(FormatError, match=f"{name}_token_id is {count}"):
+            Tokenizer.from_gguf(metadata | {f"tokenizer.ggml.{name}_token_id": count})
+
+
+CUTS = {  # as llama.cpp cuts: what a text becomes, for one name of each rule
+    "tekken": ("HelloWorld 12 It's", ["Hello", "World", " ", "1", "2", " It", "'s"]),
+    "gpt-4o": ("HelloWorld 1234 It's", ["Hello", "World", " ", "123", "4", " It's"]),
+    "kimi-k2": ("Hi中文かな 12", ["Hi", "中文", "かな", " ", "12"]),
+    "deepseek-llm": ("ab 123\n.", ["ab", " ", "123", "\n", "."]),
+    "deepseek-coder": ("ab 12中", ["ab", " ", "1", "2", "中"]),
+    "deepseek-v3": ("ab 1234中!x", ["ab", " ", "123", "4", "中", "!x"]),
+    "afmoe": ("ab 1234567", ["ab", " ", "1", "234", "567"]),
+    "superbpe": ("two words 12345", ["two words ", "12", "345"]),
+    "tiny_aya": ("ab 12345", ["ab", " ", "12", "345"]),
+    "seed-coder": ("a!\n 12", ["a", "!", "\n", " ", "1", "2"]),
+    "bloom": ("ab cd, 12", ["ab", " cd", ",", " 12"]),
+    "viking": ("ab 12", ["ab", " ", "1", "2"]),
+    "bailingmoe": ("It'S 12", ["It", "'S", " ", "1", "2"]),
+    "ufakzeka": ("It's", ["It", "'s"]),
+    "qwen35": ("e\u0301a 12", ["e\u0301a", " ", "1", "2"]),
+    "minicpm5": ("ab 12345", ["ab", " ", "123", "45"]),
+    "chameleon": ("ab 12.", ["ab", " ", "1", "2", "."]),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_texts_are_cut_as_llama_cpp_cuts_them(name: str) -> None:
+    text, pieces = CUTS[name]
+    rules = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[name].patterns]
+    assert [piece for piece, _ in pre_tokenizers.Sequence(rules).pre_tokenize_str(text)] == pieces
+
+
+@pytest.mark.parametrize("name", [name for name, rules in PRE_TOKENIZERS.items() if rules.originals])
+def test_published_patterns_are_recognized_and_kept_beside_the_name(name: str, tmp_path: Path) -> None:
+    source = table(name)
+    for step, pattern in zip(source["pre_tokenizer"]["pretokenizers"], PRE_TOKENIZERS[name].originals, strict=False):
+        step["pattern"] = {"Regex": pattern}
+    tokenizer = text_of(tmp_path, source)
+    metadata = tokenizer.to_gguf()
+    assert PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]] == PRE_TOKENIZERS[name]
+    assert metadata["tokenizer.tiercel.patterns"] == list(PRE_TOKENIZERS[name].originals)
+    again = Tokenizer.from_gguf(metadata)
+    assert again is not None and again.encode("éÉa HelloWorld") == tokenizer.encode("éÉa HelloWorld")
+    wrong = metadata | {"tokenizer.tiercel.patterns": [1]}
+    with pytest.raises(FormatError, match="patterns"):
+        Tokenizer.from_gguf(wrong)
+
+
+def test_names_that_are_not_served_say_the_way_out(tmp_path: Path) -> None:
+    metadata = text_of(tmp_path, table("llama-bpe")).to_gguf()
+    for name in ("gemma4", "whitespace", "of-tomorrow"):
+        with pytest.raises(UnsupportedError, match=f"{name}.*tokenizer.json"):
+            Tokenizer.from_gguf(metadata | {"tokenizer.ggml.pre": name})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "tekken.json").write_text("{}")
+    assert "tekken.json" in Tokenizer.why_none(tmp_path / "b")
+
+
+def test_a_byte_level_tokenizer_without_merges_goes_to_gguf(tmp_path: Path) -> None:
+    source = table("llama-bpe")
+    source["model"]["merges"] = []
+    tokenizer = text_of(tmp_path, source)
+    path = tmp_path / "x.gguf"
+    fields = {
+        key: Typed(GGUF_TYPES[key], value) if key in GGUF_TYPES else value for key, value in tokenizer.to_gguf().items()
+    }
+    write_gguf(path, fields, [])
+    with GGUFFile(path) as file:
+        again = Tokenizer.from_gguf(file.metadata)
+    assert again is not None and again.encode("hello") == tokenizer.encode("hello")
 
 
 def test_every_end_that_the_files_name_ends_an_answer(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ class Model:
     """
 
     adapter: str | None = None
+    path: Path | None = None  # where it was loaded from
     draft: Model | None = None
     num_speculative_tokens: int | None = None
     drafter: Callable[[Any], Drafter] | None = None  # in place of the usual one; set before the first request
@@ -164,11 +165,16 @@ class Model:
         if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
             return list(prompt)  # type: ignore[arg-type]
         if self.tokenizer is None:
-            raise RequestError(f"{self.name} has no tokenizer: give it token ids")
+            raise RequestError(f"{self.name} has no tokenizer: give it token ids{self._why_no_tokenizer()}")
         if isinstance(prompt, str) and (raw or not self.tokenizer.has_template):
             return self.tokenizer.encode(prompt)
         messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return self.tokenizer.chat(messages, **template)
+
+    def _why_no_tokenizer(self) -> str:
+        """What its folder has instead, and what to do about it; "" where nothing is known."""
+        path = self.path
+        return f" ({Tokenizer.why_none(path)})" if path is not None and path.is_dir() else ""
 
     def default_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends, else temperature 0.8, top_p 0.9, top_k 40."""
@@ -285,7 +291,7 @@ def load(
         move(network, device)
     defaults = generation_defaults(path)
     model = Model(network, tokenizer, layout, name=str(name), max_length=max_length, defaults=defaults)
-    model.num_speculative_tokens = num_speculative_tokens
+    model.path, model.num_speculative_tokens = path, num_speculative_tokens
     draft_lengths(num_speculative_tokens)  # refuses what is no such number
     if draft_model is not None:
         model.draft = load(draft_model, device=device)

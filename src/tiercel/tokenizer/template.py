@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ SECONDS = 1.0  # of processor time, counted in the worker
 PATIENCE = 1.4  # of wall clock: where processor time cannot be counted, or the machine is busy
 SECONDS_PER_BYTE = 1 / (8 << 20)  # more, for a prompt of many megabytes
 START = 30.0
+MAX_WORKERS = 4  # processes; more while more templates are at work at once
 CHARACTERS = 16 << 20  # of the rendered prompt
 MOST_ANSWER_BYTES = 12 * CHARACTERS  # JSON spends up to 12 bytes on a character
 
@@ -41,7 +43,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"messages and tools must be plain JSON values: {error}") from None
     seconds = SECONDS + len(body) * SECONDS_PER_BYTE  # goes in front of the fields that it was measured by
-    answer = _worker.ask(f'{{"seconds": {seconds}, {body[1:]}'.encode("ascii"))
+    answer = _workers.ask(template, f'{{"seconds": {seconds}, {body[1:]}'.encode("ascii"))
     text, by, message = answer.get("text"), answer.get("by"), str(answer.get("error"))[:1000]
     if isinstance(text, str):
         return text
@@ -59,6 +61,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.users = 0  # threads that ask it or wait for it
         self.process: subprocess.Popen[bytes] | None = None
         self.owner = 0
 
@@ -96,10 +99,45 @@ class _Worker:
         terminate(process)
 
 
-_worker = _Worker()
-atexit.register(_worker.stop)
+class _Workers:
+    """A process for each of the templates used most lately: one that never ends delays its own model only."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.workers: OrderedDict[str, _Worker] = OrderedDict()  # by template, the latest last
+
+    def ask(self, template: str, job: bytes) -> dict[str, Any]:
+        with self.lock:
+            worker = self.workers.pop(template, None) or self._free()
+            self.workers[template] = worker
+            worker.users += 1
+        try:
+            return worker.ask(job)
+        finally:
+            with self.lock:
+                worker.users -= 1
+
+    def _free(self) -> _Worker:
+        """A new worker; the process of the template that was used longest ago is given to this one."""
+        if len(self.workers) >= MAX_WORKERS:
+            for template, worker in self.workers.items():
+                if not worker.users:
+                    return self.workers.pop(template)
+        return _Worker()
+
+    def stop(self) -> None:
+        for worker in self.workers.values():
+            worker.stop()
+
+    def forked(self) -> None:
+        """Locks that another thread held when this process was made are never let go."""
+        self.__init__()  # type: ignore[misc]
+
+
+_workers = _Workers()
+atexit.register(_workers.stop)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: setattr(_worker, "lock", threading.Lock()))
+    os.register_at_fork(after_in_child=_workers.forked)
 
 
 def _spawn() -> subprocess.Popen[bytes]:

@@ -19,11 +19,13 @@ Frames on both pipes: 8 bytes length (little endian), then JSON.  A job is {"tem
 from __future__ import annotations
 
 import contextlib
+import html.entities  # noqa: F401  (filters import these when they are called, when nothing can be opened)
 import json
-import pprint  # noqa: F401  (|pprint imports it when called, too late)
+import pprint  # noqa: F401
 import signal
 import struct
 import sys
+import textwrap  # noqa: F401
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -41,9 +43,11 @@ from jinja2.utils import Namespace
 
 MEMORY = 256 << 20
 COMPILED_AT_ONCE = 8
-REHEARSAL = (
-    r"{% for x in [1, 'é\n'] %}{{ x|string|upper|urlize|pprint|tojson }}{% endfor %}{{ strftime_now('%d %b %Y') }}"
-)
+REHEARSAL = r"""{% for x in [1, 'é\n'] %}{{ x|string|upper|urlize|pprint|tojson }}{% endfor %}
+{{ strftime_now('%d %b %Y') }}{{ 'a b c'|wordwrap(3)|striptags|forceescape|urlencode|indent|center|title|wordcount }}
+{{ '&lt;b>'|striptags }}{{ {'b': 1}|dictsort|list }}{{ {'b': 1}|xmlattr }}{{ 3|filesizeformat }}{{ '%s'|format(1) }}
+{{ [1, 2]|random }}{{ [{'a': 1}]|groupby('a')|list }}{{ [1, 2]|batch(1)|list }}{{ [1, 2]|slice(1)|list }}
+{{ [1, 1]|unique|sort|map('string')|select|reject|join }}{{ [1]|sum }}{{ 1.5|round }}{{ '1'|int + '1'|float }}"""
 
 
 class TooLong(Exception):

@@ -23,9 +23,10 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from tiercel.errors import FormatError, RequestError
 from tiercel.tokenizer import vocab_folder, vocab_gguf
-from tiercel.tokenizer.control import THINK_TAGS, Controls, Disguise
+from tiercel.tokenizer.control import THINK_TAGS, Added, Controls, Disguise
 from tiercel.tokenizer.stream import Piece, TextStream
 from tiercel.tokenizer.template import check_messages, render, with_mark
+from tiercel.tokenizer.template_needs import TemplateNeeds
 from tiercel.tokenizer.vocab import ENDS, Recipe, kinds, space_prefix, steps_of
 
 __all__ = ["Piece", "TextStream", "Tokenizer"]
@@ -33,6 +34,8 @@ __all__ = ["Piece", "TextStream", "Tokenizer"]
 UNLOCKED_CHARS = 4096  # from this length a text is tokenized without Python's lock
 CHARS_PER_TOKEN = 8  # more than texts have; where one has still more, a longer beginning is read
 CUT_TOKENS = 64  # at the end of a beginning that the rest of the text may change
+FILLER = "\U0010fffd"  # begins a token that stands for an id without one
+MAX_GAP = 1 << 20  # ids without a token
 TAIL = 16  # ids at the end of a prompt in which an open think tag is looked for
 
 
@@ -55,6 +58,7 @@ class Tokenizer:
         written = "".join(self.templates.values())
         self._controls = Controls(token for token in self._added if token.steers(written))
         self._special = frozenset(token.id for token in self._added if token.special)
+        self._fillers = _fillers(recipe.tokenizer, self._added)
         self._tokenizer = _open(self._plain_json(recipe.tokenizer))
         self._shape(recipe.tokenizer)
         self._front, self._back = self._around()
@@ -62,6 +66,7 @@ class Tokenizer:
         ends = {token.id for token in self._controls.tokens.values() if token.content in ENDS}
         self.eos = frozenset({id for id in recipe.eos if id < 1 << 31} | ends)
         self._pieces: dict[int, bytes] = {}
+        self._templates_needs: dict[str, TemplateNeeds] = {}
         self._by_byte: dict[int, list[int]] = {}
 
     @classmethod
@@ -180,7 +185,7 @@ class Tokenizer:
 
     def _piece(self, id: int) -> bytes:
         token = self._tokenizer.id_to_token(_id(id)) if id < self.vocab_size else None
-        if token is None:
+        if token is None or token.startswith(FILLER):
             return b""
         if id in self._contents:
             return self._contents[id].encode("utf-8", errors="replace")
@@ -302,7 +307,7 @@ class Tokenizer:
     ) -> tuple[str, Disguise]:
         """The template's text, in which control texts of the messages are disguised."""
         template = self._template(bool(tools))
-        conversation = check_messages(messages)
+        conversation = list(map(self._needs(template).adapt, check_messages(messages)))
         disguise = Disguise(self._controls, conversation, tools, template_kwargs, template, self.names)
         hidden = [disguise.hide_message(message) for message in conversation]
         if continue_final:
@@ -318,6 +323,17 @@ class Tokenizer:
         rendered = render(template, variables)
         _check_text(rendered)
         return (_until_mark(rendered, disguise.mark) if continue_final else rendered), disguise
+
+    def _needs(self, template: str) -> TemplateNeeds:
+        """What this template takes; found out once."""
+        if template not in self._templates_needs:
+
+            def tried(messages: list[dict[str, Any]]) -> str:
+                fixed = {"documents": None, "tools": None, "add_generation_prompt": False}
+                return render(template, {**self.names, **fixed, "messages": messages})
+
+            self._templates_needs[template] = TemplateNeeds(tried)
+        return self._templates_needs[template]
 
     def _template(self, with_tools: bool) -> str:
         name = "tool_use" if with_tools and "tool_use" in self.templates else "default"
@@ -351,6 +367,8 @@ class Tokenizer:
     def _json(self) -> dict[str, Any]:
         """tokenizer.json as it was read: the flags that we set on control tokens are taken back."""
         tokenizer: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        for content in self._fillers:
+            del tokenizer["model"]["vocab"][content]
         flags = {token.id: token.special for token in self._added}
         for entry in tokenizer["added_tokens"]:
             entry["special"] = flags[entry["id"]]
@@ -366,6 +384,8 @@ class Tokenizer:
         steering = self._controls.ids
         added = [{**e, "special": e["id"] in steering} for e in tokenizer.get("added_tokens") or []]
         model = tokenizer["model"] | ({"dropout": None} if "dropout" in tokenizer["model"] else {})
+        if self._fillers:
+            model["vocab"] = model["vocab"] | self._fillers
         return {**tokenizer, "added_tokens": added, "model": model, "truncation": None, "padding": None}
 
     def _shape(self, tokenizer: dict[str, Any]) -> None:
@@ -395,6 +415,22 @@ class Tokenizer:
         if self._prefix == "never":
             return self._tokenizer
         return _open(_without_prefix(json.loads(self._tokenizer.to_str())))
+
+
+def _fillers(tokenizer: dict[str, Any], added: list[Added]) -> dict[str, int]:
+    """What the vocabulary lacks, where ids below the last added token have no token.
+
+    The library numbers added tokens on from the vocabulary's end, whatever ids the file gives them, unless the
+    vocabulary has them: so it gets them, and a token that no text makes for each id without one.
+    """
+    vocab, last = tokenizer["model"].get("vocab"), max((token.id for token in added), default=-1)
+    if not isinstance(vocab, dict):
+        return {}
+    taken = {*vocab.values(), *(token.id for token in added)}
+    if not 0 < last + 1 - sum(id <= last for id in taken) <= MAX_GAP:
+        return {}
+    gaps = {f"{FILLER}{id}": id for id in range(last) if id not in taken}
+    return gaps | {token.content: token.id for token in added if token.content not in vocab}
 
 
 def _without_prefix(part: Any) -> Any:

@@ -1,7 +1,7 @@
 """Vocabularies in a Hugging Face folder: tokenizer.json, and the small files around it.
 
 tokenizer.json              the tokenizer itself, as the `tokenizers` library reads it
-tokenizer_config.json       names of the special tokens, add_bos_token, added_tokens_decoder (4.x), chat_template
+tokenizer_config.json       names of the special tokens, extra_special_tokens, added_tokens_decoder (4.x), chat_template
 special_tokens_map.json     the names again (4.x)
 generation_config.json      eos_token_id: one or a list; config.json has it too
 chat_template.jinja         (5.x) before a chat_template inside tokenizer_config.json, text or [{name, template}]
@@ -11,17 +11,19 @@ additional_chat_templates/  NAME.jinja, chosen by name
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from tiercel.errors import FormatError
 from tiercel.runtime.atomic import atomic_write
 from tiercel.tokenizer.control import Added
-from tiercel.tokenizer.vocab import Recipe, added_json, around
+from tiercel.tokenizer.vocab import Recipe, added_json
 
 TOKENIZER_BYTES = 256 << 20
 SMALL_BYTES = 16 << 20
 MOST_TEMPLATES = 64
+EXTRA_SPECIAL = ("extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens")
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -35,9 +37,9 @@ def from_folder(folder: Path) -> Recipe | None:
         for name in ("tokenizer_config", "special_tokens_map", "generation_config", "config")
     )
     names = _names(tokens_map) | _names(config)
-    _complete_added(tokenizer, config, set(names.values()))
+    _complete_added(tokenizer, config, set(names.values()), _extra_special(config) | _extra_special(tokens_map))
     ids = known_ids(tokenizer)
-    _apply_ends(tokenizer, config, names, ids)
+    _name_bos(tokenizer, config, names, ids)
     eos = (
         _ids(generation, "eos_token_id") | _ids(model, "eos_token_id") | _ids(model.get("text_config"), "eos_token_id")
     )
@@ -54,6 +56,11 @@ def from_folder(folder: Path) -> Recipe | None:
 
 def why_none(folder: Path) -> str:
     """Why a folder has no usable tokenizer, and what to do."""
+    if (folder / "tekken.json").is_file():
+        return (
+            f"{folder.name} has tekken.json, Mistral's own format, but no tokenizer.json; take tokenizer.json from the "
+            "model's Hugging Face repository, or a GGUF file"
+        )
     for name in ("tokenizer.model", "vocab.json", "vocab.txt"):
         if (folder / name).is_file():
             return (
@@ -149,7 +156,23 @@ def _is_text(value: Any) -> TypeGuard[str]:
     return type(value) is str and bool(value) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _complete_added(tokenizer: dict[str, Any], config: dict[str, Any], special: set[str]) -> None:
+def _extra_special(table: dict[str, Any]) -> set[str]:
+    """Tokens that are special because the model's processor has a name for them.
+
+    Only the form {name: token}: of a list transformers leaves the flags to tokenizer.json.
+    """
+    found: set[str] = set()
+    for key in EXTRA_SPECIAL:
+        value = table.get(key)
+        for entry in value.values() if isinstance(value, dict) else ():
+            content = entry.get("content") if isinstance(entry, dict) else entry
+            if not isinstance(content, str):
+                raise FormatError(f"{key} must name tokens by text, not {str(content)[:40]!r}")
+            found.add(content)
+    return found
+
+
+def _complete_added(tokenizer: dict[str, Any], config: dict[str, Any], special: set[str], extra: set[str]) -> None:
     """Tokens that only tokenizer_config.json calls added or special, put where the library looks for them."""
     added = {token.content: token for token in added_tokens(tokenizer)}
     decoder = config.get("added_tokens_decoder") or {}
@@ -161,7 +184,9 @@ def _complete_added(tokenizer: dict[str, Any], config: dict[str, Any], special: 
         if ids.get(token.content, token.id) != token.id:
             raise FormatError(f"{token.content!r} is token {ids[token.content]} and, in the config, token {token.id}")
         added[token.content] = token
-    for content in special & (ids.keys() - added.keys()):
+    for content in extra & added.keys():
+        added[content] = replace(added[content], special=True)
+    for content in (special | extra) & (ids.keys() - added.keys()):
         added[content] = Added(ids[content], content, special=True)
     written = {token.content: token for token in added_tokens(tokenizer)}
     changed = [token for token in added.values() if written.get(token.content) != token]
@@ -175,17 +200,30 @@ def _complete_added(tokenizer: dict[str, Any], config: dict[str, Any], special: 
         tokenizer["added_tokens"] = sorted(entries, key=lambda entry: entry["id"])
 
 
-def _apply_ends(tokenizer: dict[str, Any], config: dict[str, Any], names: dict[str, str], ids: dict[str, int]) -> None:
-    """add_bos_token and add_eos_token, where written, decide; else the post-processor in tokenizer.json does."""
-    asked = {
-        name: config[f"add_{name}"] for name in ("bos_token", "eos_token") if config.get(f"add_{name}") is not None
-    }
-    if not all(type(value) is bool for value in asked.values()):
+def _name_bos(tokenizer: dict[str, Any], config: dict[str, Any], names: dict[str, str], ids: dict[str, int]) -> None:
+    """The post-processor in tokenizer.json decides what stands around a text, as in transformers 5: a single token that
+    it puts first is the begin token, also where no file names it so.  add_bos_token and add_eos_token do nothing."""
+    if not all(type(config.get(key)) in (bool, type(None)) for key in ("add_bos_token", "add_eos_token")):
         raise FormatError("add_bos_token and add_eos_token are true or false")
-    if not asked:
-        return
-    ends = {n: (names[n], ids[names[n]]) for n, yes in asked.items() if yes and names.get(n) in ids}
-    tokenizer["post_processor"] = around(ends.get("bos_token"), ends.get("eos_token")) if ends else None
+    first = _first_token(tokenizer.get("post_processor"))
+    if "bos_token" not in names and first in ids:
+        names["bos_token"] = first
+
+
+def _first_token(processor: Any) -> str:
+    """The token that a TemplateProcessing (perhaps in a Sequence) puts before a text, if it is one."""
+    if not isinstance(processor, dict):
+        return ""
+    if processor.get("type") == "Sequence":
+        inner = processor.get("processors")
+        return next(filter(None, map(_first_token, inner)), "") if isinstance(inner, list) else ""
+    single, table = processor.get("single"), processor.get("special_tokens")
+    first = (
+        single[0].get("SpecialToken") if isinstance(single, list) and single and isinstance(single[0], dict) else None
+    )
+    named = table.get(first.get("id")) if isinstance(first, dict) and isinstance(table, dict) else None
+    tokens = named.get("tokens") if isinstance(named, dict) else None
+    return tokens[0] if isinstance(tokens, list) and len(tokens) == 1 and isinstance(tokens[0], str) else ""
 
 
 def _templates(config: dict[str, Any]) -> dict[str, str]:

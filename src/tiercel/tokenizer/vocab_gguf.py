@@ -14,12 +14,16 @@ What the format has no key for, and is needed to be exact, is written under `tok
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
 from tiercel.tokenizer.control import Added
-from tiercel.tokenizer.vocab import ENDS, PRE_TOKENIZERS, Recipe, added_json, around, kinds, recognize, space_prefix
+from tiercel.tokenizer.pre_tokenizers import PRE_TOKENIZERS, patterns_of, pre_tokenizer, recognize
+from tiercel.tokenizer.vocab import ENDS, Recipe, added_json, around, kinds, space_prefix
+
+log = logging.getLogger("tiercel.tokenizer")
 
 MOST_TOKENS = 1 << 21
 MOST_SPLIT_WORK = 1 << 29  # characters copied while tokens are split in two
@@ -28,7 +32,12 @@ UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE, NORMAL = 2, 3, 4, 5, 6, 1
 TYPES = range(7)
 
 # The types that llama.cpp insists on, where a plain list of numbers would be written as another.
-GGUF_TYPES = {"tokenizer.ggml.token_type": "[i32]", "tokenizer.ggml.scores": "[f32]"}
+GGUF_TYPES = {
+    "tokenizer.ggml.token_type": "[i32]",
+    "tokenizer.ggml.scores": "[f32]",
+    "tokenizer.ggml.merges": "[str]",
+}
+NEEDED_IDS = ("bos", "eos", "eot")  # special ids without which a file means something else
 
 NAMES = {  # tokenizer_config.json: GGUF
     "bos_token": "bos",
@@ -38,6 +47,7 @@ NAMES = {  # tokenizer_config.json: GGUF
     "pad_token": "padding",
     "mask_token": "mask",
 }
+PATTERNS, MAX_PATTERNS = "tokenizer.tiercel.patterns", 16
 LLAMA_IDS = {"unk_token": 0, "bos_token": 1, "eos_token": 2}  # what llama.cpp takes when this kind of file is silent
 
 
@@ -130,10 +140,21 @@ class _Reader:
         return types
 
     def token_id(self, name: str) -> int | None:
+        key = f"tokenizer.ggml.{name}_token_id"
         id = self.value(f"{name}_token_id", int)
-        if id is not None and not 0 <= id < self.count:
-            raise FormatError(f"tokenizer.ggml.{name}_token_id is {id}, but there are {self.count} tokens")
-        return id
+        if id is None or 0 <= id < self.count:
+            return id
+        if name in NEEDED_IDS:
+            raise FormatError(f"{key} is {id}, but there are {self.count} tokens")
+        log.warning("%s is %d, but there are %d tokens: it is ignored", key, id, self.count)
+        return None
+
+    def patterns(self) -> tuple[str, ...]:
+        """What cuts the text, where a file of ours says it more exactly than by its name."""
+        found = self.metadata.get(PATTERNS, [])
+        if type(found) is not list or len(found) > MAX_PATTERNS or not all(type(one) is str for one in found):
+            raise FormatError(f"{PATTERNS} must be a list of at most {MAX_PATTERNS} texts")
+        return tuple(found)
 
     def templates(self) -> dict[str, str]:
         """The one template, and the named ones beside it."""
@@ -152,9 +173,8 @@ def _is(key: str, front: str) -> bool:
 def _read_bpe(read: _Reader, tokens: list[str]) -> tuple[dict[str, Any], bool]:
     """The parts of a tokenizer.json, and whether this kind begins a text with bos unless the file says otherwise."""
     pre = read.value("pre", str) or "default"
-    if pre not in PRE_TOKENIZERS:
-        raise UnsupportedError(f"tokenizer.ggml.pre {pre!r} is not supported; known: {', '.join(PRE_TOKENIZERS)}")
-    rules = PRE_TOKENIZERS[pre]
+    rules = pre_tokenizer(pre)
+    patterns = read.patterns() or rules.patterns
     merges = read.array("merges", (str,))
     if merges is None:
         raise FormatError("tokenizer.ggml.merges is missing")
@@ -165,7 +185,7 @@ def _read_bpe(read: _Reader, tokens: list[str]) -> tuple[dict[str, Any], bool]:
     nfc = read.metadata.get("tokenizer.tiercel.nfc", rules.nfc)
     tokenizer = {
         "normalizer": {"type": "NFC"} if nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*map(_split_json, rules.patterns), _byte_level()]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*map(_split_json, patterns), _byte_level()]},
         "decoder": _byte_level(),
         "model": _bpe_json(tokens, pairs, ignore_merges=rules.ignore_merges),
     }
@@ -290,9 +310,12 @@ def _write_bpe(tokenizer: dict[str, Any], pre: str | None, encode: Callable[[str
     normalizers = kinds(tokenizer.get("normalizer"))
     if set(normalizers) - {"NFC"}:
         raise UnsupportedError(f"llama.cpp does not normalize text, but this tokenizer does ({normalizers[0]})")
+    name, patterns = pre or recognize(tokenizer, encode), patterns_of(tokenizer.get("pre_tokenizer"))
+    exact = patterns and patterns != PRE_TOKENIZERS[name].patterns and patterns == PRE_TOKENIZERS[name].originals
     return {
+        **({PATTERNS: list(patterns or ())} if exact else {}),
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre or recognize(tokenizer, encode),
+        "tokenizer.ggml.pre": name,
         "tokenizer.ggml.merges": [" ".join(pair) for pair in _pairs(tokenizer["model"])],
         "tokenizer.tiercel.nfc": bool(normalizers),
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from typing import Any
 
 from tiercel.serve.errors import APIError
@@ -14,7 +12,7 @@ ROLES = {"developer": "system", "function": "tool"}
 
 
 def template_messages(messages: list[dict[str, Any]]) -> list[Message]:
-    """Content as a string, arguments as an object, developer as system.  Raises APIError 400."""
+    """Content as a string, arguments as the client wrote them, developer as system.  Raises APIError 400."""
     return [_template_message(number, message) for number, message in enumerate(messages)]
 
 
@@ -59,9 +57,6 @@ def _template_call(number: int, call: Any) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise APIError(400, f"messages.{number}.tool_calls: each needs a function with a name", param="messages")
-    arguments: Any = function.get("arguments", {})
-    if isinstance(arguments, str):
-        with contextlib.suppress(ValueError, RecursionError):  # else as the model wrote it
-            arguments = json.loads(arguments or "{}")
+    arguments = function.get("arguments") or {}
     return {"id": str(call.get("id", "")), "type": "function",
             "function": {"name": function["name"], "arguments": arguments}}  # fmt: skip
