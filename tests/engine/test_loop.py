@@ -92,11 +92,11 @@ def test_answers_can_be_ended_and_the_engine_closed_while_all_other_threads_are_
     async def main():
         many, busy, loop = engine(net), threading.Event(), asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(1))
-        work = loop.run_in_executor(None, busy.wait, 30)
+        work = loop.run_in_executor(None, busy.wait, 240)
         many.start()
         stream, other = many.submit(ids(20), LONG), many.submit(ids(20), LONG)
         await anext(stream), await anext(other)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             await stream.cancel()
             assert stream.request.sequences[0].state is None and other.request.sequences[0].state is not None
             await many.close()
@@ -186,8 +186,8 @@ def test_an_engine_that_rests_sees_to_memory_and_still_answers_at_once(monkeypat
         while many.engine.runner.allocator.nbytes < 1 << 18:
             await asyncio.sleep(0.001)
         assert not many.engine.stats.running
-        answer = await asyncio.wait_for(tokens(many.submit(ids(9), GREEDY)), 20)
-        for _ in range(2000):
+        answer = await asyncio.wait_for(tokens(many.submit(ids(9), GREEDY)), 240)
+        for _ in range(40_000):
             await asyncio.sleep(0.005)
             if many.engine.runner.allocator.nbytes >= sum(many.engine.memory_targets):
                 break
