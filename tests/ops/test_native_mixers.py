@@ -376,4 +376,4 @@ def test_extreme_inputs_of_softplus_stay_true() -> None:
     state = fresh(op, F32)
     op.step([state], [1], inputs)
     expected = F.softplus(dt.double())
-    torch.testing.assert_close(state.layers[0][0].dt[0].double(), expected, atol=1e-37, rtol=1e-6)
+    torch.testing.assert_close(state.layers[0][0].buffers["dt"][0].double(), expected, atol=1e-37, rtol=1e-6)
