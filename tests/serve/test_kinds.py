@@ -307,3 +307,58 @@ def test_of_a_prompt_that_is_far_too_long_only_a_beginning_is_tokenized(server, 
     assert status == (200 if path == "/api/embed" else 400), answer
     assert path == "/api/embed" or "context" in str(answer["error"])
     assert sum(read) < 100_000, "a small part of it"
+
+
+# ── stored responses
+
+
+def respond(server, **more):
+    return server.ask("POST", RESPONSES, {"model": "tiny", "input": "Hi", "max_output_tokens": 4} | more)
+
+
+def test_a_response_continues_the_one_before(server):
+    first = respond(server)[1]
+    assert first["store"] and server.ask("GET", f"{RESPONSES}/{first['id']}")[1] == first
+    more = {"previous_response_id": first["id"], "input": "And?"}
+    second = respond(server, **more)[1]
+    items = [{"role": "user", "content": "Hi"}, *first["output"], {"role": "user", "content": "And?"}]
+    whole = respond(server, input=items)[1]
+    assert second["usage"]["input_tokens"] == whole["usage"]["input_tokens"] > first["usage"]["input_tokens"]
+    assert second["previous_response_id"] == first["id"]
+    counted = server.ask("POST", f"{RESPONSES}/input_tokens", {"model": "tiny"} | more)[1]
+    assert counted == {"object": "response.input_tokens", "input_tokens": second["usage"]["input_tokens"]}
+    third = server.events(RESPONSES, {"model": "tiny", "max_output_tokens": 1, "stream": True, "input": "So?",
+                                      "previous_response_id": second["id"]})[-1]["response"]  # fmt: skip
+    assert third["usage"]["input_tokens"] > second["usage"]["input_tokens"]
+    assert server.ask("DELETE", f"{RESPONSES}/{first['id']}")[1]["deleted"]
+    assert server.ask("GET", f"{RESPONSES}/{first['id']}")[1]["error"]["code"] == "response_not_found"
+    assert respond(server, **more)[0] == 400
+
+
+def test_what_is_not_to_be_stored_is_not(server):
+    answer = respond(server, store=False)[1]
+    assert not answer["store"] and server.ask("GET", f"{RESPONSES}/{answer['id']}")[0] == 404
+    assert respond(server, previous_response_id=answer["id"])[0] == 400
+
+
+def test_responses_belong_to_their_key(start):
+    server = start(api_key="one", api_keys=("two",))
+    body = {"model": "tiny", "input": "Hi", "max_output_tokens": 1}
+    id = server.ask("POST", RESPONSES, body, Authorization="Bearer one")[1]["id"]
+    assert server.ask("GET", f"{RESPONSES}/{id}", Authorization="Bearer one")[0] == 200
+    assert server.ask("GET", f"{RESPONSES}/{id}", Authorization="Bearer two")[0] == 404
+    more = body | {"previous_response_id": id}
+    assert server.ask("POST", RESPONSES, more, Authorization="Bearer two")[0] == 400
+
+
+def test_the_store_is_bounded_in_number_and_bytes():
+    from tiercel.serve.openai.response_store import ResponseStore, StoredResponse
+
+    store = ResponseStore(max_responses=3, max_bytes=1000)
+    for number in range(5):
+        store.put(StoredResponse({"id": str(number)}, [], ""))
+    assert [store.get(str(number), "") is not None for number in range(5)] == [False, False, True, True, True]
+    store.put(StoredResponse({"id": "large"}, [{"content": "x" * 900}], ""))
+    assert store.get("3", "") is None or store.size <= 1000
+    store.put(StoredResponse({"id": "larger"}, [{"content": "x" * 2000}], ""))
+    assert store.size <= 1000 and store.get("larger", "") is None

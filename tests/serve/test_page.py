@@ -78,14 +78,14 @@ def test_stop_and_regenerate(page):
     assert page.locator(".turn").count() == 2
 
 
-def test_thoughts_are_folded_away(page):
+def test_reasoning_is_folded_away(page):
     ask(page, "Think", model="thinker:latest")
     last = answered(page)
-    reasoning = last.locator("details.thoughts")
+    reasoning = last.locator("details.reasoning")
     assert reasoning.count() == 1 and not reasoning.evaluate("node => node.open")
     page.locator("#think").uncheck()
     ask(page, "Do not think", model="thinker:latest")
-    assert answered(page).locator("details.thoughts").count() == 0
+    assert answered(page).locator("details.reasoning").count() == 0
 
 
 def test_conversations_are_kept_renamed_and_deleted(page):

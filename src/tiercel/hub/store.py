@@ -129,11 +129,11 @@ def create(name: str, wanted: Modelfile, folder: Path) -> None:
         raise ModelNotFound(f"{base} is not on this machine; type: tiercel pull {base}")
     old = None if local.source == "path" else local_models.store_folder(local.name)
     before = read_json(old / "tiercel.json").get("extras") if old else None
-    worn = local_models.adapter_of(local.name) if old else None
+    adapter = local_models.adapter_of(local.name) if old else None
     if wanted.adapter:
-        worn = checked_adapter((folder / Path(wanted.adapter).expanduser()).resolve(), local.path)
-        extras["adapter"] = worn.name
-    put(name, local, {**(before if isinstance(before, dict) else {}), **extras, "from": wanted.base}, worn)
+        adapter = checked_adapter((folder / Path(wanted.adapter).expanduser()).resolve(), local.path)
+        extras["adapter"] = adapter.name
+    put(name, local, {**(before if isinstance(before, dict) else {}), **extras, "from": wanted.base}, adapter)
 
 
 @dataclass

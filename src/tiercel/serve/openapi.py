@@ -46,7 +46,8 @@ TABLE: list[RouteInfo] = [
     ("/v1/chat/completions", "post", "Chat", openai.ChatCompletion, (404, 429, 504), (JSON, SSE)),
     ("/v1/completions", "post", "Completions", openai.Completion, (404, 429, 504), (JSON, SSE)),
     ("/v1/embeddings", "post", "Embeddings", openai.EmbeddingsRequest, (404, 429), (JSON,)),
-    ("/v1/responses", "post", "Responses, without storage", openai.ResponsesRequest, (404, 429, 504), (JSON, SSE)),
+    ("/v1/responses", "post", "Responses, stored in memory", openai.ResponsesRequest, (404, 429, 504), (JSON, SSE)),
+    ("/v1/responses/input_tokens", "post", "Tokens of an input", openai.ResponsesRequest, (404, 429), (JSON,)),
     ("/v1/messages", "post", "Messages (Anthropic)", anthropic.Messages, (404, 429, 504), (JSON, SSE)),
     ("/v1/messages/count_tokens", "post", "Tokens of messages", anthropic.CountTokens, (404, 429), (JSON,)),
     ("/v1/models", "get", "The models that are here", None, (), (JSON,)),
@@ -71,6 +72,12 @@ def table() -> dict[str, Any]:
             content = {JSON: {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
             entry["requestBody"] = {"required": True, "content": content}
         paths.setdefault(path, {})[method] = entry
+    id = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    answers = _responses("/v1/responses", (404,), (JSON,))
+    paths["/v1/responses/{id}"] = {
+        "get": {"summary": "A stored response", "parameters": [id], "responses": answers},
+        "delete": {"summary": "Drop a stored response", "parameters": [id], "responses": answers},
+    }
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     paths["/v1/models/{model}"] = {
         "get": {"summary": "One model", "parameters": [name], "responses": _responses("/v1/models", (404,), (JSON,))}

@@ -27,7 +27,7 @@ from tiercel.serve.prompt import REASONING_TOKENS, PromptOptions, prepare
 from tiercel.serve.service import service_of
 from tiercel.serve.settings import Settings
 from tiercel.serve.stream import EventSourceResponse, JSONResponse
-from tiercel.serve.types import GenerationRequest, OutputDelta, Prompt, Think, Usage
+from tiercel.serve.types import GenerationRequest, Message, OutputDelta, Prompt, Think, Usage
 
 if TYPE_CHECKING:
     from tiercel.tokenizer.tokenizer import Tokenizer
@@ -74,6 +74,12 @@ async def open_prompt(
 
 async def open_chat(request: Request, body: ChatCompletion, lease: Lease) -> GenerationRequest:
     """The request of a conversation.  Raises APIError 400, RequestError."""
+    messages, options = chat_prompt(request, body, lease)
+    return await open_prompt(request, body, messages, lease, options)
+
+
+def chat_prompt(request: Request, body: ChatCompletion, lease: Lease) -> tuple[list[Message], PromptOptions]:
+    """What the model reads, and what is wanted of its answer.  Raises APIError 400."""
     switch, variables = _template_switches(body, lease, request)
     messages = template_messages(body.messages)
     system = lease.served.extras.get("system")
@@ -82,7 +88,7 @@ async def open_chat(request: Request, body: ChatCompletion, lease: Lease) -> Gen
     tools = tools_of(body)
     if body.tool_choice == "required" and not tools:
         raise APIError(400, "tool_choice: a call needs tools", param="tool_choice")
-    options = PromptOptions(
+    return messages, PromptOptions(
         tools=tools,
         forced=tools is not None and body.tool_choice not in (None, "auto"),
         think=_think(body) if switch is None else switch,
@@ -92,7 +98,6 @@ async def open_chat(request: Request, body: ChatCompletion, lease: Lease) -> Gen
         add_generation_prompt=body.add_generation_prompt is not False,
         vote=body.vote.settings(service_of(request).settings) if body.vote is not None else None,
     )
-    return await open_prompt(request, body, messages, lease, options)
 
 
 def _think(body: ChatCompletion) -> Think:

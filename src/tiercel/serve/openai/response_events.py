@@ -33,7 +33,8 @@ class ResponseEvents:
             "text": body.text or {"format": {"type": "text"}},
             "reasoning": None if body.reasoning is None else body.reasoning.model_dump(exclude_none=True),
             "temperature": body.temperature, "top_p": body.top_p, "truncation": "disabled",
-            "metadata": body.metadata or {}, "store": False, "previous_response_id": None, "background": False,
+            "metadata": body.metadata or {}, "store": body.store is not False,
+            "previous_response_id": body.previous_response_id, "background": False,
             "user": body.user,
         }  # fmt: skip
 

@@ -62,11 +62,14 @@ class Functions:
 def chat_messages(body: ResponsesRequest, functions: Functions) -> list[Json]:
     """Messages as a chat has them.  Raises APIError 400."""
     messages: list[Json] = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    if isinstance(body.input, str):
-        return [*messages, {"role": "user", "content": body.input}]
-    for item in body.input:
+    for item in input_items(body.input):
         _add(messages, item, functions)
     return messages
+
+
+def input_items(given: str | list[Json]) -> list[Json]:
+    """The input as items."""
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
 
 
 def _add(messages: list[Json], item: Json, functions: Functions) -> None:

@@ -1,4 +1,6 @@
-"""OpenAI's /v1/responses, without storage: `previous_response_id`, `conversation` and `background` are refused.
+"""OpenAI's /v1/responses; those that are not `store: false` are kept in memory, for `previous_response_id`.
+
+`conversation` and `background` are refused.
 
 One message item, before it a reasoning item where the model reasons, after it the function calls.  Of a vote
 `response.in_progress` has the standings whenever a sample has ended; the last response has its table.
@@ -6,6 +8,7 @@ One message item, before it a reasoning item where the model reasons, after it t
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -14,12 +17,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tiercel.serve.body import ignore, read
-from tiercel.serve.errors import APIError, message_of, status_of
+from tiercel.serve.defaults import tenant_of
+from tiercel.serve.errors import APIError, message_of, status_of, to_json
 from tiercel.serve.generation import generate
-from tiercel.serve.openai.chat import open_chat
+from tiercel.serve.openai.chat import chat_prompt, open_chat
 from tiercel.serve.openai.response_events import Event, ResponseEvents
-from tiercel.serve.openai.response_input import Functions, chat_messages
+from tiercel.serve.openai.response_input import Functions, chat_messages, input_items
+from tiercel.serve.openai.response_store import StoredResponse, store_of
 from tiercel.serve.openai.schemas import ChatCompletion, ResponsesRequest
+from tiercel.serve.prompt import encode_chat
 from tiercel.serve.service import service_of
 from tiercel.serve.settings import Settings
 from tiercel.serve.stream import JSONResponse, NamedEventSourceResponse
@@ -37,15 +43,7 @@ class ResponseStream(NamedEventSourceResponse):
 
 async def responses(request: Request) -> Response:
     """Answer a conversation as items."""
-    body = await read(request, ResponsesRequest)
-    for name in ("previous_response_id", "conversation", "background"):
-        if getattr(body, name):
-            raise APIError(400, f"{name} is not supported: nothing is stored between requests", param=name)
-    if body.truncation not in (None, "disabled"):
-        raise APIError(400, "truncation: a conversation is never cut here", param="truncation")
-    functions = Functions(body)
-    chat = as_chat(body, functions, service_of(request).settings)
-    ignore(request, functions.ignored)
+    body, functions, chat = await _read(request)
     events = _events(request, body, chat, functions)
     if body.stream:
         return ResponseStream(request, events)
@@ -57,6 +55,52 @@ async def responses(request: Request) -> Response:
         return found
 
     return JSONResponse(request, last)
+
+
+async def retrieve(request: Request) -> Response:
+    """A stored response."""
+    stored = store_of(request).find(request, request.path_params["id"])
+    return Response(to_json(stored.response), media_type="application/json")
+
+
+async def delete(request: Request) -> Response:
+    """Drop a stored response."""
+    id = request.path_params["id"]
+    store_of(request).remove(request, id)
+    return Response(to_json({"id": id, "object": "response", "deleted": True}), media_type="application/json")
+
+
+async def input_tokens(request: Request) -> Response:
+    """How many tokens the input of a response has."""
+    body, _, chat = await _read(request)
+
+    async def count() -> dict[str, Any]:
+        async with service_of(request).lease(body.model) as lease:
+            messages, options = chat_prompt(request, chat, lease)
+            ids = await asyncio.to_thread(encode_chat, lease, messages, {}, options)
+        return {"object": "response.input_tokens", "input_tokens": len(ids)}
+
+    return JSONResponse(request, count)
+
+
+async def _read(request: Request) -> tuple[ResponsesRequest, Functions, ChatCompletion]:
+    """The body, with the items of the response that it continues before its own."""
+    body = await read(request, ResponsesRequest)
+    for name in ("conversation", "background"):
+        if getattr(body, name):
+            raise APIError(400, f"{name} is not supported", param=name)
+    if body.truncation not in (None, "disabled"):
+        raise APIError(400, "truncation: a conversation is never cut here", param="truncation")
+    if body.previous_response_id:
+        stored = store_of(request).get(body.previous_response_id, tenant_of(request))
+        if stored is None:
+            raise APIError(400, "previous_response_id: there is no such response; send the whole conversation as input",
+                           param="previous_response_id", code="previous_response_not_found")  # fmt: skip
+        body.input = [*stored.items, *input_items(body.input)]
+    functions = Functions(body)
+    chat = as_chat(body, functions, service_of(request).settings)
+    ignore(request, functions.ignored)
+    return body, functions, chat
 
 
 def as_chat(body: ResponsesRequest, functions: Functions, settings: Settings) -> ChatCompletion:
@@ -113,6 +157,9 @@ async def _events(
             status, completed_at=int(time.time()), usage=_usage(usage),
             incomplete_details={"reason": "max_output_tokens"} if short else None, **vote,
         )  # fmt: skip
+        if body.store is not False:
+            items = [*input_items(body.input), *done["output"]]
+            store_of(request).put(StoredResponse(done, items, tenant_of(request)))
         yield writer.event(f"response.{status}", response=done)
 
 

@@ -140,14 +140,14 @@ function written(text) {
 
 function fill(node, turn, last) {
   const busy = running && running.turn === turn;
-  let thoughts = node.querySelector("details");
+  let reasoning = node.querySelector("details");
   if (turn.thinking) {
-    if (!thoughts) {
-      thoughts = make("details", { className: "thoughts" }, make("summary"), make("div"));
-      node.prepend(thoughts);
+    if (!reasoning) {
+      reasoning = make("details", { className: "reasoning" }, make("summary"), make("div"));
+      node.prepend(reasoning);
     }
-    thoughts.firstChild.textContent = busy && !turn.content ? "Thinking…" : "Thoughts";
-    thoughts.lastChild.textContent = turn.thinking;
+    reasoning.firstChild.textContent = busy && !turn.content ? "Thinking…" : "Reasoning";
+    reasoning.lastChild.textContent = turn.thinking;
   }
   let text = node.querySelector(".text");
   if (!text) { text = make("div", { className: "text" }); node.append(text); }
