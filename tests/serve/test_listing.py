@@ -69,11 +69,11 @@ def test_a_made_model_has_a_digest_and_a_date_of_its_own(home):
 
 
 def test_listing_reads_headers_once_and_again_when_a_file_changed(home, monkeypatch):
-    from tiercel.commands import show
+    from tiercel.hub import describe
 
     calls = []
     about = {"format": "gguf", "architecture": "llama", "parameters": 1, "context": 1, "width": 1}
-    monkeypatch.setattr(show, "describe", lambda path: calls.append(path) or about)
+    monkeypatch.setattr(describe, "describe", lambda path: calls.append(path) or about)
     for number in range(5):
         store.put(f"m{number}", local_models.find("plain"), {})
     listed = [routes._listed(served) for served in Models(Settings()).all() if served.local.source != "package"]
