@@ -45,7 +45,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, o
 class Answer(str):
     """The answer's text, with what is known of it.
 
-    thinking: the thoughts before it · token_ids · finish_reason: "stop" or "length" · logprobs (when asked for) ·
+    thinking: the reasoning before it · token_ids · finish_reason: "stop" or "length" · logprobs (when asked for) ·
     prompt_tokens, cached_tokens: how many the prompt had, and how many of them were not read again · times (seconds)
     """
 
@@ -116,7 +116,7 @@ class Model:
 
     @cached_property
     def engine(self) -> Engine:
-        """What runs the prompts of `generate`, `stream` and sessions, and remembers them."""
+        """Runs the prompts of `generate`, `stream` and sessions, and caches them."""
         drafter = self.drafter or drafter_for(self, self.draft)
         return Engine(self, drafter=drafter, num_speculative_tokens=self.num_speculative_tokens)
 
@@ -135,10 +135,10 @@ class Model:
             held[name] = adapter
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter.  RequestError when there is none of that name, or an answer under way wears it."""
+        """Unload an adapter.  RequestError when there is none of that name, or a running request uses it."""
         with self.engine.between_steps():
             if name in self.network.adapters and self.engine.adapter_in_use(name):
-                raise RequestError(f"the adapter {name!r} is worn by an answer that is under way")
+                raise RequestError(f"the adapter {name!r} is in use by a running request")
             self.network.adapters.pop(name)
 
     @property
@@ -191,13 +191,13 @@ class Model:
         adapter: str | None = None,
         **more: Any,
     ) -> tuple[Iterator[Piece], Session]:
-        """The answer as it comes, thoughts apart, and the session whose `last` tells about it.
+        """The answer as it comes, reasoning apart, and the session; its `last` describes the answer.
 
-        think: asks the template for thoughts or against them (`enable_thinking`, the name templates use).
+        think: asks the template for reasoning, or for none (`enable_thinking`, the name templates use).
         """
         ids = self.encode(prompt, raw=raw, **({} if think is None else {"enable_thinking": think}))
         chat = not raw and self.tokenizer is not None and self.tokenizer.has_template and not _is_ids(prompt)
-        session = session or Session(self.engine, "", adapter or self.adapter)  # remembered with all others
+        session = session or Session(self.engine, "", adapter or self.adapter)  # cached with all others
         starts = chat and self.tokenizer is not None and self.tokenizer.opens_thinking(ids)
         thinking = "auto" if chat else "off"
         return session.generate(
@@ -207,7 +207,7 @@ class Model:
     def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, adapter: str | None = None
     ) -> Answer:
-        """The whole answer, a string that also knows its thoughts, tokens, times and why it ended."""
+        """The whole answer: a string with its reasoning, tokens, times and finish reason."""
         pieces, session = self.pieces(prompt, params, raw=raw, adapter=adapter)
         for _ in pieces:
             pass
@@ -217,7 +217,7 @@ class Model:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, adapter: str | None = None
     ) -> Iterator[str]:
-        """The answer's text as it comes (without the thoughts: `pieces` has both)."""
+        """The answer's text as it comes (without the reasoning: `pieces` has both)."""
         pieces, _ = self.pieces(prompt, params, raw=raw, adapter=adapter)
         return (piece.text for piece in pieces if piece.kind == "text")
 

@@ -232,7 +232,7 @@ class LLM:
         return [self.model.adapter if request is None else request.lora_name for request in each]
 
     def _run(self, requests: list[Request], bar: bool) -> None:
-        """All of them together; none stays behind when one fails or somebody interrupts."""
+        """Run all of them together; none stays queued when one fails or the user interrupts."""
         from rich.console import Console
         from rich.progress import track
 

@@ -20,7 +20,7 @@ class Case:
     """What to measure.
 
     model: anything `load` takes; with `random`, a named shape (`families.shapes`), a config.json or a pattern file
-    prompts: prefill lengths · generate, context: decode so many tokens after so many · batch: rows at once
+    prompts: prefill lengths · generate, context: tokens to decode, and of context before them · batch: rows at once
     random: the recipe of weights made on the spot · write: where to keep these as GGUF · vs: peers, see `peers.py`
     """
 

@@ -78,7 +78,7 @@ def network(piece: Piece) -> Decoder:
 
 
 def mixer(name: str, piece: Piece) -> dict[str, float]:
-    """Seconds of reading 512 tokens and of one step, after so many."""
+    """Seconds of a prefill of 512 tokens and of one step, after a context of this length."""
     runner, tokens = CPURunner(network(piece)), torch.zeros(MANY_ROWS, dtype=torch.long)
     state = runner.new_state()
     for _ in range(0, piece.context, MANY_ROWS):

@@ -39,7 +39,7 @@ class Network(Protocol):
 
 
 def wait() -> None:
-    """Until a GPU has done what it was told; nothing where none is used."""
+    """Wait for the GPU, where one is used."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 

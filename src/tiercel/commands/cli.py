@@ -33,7 +33,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # the reader of our output has left: nobody is there to be told
+        except BrokenPipeError:  # the reader of our output has left
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except (typer.Exit, typer.Abort):
@@ -110,7 +110,7 @@ def pull(
     verify: Annotated[bool, typer.Option("--verify", help="Compare what is here with its sha256.")] = False,
     json: Json = False,
 ) -> None:
-    """Bring a model here.
+    """Download a model.
 
     By short name, or by org/repo or org/repo:quantization of the hub.
     """
@@ -130,7 +130,7 @@ def pull(
 @app.command("list")
 @app.command("ls", hidden=True)
 def list_(json: Json = False) -> None:
-    """List the models that are here (also: ls)."""
+    """List local models (also: ls)."""
     from tiercel.hub import local_models
     from tiercel.plan import human_bytes
 
@@ -162,7 +162,7 @@ def _ago(then: float) -> str:
 
 @app.command()
 def show(model: ModelName, json: Json = False) -> None:
-    """Say what a model is, from its config or header alone."""
+    """Describe a model, from its config or header alone."""
     from tiercel.hub import local_models
     from tiercel.hub.describe import describe, table
 
@@ -212,8 +212,8 @@ def export(
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A model as for run, a shape (falcon-h1:7b), config.json or pattern.")],
-    context: Annotated[int | None, typer.Option(help="Tokens of each text; 4096 without it.")] = None,
-    slots: Annotated[int, typer.Option(help="Texts at once.", min=1)] = 1,
+    context: Annotated[int | None, typer.Option(help="Tokens of each sequence; 4096 without it.")] = None,
+    slots: Annotated[int, typer.Option(help="Concurrent sequences.", min=1)] = 1,
     quantize: Annotated[str | None, typer.Option(help="As if packed while loading: q4_k_m, q8_0, ….")] = None,
     dtype: Annotated[str, typer.Option(help="auto, f32, bf16 or f16.")] = "auto",
     device: Annotated[str, typer.Option(help="this, or a name of the table: laptop-ddr5, rtx-4090, h100, ….")] = "this",
@@ -221,7 +221,7 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="Write memory against context as this .svg file.")] = None,
     json: Json = False,
 ) -> None:
-    """Say whether a model will fit, and how fast it will be, before anything is loaded."""
+    """Predict whether a model fits, and its speed, before anything is loaded."""
     from tiercel.commands.chat.render import waiting
     from tiercel.hub import planning
 
@@ -276,8 +276,8 @@ def bench(
         typer.Argument(help="A model as for run; with --random a shape (falcon-h1:7b), config.json or pattern file."),
     ] = "smollm2",
     prompt: Annotated[str, typer.Option(help="Prefill lengths, N[,N…]; 0 for none.")] = "512",
-    generate: Annotated[int, typer.Option(help="Decode so many tokens; 0 for none.")] = 64,
-    context: Annotated[int, typer.Option(help="Decode after so many tokens of context.")] = 0,
+    generate: Annotated[int, typer.Option(help="Number of tokens to decode; 0: skip.")] = 64,
+    context: Annotated[int, typer.Option(help="Tokens of context before decoding.")] = 0,
     batch: Annotated[int, typer.Option(help="Rows at once.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads; the number of cores without it.")] = None,
     repeat: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 5,
@@ -345,7 +345,7 @@ def quantize(
     if report and text is None:
         raise RequestError("--report measures over a text; name a file with --text")
     from tiercel.commands.chat.render import waiting
-    from tiercel.commands.quantize import shrink, told
+    from tiercel.commands.quantize import report_lines, shrink
 
     with waiting(f"quantizing {model}") as bar:
         found = shrink(model, out, to, importance=importance, save_importance=save_importance,
@@ -353,7 +353,7 @@ def quantize(
     if json:
         print_json({"model": model} | found)
     else:
-        print("\n".join(told(model, found)))
+        print("\n".join(report_lines(model, found)))
 
 
 # ── judging
@@ -391,7 +391,7 @@ def rm(
 
 @app.command()
 def cp(
-    source: Annotated[str, typer.Argument(help="A model that is here.")],
+    source: Annotated[str, typer.Argument(help="A local model.")],
     destination: Annotated[str, typer.Argument(help="Its new, further name.")],
     json: Json = False,
 ) -> None:
@@ -427,7 +427,7 @@ def create(
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Look at this machine, and say what would help."""
+    """Examine this machine, and name what would help."""
     from tiercel.commands.doctor import examine, report
 
     found = examine()

@@ -20,14 +20,14 @@ def evaluate(
     task: Annotated[
         list[str] | None, typer.Option("--task", "-t", help="A benchmark, or FILE.jsonl; may be repeated.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="So many items, drawn with --seed.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of items, drawn with --seed.", min=1)] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each question.", min=1)] = None,
     vote: Annotated[
         int | None, typer.Option(help="Answer each question so often, and grade what most answers agree on.")
     ] = None,
     vote_method: Annotated[str, typer.Option(help="As for run.")] = "majority",
     vote_set: Annotated[list[str] | None, typer.Option(help="More of the vote, as for run; may be repeated.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Token budget of an answer, thoughts included.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Token budget of an answer, reasoning included.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep this many tokens; 0 keeps all.")] = None,
@@ -36,7 +36,7 @@ def evaluate(
     shots: Annotated[int | None, typer.Option(help="Solved examples before the question.")] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--plain", help="With the chat template, or plain text.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thoughts first, or not.")] = None,
+    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for reasoning first, or not.")] = None,
     letters: Annotated[
         bool | None,
         typer.Option("--letters/--likelihood", help="Choices: the model writes the letter, or the likeliest counts."),
@@ -66,14 +66,10 @@ def evaluate(
     A run that was interrupted goes on where it was when the same command is given again.  Every transcript is kept,
     beside a report as JSON, Markdown and one HTML page.
     """
-    from tiercel.errors import RequestError
-    from tiercel.evals.registry import TASKS, open_task
     from tiercel.evals.report import save, summary
     from tiercel.evals.task import Settings
     from tiercel.voting.settings import VoteSettings
 
-    if not task:
-        raise RequestError(f"which task? --task {' | '.join(TASKS)} | FILE.jsonl")
     by = None if letters is None else "letters" if letters else "likelihood"
     settings = Settings(
         chat=chat, system=system, think=think, shots=shots, samples=samples, max_tokens=max_tokens,
@@ -81,10 +77,7 @@ def evaluate(
         slots=slots, data=data, vote=VoteSettings.typed(vote, vote_method, vote_set or []),
     )  # fmt: skip
     fields = {"question": question, "choices": choices, "answer": answer, "kind": kind, "answer_from": answer_from}
-    named = {name: value for name, value in fields.items() if value is not None}
-    tasks = [open_task(name, **(named if name not in TASKS else {})) for name in task]
-    if named and all(name in TASKS for name in task):
-        raise RequestError(f"--{next(iter(named)).replace('_', '-')} is for a JSONL file; {task[0]} knows its fields")
+    tasks = _open_tasks(task or [], {name: value for name, value in fields.items() if value is not None})
     answerer = _answerer(model, endpoint, dtype=dtype, quantize=quantize, exact=exact, context=context)
     results = []
     for each in tasks:
@@ -96,6 +89,19 @@ def evaluate(
     if json:
         found = [result.to_dict(items=False) for result in results]
         print_json(found[0] if len(found) == 1 else found)
+
+
+def _open_tasks(names: list[str], fields: dict[str, Any]) -> list[Any]:
+    """The tasks of these names; fields: of the JSONL files among them."""
+    from tiercel.errors import RequestError
+    from tiercel.evals.registry import TASKS, open_task
+
+    if not names:
+        raise RequestError(f"which task? --task {' | '.join(TASKS)} | FILE.jsonl")
+    if fields and all(name in TASKS for name in names):
+        option = next(iter(fields)).replace("_", "-")
+        raise RequestError(f"--{option} is for a JSONL file; {names[0]} has fields of its own")
+    return [open_task(name, **(fields if name not in TASKS else {})) for name in names]
 
 
 def _run(answerer: Any, task: Any, settings: Any, under: Path, fresh: bool) -> Result:
@@ -140,8 +146,8 @@ def compare(
     task: Annotated[
         list[str] | None, typer.Option("--task", "-t", help="A benchmark, or FILE.jsonl; may be repeated.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="So many items of each task.", min=1)] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Token budget of an answer, thoughts included.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of items of each task.", min=1)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Token budget of an answer, reasoning included.")] = None,
     letters: Annotated[
         bool | None,
         typer.Option("--letters/--likelihood", help="Choices: the model writes the letter, or the likeliest counts."),

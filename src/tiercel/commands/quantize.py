@@ -81,7 +81,7 @@ def _bar(progress: Bar, what: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(what, done, total)
 
 
-def told(name: str, found: dict[str, Any]) -> Iterator[str]:
+def report_lines(name: str, found: dict[str, Any]) -> Iterator[str]:
     """What was done, in lines for a person."""
     types = ", ".join(f"{count} {type}" for type, count in sorted(found["types"].items(), key=lambda item: -item[1]))
     yield f"{name} is written to {found['out']} as {found['recipe']}: {human_bytes(found['bytes'])} ({types})"

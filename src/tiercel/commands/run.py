@@ -28,7 +28,7 @@ def run(
     top_k: Annotated[int | None, typer.Option(help="Keep this many tokens; 0 keeps all.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Keep tokens this likely beside the likeliest.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Generate at most this many tokens.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this text; may be repeated.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: go on from the prompt.")] = False,
@@ -41,10 +41,10 @@ def run(
         str | None, typer.Option(help="A smaller model of the same vocabulary that proposes tokens; same answers.")
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(help="Processes that share each layer, on the CPU.", min=1)] = 1,
-    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for thoughts first, or not.")] = None,
-    hide_thinking: Annotated[bool, typer.Option("--hidethinking", help="Do not show the thoughts.")] = False,
+    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Ask for reasoning first, or not.")] = None,
+    hide_thinking: Annotated[bool, typer.Option("--hidethinking", help="Do not show the reasoning.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the timings.")] = False,
-    vote: Annotated[int | None, typer.Option(help="Answer so many times, and say what most answers agree on.")] = None,
+    vote: Annotated[int | None, typer.Option(help="Sample this many answers; print the one most agree on.")] = None,
     vote_method: Annotated[
         str,
         typer.Option(
@@ -80,10 +80,10 @@ def run(
     if text is None and votes is not None:
         raise RequestError("a vote is on one prompt; give it, or pipe it in")
     began = time.perf_counter()
-    packing: dict[str, Any] = ({"quantize": quantize} if quantize else {}) | ({"exact": True} if exact else {})
-    packing |= {} if device == "cpu" else {"device": device}
-    packing |= {} if draft_model is None else {"draft_model": draft_model}
-    packing |= {} if tensor_parallel == 1 else {"tensor_parallel": tensor_parallel}
+    usual: dict[str, Any] = dict(quantize=None, exact=False, device="cpu", draft_model=None, tensor_parallel=1)
+    chosen = dict(quantize=quantize or None, exact=exact, device=device, draft_model=draft_model,
+                  tensor_parallel=tensor_parallel)  # fmt: skip
+    packing = {name: value for name, value in chosen.items() if value != usual[name]}
     backend = _open(model, dtype, context, **packing)
     load = time.perf_counter() - began
     params = dataclasses.replace(backend.default_params(), **given)
@@ -94,9 +94,9 @@ def run(
     if votes is not None:
         from tiercel.commands.chat.render import answer_by_vote
 
-        told = answer_by_vote(backend, question, params, votes, raw=raw, think=think, verbose=verbose, quiet=json)
+        result = answer_by_vote(backend, question, params, votes, raw=raw, think=think, verbose=verbose, quiet=json)
         if json:
-            print_json({"model": model} | told)
+            print_json({"model": model} | result)
         return
     _answer(
         backend, model, question, params, load, raw=raw, think=think, hide=hide_thinking, verbose=verbose, json=json

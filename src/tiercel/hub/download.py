@@ -163,7 +163,7 @@ def _room_for(size: int, folder: Path) -> None:
 
 @contextmanager
 def _watching(folder: Path, what: str, total: int, report: Progress) -> Iterator[None]:
-    """Report how many bytes lie below a folder while somebody else fills it."""
+    """Report how many bytes lie below a folder while another process fills it."""
     before, stop = _tree_bytes(folder), threading.Event()
 
     def look() -> None:

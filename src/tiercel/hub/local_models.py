@@ -229,7 +229,7 @@ def list_models() -> list[LocalModel]:
 def _exists(text: str) -> bool:
     try:
         return Path(text).exists()
-    except OSError:  # longer than a path can be: somebody's prompt
+    except OSError:  # longer than a path can be: a prompt
         return False
 
 
@@ -256,7 +256,7 @@ def reads_as_prompt(text: str) -> bool:
     """
     if "\0" in text or not text.strip() or is_path(text) or _exists(text):
         return False
-    if PLAIN_SUM.fullmatch(text):  # 12/4 could be a repository, 7-2 a short name; nobody has called one so
+    if PLAIN_SUM.fullmatch(text):  # 12/4 could be a repository, 7-2 a short name; no model is called so
         short = short_name(text)
         return not (short and _in_store(*short))
     if text.startswith(("http://", "https://", "hf.co/", "huggingface.co/")) and len(text.split()) == 1:
@@ -265,7 +265,7 @@ def reads_as_prompt(text: str) -> bool:
 
 
 def adapter_of(name: str | Path) -> Path | None:
-    """The adapter that a model of one's own wears (a Modelfile's ADAPTER), or None."""
+    """The adapter of a model made from a Modelfile (its ADAPTER), or None."""
     folder = None if isinstance(name, Path) or is_path(name) else store_folder(name)
     return folder / "adapter" if folder and (folder / "adapter" / "adapter_config.json").is_file() else None
 

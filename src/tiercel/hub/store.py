@@ -1,4 +1,4 @@
-"""Models under names of one's own: copied, made from a Modelfile, removed.
+"""Local models under further names: copied, made from a Modelfile, removed.
 
     <home>/models/<name>/<tag>/<file>.gguf, tiercel.json       what `hub` finds; a copy is a hard link, no new bytes
     <home>/blobs/sha256-<64 hex>                               files sent in, for `create`

@@ -9,7 +9,7 @@ would have seen.  The first character of a control text's beginning at a message
 beginning) is exchanged too, so that none can be put together from two messages or a message and the template.
 
 One kind is left alone where the model or the operator wrote: think tags in assistant and system messages, which
-templates look for to drop earlier thoughts, and which the model did write as tokens.
+templates look for to drop earlier reasoning, and which the model did write as tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Token ids → text as it comes: never half a character, and the thoughts apart from the answer.
+"""Token ids → text as it comes: never half a character, and reasoning apart from the answer.
 
 A token stands for bytes, not for characters: an emoji may arrive in four pieces.  Bytes go through an incremental
 UTF-8 decoder, which keeps an unfinished character; every byte is looked at once, so a token costs the same at the
@@ -63,7 +63,7 @@ class TextStream:
 
     @property
     def in_thinking(self) -> bool:
-        """Whether the next text belongs to the thoughts."""
+        """Whether the next text is reasoning."""
         return self._inside
 
     @property
@@ -111,7 +111,7 @@ class TextStream:
         return [Piece("thinking" if self._inside else "text", text)] if text else []
 
     def _sort(self, text: str) -> list[Piece]:
-        """Sends text to thoughts or answer."""
+        """Assign text to reasoning or answer."""
         if not text:
             return []
         if self._start:

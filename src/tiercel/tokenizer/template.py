@@ -29,7 +29,7 @@ MAX_WORKERS = 4  # processes; more while more templates are at work at once
 CHARACTERS = 16 << 20  # of the rendered prompt
 MOST_ANSWER_BYTES = 12 * CHARACTERS  # JSON spends up to 12 bytes on a character
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under which clients send earlier thoughts
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under which clients send earlier reasoning
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
@@ -157,7 +157,7 @@ def _spawn() -> subprocess.Popen[bytes]:
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """A copy of the messages with earlier thoughts under the names that templates read.
+    """Copy the messages, with earlier reasoning under the names that templates read.
 
     Raises RequestError unless messages is a list of tables, each with a role that is one plain word.
     """

@@ -21,9 +21,10 @@ from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
 
-from tiercel.errors import FormatError, RequestError
+from tiercel.errors import RequestError
 from tiercel.tokenizer import vocab_folder, vocab_gguf
-from tiercel.tokenizer.control import THINK_TAGS, Added, Controls, Disguise
+from tiercel.tokenizer.control import THINK_TAGS, Controls, Disguise
+from tiercel.tokenizer.library import FILLER, ask, fillers, open_tokenizer, without_prefix
 from tiercel.tokenizer.stream import Piece, TextStream
 from tiercel.tokenizer.template import check_messages, render, with_mark
 from tiercel.tokenizer.template_needs import TemplateNeeds
@@ -34,8 +35,6 @@ __all__ = ["Piece", "TextStream", "Tokenizer"]
 UNLOCKED_CHARS = 4096  # from this length a text is tokenized without Python's lock
 CHARS_PER_TOKEN = 8  # more than texts have; where one has still more, a longer beginning is read
 CUT_TOKENS = 64  # at the end of a beginning that the rest of the text may change
-FILLER = "\U0010fffd"  # begins a token that stands for an id without one
-MAX_GAP = 1 << 20  # ids without a token
 TAIL = 16  # ids at the end of a prompt in which an open think tag is looked for
 
 
@@ -58,8 +57,8 @@ class Tokenizer:
         written = "".join(self.templates.values())
         self._controls = Controls(token for token in self._added if token.steers(written))
         self._special = frozenset(token.id for token in self._added if token.special)
-        self._fillers = _fillers(recipe.tokenizer, self._added)
-        self._tokenizer = _open(self._plain_json(recipe.tokenizer))
+        self._fillers = fillers(recipe.tokenizer, self._added)
+        self._tokenizer = open_tokenizer(self._plain_json(recipe.tokenizer))
         self._shape(recipe.tokenizer)
         self._front, self._back = self._around()
         self.bos = ids.get(self.names.get("bos_token", ""))
@@ -149,10 +148,10 @@ class Tokenizer:
             prefix = first or self._prefix == "always"
         tokenizer = self._tokenizer if prefix else self._inner
         if len(text) >= UNLOCKED_CHARS:
-            (fast,) = _ask(tokenizer.encode_batch_fast, [text], add_special_tokens=False)  # other threads run meanwhile
+            (fast,) = ask(tokenizer.encode_batch_fast, [text], add_special_tokens=False)  # other threads run meanwhile
             if self._controls.ids.isdisjoint(ids := list(fast.ids)):
                 return ids
-        encoding = _ask(tokenizer.encode, text, add_special_tokens=False)
+        encoding = ask(tokenizer.encode, text, add_special_tokens=False)
         ids = list(encoding.ids)
         if self._controls.ids.isdisjoint(ids):
             return ids
@@ -172,7 +171,7 @@ class Tokenizer:
         numbers = [_id(id) for id in ids]
         kept = numbers if special else [id for id in numbers if id not in self._special]
         if self._kind == "words":
-            return str(_ask(self._tokenizer.decode, kept, skip_special_tokens=False))
+            return str(ask(self._tokenizer.decode, kept, skip_special_tokens=False))
         text = b"".join(map(self.piece, kept)).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self._drop_space else text
 
@@ -208,8 +207,8 @@ class Tokenizer:
     ) -> TextStream:
         """A decoder to push ids into, one by one; see `stream.py`.
 
-        thinking: "auto" tells thoughts from answer, "off" does not.  starts_in_thinking: the prompt opened the block
-        (`opens_thinking`).  continues: the ids go on with a text, whose first space is then its own.
+        thinking: "auto" separates reasoning from the answer, "off" does not.  starts_in_thinking: the prompt opened
+        the block (`opens_thinking`).  continues: the ids go on with a text, whose first space is then its own.
         special: control tokens appear as their text.  shown: these do (the markers of tool calls).
         """
         visible = {self._ids[marker] for marker in shown if marker in self._ids}
@@ -226,7 +225,7 @@ class Tokenizer:
         )
 
     def opens_thinking(self, ids: Sequence[int]) -> bool:
-        """Whether a prompt ends with an open <think>, so that the model's first words are thoughts."""
+        """Whether a prompt ends with an open <think>, so that the model begins with reasoning."""
         return self.decode(ids[-TAIL:], special=True).rstrip().endswith(THINK_TAGS[0])
 
     @property
@@ -252,7 +251,7 @@ class Tokenizer:
         return self._by_byte.get(byte, [])
 
     def end_of_thinking(self, begun: str = "") -> list[int]:
-        """The ids that close a block of thoughts: the tag's own token, or its letters after those already `begun`."""
+        """The ids that close a block of reasoning: the tag's own token, or its letters after those already `begun`."""
         close = self._ids.get(THINK_TAGS[1])
         if close is not None:
             return [close]
@@ -403,7 +402,7 @@ class Tokenizer:
 
     def _around(self) -> tuple[list[int], list[int]]:
         """The ids that the post-processor puts before and after a text."""
-        encoding = _ask(self._tokenizer.encode, "a", add_special_tokens=True)
+        encoding = ask(self._tokenizer.encode, "a", add_special_tokens=True)
         marks = list(encoding.special_tokens_mask)
         own = marks.index(0) if 0 in marks else len(marks)
         end = len(marks) - marks[::-1].index(0) if 0 in marks else len(marks)
@@ -414,62 +413,7 @@ class Tokenizer:
         """The same tokenizer for text that goes on: without the space that begins a text."""
         if self._prefix == "never":
             return self._tokenizer
-        return _open(_without_prefix(json.loads(self._tokenizer.to_str())))
-
-
-def _fillers(tokenizer: dict[str, Any], added: list[Added]) -> dict[str, int]:
-    """What the vocabulary lacks, where ids below the last added token have no token.
-
-    The library numbers added tokens on from the vocabulary's end, whatever ids the file gives them, unless the
-    vocabulary has them: so it gets them, and a token that no text makes for each id without one.
-    """
-    vocab, last = tokenizer["model"].get("vocab"), max((token.id for token in added), default=-1)
-    if not isinstance(vocab, dict):
-        return {}
-    taken = {*vocab.values(), *(token.id for token in added)}
-    if not 0 < last + 1 - sum(id <= last for id in taken) <= MAX_GAP:
-        return {}
-    gaps = {f"{FILLER}{id}": id for id in range(last) if id not in taken}
-    return gaps | {token.content: token.id for token in added if token.content not in vocab}
-
-
-def _without_prefix(part: Any) -> Any:
-    """A tokenizer.json part in which nothing adds a space."""
-    if isinstance(part, list):
-        return [
-            _without_prefix(step) for step in part if not (isinstance(step, dict) and step.get("type") == "Prepend")
-        ]
-    if not isinstance(part, dict):
-        return part
-    out = {k: _without_prefix(v) if k not in ("model", "added_tokens", "decoder") else v for k, v in part.items()}
-    if out.get("type") == "Metaspace":
-        out["prepend_scheme"] = "never"
-    if "add_prefix_space" in out:
-        out["add_prefix_space"] = False
-    if isinstance(out.get("normalizer"), dict) and out["normalizer"].get("type") == "Prepend":
-        out["normalizer"] = None
-    return out
-
-
-def _open(tokenizer: dict[str, Any]) -> HFTokenizer:
-    """The library's tokenizer; whatever it says of the file, it says as a FormatError."""
-    try:
-        opened = HFTokenizer.from_str(json.dumps(tokenizer))
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # the library's panics are no Exceptions
-        raise FormatError(f"tokenizer.json is not one: {str(error)[:200]}") from None
-    opened.encode_special_tokens = True
-    return opened
-
-
-def _ask(function: Any, argument: Any, **options: Any) -> Any:
-    try:
-        return function(argument, **options)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:
-        raise FormatError(f"the model's tokenizer fails on this text: {str(error)[:200]}") from None
+        return open_tokenizer(without_prefix(json.loads(self._tokenizer.to_str())))
 
 
 def _check_text(text: str) -> None:

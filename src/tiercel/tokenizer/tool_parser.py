@@ -1,4 +1,4 @@
-"""Tool calls, told apart from the answer's text while it comes.
+"""Separates tool calls from the answer's text while it comes.
 
     tool_format = ToolFormat.of(template)                how this model writes calls; None: its template has no tools
     stream = tokenizer.stream(..., shown=tool_format.markers)   markers that are control tokens must reach the text

@@ -32,58 +32,60 @@ def answer_by_vote(
     verbose: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Hold a vote and print its answer; a live line on stderr tells how it stands.  quiet: print no answer."""
+    """Hold a vote and print its answer; a live line on stderr shows its progress.  quiet: print no answer."""
     live = sys.stderr.isatty()
 
-    def show(told: dict[str, Any]) -> None:
+    def show(result: dict[str, Any]) -> None:
         if live:
-            sys.stderr.write("\r\033[K" + vote_line(told).translate(CONTROLS)[:200])
+            sys.stderr.write("\r\033[K" + vote_line(result).translate(CONTROLS)[:200])
             sys.stderr.flush()
 
     show({"k": settings.k, "done": 0, "stopped": 0, "leader": None})
     try:
-        told = backend.vote(prompt, params, settings, show, raw=raw, think=think)
+        result = backend.vote(prompt, params, settings, show, raw=raw, think=think)
     finally:
         if live:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
     if not quiet:
-        _write(sys.stdout, told["text"] + "\n")
-        if told["answer"] is None:
+        _write(sys.stdout, result["text"] + "\n")
+        if result["answer"] is None:
             complain("no answer came to its end, and so there was nothing to count; raise --max-tokens")
         if verbose:
-            _write(sys.stderr, "\n" + vote_table(told) + "\n")
-    return told
+            _write(sys.stderr, "\n" + vote_table(result) + "\n")
+    return result
 
 
-def vote_line(told: dict[str, Any]) -> str:
-    parts = [f"{told['done']} of {told['k']} answers"]
-    if told["stopped"]:
-        parts.append(f"{told['stopped']} stopped early")
-    if told["leader"] is not None:
-        parts.append(f"leading: {told['leader']} ({100 * told['share']:.0f} %)")
+def vote_line(result: dict[str, Any]) -> str:
+    parts = [f"{result['done']} of {result['k']} answers"]
+    if result["stopped"]:
+        parts.append(f"{result['stopped']} stopped early")
+    if result["leader"] is not None:
+        parts.append(f"leading: {result['leader']} ({100 * result['share']:.0f} %)")
     return ", ".join(parts)
 
 
-def vote_table(told: dict[str, Any]) -> str:
+def vote_table(result: dict[str, Any]) -> str:
     """The answers by weight, and what the vote cost."""
     rows = [("ANSWER", "VOTES", "WEIGHT", "SHARE")]
     rows += [
         (row["answer"], str(row["votes"]), f"{row['weight']:.2f}", f"{100 * row['share']:.0f} %")
-        for row in told["table"]
+        for row in result["table"]
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    ended = [f"answers begun:        {told['traces']}, {told['counted']} counted, {told['stopped']} stopped early"]
-    if told["consensus"]:
+    ended = [
+        f"answers begun:        {result['traces']}, {result['counted']} counted, {result['stopped']} stopped early"
+    ]
+    if result["consensus"]:
         ended.append("ended by:             consensus")
-    if told["threshold"] is not None:
-        ended.append(f"threshold:            {told['threshold']:.3f}")
-    if told["fallback"]:
+    if result["threshold"] is not None:
+        ended.append(f"threshold:            {result['threshold']:.3f}")
+    if result["fallback"]:
         ended.append("note:                 every answer was below the threshold, and so all were counted")
-    ended.append(f"prompt eval count:    {told['prompt_tokens']} token(s), {told['cached_tokens']} of them cached")
-    ended.append(f"eval count:           {told['completion_tokens']} token(s)")
-    ended.append(f"total duration:       {duration(told['seconds'])}")
+    ended.append(f"prompt eval count:    {result['prompt_tokens']} token(s), {result['cached_tokens']} of them cached")
+    ended.append(f"eval count:           {result['completion_tokens']} token(s)")
+    ended.append(f"total duration:       {duration(result['seconds'])}")
     return "\n".join([*lines, "", *ended])
 
 
@@ -91,7 +93,7 @@ def vote_table(told: dict[str, Any]) -> str:
 
 
 def speak(pieces: Iterator[Piece], *, hide_thinking: bool = False) -> None:
-    """Print an answer as it comes: its text to stdout, its thoughts (dim on a terminal) to stderr."""
+    """Print an answer as it comes: its text to stdout, its reasoning (dim on a terminal) to stderr."""
     thinking = False
     for piece in pieces:
         if piece.kind == "thinking":
@@ -109,7 +111,7 @@ CONTROLS = {code: None for code in range(32) if chr(code) not in "\n\t"} | {127:
 
 
 def _write(out: TextIO, text: str, dim: bool = False) -> None:
-    """A model's words never steer the terminal: control characters are left out there, and kept in files."""
+    """A model's output never controls the terminal: control characters are left out there, and kept in files."""
     if out.isatty():
         text = text.translate(CONTROLS)
         text = f"\033[2m{text}\033[0m" if dim else text
@@ -118,7 +120,7 @@ def _write(out: TextIO, text: str, dim: bool = False) -> None:
 
 
 def timing_block(answer: ChatAnswer, load: float) -> str:
-    """The lines people know from `ollama run --verbose`; tokens that were not read again have a line of their own."""
+    """The lines of `ollama run --verbose`; tokens that were not read again have a line of their own."""
     read, said, times = len(answer.prompt_ids) - answer.cached_tokens, len(answer.token_ids), answer.times
     lines = [f"total duration:       {duration(times.total + load)}"]
     if load > 0:
@@ -156,7 +158,7 @@ def _short(value: float, digits: int) -> str:
 def waiting(what: str, patience: float = 2.0, *, unit: str = "bytes") -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for what takes longer than `patience` seconds, on a terminal; silent otherwise.
 
-    Yields the report to feed: (what, done, total), total 0 while nobody knows.  unit: what they count.
+    Yields the report to feed: (what, done, total), total 0 while it is unknown.  unit: what they count.
     """
     if not sys.stderr.isatty():
         yield lambda what, done, total: None

@@ -20,7 +20,7 @@ from tiercel.sampling.params import SamplingParams
 if TYPE_CHECKING:
     from tiercel.commands.chat.backend import ChatBackend, Message
 
-PARAMETERS = {  # what /set parameter knows: our names, and Ollama's for the same things
+PARAMETERS = {  # what /set parameter takes: our names, and Ollama's for the same things
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "seed": "seed",
     "stop": "stop", "max_tokens": "max_tokens", "num_predict": "max_tokens", "min_tokens": "min_tokens",
     "repetition_penalty": "repetition_penalty", "repeat_penalty": "repetition_penalty",
