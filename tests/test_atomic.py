@@ -1,10 +1,12 @@
 """Files appear whole or not at all, and what a killed writer left goes away."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
+import tiny
 from tiercel.errors import TiercelError
 from tiercel.runtime import atomic
 
@@ -66,3 +68,29 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     ):
         raise OSError(28, "full")
     assert (tmp_path / "a.json").read_bytes() == b"old" and not parts(tmp_path)
+
+
+WRITERS = {  # command → the file that cannot be written
+    "train sft {data} --config {model} --out {out} --steps 12 --length 128": "log.jsonl",
+    "eval {model} --task {quiz} --max-tokens 4 --plain --out {out}": "items.jsonl",
+    "export {model} {out}": "model.safetensors",
+    "plan falcon-h1:0.5b --device h100 --plot {out}.svg": "out.svg",
+    "problems write --count 50 {out}.jsonl": "out.jsonl",
+}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_a_file_that_cannot_be_written_is_named_in_one_line(tmp_path, command):
+    """RLIMIT_FSIZE stands for a full disk."""
+    model = tiny.checkpoint(tmp_path / "model", "mamba2", template=tiny.TEMPLATE)
+    data, quiz = tmp_path / "data.jsonl", tmp_path / "quiz.jsonl"
+    data.write_text("".join(json.dumps({"tokens": tiny.ids(60, i)}) + "\n" for i in range(60)))
+    quiz.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(20)))
+    words = command.format(data=data, quiz=quiz, model=model, out=tmp_path / "out").split()
+    module = ["tiercel.problems"] if words.pop(0) == "problems" else ["tiercel", command.split()[0]]
+    code = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500)); sys.argv = sys.argv[1:]; "
+            "runpy.run_module(sys.argv[0], run_name='__main__')")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *module, *words], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and WRITERS[command] in last and "Traceback" not in done.stderr, done.stderr

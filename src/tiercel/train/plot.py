@@ -5,11 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from tiercel.errors import RequestError
+from tiercel.runtime.atomic import atomic_write
 from tiercel.train.log import read_log
 
 
 def plot(log: str | Path, out: str | Path) -> Path:
-    """log: log.jsonl of a run.  out: a .png or .svg file."""
+    """Draw the curves of a run.
+
+    Args:
+        log: its log.jsonl.
+        out: a .png or .svg file.
+
+    Raises:
+        RequestError: matplotlib is missing, or the log has no steps.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -42,5 +51,6 @@ def plot(log: str | Path, out: str | Path) -> Path:
     speed.set_xlabel("step")
     for axis in (loss, lr, speed):
         axis.grid(alpha=0.3)
-    figure.savefig(out)
+    with atomic_write(Path(out)) as file:
+        figure.savefig(file, format=Path(out).suffix.removeprefix("."))
     return Path(out)

@@ -6,7 +6,6 @@ Tensors are made in row blocks while they are written, so no more than a few row
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -242,7 +241,8 @@ def _write_text(source: Source, folder: Path) -> None:
         )
         for found in sorted(path for name in names for path in origin.glob(name) if path.is_file()):
             if found.resolve() != (folder / found.name).resolve():
-                shutil.copyfile(found, folder / found.name)
+                with atomic_write(folder / found.name) as out:
+                    out.write(found.read_bytes())
     elif (tokenizer := source.tokenizer()) is not None:
         tokenizer.save(folder)
 
