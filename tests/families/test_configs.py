@@ -154,6 +154,7 @@ YARN4 = RopeConfig(theta=1e4, scaling="yarn", factor=4.0, original_length=2048)
         ({"scaling.factor": 4.0}, LINEAR4),
         ({"scaling.type": "linear", "scale_linear": 4.0}, LINEAR4),
         ({"scaling.factor": 4.0, "scale_linear": 2.0}, LINEAR4),
+        ({"scaling.factor": 0.0, "scale_linear": 2.0}, RopeConfig()),
         ({"scaling.type": "linear"}, RopeConfig()),
         ({"scaling.type": "none", "scaling.factor": 4.0}, RopeConfig()),
         ({"scaling.attn_factor": 1.5}, RopeConfig(attention_factor=1.5)),

@@ -34,7 +34,7 @@ class TensorMapping:
     scale: float | Runs = 1.0  # ours = hf × scale
     hf_form: Transform | None = None
     gguf_forms: tuple[Transform, ...] = ()
-    keep_fp32: bool = False  # norms, convolutions, decay: kept wide and never packed
+    keep_fp32: bool = False  # norms, convolutions, decays: at least float32, never packed
     fused: tuple[str, int, int] | None = None  # transformers 5.x in memory: part k of n along dim 1 of that tensor
     aliases: tuple[str, ...] = ()  # other names the Hugging Face tensor goes by
 

@@ -117,7 +117,7 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
 
 
 def read_gguf_rope(m: Metadata, tensors: Mapping[str, Any], head_dim: int, *, theta: float = 10_000.0) -> RopeConfig:
-    """The `rope.*` keys, as llama.cpp's `load_hparams` reads them.
+    """The `rope.*` keys, as llama.cpp's `load_hparams` and `llama_context` read them (commit 0c1e570).
 
     No type is linear; no factor is `rope.scale_linear`, and without that 1; yarn's original length is the context
     length; attn_factor multiplies cos and sin.
@@ -135,7 +135,8 @@ def read_gguf_rope(m: Metadata, tensors: Mapping[str, Any], head_dim: int, *, th
     kind = m.metadata.get(f"{prefix}scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise UnsupportedError(f"GGUF metadata: rope scaling {kind!r:.60} is not supported; known: none, linear, yarn")
-    factor = m.number("rope.scaling.factor", 0.0) or m.number("rope.scale_linear", 0.0) or 1.0
+    key = "rope.scaling.factor" if f"{prefix}scaling.factor" in m.metadata else "rope.scale_linear"
+    factor = m.number(key, 0.0) or 1.0  # zero is none
     if factor < 0:
         raise FormatError(f"GGUF metadata: {prefix}scaling.factor must be positive, not {factor!r:.40}")
     for key, usual in ("yarn_ext_factor", 1.0 if kind == "yarn" else 0.0), ("yarn_attn_factor", 1.0):

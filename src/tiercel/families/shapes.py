@@ -153,7 +153,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 SHAPES["falcon-h1r:7b"] = SHAPES["falcon-h1:7b"]  # only weights and training differ
 
 
-# Hub ids in lower case, without what tells one training of a size from another (`VARIANTS`).
+# Hub ids in lower case, without the endings that name a training or a form (`VARIANTS`).
 HUB_IDS = {f"tiiuae/falcon-h1-{size}": f"falcon-h1:{size}" for size in "0.5b 1.5b 1.5b-deep 3b 7b 34b".split()} | {
     "tiiuae/falcon-h1-tiny-90m": "falcon-h1:90m", "tiiuae/falcon-h1r-7b": "falcon-h1r:7b",
     "tiiuae/falcon-mamba-7b": "falcon-mamba:7b", "state-spaces/mamba-2.8b": "mamba:2.8b",

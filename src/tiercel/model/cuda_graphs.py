@@ -1,8 +1,8 @@
 """Decode on a device: a step of B texts recorded as a CUDA graph and run again, for a ladder of B.
 
 What changes from step to step is read on the device: tokens and numbers of slots from two buffers, lengths, bases and
-pages through those numbers.  A step of fewer rows than its graph fills the rest with −1, nobody's.  Nothing waits for
-the host: the next tokens may be written into `tokens` by the device itself.
+pages through those numbers.  A step of fewer rows than its graph pads with slot −1, which kernels ignore.  Nothing
+waits for the host: the next tokens may be written into `tokens` by the device itself.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class CUDAGraphRunner:
         self.graphs: dict[int, CapturedCUDAStep] = {}
 
     def of(self, rows: int) -> CapturedCUDAStep:
-        """The smallest that holds so many rows."""
+        """The smallest that holds that many rows."""
         size = self.ladder[bisect_left(self.ladder, rows)]
         if size not in self.graphs:
             self.graphs[size] = CapturedCUDAStep(self.network, self.slots, size)

@@ -40,7 +40,7 @@ class DeviceSampler:
         self.used_S[slot] = 0
 
     def choose(self, logits_BV: Tensor, slot_B: Tensor) -> Tensor:
-        """(B) int64; asks nothing of the host.  Rows of nobody (−1) draw with slot 0's numbers and use none."""
+        """(B) int64, without the host.  Rows without a sequence (−1) draw with slot 0's numbers and use none."""
         S = slot_B.clamp(min=0).long()
         u_B = self.u_SA[S, self.used_S[S] % AHEAD]
         self.used_S.index_put_((S,), (slot_B >= 0).long(), accumulate=True)

@@ -1,7 +1,7 @@
 """The state of one mixer for one sequence: the base of `mixers.paged.PagedState` and `mixers.recurrent.RecurrentState`.
 
 Kernels read and write the same memory as this Python.  They find it through the state's descriptor, int64s at an
-address that stays as long as the state lives (`StateDescriptor` in ops/cpu/kernels.h): a header, then the fields of
+address that stays for the state's lifetime (`StateDescriptor` in ops/cpu/kernels.h): a header, then the fields of
 every layer.  So a captured step stays valid while a sequence grows.
 """
 

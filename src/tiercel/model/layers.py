@@ -75,7 +75,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
-        self.feeds_packed = False  # on a GPU: see `model.placed`
+        self.feeds_packed = False  # on a GPU: see `model.gpu_layout`
 
     if TYPE_CHECKING:
 

@@ -2,7 +2,7 @@
 
     length · min_pos · trim(n) → bool · snapshot() / restore(s) · fork() · nbytes / pages · save(path)
 
-Kernels find everything through one run of int64s that keeps its address as long as the state lives, so a captured step
+Kernels find everything through one run of int64s that keeps its address for the state's lifetime, so a captured step
 stays valid while the sequence grows (`StateDescriptor` in ops/cpu/kernels.h):
 
     length · address of the partial sums of a split attention · how many key segments these have room for
@@ -157,7 +157,7 @@ class State:
 
     @property
     def address(self) -> int:
-        """Of the descriptor; the same as long as the state lives."""
+        """Of the descriptor; the same for the state's lifetime."""
         return self.descriptor.ctypes.data
 
     @property

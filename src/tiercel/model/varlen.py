@@ -45,7 +45,7 @@ class VarlenBatch:
         B, L = self.shape = starts_BL.shape
         starts_BL = starts_BL.clone()
         starts_BL[:, 0] = True
-        self.alone = starts_BL.device.type == "cpu" and int(starts_BL.sum()) == B  # on a device: nobody asks
+        self.alone = starts_BL.device.type == "cpu" and int(starts_BL.sum()) == B  # on a device: not read back
         self.starts_BL, self.device, self.recompute = starts_BL, starts_BL.device, recompute
         self.tokens, self.lengths = B * L, [L] * B
         self.document_BL = starts_BL.cumsum(1)
@@ -114,15 +114,15 @@ class VarlenBatch:
         taps = weight_CK.shape[1]
         if taps not in self._pasts:
             self._pasts[taps] = PastRows(self.position_BL, taps)
-        weight_CK, bias_C = wide(weight_CK), None if bias_C is None else wide(bias_C)
-        x_TC = x_TC if takes(x_TC, weight_CK) else wide(x_TC)
+        weight_CK, bias_C = at_least_fp32(weight_CK), None if bias_C is None else at_least_fp32(bias_C)
+        x_TC = x_TC if takes(x_TC, weight_CK) else at_least_fp32(x_TC)
         return conv1d_silu_varlen(x_TC.unflatten(0, self.shape), weight_CK, bias_C, self._pasts[taps]).flatten(0, 1)
 
     # ── scans
 
     def selective_scan(self, C_TN: Tensor, x_TI: Tensor, dt_TI: Tensor, A_IN: Tensor, B_TN: Tensor) -> Tensor:
         """Mamba-1 → y (T, I)."""
-        C_BLN, x_BLI, dt_BLI, B_BLN = (wide(t).unflatten(0, self.shape) for t in (C_TN, x_TI, dt_TI, B_TN))
+        C_BLN, x_BLI, dt_BLI, B_BLN = (at_least_fp32(t).unflatten(0, self.shape) for t in (C_TN, x_TI, dt_TI, B_TN))
         log_BLIN = dt_BLI.unsqueeze(-1) * A_IN
         decay_BLIN = log_BLIN.exp() * ~self.starts_BL.unsqueeze(-1).unsqueeze(-1)
         added_BLIN = (dt_BLI * x_BLI).unsqueeze(-1) * B_BLN.unsqueeze(2)
@@ -150,14 +150,16 @@ class VarlenBatch:
         L = self.shape[1]
         Q = min(chunk, L)
         half = self.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        given = [t if half else wide(t) for t in (C_TGN, x_THP, wide(dt_TH), B_TGN)]
+        given = [t if half else at_least_fp32(t) for t in (C_TGN, x_THP, at_least_fp32(dt_TH), B_TGN)]
         spare = -L % Q
         if spare:  # zeros after the end add nothing to anything
             given = [
                 F.pad(t.unflatten(0, self.shape), (0, 0) * (t.dim() - 1) + (0, spare)).flatten(0, 1) for t in given
             ]
         C, x, dt, Bs = given
-        y_THP = ssd_varlen(C, x, dt, wide(A_H), Bs, None if D_H is None else wide(D_H), self.chunks(Q, dt.dtype))
+        y_THP = ssd_varlen(
+            C, x, dt, at_least_fp32(A_H), Bs, None if D_H is None else at_least_fp32(D_H), self.chunks(Q, dt.dtype)
+        )
         return y_THP.unflatten(0, (-1, L + spare))[:, :L].flatten(0, 1) if spare else y_THP
 
     def chunks(self, Q: int, dtype: torch.dtype) -> Chunks:
@@ -168,7 +170,7 @@ class VarlenBatch:
         return self._chunks[Q, dtype]
 
 
-def wide(t: Tensor) -> Tensor:
+def at_least_fp32(t: Tensor) -> Tensor:
     """At least float32."""
     return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 

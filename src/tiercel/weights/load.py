@@ -160,7 +160,7 @@ def _bytes(kind: str, shape: tuple[int, ...], matrix: bool) -> tuple[int, int]:
 
 
 def _is_matrix(row: TensorMapping) -> bool:
-    """Whether it is multiplied with.  Routers are, precise as they are, by our kernels: however rows are cut."""
+    """Whether it is multiplied with.  Routers are, though float32, by our kernels: however rows are cut."""
     return not row.keep_fp32 or row.ours.endswith(".router.weight")
 
 

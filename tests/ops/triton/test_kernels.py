@@ -201,13 +201,13 @@ def test_attention_over_pages(H, K, P, window, R):
             torch.arange(L, dtype=torch.int32, device=DEVICE),
         )
         past = None if turn is None else tuple(t[:L].contiguous() for t in turn)
-        attention_kernels.remember(q[:L], k[:L], v[:L], past, memory, table, *places)
+        attention_kernels.store_kv(q[:L], k[:L], v[:L], past, memory, table, *places)
     slots, length = whole(2, -1, 0), whole(200, 0, 65)
     newest = [torch.stack([texts[2][i][65], rand(texts[0][i].shape[1]), texts[0][i][200]]) for i in range(3)]
     turn = None
     if R:
         turn = tuple(torch.stack([texts[2][3][i][65], rand(R), texts[0][3][i][200]]) for i in range(2))
-    q = attention_kernels.remember(*newest, turn, memory, table, slots, whole(65, 0, 200))
+    q = attention_kernels.store_kv(*newest, turn, memory, table, slots, whole(65, 0, 200))
     y = attention_kernels.attention_step(q, memory, table, slots, length, scale=0.4, window=window)
     for row, slot in ((0, 2), (2, 0)):
         q, k, v, turn = texts[slot]

@@ -30,7 +30,7 @@ def attention(
     """As `AttentionOp`."""
     buffers, where = batch
     table = buffers.group.table
-    q_THP = triton.remember(q_TI, k_TM, v_TM, turn, buffers, table, where.slot_T, where.position_T)
+    q_THP = triton.store_kv(q_TI, k_TM, v_TM, turn, buffers, table, where.slot_T, where.position_T)
     if where.step:
         return triton.attention_step(
             q_THP,

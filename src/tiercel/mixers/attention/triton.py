@@ -60,7 +60,7 @@ def _remember(
             tl.store(v_pages + at, x.to(v_pages.dtype.element_ty), live)
 
 
-def remember(
+def store_kv(
     q_TI: Tensor,
     k_TM: Tensor,
     v_TM: Tensor,
@@ -72,7 +72,7 @@ def remember(
 ) -> Tensor:
     """Turn q and k, put k and v into their pages, → turned q (T, H, P) in the pages' dtype.
 
-    memory: `mixers.paged.PagedSlots` · rows of q, k and v may lie apart · slot −1: nobody's row.
+    memory: `mixers.paged.PagedSlots` · rows of q, k and v may lie apart · slot −1: a row without a sequence.
     """
     k_pages, v_pages = memory["k"], memory["v"]
     _, K, page, P = k_pages.shape

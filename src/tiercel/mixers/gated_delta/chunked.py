@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tiercel.mixers.gated_delta.reference import normalized
 
-SMALLEST = -87.0  # exp of less is a denormal number: no contribution, and twenty times the time
+MIN_LOG_DECAY = -87.0  # exp of less is a denormal number: no contribution, and twenty times the time
 
 
 def gated_delta(
@@ -55,7 +55,7 @@ def gated_delta(
         if first < stop:
             new = slice(first - O, stop - O)
             at = a[:, first - start :]
-            decay = (at.unsqueeze(2) - a.unsqueeze(1)).float().clamp(SMALLEST, 0.0).exp()  # (H, new, inputs)
+            decay = (at.unsqueeze(2) - a.unsqueeze(1)).float().clamp(MIN_LOG_DECAY, 0.0).exp()  # (H, new, inputs)
             inherited = at.float().exp().unsqueeze(2)
             kk = (k[:, first - start :] @ k.transpose(1, 2)) * decay
             old = first - start

@@ -25,7 +25,7 @@ from tiercel.mixers.recurrent import RecurrentState
 from tiercel.model.batch import Batch
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layers import Linear, RMSNorm
-from tiercel.model.varlen import VarlenBatch, wide
+from tiercel.model.varlen import VarlenBatch, at_least_fp32
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.cpu.batch import causal_conv1d
 
@@ -60,7 +60,7 @@ class Mamba1(nn.Module):
             x_TI = batch.conv1d_silu(x_TI, self.conv, self.conv_bias)
             dt_TI, B_TN, C_TN = self._select(x_TI)
             y_TI = batch.selective_scan(C_TN, x_TI, dt_TI, -self.A_log.exp(), B_TN) + self.D * x_TI
-            return self.out_proj(y_TI * F.silu(wide(z_TI)))
+            return self.out_proj(y_TI * F.silu(at_least_fp32(z_TI)))
         windows = [
             F.pad(x_TI[span], (0, 0, self.config.conv - 1, 0))
             if state is None

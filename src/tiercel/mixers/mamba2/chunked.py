@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SMALLEST = -87.0  # exp of less is a denormal number: no contribution, and twenty times the time
+MIN_LOG_DECAY = -87.0  # exp of less is a denormal number: no contribution, and twenty times the time
 
 
 def ssd(
@@ -67,7 +67,7 @@ def _outputs(C_QGN: Tensor, x_LHP: Tensor, dt_LH: Tensor, a_HL: Tensor, B_LGN: T
     # what the chunk's own inputs contribute
     scores_GQL = torch.bmm(C_GQN, B_LGN.permute(1, 2, 0))
     lag_HQL = (a_HQ.unsqueeze(2) - a_HL.unsqueeze(1)).float()
-    decay_HQL = lag_HQL.clamp(SMALLEST, 0.0).exp()
+    decay_HQL = lag_HQL.clamp(MIN_LOG_DECAY, 0.0).exp()
     if Q > 1:
         decay_HQL = decay_HQL.tril(L - Q)  # the future does not count
     weights_HQL = decay_HQL * dt_LH.t().unsqueeze(1)

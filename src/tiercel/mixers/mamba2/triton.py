@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tiercel.mixers.mamba2.triton_step import precision
 
-SMALLEST = tl.constexpr(-87.0)
+MIN_LOG_DECAY = tl.constexpr(-87.0)
 
 
 # ── a prompt, or more of one: L inputs from a chunk's start, outputs of all but the first `skip` of them.  Chunks of CH
@@ -85,7 +85,7 @@ def _states(
         j = j0 + tl.arange(0, BJ)
         real = j < stop
         lag = (last - tl.load(a + h * L + j, real, 0.0)).to(tl.float32)
-        w = tl.exp(tl.maximum(tl.where(real, lag, 0.0), SMALLEST)) * tl.load(dt + j * H + h, real, 0.0)
+        w = tl.exp(tl.maximum(tl.where(real, lag, 0.0), MIN_LOG_DECAY)) * tl.load(dt + j * H + h, real, 0.0)
         row = xBC + j.to(tl.int64) * stride
         B_NJ = tl.load(row[None, :] + H * P + g * N + n[:, None], real[None, :] & (n < N)[:, None], 0.0)
         x_JP = tl.load(row[:, None] + h * P + p[None, :], real[:, None] & (p < P)[None, :], 0.0)
@@ -145,7 +145,7 @@ def _outputs(
             lag = (a_I[:, None] - tl.load(a + h * L + j, known, 0.0)[None, :]).to(tl.float32)
             seen = (q[None, :] <= r[:, None]) & known[None, :] & real[:, None]
             w = tl.load(scores + ((c * G + g) * CH + r[:, None]) * CH + q[None, :], seen, 0.0)
-            w = w * tl.exp(tl.maximum(tl.where(seen, lag, 0.0), SMALLEST))
+            w = w * tl.exp(tl.maximum(tl.where(seen, lag, 0.0), MIN_LOG_DECAY))
             w = tl.where(seen, w * tl.load(dt + j * H + h, known, 0.0)[None, :], 0.0)
             x_JP = tl.load(
                 xBC + j[:, None].to(tl.int64) * stride + h * P + p[None, :], known[:, None] & inside, 0.0

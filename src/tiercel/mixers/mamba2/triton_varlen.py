@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiercel.mixers.mamba2.triton import SMALLEST
+from tiercel.mixers.mamba2.triton import MIN_LOG_DECAY
 
 CHUNK = 64
 WIDEST = 128  # head_dim, of which a program holds all
@@ -55,9 +55,9 @@ def _decays(dt, A, document, first, count, c, h, H, Q: tl.constexpr):
     a_Q, a_last = tl.cumsum(log_Q, 0), tl.sum(log_Q, 0)
     document_Q = tl.load(document + first + q, q < count, -1)
     last, before = tl.load(document + first + count - 1), tl.load(document + first - 1, c > 0, -2)
-    into_Q = tl.exp(tl.maximum(a_Q.to(tl.float32), SMALLEST))
-    left_Q = tl.exp(tl.maximum((a_last - a_Q).to(tl.float32), SMALLEST))
-    through = tl.exp(tl.maximum(a_last.to(tl.float32), SMALLEST))
+    into_Q = tl.exp(tl.maximum(a_Q.to(tl.float32), MIN_LOG_DECAY))
+    left_Q = tl.exp(tl.maximum((a_last - a_Q).to(tl.float32), MIN_LOG_DECAY))
+    through = tl.exp(tl.maximum(a_last.to(tl.float32), MIN_LOG_DECAY))
     into_Q = tl.where(document_Q == before, into_Q, 0.0)
     left_Q = tl.where(document_Q == last, left_Q, 0.0)
     return dt_Q, a_Q, document_Q, into_Q, left_Q, tl.where(last == before, through, 0.0)
@@ -69,7 +69,7 @@ def _inside(a_Q, document_Q, Q: tl.constexpr):
     q = tl.arange(0, Q)
     seen = (document_Q[:, None] == document_Q[None, :]) & (q[:, None] >= q[None, :])
     lag = tl.where(seen, (a_Q[:, None] - a_Q[None, :]).to(tl.float32), 0.0)
-    return tl.where(seen, tl.exp(tl.maximum(lag, SMALLEST)), 0.0)
+    return tl.where(seen, tl.exp(tl.maximum(lag, MIN_LOG_DECAY)), 0.0)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from tiercel.mixers.mamba2 import cpu_train
 from tiercel.mixers.mamba2.cpu_train import Layout
 from tiercel.ops.cpu import training
 
-SMALLEST = -60.0  # exp of less is no contribution, and its products would be denormal numbers
+MIN_LOG_DECAY = -60.0  # exp of less is no contribution, and its products would be denormal numbers
 
 
 @dataclass
@@ -294,7 +294,7 @@ def _grouped(t_TGN: Tensor, K: int) -> Tensor:
 
 
 def _exp(log: Tensor, dtype: torch.dtype) -> Tensor:
-    return log.to(dtype).clamp(SMALLEST, 0.0).exp_()
+    return log.to(dtype).clamp(MIN_LOG_DECAY, 0.0).exp_()
 
 
 def _decayed(high_KHQ: Tensor, low_KHQ: Tensor, scores_KGQQ: Tensor, dtype: torch.dtype) -> Tensor:
@@ -326,7 +326,7 @@ def _decay(high_KHQ: Tensor, low_KHQ: Tensor) -> Tensor:
     """exp(a_t − a_j), (K, H, Q, Q), 1 for j > t."""
     lag = high_KHQ.unsqueeze(3) - high_KHQ.unsqueeze(2)
     lag.add_(low_KHQ.unsqueeze(3)).sub_(low_KHQ.unsqueeze(2))
-    return lag.clamp_(SMALLEST, 0.0).exp_()
+    return lag.clamp_(MIN_LOG_DECAY, 0.0).exp_()
 
 
 def _carry(last_KH: Tensor, chunks: Chunks, dtype: torch.dtype) -> Tensor:
