@@ -178,7 +178,7 @@ def decode_sampled(net: Decoder, rows: int, context: int, steps: int) -> float:
     draws = DeviceSampler(rows, slots.device)
     for slot in numbers:
         draws.set(slot, SamplingParams(temperature=0.8, top_k=40, top_p=0.9), slot, 0, 0)
-    graph = CapturedCUDAStep(net, slots, rows, draws=draws)
+    graph = CapturedCUDAStep(net, slots, rows, sampler=draws)
     graph.slot_B.copy_(torch.tensor(numbers, dtype=torch.int32))
     return seconds(graph.run, steps)
 
@@ -416,7 +416,7 @@ def scan() -> None:
 
 def training_scan() -> None:
     """The packed scan both ways under autocast, 16 rows of 1,024 tokens in documents of 200, beside torch."""
-    from tiercel.mixers.mamba2.varlen import ssd_varlen
+    from tiercel.mixers.mamba2.varlen import chunks_of, ssd_documents, ssd_varlen
     from tiercel.model.varlen import VarlenBatch
 
     H, P, N, rows, L = 24, 64, 128, 16, 1024
@@ -424,7 +424,7 @@ def training_scan() -> None:
     batch = VarlenBatch(starts)
     x, B, C = (torch.randn(rows * L, *size, device="cuda") / 4 for size in ((H, P), (1, N), (1, N)))
     dt, A, D = torch.rand(rows * L, H, device="cuda") / 10, -torch.rand(H, device="cuda") - 0.1, torch.ones(H).cuda()
-    given, chunks = [t.requires_grad_() for t in (C, x, dt, A, B, D)], batch.chunks(64, torch.float32)
+    given, chunks = [t.requires_grad_() for t in (C, x, dt, A, B, D)], chunks_of(batch, 64, torch.float32)
     weigh, grads = torch.randn_like(x), {}
 
     def run(way: Callable[..., torch.Tensor], *more: Any) -> tuple[torch.Tensor, ...]:
@@ -432,7 +432,7 @@ def training_scan() -> None:
             y = way(*given, *more)
         return y.detach(), *torch.autograd.grad(y, given, weigh)
 
-    for name, way, more in (("torch", ssd_varlen, (chunks,)), ("kernels", batch.ssd, ())):
+    for name, way, more in (("torch", ssd_varlen, (chunks,)), ("kernels", ssd_documents, (batch,))):
         grads[name] = run(way, *more)
         note(**{f"training_scan_{name}_ms": 1e3 * seconds(lambda w=way, m=more: run(w, *m), 10)})
     for name, a, b in zip(["y", *"C x dt A B D".split()], grads["kernels"], grads["torch"], strict=True):

@@ -17,9 +17,10 @@ from plan import Job, config_of
 from tasks import IGNORE, NOISE, Task
 from torch import Tensor
 
+from tiercel.mixers.mamba2.varlen import CHUNK
 from tiercel.model.decoder import Decoder
 from tiercel.model.initialize import initialize
-from tiercel.model.varlen import CHUNK, VarlenBatch
+from tiercel.model.varlen import VarlenBatch
 from tiercel.train.optim import adamw, clip, rate
 
 

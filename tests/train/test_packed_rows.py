@@ -6,9 +6,12 @@ from torch import Tensor
 
 import tiny
 from families import nasty
+from tiercel.mixers.attention.varlen import attend_documents
 from tiercel.mixers.mamba1.reference import selective_scan_reference
+from tiercel.mixers.mamba1.varlen import LinearScan, selective_scan_varlen
 from tiercel.mixers.mamba2.chunked import ssd_reference
-from tiercel.model.varlen import LinearScan, VarlenBatch
+from tiercel.mixers.mamba2.varlen import ssd_documents
+from tiercel.model.varlen import VarlenBatch
 from tiercel.weights.load import load
 
 LENGTHS = [[5, 40, 1, 1, 29, 14], [90], [64, 26]]
@@ -114,9 +117,9 @@ def test_the_chunked_scan_has_the_gradients_of_its_formula():
         wide(T, G, N, seed=4),
     ]
     given = [t.requires_grad_() for t in given]
-    assert torch.autograd.gradcheck(lambda *g: rows.ssd(*g, chunk=4), given)
+    assert torch.autograd.gradcheck(lambda *g: ssd_documents(*g, None, rows, chunk=4), given)
     C, x, dt, A, B = (t.detach() for t in given)
-    y = rows.ssd(C, x, dt, A, B, chunk=4)
+    y = ssd_documents(C, x, dt, A, B, None, rows, chunk=4)
     spans = [slice(0, 3), slice(3, 11), slice(11, 13), slice(13, 26)]
     alone = [ssd_reference(C[s], x[s], dt[s], A, B[s], torch.zeros(H, N, P))[0] for s in spans]
     assert (y - torch.cat(alone)).abs().max() < 1e-12
@@ -127,11 +130,11 @@ def test_the_selective_scan_has_the_gradients_of_its_formula():
     T, I, N = 26, 3, 2
     given = [wide(T, N), wide(T, I, seed=1), wide(T, I, seed=2).exp(), -wide(I, N, seed=3).exp(), wide(T, N, seed=4)]
     given = [t.requires_grad_() for t in given]
-    assert torch.autograd.gradcheck(rows.selective_scan, given)
+    assert torch.autograd.gradcheck(lambda *g: selective_scan_varlen(*g, rows), given)
     C, x, dt, A, B = (t.detach() for t in given)
     spans = [slice(0, 3), slice(3, 11), slice(11, 13), slice(13, 26)]
     alone = [selective_scan_reference(C[s], x[s], dt[s], A, B[s], torch.zeros(N, I))[0] for s in spans]
-    assert (rows.selective_scan(C, x, dt, A, B) - torch.cat(alone)).abs().max() < 1e-12
+    assert (selective_scan_varlen(C, x, dt, A, B, rows) - torch.cat(alone)).abs().max() < 1e-12
 
 
 def test_convolution_and_attention_have_the_gradients_of_their_formulas():
@@ -142,7 +145,7 @@ def test_convolution_and_attention_have_the_gradients_of_their_formulas():
     short = VarlenBatch(starts([[1, 1], [2]]))
     assert torch.autograd.gradcheck(lambda x, w: short.conv1d_silu(x[:4], w, None), conv[:2])
     heads = [wide(4, 14, 2, seed=3).requires_grad_(), *(wide(2, 14, 2, seed=s).requires_grad_() for s in (4, 5))]
-    assert torch.autograd.gradcheck(lambda q, k, v: rows.attend(q, k, v, 0.7, 3), heads)
+    assert torch.autograd.gradcheck(lambda q, k, v: attend_documents(q, k, v, rows, scale=0.7, window=3), heads)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 30])
@@ -176,7 +179,7 @@ def test_attention_by_two_rounded_products_is_attention(window):
     for rounded in (False, True):
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
         with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
-            y = VarlenBatch(starts_BL).attend(*leaves, 0.3, window).float()
+            y = attend_documents(*leaves, VarlenBatch(starts_BL), scale=0.3, window=window).float()
         found.append([y, *torch.autograd.grad(y, leaves, dy)])
     for exact, rounded in zip(*found, strict=True):
         assert (exact - rounded).norm() < 0.01 * exact.norm()

@@ -286,7 +286,7 @@ class RecurrentSlots:
 
 
 def memory_shape(buffer: Buffer, rows: int) -> tuple[int, ...]:
-    """The shape of a pending buffer of `rows` tokens as it lies in memory."""
+    """The shape of a pending buffer with room for `rows` tokens, as it lies in memory."""
     if buffer.token_dim == 0:
         return (rows, *buffer.shape)
     return (*buffer.shape[:-1], rows, buffer.shape[-1])

@@ -1,1 +1,1 @@
-"""What the network is: decoder → block → mixers and feed-forward, and what each of them remembers."""
+"""What the network is: decoder → block → mixers and feed-forward, and the state of each."""

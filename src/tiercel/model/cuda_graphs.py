@@ -1,8 +1,8 @@
-"""Decode on a device: a step of B texts recorded as a CUDA graph and run again, for a ladder of B.
+"""Decode on a device: a step of B sequences captured as a CUDA graph and replayed, for some sizes B.
 
-What changes from step to step is read on the device: tokens and numbers of slots from two buffers, lengths, bases and
-pages through those numbers.  A step of fewer rows than its graph pads with slot −1, which kernels ignore.  Nothing
-waits for the host: the next tokens may be written into `tokens` by the device itself.
+What changes from step to step is read on the device: tokens and slot numbers from two buffers, lengths, committed
+positions and pages through those numbers.  A step of fewer rows than its graph is padded with slot −1, which kernels
+ignore.  Nothing waits for the host: the next tokens may be written into `tokens` by the device itself.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ CAPTURE_SIZES = (1, 2, 4, 8, 16, 32)
 
 
 class CapturedCUDAStep:
-    """One recorded step: tokens (B) and slot_B in, logits (B, V) out; all three stay where they are.
+    """One captured step: tokens (B) and slot_B in, logits (B, V) out; all three stay where they are.
 
-    draws: how the next tokens are chosen; they are left in `tokens`, so the step may be run again at once.
+    sampler: chooses the next tokens; they are left in `tokens`, so the step may be replayed at once.
     """
 
     def __init__(
-        self, network: Decoder, slots: StateCache, rows: int, pool: Any = None, draws: DeviceSampler | None = None
+        self, network: Decoder, slots: StateCache, rows: int, pool: Any = None, sampler: DeviceSampler | None = None
     ) -> None:
-        self.network, self.slots, self.draws = network, slots, draws
+        self.network, self.slots, self.sampler = network, slots, sampler
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=slots.device)
         self.slot_B = torch.full((rows,), -1, dtype=torch.int32, device=slots.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         if slots.device.type == "cuda" and all(m.captured for layer in network.config.layers for m in layer.parts):
-            self._record(pool)
+            self._capture(pool)
 
-    def _record(self, pool: Any) -> None:
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside), torch.no_grad():
-            for _ in range(2):  # kernels are compiled and workspaces made before the recording
+    def _capture(self, pool: Any) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.no_grad():
+            for _ in range(2):  # kernels are compiled and workspaces made before the capture
                 self._forward()
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool), torch.no_grad():
             self._forward()
@@ -54,11 +54,11 @@ class CapturedCUDAStep:
         batch = DeviceBatch.for_step(self.slots, self.slot_B)
         self.logits = self.network.compute(self.tokens, batch, [self.slots])
         self.slots.advance(self.slot_B)
-        if self.draws is not None:
-            self.tokens.copy_(self.draws.choose(self.logits, self.slot_B))
+        if self.sampler is not None:
+            self.tokens.copy_(self.sampler.choose(self.logits, self.slot_B))
 
     def run(self) -> Tensor:
-        """The step, with what is in the buffers."""
+        """Run the step on the contents of the buffers; its logits."""
         if self.graph is None:
             with torch.no_grad():
                 self._forward()
@@ -68,15 +68,15 @@ class CapturedCUDAStep:
 
 
 class CUDAGraphRunner:
-    """Steps of up to the largest number of rows in `ladder`, each recorded when first needed."""
+    """Steps of up to the largest of `sizes` rows, each captured when first needed."""
 
-    def __init__(self, network: Decoder, slots: StateCache, ladder: Sequence[int] = CAPTURE_SIZES) -> None:
-        self.network, self.slots, self.ladder = network, slots, sorted(ladder)
+    def __init__(self, network: Decoder, slots: StateCache, sizes: Sequence[int] = CAPTURE_SIZES) -> None:
+        self.network, self.slots, self.sizes = network, slots, sorted(sizes)
         self.graphs: dict[int, CapturedCUDAStep] = {}
 
     def of(self, rows: int) -> CapturedCUDAStep:
-        """The smallest that holds that many rows."""
-        size = self.ladder[bisect_left(self.ladder, rows)]
+        """The smallest captured step with room for `rows` rows."""
+        size = self.sizes[bisect_left(self.sizes, rows)]
         if size not in self.graphs:
             self.graphs[size] = CapturedCUDAStep(self.network, self.slots, size)
         return self.graphs[size]

@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         Args:
             tokens: int64: one row (L,), a (B, L) tensor, or a list of rows of any lengths.
             states: one for each row, which goes on where its state ended; the states grow, and there are no gradients.
-            logits_to_keep: only of that many last tokens of every row; None: all.
+            logits_to_keep: how many of every row's last tokens get logits; None: all.
 
         Returns:
             Float32: (L, V) for one row, (B, L, V) for a tensor, a list of (L, V) for a list.
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
             tokens_T: int64 (T,): all rows' tokens, one row after another.
             batch: which rows these are, on the device of the states.
             states: one for each row, or the one that holds all of them (`StateCache`); what the batch was made for.
-            logits_to_keep: only of that many last tokens of every row; None: all.
+            logits_to_keep: how many of every row's last tokens get logits; None: all.
 
         Returns:
             (T, V) float32, or of the tokens that are kept.

@@ -1,4 +1,4 @@
-"""A text's state as a file: another process goes on where this one stopped.
+"""States in files: another process continues where this one stopped.
 
 safetensors, with every layer's tensors by its number, those of earlier snapshots beside them, the tokens, and in the
 metadata what must be the same where the state goes on.  A checksum covers the whole file with zeros in its own place.

@@ -146,3 +146,8 @@ def _made_again(
         other_EC = x_TC[(token_E + way * lag).clamp(0, len(x_TC) - 1)]
         h_EC.addcmul_(other_EC * has_KE1[lag], weight_KC[lag])
     return h_EC
+
+
+def at_least_fp32(t: Tensor) -> Tensor:
+    """The tensor, float32 where it is narrower."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t

@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="pip install triton")
 
 from ops.triton.conftest import DEVICE
 from tiercel.mixers.mamba2.triton_varlen import ssd_varlen
+from tiercel.mixers.mamba2.varlen import ssd_documents
 from tiercel.model.varlen import VarlenBatch
 
 NAMES = ["C", "x", "dt", "A", "B", "D"]
@@ -105,4 +106,4 @@ def test_under_autocast_products_are_rounded(dtype):
 def test_rows_on_a_gpu_take_the_kernels():
     rows = VarlenBatch(starts([[64, 100, 37]])).to(DEVICE)
     given = [t.to(DEVICE) for t in inputs(rows.tokens, 4, 16, 2, 24)]
-    assert torch.equal(rows.ssd(*given), ssd_varlen(*given, rows.document_BL))
+    assert torch.equal(ssd_documents(*given, rows), ssd_varlen(*given, rows.document_BL))

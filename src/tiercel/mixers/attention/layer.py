@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tiercel.mixers.attention.ops import attention_op
 from tiercel.mixers.attention.rotary import rotate
 from tiercel.mixers.attention.sdpa import attention
+from tiercel.mixers.attention.varlen import attend_documents
 from tiercel.mixers.paged import PagedState
 from tiercel.model.batch import Batch
 from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, RMSNorm, quantizes_input
@@ -62,7 +63,7 @@ class Attention(nn.Module):
             turned = rotate(torch.cat((q_HTP, k_KTP)), *batch.rotary(self.config.rope, P))
             q_HTP, k_KTP = turned.split((self.config.heads, self.config.kv_heads))
         if isinstance(batch, VarlenBatch):
-            y_HTP = batch.attend(q_HTP, k_KTP, v_KTP, self.scale, self.config.window)
+            y_HTP = attend_documents(q_HTP, k_KTP, v_KTP, batch, scale=self.scale, window=self.config.window)
             return self._project(y_HTP.transpose(0, 1).flatten(1), h_TD, precomputed)
         rows = []
         for span, state in zip(batch.spans, states, strict=True):

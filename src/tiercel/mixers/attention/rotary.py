@@ -4,7 +4,7 @@
     (u, w) → (u cos − w sin, w cos + u sin)          u, w: the first and second half of the rotated dims
 
 Scalings change f (formulas: transformers `modeling_rope_utils.py`; llama3: Meta's `apply_scaling`; yarn:
-Peng et al. 2023, arXiv 2309.00071).  `dynamic` and `longrope` change f with the length of the text, that is,
+Peng et al. 2023, arXiv 2309.00071).  `dynamic` and `longrope` change f with the length, that is,
 they would rewrite the past at every token: they run here inside their original length, where f is fixed.
 """
 

@@ -1,6 +1,6 @@
-"""Rotary positions and the cache of keys and values in pages; attention of one new token of each text.
+"""Rotary positions and the cache of keys and values in pages; attention of one new token of each sequence.
 
-    k, v (pages, K, PAGE, P) · table (slots, most pages of a text) int32: page i of a text begins at its token i · PAGE
+    k, v (pages, K, PAGE, P) · table (slots, most pages of one) int32: page i has a sequence's tokens i · PAGE …
 
 The attention of prompts is PyTorch's; formulas: `mixers/attention/sdpa.py`, `mixers/attention/rotary.py`.
 """
@@ -18,11 +18,11 @@ from tiercel.ops.triton.launch import early, others_done
 from tiercel.ops.triton.norm import store_rounded
 from tiercel.ops.triton.rounded import Rounded, keep_rounded
 
-PROGRAMS = 264  # as many pieces are made of the work where there are few texts: two for each processor of an H100
+PROGRAMS = 264  # as many pieces are made of the work where there are few sequences: two for each processor of an H100
 
 
 @triton.jit
-def _remember(
+def _store_kv(
     q, k, v, cos, sin, q_out, k_pages, v_pages, table, slot_T, position_T, T,
     stride_q, stride_k, stride_v, stride_table, H, K, P, R, PAGE: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
     EARLY: tl.constexpr,
@@ -72,7 +72,7 @@ def store_kv(
 ) -> Tensor:
     """Turn q and k, put k and v into their pages, → turned q (T, H, P) in the pages' dtype.
 
-    memory: `mixers.paged.PagedSlots` · rows of q, k and v may lie apart · slot −1: a row without a sequence.
+    memory: `mixers.paged.PagedSlots` · rows of q, k and v may lie apart · slot −1: no sequence.
     """
     k_pages, v_pages = memory["k"], memory["v"]
     _, K, page, P = k_pages.shape
@@ -81,7 +81,7 @@ def store_kv(
     R = 0 if turn is None else turn[0].shape[1]
     cos, sin = (q_TI, q_TI) if turn is None else turn
     BT = 1 if T <= 64 else 16
-    _remember[(triton.cdiv(T, BT), H + 2 * K)](
+    _store_kv[(triton.cdiv(T, BT), H + 2 * K)](
         q_TI, k_TM, v_TM, cos, sin, q_THP, k_pages, v_pages, table, slot_T, position_T, T, q_TI.stride(0),
         k_TM.stride(0), v_TM.stride(0), table.stride(0), H, K, P, R, PAGE=page, BT=BT,
         BP=triton.next_power_of_2(P), num_warps=1 if BT == 1 else 4, **early(),
@@ -95,7 +95,7 @@ def _attend(
     SPLITS: tl.constexpr, PAGE: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of one text's keys against the queries that share them."""
+    """A stretch of one sequence's keys against the queries that share them."""
     others_done(EARLY)
     t, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slot = tl.load(slot_T + t).to(tl.int64)
@@ -162,7 +162,7 @@ def attention_step(
     q_THP: Tensor, memory: Any, table: Tensor, slot_T: Tensor, length_S: Tensor,
     *, scale: float, window: int | None, round: bool = False,
 ) -> Tensor:  # fmt: skip
-    """(T, H · P): the newest token of each text, number `length`, whose key is in its page, over all its keys."""
+    """(T, H · P): the newest token of each sequence, number `length`, whose key is in its page, over all its keys."""
     k_pages, v_pages = memory["k"], memory["v"]
     T, H, P = q_THP.shape
     K, page = k_pages.shape[1:3]
@@ -190,7 +190,7 @@ def attention_step(
 
 
 def pages_of(pages: Tensor, table_row: Tensor, length: int) -> Tensor:
-    """(K, length, P) of one text, copied out of its pages."""
+    """(K, length, P) of one sequence, copied out of its pages."""
     _, K, page, P = pages.shape
     taken = pages[table_row[: -(-length // page)].long()]
     return taken.transpose(0, 1).reshape(K, -1, P)[:, :length]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tiercel.mixers.attention import cpu_train
+from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.cpu import training
 
 STEP = 32  # widths are its multiples
@@ -66,7 +67,7 @@ class Laid(torch.autograd.Function):
 
 
 class Taken(torch.autograd.Function):
-    """The way back: (sum of M · L, …) → (T, …)."""
+    """The backward pass: (sum of M · L, …) → (T, …)."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, documents: Documents) -> Tensor:
@@ -112,7 +113,7 @@ def _by_products(q_MHLP: Tensor, k_MKLP: Tensor, v_MKLP: Tensor, scale: float, w
 
 class Products(torch.autograd.Function):
     """softmax(q kᵀ) v over the keys that are seen: q (M, K, H / K · L, P), k and v (M, K, L, P).  Only the weights are
-    kept, and the way back makes the scores' gradient in their gradient's place."""
+    kept, and the backward pass makes the scores' gradient in their gradient's place."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -138,3 +139,39 @@ class Products(torch.autograd.Function):
         else:
             ds = weights * (ds - (weights * ds).sum(-1, keepdim=True))
         return ds @ k, ds.transpose(2, 3) @ q, weights.transpose(2, 3) @ dy, None
+
+
+def attend_documents(
+    q_HTP: Tensor, k_KTP: Tensor, v_KTP: Tensor, batch: VarlenBatch, *, scale: float, window: int | None
+) -> Tensor:
+    """Causal grouped-query attention inside documents → (H, T, P).
+
+    On the CPU document by document; on a GPU, where that many small kernels would cost more, by one mask.
+    """
+    if batch.device.type == "cpu":
+        documents = batch.shared("documents", lambda: Documents(batch.starts_BL))
+        q, k, v = (x.transpose(0, 1) for x in (q_HTP, k_KTP, v_KTP))
+        return attention_varlen(q, k, v, documents, scale=scale, window=window).transpose(0, 1)
+    q, k, v = (x.unflatten(1, batch.shape).transpose(0, 1) for x in (q_HTP, k_KTP, v_KTP))
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:  # the kernels that take a mask want a key head for every query head
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    if batch.single and (window is None or window >= batch.shape[1]):
+        y_BHLP = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        y_BHLP = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(batch, window), scale=scale)
+    return y_BHLP.transpose(0, 1).flatten(1, 2)
+
+
+def _mask(batch: VarlenBatch, window: int | None) -> Tensor:
+    """(B, 1, L, L) bool: which keys a query sees."""
+
+    def make() -> Tensor:
+        index_L = torch.arange(batch.shape[1], device=batch.device)
+        lag_LL = index_L.unsqueeze(1) - index_L
+        near_LL = lag_LL >= 0 if window is None else (lag_LL >= 0) & (lag_LL < window)
+        same_BLL = batch.document_BL.unsqueeze(2) == batch.document_BL.unsqueeze(1)
+        return (same_BLL & near_LL).unsqueeze(1)
+
+    mask: Tensor = batch.shared(("mask", window), make)
+    return mask

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 from tiercel.mixers.mamba1 import cpu
 from tiercel.mixers.mamba1.reference import selective_scan
+from tiercel.mixers.mamba1.varlen import selective_scan_varlen
 from tiercel.mixers.recurrent import RecurrentState
 from tiercel.model.batch import Batch
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layers import Linear, RMSNorm
-from tiercel.model.varlen import VarlenBatch, at_least_fp32
+from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.conv1d import conv1d
+from tiercel.ops.conv1d_varlen import at_least_fp32
 from tiercel.ops.cpu.batch import causal_conv1d
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class Mamba1(nn.Module):
         if isinstance(batch, VarlenBatch):
             x_TI = batch.conv1d_silu(x_TI, self.conv, self.conv_bias)
             dt_TI, B_TN, C_TN = self._select(x_TI)
-            y_TI = batch.selective_scan(C_TN, x_TI, dt_TI, -self.A_log.exp(), B_TN) + self.D * x_TI
+            y_TI = selective_scan_varlen(C_TN, x_TI, dt_TI, -self.A_log.exp(), B_TN, batch) + self.D * x_TI
             return self.out_proj(y_TI * F.silu(at_least_fp32(z_TI)))
         windows = [
             F.pad(x_TI[span], (0, 0, self.config.conv - 1, 0))

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from tiercel.mixers.mamba2.chunked import ssd
 from tiercel.mixers.mamba2.ops import gated_norm_op, mamba2_op
+from tiercel.mixers.mamba2.varlen import CHUNK, ssd_documents
 from tiercel.mixers.recurrent import RecurrentState
 from tiercel.model.batch import Batch
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, quantizes_input
-from tiercel.model.varlen import CHUNK, VarlenBatch
+from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.norm import gated_rms_norm
 from tiercel.ops.pointwise import gate
@@ -106,9 +107,8 @@ class Mamba2(nn.Module):
         """All rows at once, for training → y (T, I), float32 at least."""
         c = self.config
         x_THP, B_TGN, C_TGN = self._parts(batch.conv1d_silu(xBC_TC, self.conv, self.conv_bias))
-        return batch.ssd(
-            C_TGN, x_THP, dt_TH, A_H, B_TGN, self.D, chunk=min(c.chunk, CHUNK if c.state <= CHUNK else 2 * CHUNK)
-        ).flatten(1)
+        chunk = min(c.chunk, CHUNK if c.state <= CHUNK else 2 * CHUNK)
+        return ssd_documents(C_TGN, x_THP, dt_TH, A_H, B_TGN, self.D, batch, chunk=chunk).flatten(1)
 
     def _parts(self, xBC_LC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (L, H, P), B and C (L, G, N)."""

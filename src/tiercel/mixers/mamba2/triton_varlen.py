@@ -3,7 +3,7 @@
 Formulas and letters: `mixers/mamba2/varlen.py`.  A program has one chunk of one head (for dB and dC: of one group),
 whose Q × Q matrices never leave it; between the kernels go
 
-    Z (K, H, N, P) float32    the state that a chunk begins with; on the way back dS, the gradient of what it leaves
+    Z (K, H, N, P) float32    the state that a chunk begins with; backward dS, the gradient of what it leaves
     through (K, H) float32    the decay of a whole chunk, zero where a document begins in it
 
 Both recurrences over chunks are the same one, from either end:  now ← through · now + added.  Rows need not be a

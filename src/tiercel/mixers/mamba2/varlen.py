@@ -25,8 +25,12 @@ from torch.autograd.function import once_differentiable
 
 from tiercel.mixers.mamba2 import cpu_train
 from tiercel.mixers.mamba2.cpu_train import Layout
+from tiercel.model.varlen import VarlenBatch
+from tiercel.ops import triton
+from tiercel.ops.conv1d_varlen import at_least_fp32
 from tiercel.ops.cpu import training
 
+CHUNK = 64  # a chunk's matrices cost Q for each token, its state N · P: for heads and states of 64 they meet here
 MIN_LOG_DECAY = -60.0  # exp of less is no contribution, and its products would be denormal numbers
 
 
@@ -71,13 +75,55 @@ def ssd_varlen(
 ) -> Tensor:
     """y (T, H, P) + D x in the dtype of x; dt, A and D are float32 or float64, and so are x, B and C but for autocast.
 
-    Under autocast the products are rounded like others, and what is kept for the way back with them; nothing else is.
+    Under autocast the products are rounded like others, and so is what is kept for the backward pass; nothing else is.
     """
     device = x_THP.device.type
     half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     with torch.autocast(device, enabled=False):
         y: Tensor = PackedSSD.apply(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, chunks, half)
     return y
+
+
+def ssd_documents(
+    C_TGN: Tensor,
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TGN: Tensor,
+    D_H: Tensor | None,
+    batch: VarlenBatch,
+    *,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """y + D x (T, H, P), float32 or wider; on a GPU by kernels of our own where Triton is."""
+    if triton.there and x_THP.is_cuda:
+        from tiercel.mixers.mamba2 import triton_varlen
+
+        if triton_varlen.takes(x_THP, dt_TH):
+            y_kernel: Tensor = triton_varlen.ssd_varlen(C_TGN, x_THP, dt_TH, A_H, B_TGN, D_H, batch.document_BL)
+            return y_kernel
+    L = batch.shape[1]
+    Q = min(chunk, L)
+    is_bf16 = batch.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    given = [t if is_bf16 else at_least_fp32(t) for t in (C_TGN, x_THP, at_least_fp32(dt_TH), B_TGN)]
+    extra = -L % Q
+    if extra:  # zeros after the end add nothing to anything
+        given = [F.pad(t.unflatten(0, batch.shape), (0, 0) * (t.dim() - 1) + (0, extra)).flatten(0, 1) for t in given]
+    C, x, dt, Bs = given
+    y_THP = ssd_varlen(
+        C, x, dt, at_least_fp32(A_H), Bs, None if D_H is None else at_least_fp32(D_H), chunks_of(batch, Q, dt.dtype)
+    )
+    return y_THP.unflatten(0, (-1, L + extra))[:, :L].flatten(0, 1) if extra else y_THP
+
+
+def chunks_of(batch: VarlenBatch, Q: int, dtype: torch.dtype) -> Chunks:
+    """The rows of a batch in chunks, the same for all layers."""
+
+    def make() -> Chunks:
+        return Chunks.of(F.pad(batch.document_BL, (0, -batch.shape[1] % Q), mode="replicate"), Q, dtype)
+
+    chunks: Chunks = batch.shared(("chunks", Q, dtype), make)
+    return chunks
 
 
 class PackedSSD(torch.autograd.Function):
@@ -186,12 +232,12 @@ def _spread(
     if training.takes(x_TI) and dtype != torch.float64:
         by_head, by_group, dots = cpu_train.to_heads(x_TI, scale, other, layout, dtype, meets)
         return by_head, by_group, None if dots is None else dots.view(K, Q, H)
-    x = _wide(x_TI).view(K, Q, H, P)
+    x = at_least_fp32(x_TI).view(K, Q, H, P)
     by_head = _by_head(x if scale is None else x * scale.unsqueeze(3)).flatten(0, 1).to(dtype)
     if other is None:
         return by_head, None, None
     x = x * other.unsqueeze(3)
-    dots = None if meets is None else (x * _by_token(_wide(meets), K, H)).sum(3)
+    dots = None if meets is None else (x * _by_token(at_least_fp32(meets), K, H)).sum(3)
     return by_head, _by_group(x, G).to(dtype), dots
 
 
@@ -202,11 +248,11 @@ def _gather(
     if training.takes(x_TI, by_head):
         return cpu_train.from_heads(by_head, by_group, scale, x_TI, D_H, layout)
     K, Q, H, _, P = layout
-    y = _wide(by_head).view(K, H, Q, P).transpose(1, 2)
+    y = at_least_fp32(by_head).view(K, H, Q, P).transpose(1, 2)
     if by_group is not None and scale is not None:
-        y = _by_token(_wide(by_group), K, H) * scale.unsqueeze(3) + y
+        y = _by_token(at_least_fp32(by_group), K, H) * scale.unsqueeze(3) + y
     if D_H is not None:
-        y = torch.addcmul(y, _wide(x_TI).view(K, Q, H, P), D_H.unsqueeze(1))
+        y = torch.addcmul(y, at_least_fp32(x_TI).view(K, Q, H, P), D_H.unsqueeze(1))
     return y.reshape(x_TI.shape).to(x_TI.dtype)
 
 
@@ -221,13 +267,13 @@ def _gather_back(
             by_head, by_group, scale, x_TI, dy_TI, dt.flatten(0, 1), D_H, layout
         )
         return dx_TI, dots.view(K, Q, H), None if left is None else left.view(K, Q, H)
-    x, du, left = _wide(x_TI).view(K, Q, H, P), _wide(by_head).view(K, H, Q, P).transpose(1, 2), None
+    x, du, left = at_least_fp32(x_TI).view(K, Q, H, P), at_least_fp32(by_head).view(K, H, Q, P).transpose(1, 2), None
     if by_group is not None and scale is not None:
-        dlu = _by_token(_wide(by_group), K, H).mul_(scale.unsqueeze(3))
+        dlu = _by_token(at_least_fp32(by_group), K, H).mul_(scale.unsqueeze(3))
         du, left = dlu + du, (x * dlu).sum(3)
     dx = du * dt.unsqueeze(3)
     if D_H is not None:
-        dx = dx.addcmul_(_wide(dy_TI).view(K, Q, H, P), D_H.unsqueeze(1))
+        dx = dx.addcmul_(at_least_fp32(dy_TI).view(K, Q, H, P), D_H.unsqueeze(1))
     return dx.reshape(x_TI.shape).to(x_TI.dtype), (x * du).sum(3), left
 
 
@@ -257,13 +303,9 @@ def _per_row(S: Tensor, C: int, layout: Layout) -> Tensor:
 
 
 def _per_chunk(S_BHCX: Tensor, layout: Layout) -> Tensor:
-    """The way back."""
+    """The backward pass."""
     (B, H, C, X), G, P = S_BHCX.shape, layout.groups, layout.head_dim
     return S_BHCX.view(B, G, H // G, C, X // P, P).permute(0, 3, 1, 4, 2, 5).reshape(B * C * G, X // P, H // G * P)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
 
 
 # ── layouts: by token (K, Q, H, P), by head (K, H, Q, P), by group (K · G, Q, R · P)
