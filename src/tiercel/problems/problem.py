@@ -93,7 +93,7 @@ class Family:
         """n different problems that no training ever saw; the same for the same arguments.
 
         Sizes 1, 2 and 3 mixed, or only the given one; larger: beyond the trained sizes.  Fewer than n come where
-        there are not so many (held-out problems of two digits times one).
+        fewer exist (held-out problems of two digits times one).
         """
         rng = random.Random(f"test {self.name} {larger} {seed} {size}")
         found: dict[str, Problem] = {}
