@@ -32,7 +32,7 @@ from tiercel.model.config import ModelConfig
 from tiercel.model.cuda_graphs import CapturedCUDAStep, CUDAGraphRunner
 from tiercel.model.decoder import Decoder
 from tiercel.model.device_sampler import DeviceSampler
-from tiercel.model.gpu_layout import place
+from tiercel.model.gpu_layout import fuse
 from tiercel.model.gpu_runner import prefill as read
 from tiercel.model.initialize import deviation, fresh, initialize
 from tiercel.model.layers import Embedding, Linear, set_weight
@@ -104,7 +104,7 @@ def network(name: str, kind: str = "bf16") -> Decoder:
                 w = fresh(table[full], depth, g).to("cuda", dtype)
             set_weight(module, leaf, torch.nn.Parameter(w, requires_grad=False))
     net._tie()
-    place(net)
+    fuse(net)
     return net
 
 
@@ -243,7 +243,7 @@ def correct() -> None:
             judge.load_state_dict(net.state_dict())
             expected = [judge(text) for text in texts]
             net.to("cuda")
-            place(net)
+            fuse(net)
             slots = StateCache(net, 4, 200)
             numbers, got, want = [slots.take() for _ in texts], [], []
             for slot, text, whole in zip(numbers, texts, expected, strict=True):

@@ -27,7 +27,7 @@ from tiercel.families.family import Layout
 from tiercel.hub import local_models
 from tiercel.model.config import ModelConfig
 from tiercel.model.decoder import Decoder
-from tiercel.model.gpu_layout import move
+from tiercel.model.gpu_layout import to_device
 from tiercel.model.mirrored import MirroredDecoder
 from tiercel.runtime.timing import Times
 from tiercel.sampling.logprobs import Logprob
@@ -288,7 +288,7 @@ def load(
     else:
         network, tokenizer, layout = weights.load(path, dtype=dtype, quantize=quantize, exact=exact, progress=progress)
     if device != "cpu":
-        move(network, device)
+        to_device(network, device)
     defaults = generation_defaults(path)
     model = Model(network, tokenizer, layout, name=str(name), max_length=max_length, defaults=defaults)
     model.path, model.num_speculative_tokens = path, num_speculative_tokens

@@ -11,7 +11,7 @@ from ops.triton.conftest import DEVICE
 from tiercel.families.pattern import pattern
 from tiercel.model.cuda_graphs import CUDAGraphRunner
 from tiercel.model.decoder import Decoder
-from tiercel.model.gpu_layout import place
+from tiercel.model.gpu_layout import fuse
 from tiercel.model.gpu_runner import prefill
 from tiercel.model.initialize import initialize
 from tiercel.model.state_cache import StateCache
@@ -34,7 +34,7 @@ def test_a_prompt_and_steps():
     network.to(DEVICE)
     ids = torch.randint(0, 300, (25,)).to(DEVICE)
     expected = network(ids)
-    place(network)
+    fuse(network)
     slots = StateCache(network, 2, 200)
     slot = slots.take()
     got = prefill(network, slots, [slot], [ids[:20]], logits_to_keep=3)

@@ -11,7 +11,7 @@ import tiny
 from ops.triton.conftest import DEVICE
 from tiercel import quant
 from tiercel.model.cuda_graphs import CUDAGraphRunner
-from tiercel.model.gpu_layout import place
+from tiercel.model.gpu_layout import fuse
 from tiercel.model.gpu_runner import prefill
 from tiercel.model.layers import Embedding, Linear, set_weight
 from tiercel.model.state_cache import StateCache
@@ -38,7 +38,7 @@ def networks(request):
             a.weight.copy_(q.numbers())
             set_weight(b, "weight", on_device(q, DEVICE))
     plain._tie(), packed._tie()
-    place(packed)
+    fuse(packed)
     return plain.to(DEVICE), packed, request.param
 
 

@@ -94,10 +94,10 @@ class Tiercel:
         self.network = self._load(order)
         self.device = order.get("device", "cpu")
         if self.device != "cpu":
-            from tiercel.model.gpu_layout import move
+            from tiercel.model.gpu_layout import to_device
             from tiercel.model.gpu_runner import GPURunner
 
-            move(self.network, self.device)
+            to_device(self.network, self.device)
             self.runner: Any = GPURunner(self.network, 2 * order["rows"], order["longest"])
         else:
             self.runner = CPURunner(self.network)

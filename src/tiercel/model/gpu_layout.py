@@ -48,7 +48,7 @@ class MergedLinear:
         return dict(zip(self.linears, linear(h_TD, self.weight).split(widths, -1), strict=True))
 
 
-def move(network: Decoder, device: str | torch.device) -> None:
+def to_device(network: Decoder, device: str | torch.device) -> None:
     """Put a network on a GPU to be run: packed matrices in the planes of its kernels, the rest in bfloat16 (float32
     where the matrices are).  RequestError where there is no such GPU."""
     if not triton.there or not torch.cuda.is_available():
@@ -80,7 +80,7 @@ def _any_packed(network: Decoder) -> bool:
     return any(isinstance(value, QTensor) for module in network.modules() for value in vars(module).values())
 
 
-def place(network: Decoder) -> None:
+def fuse(network: Decoder) -> None:
     """Join what reads one input, and let norms round where packed matrices follow; weights are on their device."""
     width = network.config.width
     for config, block in zip(network.config.layers, cast("Sequence[Block]", network.layers), strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 from tiercel.errors import RequestError
 from tiercel.model.cuda_graphs import CAPTURE_SIZES, CUDAGraphRunner
 from tiercel.model.decoder import Decoder
-from tiercel.model.gpu_layout import place
+from tiercel.model.gpu_layout import fuse
 from tiercel.model.pages import PAGE, Page, PageRun
 from tiercel.model.state import Snapshot, State
 from tiercel.model.state_cache import MAX_PREFILL, DeviceBatch, PageGroup, StateCache
@@ -43,7 +43,7 @@ class GPURunner:
     max_captured_tokens = 0  # steps are captured by `CUDAGraphRunner`
 
     def __init__(self, network: Decoder, count: int, max_length: int, pages: int | None = None) -> None:
-        place(network)
+        fuse(network)
         self.network, self.config, self.adapters = network, network.config, network.adapters
         probe = StateCache(network, 1, PAGE, pages=1)
         self.own_nbytes = sum(part.nbytes for part in probe.recurrent)
