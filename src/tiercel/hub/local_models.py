@@ -333,7 +333,8 @@ def _in_store(name: str, tag: str) -> LocalModel | None:
     if not isinstance(sha256, str) or not path.is_file() or path.stat().st_size != size:
         return None
     shown = name if tag == "latest" else f"{name}:{tag}"
-    made = (folder / "tiercel.json").stat().st_mtime  # the file may be another model's too
+    shared = path.stat().st_nlink > 1  # with another model: the manifest is this one's own
+    made = (folder / "tiercel.json" if shared else path).stat().st_mtime
     return LocalModel(shown, path, size, sha256[:12], made, str(manifest.get("source", "")))
 
 
