@@ -272,7 +272,8 @@ def load(
     name: a folder with config.json and safetensors, a .gguf file, a pattern file (.json, .toml: fresh weights), a
     short name such as "smollm2" (pulled when missing) or "org/repo".
     dtype: "auto" as stored, or float32, bfloat16, float16.  max_length: a smaller context than the model's.
-    quantize: "q4_k_m", "q8_0", "int8", "nf4", …: packed while it is read, so that little more memory is needed.
+    quantize: "q4_k_m", "q8_0", "int8", "nf4", …: packed while it is read, so that little more memory is needed;
+        "fp8", on a GPU alone: e4m3 with a scale for each output, and inputs with one for each token.
     adapters: LoRA adapters to hold beside it, name → folder in PEFT's form; see `Model.load_adapter`.
     exact: inputs of packed matrices are not rounded to eight bits: slower, and as if the weights were unpacked.
     device: "cpu", or "cuda" for one GPU.
@@ -281,14 +282,18 @@ def load(
     tensor_parallel: processes of this machine that share each layer of an unquantized model on the CPU, by torch.
     Raises ModelNotFound, FormatError, UnsupportedError, RequestError, DoesNotFit, Offline.
     """
+    fp8 = quantize == "fp8"
+    if fp8 and device == "cpu":
+        raise RequestError("quantize='fp8' needs a GPU: load with device='cuda', or choose 'q8_0' or 'int8'")
     path = local_models.resolve(name, pull=True)
     network: Decoder
     if tensor_parallel != 1:
         network, tokenizer, layout = _load_parallel(path, tensor_parallel, dtype, quantize, device, progress)
     else:
-        network, tokenizer, layout = weights.load(path, dtype=dtype, quantize=quantize, exact=exact, progress=progress)
+        packing = None if fp8 else quantize
+        network, tokenizer, layout = weights.load(path, dtype=dtype, quantize=packing, exact=exact, progress=progress)
     if device != "cpu":
-        to_device(network, device)
+        to_device(network, device, fp8=fp8)
     defaults = generation_defaults(path)
     model = Model(network, tokenizer, layout, name=str(name), max_length=max_length, defaults=defaults)
     model.path, model.num_speculative_tokens = path, num_speculative_tokens

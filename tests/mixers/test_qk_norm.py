@@ -9,10 +9,9 @@ pytest.importorskip("triton", reason="pip install triton")
 
 from ops.triton.conftest import DEVICE
 from tiercel.families.pattern import pattern
-from tiercel.model.cuda_graphs import CUDAGraphRunner
+from tiercel.model.cuda_graphs import CUDAGraphRunner, prefill
 from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import fuse
-from tiercel.model.gpu_runner import prefill
 from tiercel.model.initialize import initialize
 from tiercel.model.state_cache import StateCache
 

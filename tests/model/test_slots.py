@@ -11,8 +11,7 @@ pytest.importorskip("triton", reason="pip install triton")
 import tiny
 from ops.triton.conftest import DEVICE
 from tiercel.errors import RequestError
-from tiercel.model.cuda_graphs import CUDAGraphRunner
-from tiercel.model.gpu_runner import prefill
+from tiercel.model.cuda_graphs import CUDAGraphRunner, prefill
 from tiercel.model.pages import PAGE
 from tiercel.model.state_cache import StateCache
 

@@ -10,9 +10,8 @@ pytest.importorskip("triton", reason="pip install triton")
 import tiny
 from ops.triton.conftest import DEVICE
 from tiercel import quant
-from tiercel.model.cuda_graphs import CUDAGraphRunner
+from tiercel.model.cuda_graphs import CUDAGraphRunner, prefill
 from tiercel.model.gpu_layout import fuse
-from tiercel.model.gpu_runner import prefill
 from tiercel.model.layers import Embedding, Linear, set_weight
 from tiercel.model.state_cache import StateCache
 from tiercel.ops.qtensor import QTensor

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tiercel.model.device_sampler import DeviceSampler
-from tiercel.ops.sampling import choose
+from tiercel.ops.sampling import MAX_TOP_K, choose, choose_few
 from tiercel.sampling.params import SamplingParams
 from tiercel.sampling.sampler import Sampler
 
@@ -54,3 +54,14 @@ def test_draws_are_spread_as_the_probabilities(top_k, top_p):
     kept = order[(before < top_p) & (torch.arange(6) < (top_k or 6))]
     expected = torch.zeros(6).index_copy_(0, kept, probs[kept] / probs[kept].sum())
     assert (torch.bincount(got, minlength=6) / B - expected).abs().max() < 0.015
+
+
+def test_few_kept_tokens_are_drawn_as_from_the_whole_vocabulary():
+    g = torch.Generator().manual_seed(0)
+    rows = [(0.0, 0.0, 0, 1.0), (0.8, 0.0, 40, 1.0), (1.3, 0.0, 5, 0.6), (2.0, 0.1, MAX_TOP_K, 1.0), (0.5, 0.0, 1, 0.9)]
+    t, min_p, k, top_p = (torch.tensor(column).repeat(200) for column in zip(*rows, strict=True))
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = (3 * torch.randn(len(t), V, generator=g)).to(dtype).float()
+        u = torch.rand(len(t), dtype=torch.float64, generator=g)
+        chosen = [way(logits, t, min_p, k.long(), top_p.double(), u) for way in (choose, choose_few)]
+        assert (chosen[0] != chosen[1]).sum() <= 2  # sums of the whole vocabulary are rounded elsewhere

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tiercel.engine.scheduler import ScheduledSequence, ScheduledStep
-from tiercel.ops.sampling import choose
+from tiercel.ops.sampling import MAX_TOP_K, choose, choose_few
 
 
 class InFlightStep(NamedTuple):
@@ -25,14 +25,19 @@ class InFlightStep(NamedTuple):
     states: list[object]  # of each sequence, when it was launched
     logits: list[Tensor]
 
-    def claim(self) -> ScheduledStep | None:
-        """Return the step of the sequences that still run on the same state; None where there are none."""
+    def unfinished(self) -> InFlightStep | None:
+        """The part of sequences that run on with the states it was launched with; None where there is none."""
         valid = [
-            (row, logits)
-            for row, state, logits in zip(self.rows, self.states, self.logits, strict=True)
-            if row.sequence.state is state and row.sequence.finish_reason is None
+            part
+            for part in zip(self.rows, self.states, self.logits, strict=True)
+            if part[0].sequence.state is part[1] and part[0].sequence.finish_reason is None
         ]
-        return ScheduledStep([row for row, _ in valid], [logits for _, logits in valid]) if valid else None
+        return InFlightStep(*(list(column) for column in zip(*valid, strict=True))) if valid else None
+
+    def claim(self) -> ScheduledStep | None:
+        """The step as it was scheduled, of `unfinished` sequences."""
+        step = self.unfinished()
+        return None if step is None else ScheduledStep(step.rows, list(step.logits))
 
 
 class PendingTokens:
@@ -62,7 +67,8 @@ class PendingTokens:
             [sampler.next_uniform for sampler in self.samplers],
         ]
         t, min_p, k, top_p, u = torch.tensor(columns, dtype=torch.float64).to(logits_BV.device, non_blocking=True)
-        self.tokens_B = choose(logits_BV, t.float(), min_p, k.long(), top_p, u)
+        few = all(p.greedy or 0 < p.top_k <= MAX_TOP_K for p in params)
+        self.tokens_B = (choose_few if few else choose)(logits_BV, t.float(), min_p, k.long(), top_p, u)
         finite = logits_BV.amax(1).isfinite()  # of the others the sampler reports what is wrong
         checked_B = torch.where(finite, self.tokens_B, -1)
         self._copied: torch.cuda.Event | None = None

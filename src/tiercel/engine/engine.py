@@ -34,7 +34,7 @@ from tiercel.engine.outputs import append_tokens, process_outputs
 from tiercel.engine.parallel_sampling import spawn_sequences
 from tiercel.engine.prefix_cache import PrefixCache, default_budget
 from tiercel.engine.request import Request, SampleController, Sequence, Update
-from tiercel.engine.scheduler import MAX_DECODE_DELAY_SECONDS, ScheduledSequence, ScheduledStep, Scheduler
+from tiercel.engine.scheduler import ScheduledSequence, ScheduledStep, Scheduler
 from tiercel.engine.speculative import MAX_DRAFT_TOKENS, Drafter, Speculation, draft_lengths
 from tiercel.engine.step_runner import StepRunner
 from tiercel.engine.structured_output import Grammar, GrammarCompiler
@@ -52,7 +52,7 @@ class Engine(EngineCore):
 
     Args:
         slots: sequences that run at once.
-        max_num_batched_tokens: tokens of one forward.
+        max_num_batched_tokens: tokens of one forward; None: as many as the runner advises.
         cache_bytes: budget of the prefix cache, 0 for none; by default an eighth of the free memory, at most 4 GiB.
         spill: a folder for snapshots that exceed it.
         max_queue: sequences that may wait; None: any number.
@@ -60,7 +60,8 @@ class Engine(EngineCore):
             allows.
         drafter: makes the drafter of a sequence (speculative.py, draft_model.py); None: no speculation.
         num_speculative_tokens: draft tokens of a sequence in one step at most, 1 to 7; None: 7.
-        max_decode_delay: seconds that decoding sequences may wait for a step that also computes prompts.
+        max_decode_delay: seconds that decoding sequences may wait for a step that also computes prompts; None: as
+            the runner advises.
         runner: runs the network; None: the one for the network's device.
 
     Raises:
@@ -72,21 +73,23 @@ class Engine(EngineCore):
         model: Model,
         *,
         slots: int = 8,
-        max_num_batched_tokens: int = 512,
+        max_num_batched_tokens: int | None = None,
         cache_bytes: int | None = None,
         spill: Path | None = None,
         max_queue: int | None = None,
         state_bytes: int | None = None,
         drafter: Callable[[Sequence], Drafter] | None = None,
         num_speculative_tokens: int | None = None,
-        max_decode_delay: float = MAX_DECODE_DELAY_SECONDS,
+        max_decode_delay: float | None = None,
         runner: Runner | None = None,
     ) -> None:
-        if slots < 1 or max_num_batched_tokens < slots:
+        if slots < 1 or (max_num_batched_tokens is not None and max_num_batched_tokens < slots):
             given = f"not {slots} and {max_num_batched_tokens}"
             raise RequestError(f"an engine needs slots, and as many batched tokens in a step, {given}")
         runner = runner or runner_for(model.network, slots, model.max_length)
-        scheduler = Scheduler(slots, max_num_batched_tokens, max_decode_delay)
+        tokens = max(slots, runner.max_num_batched_tokens) if max_num_batched_tokens is None else max_num_batched_tokens
+        delay = runner.max_decode_delay if max_decode_delay is None else max_decode_delay
+        scheduler = Scheduler(slots, tokens, delay)
         cache = PrefixCache(runner, default_budget() if cache_bytes is None else cache_bytes, spill)
         super().__init__(runner, scheduler, cache, drafter, draft_lengths(num_speculative_tokens))
         self.model, self.max_queue = model, max_queue
@@ -100,6 +103,7 @@ class Engine(EngineCore):
     def step(self) -> list[Update]:
         """Run one forward and return what it added; [] where there is nothing to do."""
         with self._lock, native.single_threaded(self.runner.native):
+            self.steps.release_finished()
             self._admit()
             step = self.steps.claim() or self._schedule()
             if step is not None and (logits := self.steps.run(step)) is not None:

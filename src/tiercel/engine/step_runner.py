@@ -36,6 +36,11 @@ class StepRunner:
         step, self.in_flight = self.in_flight, None
         return None if step is None else step.claim()
 
+    def release_finished(self) -> None:
+        """Give up the states of sequences that finished after the next step was launched with them."""
+        if self.in_flight is not None:
+            self.in_flight = self.in_flight.unfinished()
+
     def run(self, step: ScheduledStep) -> list[Tensor] | None:
         """Return the logits of each sequence, (1 + draft tokens, V); None where the step failed and is retried."""
         began = time.perf_counter()
@@ -69,7 +74,8 @@ class StepRunner:
     def _can_launch_ahead(self, rows: list[ScheduledSequence]) -> bool:
         """Whether the next step is one token for each of these: none arrives or forks, and one of them goes on."""
         scheduler = self.core.scheduler
-        if self.core.arrivals or scheduler.waiting or len(rows) != len(scheduler.running):
+        admits = scheduler.waiting and scheduler.used_slots < scheduler.slots
+        if self.core.arrivals or admits or len(rows) != len(scheduler.running):
             return False
         sequences = [row.sequence for row in rows]
         if any(each.num_slots > 1 or (each.has_controller and not each.token_ids) for each in sequences):

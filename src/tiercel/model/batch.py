@@ -58,6 +58,7 @@ class Batch:
 
     backend: Backend = "cpu"
     step = False  # see `state_cache.DeviceBatch`
+    last_B: Tensor | None = None  # likewise
 
     def __init__(
         self,

@@ -35,7 +35,8 @@ class Block(nn.Module):
     def forward(self, x_TD: Tensor, batch: Batch | VarlenBatch, states: Sequence[Sequence[Any]]) -> Tensor:
         """x: (T, D) → (T, D).  states: for each mixer the state of every row (None: without one)."""
         h_TD = self.mixer_norm(x_TD)
-        precomputed = self.joint(h_TD) if self.joint is not None and batch.step and self.joint.holds() else {}
+        joint = None if isinstance(batch, VarlenBatch) else self.joint
+        precomputed = joint(h_TD) if joint is not None and joint.holds() else {}
         given = {"precomputed": precomputed} if precomputed else {}
         runs = [partial(mix, h_TD, batch, m, **given) for mix, m in zip(self.mixers.values(), states, strict=True)]
         mixed = batch.side_by_side(runs)

@@ -23,6 +23,7 @@ class CPURunner:
     """Runs `network`; a `Runner`."""
 
     supports_async = False
+    max_num_batched_tokens, max_decode_delay = 512, 0.2
     state_bytes: int | None = None
 
     def __init__(self, network: Decoder) -> None:

@@ -8,19 +8,22 @@ ignore.  Nothing waits for the host: the next tokens may be written into `tokens
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tiercel.model.device_sampler import DeviceSampler
+from tiercel.model.ragged import Capacity, Piece, RaggedPlan
 from tiercel.model.state_cache import DeviceBatch, StateCache
 
 if TYPE_CHECKING:
     from tiercel.model.decoder import Decoder
 
-CAPTURE_SIZES = (1, 2, 4, 8, 16, 32)
+CAPTURE_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
+PREFILL_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # tokens; longer ones keep the device busy anyway
+TOKENS_PER_ROW = 32  # of a captured prefill, which has room for so many rows
 
 
 class CapturedCUDAStep:
@@ -35,20 +38,7 @@ class CapturedCUDAStep:
         self.network, self.slots, self.sampler = network, slots, sampler
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=slots.device)
         self.slot_B = torch.full((rows,), -1, dtype=torch.int32, device=slots.device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if slots.device.type == "cuda" and all(m.captured for layer in network.config.layers for m in layer.parts):
-            self._capture(pool)
-
-    def _capture(self, pool: Any) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.no_grad():
-            for _ in range(2):  # kernels are compiled and workspaces made before the capture
-                self._forward()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool), torch.no_grad():
-            self._forward()
+        self.graph = _captured(network, slots, self._forward, pool)
 
     def _forward(self) -> None:
         batch = DeviceBatch.for_step(self.slots, self.slot_B)
@@ -65,6 +55,103 @@ class CapturedCUDAStep:
         else:
             self.graph.replay()
         return self.logits
+
+
+class CapturedPrefill:
+    """New tokens of several sequences recorded as a forward: `read` fills its buffers and tables and runs it."""
+
+    def __init__(self, network: Decoder, slots: StateCache, tokens: int, pool: Any = None) -> None:
+        self.network, self.slots = network, slots
+        rows = min(slots.count, max(4, tokens // TOKENS_PER_ROW))
+        self.plan = RaggedPlan(Capacity.of(tokens, rows, slots.chunk), slots.device)
+        self.tokens = torch.zeros(tokens, dtype=torch.int64, device=slots.device)
+        self.graph = _captured(network, slots, self._forward, pool)
+
+    def _forward(self) -> None:
+        batch = DeviceBatch.for_plan(self.slots, self.plan)
+        self.logits = self.network.compute(self.tokens, batch, [self.slots], 1)
+
+    def read(self, tokens_T: Tensor, pieces: Sequence[Piece]) -> Tensor:
+        """Logits of each row's last token (B, V), valid until the next prefill."""
+        self.plan.fill(pieces)
+        self.tokens[: len(tokens_T)] = tokens_T
+        if self.graph is None:
+            with torch.no_grad():
+                self._forward()
+        else:
+            self.graph.replay()
+        return self.logits[: len(pieces)]
+
+
+def _captured(
+    network: Decoder, slots: StateCache, forward: Callable[[], None], pool: Any
+) -> torch.cuda.CUDAGraph | None:
+    """The forward as a graph; None where there are none."""
+    if slots.device.type != "cuda" or not all(m.captured for layer in network.config.layers for m in layer.parts):
+        return None
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside), torch.no_grad():
+        for _ in range(2):  # kernels are compiled and workspaces made before the recording
+            forward()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool), torch.no_grad():
+        forward()
+    return graph
+
+
+def prefill(
+    network: Decoder, slots: StateCache, numbers: Sequence[int], tokens: Sequence[Tensor], logits_to_keep: int = 1
+) -> Tensor:
+    """Add tokens to some slots; logits of the last `logits_to_keep` of each, one slot after another, (·, V) float32.
+
+    Raises:
+        RequestError: a sequence becomes too long, or there are not enough pages.
+    """
+    lengths = [len(row) for row in tokens]
+    for slot, length in zip(numbers, lengths, strict=True):
+        slots.reserve(slot, slots.length[slot] + length)
+    pieces, batch = slots.pieces(numbers, lengths), DeviceBatch(slots, numbers, lengths)
+    logits_TV = network.compute(torch.cat(list(tokens)), batch, [slots], logits_to_keep)
+    slots.count_pieces(pieces)
+    return logits_TV
+
+
+class PrefillRunner:
+    """Prefills of any length: captured up to the largest of PREFILL_SIZES, each when first needed."""
+
+    def __init__(self, network: Decoder, slots: StateCache, ladder: Sequence[int] = PREFILL_SIZES) -> None:
+        self.network, self.slots, self.ladder = network, slots, sorted(ladder)
+        self.graphs: dict[int, CapturedPrefill] = {}
+        self.pool = torch.cuda.graph_pool_handle() if slots.device.type == "cuda" else None
+
+    def read(self, slots: Sequence[int], rows: Sequence[Tensor]) -> Tensor:
+        """Add tokens to some slots → logits of the last of each (B, V), valid until the next prefill."""
+        lengths = [len(row) for row in rows]
+        graph = self._of(self.slots.pieces(slots, lengths))
+        if graph is None:
+            return prefill(self.network, self.slots, slots, rows)
+        for slot, length in zip(slots, lengths, strict=True):
+            self.slots.reserve(slot, self.slots.length[slot] + length)
+        pieces = self.slots.pieces(slots, lengths)
+        logits_BV = graph.read(torch.cat(list(rows)), pieces)
+        self.slots.count_pieces(pieces)
+        return logits_BV
+
+    def _of(self, pieces: Sequence[Piece]) -> CapturedPrefill | None:
+        """The smallest with room for these."""
+        need = Capacity.needed(pieces)
+        at = bisect_left(self.ladder, need.tokens)
+        if at == len(self.ladder):
+            return None
+        size = self.ladder[at]
+        rows = min(self.slots.count, max(4, size // TOKENS_PER_ROW))
+        if any(n > most for n, most in zip(need, Capacity.of(size, rows, self.slots.chunk), strict=True)):
+            return None
+        if size not in self.graphs:
+            self.graphs[size] = CapturedPrefill(self.network, self.slots, size, self.pool)
+        return self.graphs[size]
 
 
 class CUDAGraphRunner:

@@ -41,6 +41,7 @@ class AnyBatch(Protocol):
     native: bool
     lengths: list[int]
     spans: list[slice]
+    last_B: Tensor | None
 
     @property
     def adapters(self) -> Sequence[str | None]: ...
@@ -152,7 +153,9 @@ class Decoder(nn.Module):
                 self.adapters.set_active(adapters, lengths)
             with nullcontext() if states is None else torch.inference_mode():
                 x_TD = self._body(tokens_T, batch, states)
-            if logits_to_keep is not None and any(length > logits_to_keep for length in lengths):
+            if batch.last_B is not None:
+                x_TD = x_TD[batch.last_B]
+            elif logits_to_keep is not None and any(length > logits_to_keep for length in lengths):
                 x_TD = torch.cat([x_TD[span][-logits_to_keep:] for span in batch.spans])
                 if adapters:
                     self.adapters.set_active(adapters, [min(logits_to_keep, length) for length in lengths])

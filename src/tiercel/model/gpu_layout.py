@@ -48,13 +48,14 @@ class MergedLinear:
         return dict(zip(self.linears, linear(h_TD, self.weight).split(widths, -1), strict=True))
 
 
-def to_device(network: Decoder, device: str | torch.device) -> None:
+def to_device(network: Decoder, device: str | torch.device, *, fp8: bool = False) -> None:
     """Put a network on a GPU to be run: packed matrices in the planes of its kernels, the rest in bfloat16 (float32
-    where the matrices are).  RequestError where there is no such GPU."""
+    where the matrices are).  fp8: matrices of the layers that are not packed become e4m3.  RequestError where there is
+    no such GPU."""
     if not triton.there or not torch.cuda.is_available():
         what = "a GPU that PyTorch sees" if triton.there else "triton: pip install triton"
         raise RequestError(f"device {str(device)!r} needs {what}")
-    from tiercel.ops.triton.linear import on_device
+    from tiercel.ops.triton.linear import in_fp8, on_device
 
     network.unpack()
     plain = (
@@ -71,9 +72,16 @@ def to_device(network: Decoder, device: str | torch.device) -> None:
                 raise RequestError("packed experts have no kernels for GPUs yet: load the model with dtype='bfloat16'")
             elif isinstance(value, nn.Parameter):
                 kind = torch.float32 if f"{path}.{name}" in exact else plain
-                set_weight(module, name, nn.Parameter(value.detach().to(device, kind), requires_grad=False))
+                there = value.detach().to(device, kind)
+                matrix = in_fp8(there) if fp8 and _of_a_layer(path, module) and name == "weight" else there
+                held = matrix if isinstance(matrix, QTensor) else nn.Parameter(matrix, requires_grad=False)
+                set_weight(module, name, held)
     network._tie()
     network.layout_version += 1
+
+
+def _of_a_layer(path: str, module: nn.Module) -> bool:
+    return path.startswith("layers.") and type(module) is Linear
 
 
 def _any_packed(network: Decoder) -> bool:

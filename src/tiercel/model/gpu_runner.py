@@ -1,4 +1,4 @@
-"""A network on a GPU: states in slots, steps captured as CUDA graphs, longer rows read one after another.
+"""A network on a GPU: states in slots; steps, and prefills of any rows together, captured as CUDA graphs.
 
 Snapshots lie in the host's memory and look like those of `model.state`, so prefix cache, sessions and files hold
 either; of a sequence that grows only the pages that are new are copied again.
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
-from tiercel.model.cuda_graphs import CAPTURE_SIZES, CUDAGraphRunner
+from tiercel.model.cuda_graphs import CAPTURE_SIZES, CUDAGraphRunner, PrefillRunner, prefill
 from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import fuse
 from tiercel.model.pages import PAGE, Page, PageRun
 from tiercel.model.state import Snapshot, State
-from tiercel.model.state_cache import MAX_PREFILL, DeviceBatch, PageGroup, StateCache
+from tiercel.model.state_cache import MAX_PREFILL, PageGroup, StateCache
 from tiercel.runtime.allocator import CachingAllocator
 
 EXTRA_SLOTS = 2  # for short-lived states: restarts, snapshots that are read from files
@@ -40,6 +40,7 @@ class GPURunner:
 
     native = False
     supports_async = True
+    max_num_batched_tokens, max_decode_delay = 8192, 0.05
     max_captured_tokens = 0  # steps are captured by `CUDAGraphRunner`
 
     def __init__(self, network: Decoder, count: int, max_length: int, pages: int | None = None) -> None:
@@ -58,6 +59,7 @@ class GPURunner:
                 raise RequestError(f"{count} slots do not fit this GPU: serve fewer at once")
         self.slots = StateCache(network, count, max_length, wanted if pages is None else pages)
         self.graphs = CUDAGraphRunner(network, self.slots, sorted({n for n in CAPTURE_SIZES if n < count} | {count}))
+        self.prefills = PrefillRunner(network, self.slots)
         self.allocator = CachingAllocator()
 
     @property
@@ -98,31 +100,23 @@ class GPURunner:
                 logits_BV = self.graphs.step([states[i].slot for i in steps], torch.cat([tokens[i] for i in steps]))
                 for i, logits_V in zip(steps, logits_BV.clone(), strict=True):
                     out[i] = logits_V.unsqueeze(0)
-            for i, row in enumerate(tokens):
-                if len(row) > 1:
-                    pieces = [
-                        prefill(self.network, self.slots, [states[i].slot], [piece], logits_to_keep)
-                        for piece in row.split(MAX_PREFILL)
-                    ]
-                    out[i] = torch.cat(pieces)[-logits_to_keep:] if len(pieces) > 1 else pieces[0]
+            prompts = [i for i, row in enumerate(tokens) if len(row) > 1]
+            if prompts:
+                rows = self._prefill([states[i].slot for i in prompts], [tokens[i] for i in prompts], logits_to_keep)
+                for i, logits_LV in zip(prompts, rows, strict=True):
+                    out[i] = logits_LV
         return [logits for logits in out if logits is not None]
 
-
-def prefill(
-    network: Decoder, slots: StateCache, numbers: Sequence[int], tokens: Sequence[Tensor], logits_to_keep: int = 1
-) -> Tensor:
-    """Add tokens to some slots; logits of the last `logits_to_keep` of each, one slot after another, (·, V) float32.
-
-    Raises:
-        RequestError: a sequence becomes too long, or there are not enough pages.
-    """
-    for slot, row in zip(numbers, tokens, strict=True):
-        slots.reserve(slot, slots.length[slot] + len(row))
-    batch = DeviceBatch(slots, numbers, [len(row) for row in tokens])
-    logits_TV = network.compute(torch.cat(list(tokens)), batch, [slots], logits_to_keep)
-    for slot, length, committed in zip(numbers, batch.lengths, batch.committed_after, strict=True):
-        slots.set_position(slot, slots.length[slot] + length, committed, slots.length[slot] + length)
-    return logits_TV
+    def _prefill(self, slots: list[int], rows: list[Tensor], logits_to_keep: int) -> list[Tensor]:
+        """Logits of the last tokens of each row; rows of more than MAX_PREFILL are read in parts."""
+        for i, row in enumerate(rows):
+            for piece in row[:-MAX_PREFILL].split(MAX_PREFILL):
+                self.prefills.read([slots[i]], [piece])
+            rows[i] = row[-MAX_PREFILL:]
+        if logits_to_keep == 1:
+            return list(torch.split(self.prefills.read(slots, rows), 1))
+        kept = [min(logits_to_keep, len(row)) for row in rows]
+        return list(torch.split(prefill(self.network, self.slots, slots, rows, logits_to_keep), kept))
 
 
 class SlotHandle:

@@ -66,6 +66,8 @@ class Runner(Protocol):
     native: the CPU kernels run it, on threads of their own
     supports_async: the next step can be launched before this one's tokens are on the host
     max_captured_tokens: a step of at most this many tokens is captured at its second run (0: nothing is)
+    max_num_batched_tokens: tokens of one step, where nothing else is asked for
+    max_decode_delay: seconds that decoding sequences may wait for prompts, likewise
     state_bytes: bytes that states of running sequences may take; None: no limit by the device
     """
 
@@ -83,6 +85,10 @@ class Runner(Protocol):
     def supports_async(self) -> bool: ...
     @property
     def max_captured_tokens(self) -> int: ...
+    @property
+    def max_num_batched_tokens(self) -> int: ...
+    @property
+    def max_decode_delay(self) -> float: ...
     @property
     def state_bytes(self) -> int | None: ...
 

@@ -15,6 +15,7 @@ first token after a full chunk.  The host has its own copy of all these numbers:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,8 +30,9 @@ from tiercel.mixers.recurrent import RecurrentSlots
 from tiercel.mixers.spec import MixerSpec
 from tiercel.model.config import ModelConfig
 from tiercel.model.pages import PAGE, min_pos, released_pages
+from tiercel.model.ragged import Piece, RaggedPlan
 
-MAX_PREFILL = 4096  # tokens of one sequence in one forward, at most
+MAX_PREFILL = 8192  # tokens of one sequence in one forward, at most
 
 LayerSlots = PagedSlots | RecurrentSlots
 
@@ -195,9 +197,7 @@ class StateCache:
         if not self.free:
             raise RequestError(f"all {self.count} slots are taken")
         slot = self.free.pop()
-        for part in self.recurrent:
-            part.clear(slot)
-        self.set_position(slot, 0, 0)
+        self.set_position(slot, 0, 0)  # kernels take committed states before the first commit for zero
         return slot
 
     def release(self, slot: int) -> None:
@@ -292,6 +292,25 @@ class StateCache:
         self.scratch_S.index_put_((B,), (length + 1 - scratch) * real, accumulate=True)
         self.length_S.index_put_((B,), real, accumulate=True)
 
+    def pieces(self, slots: Sequence[int], lengths: Sequence[int]) -> list[Piece]:
+        """The parts of a forward that adds so many tokens to each of these slots."""
+        return [
+            Piece(slot, self.length[slot], self.length[slot] + n, self.committed[slot], self.committed_after(slot, n))
+            for slot, n in zip(slots, lengths, strict=True)
+        ]
+
+    def count_pieces(self, pieces: Sequence[Piece]) -> None:
+        """After a forward of these."""
+        for piece in pieces:
+            self.length[piece.slot], self.committed[piece.slot] = piece.end, piece.next_base
+            self.scratch[piece.slot] = piece.end
+        table = torch.tensor([(p.slot, p.end, p.next_base) for p in pieces], dtype=torch.int32).t().contiguous()
+        if self.device.type == "cuda":
+            table = table.pin_memory()
+        slot_B, end_B, committed_B = table.to(self.device, non_blocking=True)
+        slot_B = slot_B.long()
+        self.length_S[slot_B], self.committed_S[slot_B], self.scratch_S[slot_B] = end_B, committed_B, end_B
+
     def committed_after(self, slot: int, added: int) -> int:
         """The committed position after adding tokens: as late as it may be while one of them can still be cut."""
         return max(self.committed[slot], (self.length[slot] + added - 1) // self.chunk * self.chunk)
@@ -313,20 +332,27 @@ class DeviceBatch:
     native = True
     backend: Backend = "triton"
     adapters: Sequence[str | None] = ()
+    last_B: Tensor | None = None  # the tokens whose logits are wanted, where they are found on the device
 
     def __init__(self, slots: StateCache, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        self.slots, self.rows, self.lengths, self.step = slots, list(rows), list(lengths), False
-        self.starts = [slots.length[slot] for slot in rows]
-        self.committed_after = [slots.committed_after(slot, n) for slot, n in zip(rows, lengths, strict=True)]
-        ends = torch.tensor(self.lengths).cumsum(0).tolist()
-        self.spans = [slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
-        places = zip(self.starts, self.lengths, strict=True)
-        self.position_T = torch.cat([torch.arange(start, start + n, dtype=torch.int32) for start, n in places])
-        self.position_T = self.position_T.to(slots.device)
-        counts = torch.tensor(self.lengths)
-        self.slot_T = torch.tensor(self.rows, dtype=torch.int32).repeat_interleave(counts).to(slots.device)
-        self.first_T = torch.zeros_like(self.slot_T)
+        self.lengths = list(lengths)
+        ends = list(accumulate(lengths))
+        self.spans = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+        self._read(slots, RaggedPlan.exact(slots.pieces(rows, lengths), slots.device))
+
+    def _read(self, slots: StateCache, plan: RaggedPlan) -> None:
+        self.slots, self.plan, self.step = slots, plan, False
+        self.slot_T, self.position_T = plan.slot_T, plan.position_T
         self._rotary: dict[tuple[RopeConfig, int], tuple[Tensor, Tensor]] = {}
+
+    @classmethod
+    def for_plan(cls, slots: StateCache, plan: RaggedPlan) -> DeviceBatch:
+        """Rows that a captured forward finds in the plan's tables."""
+        batch = cls.__new__(cls)
+        batch._read(slots, plan)
+        batch.lengths, batch.spans = [plan.capacity.tokens], [slice(0, plan.capacity.tokens)]
+        batch.last_B = plan.last_B
+        return batch
 
     @classmethod
     def for_step(cls, slots: StateCache, slot_B: Tensor) -> DeviceBatch:
@@ -336,7 +362,6 @@ class DeviceBatch:
         batch.slots, batch.step, batch.slot_T, batch._rotary = slots, True, slot_B, {}
         batch.lengths, batch.spans = [1] * B, [slice(i, i + 1) for i in range(B)]
         batch.position_T = slots.length_S[slot_B.clamp(min=0).long()]
-        batch.first_T = torch.arange(B, dtype=torch.int32, device=slots.device)
         return batch
 
     def metadata_for(self, state: LayerSlots) -> SlotMetadata:

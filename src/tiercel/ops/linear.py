@@ -18,12 +18,16 @@ def gated(x: Tensor, gate_: nn.Linear, up: nn.Linear, activation: str) -> Tensor
         from tiercel.ops.triton import linear as kernels
 
         return kernels.plain(x, gate_.weight, None, up.weight, activation)
-    few = bare and x.is_cuda and x.numel() <= 4 * x.shape[-1] and gate_.bias is None
-    if few and all(getattr(m.weight, "takes_q8", False) for m in (gate_, up)):
+    few = min(_fused_rows(m.weight) for m in (gate_, up)) * x.shape[-1]
+    if bare and x.is_cuda and x.numel() <= few and gate_.bias is None:
         from tiercel.ops.triton import linear as kernels
 
-        return kernels.gated(x, gate_.weight, up.weight, activation)  # type: ignore[arg-type]
+        return kernels.gated(x, gate_.weight, up.weight, activation)
     return gate(gate_(x), up(x), activation)
+
+
+def _fused_rows(weight: Tensor | QTensor) -> int:
+    return weight.fused_rows if isinstance(weight, QTensor) else 0
 
 
 def _one_row(x: Tensor) -> bool:
@@ -33,8 +37,8 @@ def _one_row(x: Tensor) -> bool:
 
 def linear_onto(base: Tensor, x: Tensor, weight: Tensor | QTensor, bias_N: Tensor | None = None) -> Tensor:
     """base + x Wᵀ + b, in the dtype of `base`; on a GPU few rows are added where they are made."""
-    if getattr(weight, "takes_q8", False) and x.numel() <= triton.FEW * x.shape[-1] and base.is_contiguous():
-        return weight.meet_rounded(x, bias_N, base=base)  # type: ignore[union-attr]
+    if isinstance(weight, QTensor) and x.numel() <= weight.fused_rows * x.shape[-1] and base.is_contiguous():
+        return weight.fused(x, bias_N, base=base)
     if _one_row(x) and isinstance(weight, Tensor) and base.is_contiguous():
         from tiercel.ops.triton import linear as kernels
 

@@ -115,6 +115,15 @@ class QTensor:
 
     # ── product ──
 
+    @property
+    def fused_rows(self) -> int:
+        """Rows up to which a sum may be fused with the product."""
+        return 0
+
+    def fused(self, x: Tensor, bias_N: Tensor | None = None, *, base: Tensor) -> Tensor:
+        """base + x Wᵀ + b of `fused_rows` rows at most."""
+        raise NotImplementedError
+
     def multiply(self, x: Tensor, bias_N: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """scale · x Wᵀ + b, (…, K) → (…, N) float32.  Gradients reach x and b, never W."""
         if torch.is_grad_enabled() and (x.requires_grad or (bias_N is not None and bias_N.requires_grad)):

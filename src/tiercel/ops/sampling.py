@@ -13,6 +13,36 @@ import math
 import torch
 from torch import Tensor
 
+MAX_TOP_K, CANDIDATES = 64, 256  # of `choose_few`: the most that top_k may keep, and the likeliest that are looked at
+
+
+def choose_few(
+    logits_BV: Tensor, temperature_B: Tensor, min_p_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, u_B: Tensor
+) -> Tensor:
+    """`choose` where each row has temperature 0 or keeps at most MAX_TOP_K tokens, without sorting the vocabulary.
+
+    Of more than CANDIDATES tokens that tie with the last that is kept, some are left out.
+    """
+    count = min(CANDIDATES, logits_BV.shape[1])
+    top_BC, ids_BC = logits_BV.float().topk(count, 1)
+    l_BC = (top_BC - top_BC[:, :1]) / torch.where(temperature_B > 0, temperature_B, 1.0).unsqueeze(1)
+    l_BC = l_BC.masked_fill(l_BC < min_p_B.double().log().float().unsqueeze(1), -math.inf)
+    k_B1 = top_k_B.clamp(1, count).unsqueeze(1)
+    last_B1 = l_BC.gather(1, k_B1 - 1)
+    out_BC = l_BC < last_B1
+    probs_BC = torch.softmax(l_BC.masked_fill(out_BC, -math.inf), 1)
+    before_BC = probs_BC.double().cumsum(1) - probs_BC
+    out_BC |= (before_BC >= top_p_B.unsqueeze(1)) & (top_p_B < 1).unsqueeze(1)
+    out_BC[:, 0] = False
+    ids_BC, order_BC = ids_BC.sort(1)
+    kept_BC = l_BC.masked_fill(out_BC, -math.inf).gather(1, order_BC)
+    cumulative_BC = torch.softmax(kept_BC, 1).double().cumsum(1)
+    total_B1 = cumulative_BC[:, -1:]
+    drawn_B1 = (cumulative_BC <= u_B.unsqueeze(1) * total_B1).sum(1, keepdim=True)
+    drawn_B1 = torch.minimum(drawn_B1, (cumulative_BC < total_B1).sum(1, keepdim=True))
+    drawn_B = ids_BC.gather(1, drawn_B1).squeeze(1)
+    return torch.where(temperature_B > 0, drawn_B, logits_BV.argmax(1))
+
 
 def choose(
     logits_BV: Tensor, temperature_B: Tensor, min_p_B: Tensor, top_k_B: Tensor, top_p_B: Tensor, u_B: Tensor

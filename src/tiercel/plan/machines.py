@@ -150,9 +150,9 @@ FLOATS = {"avx2": (14.0, 24.0), "vnni": (20.0, 40.0), "neon": (8.0, 12.0)}
 BANDWIDTH_SHARE = (
     0.74  # of the bandwidth that a step's weights are read with: benchmarks/results/cpu.json, 0.5b-decode 0.743
 )
-GPU_DECODE, GPU_PREFILL = 0.73, 0.55  # docs/h100.md: decode over weights / bandwidth, prefill 8K over the product
-GPU_Q4 = 0.40  # docs/h100.md: Q4_K decode 190 tok/s where the weights alone allow 660; part of it is launches
-GPU_LAYER_S = 2.8 / 1000 / 44  # docs/h100.md: 4.8 ms of a Q4_K step, of which 2 ms are products, 44 layers
+GPU_DECODE, GPU_PREFILL = 0.73, 0.55  # docs/gpu.md: decode over weights / bandwidth, prefill 8K over the product
+GPU_Q4 = 0.40  # docs/gpu.md: Q4_K decode 190 tok/s where the weights alone allow 660; part of it is launches
+GPU_LAYER_S = 2.8 / 1000 / 44  # docs/gpu.md: 4.8 ms of a Q4_K step, of which 2 ms are products, 44 layers
 
 
 def _cpu(name: str, gb: int, bandwidth: float, cores: int, ghz: float, isa: str, source: str) -> Machine:
@@ -201,7 +201,7 @@ MACHINES: dict[str, Machine] = {
         _gpu("rtx-3090", 24, 936, 71, "NVIDIA GA102 white paper, dense bf16 with float32 sums"),
         _gpu("rtx-4090", 24, 1008, 165, "NVIDIA Ada white paper, dense bf16 with float32 sums"),
         _gpu("a100", 80, 2039, 312, "NVIDIA A100 80GB SXM data sheet"),
-        _gpu("h100", 80, 3350, 989, "NVIDIA H100 SXM data sheet; shares measured there, docs/h100.md"),
+        _gpu("h100", 80, 3350, 989, "NVIDIA H100 SXM data sheet; shares measured there, docs/gpu.md"),
         _gpu("h200", 141, 4800, 989, "NVIDIA H200 SXM data sheet"),
     )
 }

@@ -13,7 +13,7 @@ from tiercel.mixers.attention import triton as attention_kernels
 from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.attention.rotary import rotate
 from tiercel.mixers.attention.sdpa import attention_reference
-from tiercel.mixers.mamba2 import triton as ssd_kernels
+from tiercel.mixers.mamba2 import triton_prefill as ssd_kernels
 from tiercel.mixers.mamba2.chunked import ssd_reference
 from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.mixers.mamba2.triton_step import ssd_step

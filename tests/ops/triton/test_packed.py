@@ -9,8 +9,8 @@ from ops.triton.conftest import DEVICE
 from tiercel import quant
 from tiercel.ops.pointwise import gate_reference
 from tiercel.ops.qtensor import QTensor
-from tiercel.ops.triton import tiled
-from tiercel.ops.triton.linear import TYPES, gated, on_device, plain
+from tiercel.ops.triton import fp8, tiled
+from tiercel.ops.triton.linear import TYPES, gated, in_fp8, on_device, plain
 from tiercel.ops.triton.tiled import Tile
 
 
@@ -51,7 +51,9 @@ def test_odd_widths(type, K, T):
 
 
 @pytest.mark.parametrize("type", TYPES)
-@pytest.mark.parametrize("by", [Tile(16, 1, 4, 2), Tile(32, 4, 4, 3, 5), Tile(64, 2, 4, 2, 2), Tile(128, 4, 8, 2, 16)])
+@pytest.mark.parametrize(
+    "by", [Tile(16, 1, 4, 2), Tile(32, 4, 4, 3, 5), Tile(64, 2, 4, 2, 2), Tile(128, 4, 8, 2, 16, 8)]
+)
 def test_tiles_and_pieces_of_some_rows(type, by):
     q, there = pair(type, 133, 2304)
     x, b = torch.randn(11, 2304), torch.randn(133)
@@ -110,3 +112,38 @@ def test_gate_and_up_of_packed_matrices(type):
     got = gated(x.to(DEVICE), gate, up, "silu").cpu()
     expected = gate_reference(x @ a.numbers().T, x @ b.numbers().T, "silu")
     assert (got - expected).norm() <= 2e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 40, 600])
+@pytest.mark.parametrize("N, K", [(5, 64), (48, 320)])
+def test_fp8_products_are_those_of_its_numbers(T, N, K):
+    """Weights are what `numbers` says; inputs are rounded to three bits and one scale a row."""
+    x, W, b = (torch.randn(*shape, device=DEVICE) for shape in ((T, K), (N, K), (N,)))
+    W = W * torch.rand(N, 1, device=DEVICE)
+    m = in_fp8(W)
+    assert (m.numbers() - W).norm() <= 0.03 * W.norm()
+    s = x.abs().amax(1, keepdim=True) / 448
+    x8 = (x / s).to(torch.float8_e4m3fn).float() * s
+    assert (x8 - x).norm() <= 0.03 * x.norm()
+    got, expected = m.multiply(x, b, 0.7), x8 @ m.numbers().T * 0.7 + b
+    assert got.dtype == torch.float32 and (got - expected).norm() <= 4e-3 * expected.norm()
+    m.exact = True
+    torch.testing.assert_close(m.multiply(x, b, 0.7), x @ m.numbers().T * 0.7 + b, atol=1e-3, rtol=1e-3)
+
+
+def test_fp8_rounds_a_row_the_same_whatever_is_beside_it():
+    x, m = torch.randn(40, 128, device=DEVICE), in_fp8(torch.randn(48, 128, device=DEVICE))
+    alone, beside = (fp8.quantize_rows(rows) for rows in (x[:1], x))
+    assert all(torch.equal(a, b[:1]) for a, b in zip(alone, beside, strict=True))
+    got, expected = m.multiply(x)[:1], m.multiply(x[:1])  # of many rows the answer is rounded to bfloat16 on a GPU
+    assert (got - expected).norm() <= 4e-3 * expected.norm()
+
+
+def test_fp8_with_a_gate_and_onto_a_sum():
+    x, base = torch.randn(2, 128, device=DEVICE), torch.randn(2, 16, device=DEVICE)
+    m, up = (in_fp8(torch.randn(16, 128, device=DEVICE) / 8) for _ in range(2))
+    expected = gate_reference(m.multiply(x), up.multiply(x), "silu")
+    torch.testing.assert_close(gated(x, m, up, "silu"), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(m.fused(x, base=base), base + m.multiply(x), atol=1e-4, rtol=1e-4)
+    joined = type(m).joined([m, up])
+    assert all(torch.equal(a.numbers(), b.numbers()) for a, b in zip(joined.split([16, 16]), (m, up), strict=True))

@@ -1,14 +1,13 @@
-"""`AttentionOp` over states in slots of a device: a step in one kernel, prompts in torch's attention."""
+"""`AttentionOp` over states in slots of a device: a step in one kernel, prompts of any rows in another."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tiercel.mixers.attention import sdpa, triton
-from tiercel.model.pages import PAGE
+from tiercel.mixers.attention import triton
+from tiercel.mixers.attention.triton_prefill import attention_prefill
 from tiercel.ops.triton import FEW
 
 Metadata = tuple[Any, Any]  # `DeviceBatch.metadata_for`: a layer's buffers, and the batch
@@ -42,11 +41,4 @@ def attention(
             window=window,
             round=round and len(q_TI) <= FEW,
         )
-    rows = []
-    for span, slot, start, length in zip(where.spans, where.rows, where.starts, where.lengths, strict=True):
-        first = buffers.group.first[slot]  # pages before it are released, and no token here sees them
-        held, table_row = start + length - first * PAGE, table[slot, first:]
-        k, v = (triton.pages_of(buffers[name], table_row, held) for name in ("k", "v"))
-        rows.append(sdpa.attention(q_THP[span].transpose(0, 1), k, v, scale=scale, window=window))
-    y_HTP = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
-    return y_HTP.transpose(0, 1).flatten(1)
+    return attention_prefill(q_THP, buffers, table, where.plan, scale=scale, window=window)

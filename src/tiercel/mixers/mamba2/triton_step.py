@@ -1,7 +1,8 @@
 """One new token of each sequence through convolution and scan, at the bytes of the committed states.
 
-    S (slots, H, N, P) before token `base` · rings of R pending inputs: x (slots, H, R, P), B (slots, G, R, N),
-    dt (slots, R, H) float32; the input of position p is number p mod R · a ring of raw columns for the convolution
+    S (slots, H, N, P) before token `base`; where that is 0 the state is zero, whatever the slot holds
+    rings of R pending inputs: x (slots, H, R, P), B (slots, G, R, N), dt (slots, R, H) float32; the input of position
+    p is number p mod R · a ring of raw columns for the convolution
 
 Two kernels:
 
@@ -75,7 +76,7 @@ def _commit(
         ).to(tl.float32)  # fmt: skip
         at = S + (head * N + n)[:, None] * P + p[None, :]
         there = (n < N)[:, None] & (p < P)[None, :]
-        S_NP = tl.load(at, there, 0.0).to(tl.float32) * tl.exp(last)
+        S_NP = tl.load(at, there & (base > 0), 0.0).to(tl.float32) * tl.exp(last)
         S_NP += tl.dot(B_NJ * w_J[None, :], x_JP, input_precision=PRECISION)
         tl.store(at, S_NP.to(S.dtype.element_ty), there)
 
@@ -170,7 +171,7 @@ def _read(
     K: tl.constexpr, BIAS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """S is asked for before `_prepare` is done, but where that writes it."""
+    """S is asked for before `_prepare` is done, but where that writes it; before the first commit it is zero."""
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p = tl.program_id(2) * BP + tl.arange(0, BP)
     inside = p < P
@@ -183,7 +184,7 @@ def _read(
         head = slot * H + h
         at = S + (head * N + n)[:, None] * P + p[None, :]
         there = (n < N)[:, None] & inside[None, :]
-        S_NP = tl.load(at, there & (length - base < CHUNK), 0.0)
+        S_NP = tl.load(at, there & (length - base < CHUNK) & (base > 0), 0.0)
         number = (base + j) % R
         x_JP = tl.load(
             x_ring + (head * R + number)[:, None] * P + p[None, :], (j < pending)[:, None] & inside[None, :], 0.0

@@ -3,10 +3,10 @@
     few rows     (up to FEW) inputs are rounded to eight bits: `rounded.py`
     some rows    (up to SOME) tiles are unpacked to bfloat16 for the tensor cores: `tiled.py`.  With `exact`, or a width
                  that 64 does not divide, few and some rows are `_some`'s, without haste
-    many rows    the whole matrix is unpacked to bfloat16 first; that is little beside the product
+    many rows    the whole matrix is unpacked to bfloat16 first: PyTorch's product, and the matrix read once more
 
 The bits of a file's blocks lie in planes, those of `rounded.py`; nothing is rounded.  Matrices of other types are
-unpacked when they come to the device.
+unpacked when they come to the device.  FP8 is made on the device: `fp8.py`.
 
 Letters: T rows of x, N outputs, K inputs.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tiercel import quant
 from tiercel.ops.qtensor import QTensor
-from tiercel.ops.triton import FEW, interpreted, tiled
+from tiercel.ops.triton import FEW, fp8, interpreted, tiled
 from tiercel.ops.triton.activation import activated
 from tiercel.ops.triton.launch import early, others_done
 from tiercel.ops.triton.rounded import TYPES as ROUNDED
@@ -32,7 +32,7 @@ from tiercel.quant.bits import fields
 from tiercel.quant.nf4 import LEVELS
 
 TYPES = ("Q4_K", "Q6_K", "NF4", "Q8_0", "INT8")
-SOME = 64
+SOME = 128
 PLAIN = 2, 1024, 4, 2  # outputs and inputs that a program takes at a time, its warps, loads under way
 
 
@@ -56,8 +56,11 @@ def _values(q, scales, d, levels, n, k, K, seen, TYPE: tl.constexpr):
         least = tl.load(ends + 1, seen, 0.0).to(tl.float32) * tl.load(pair + 1, seen, 0).to(tl.float32)
         return bits.to(tl.float32) * scale - least
     else:
-        number = tl.load(q + n * K + k, seen, 0).to(tl.float32)
-        if TYPE == "INT8":
+        number = tl.load(q + n * K + k, seen, 0)
+        if TYPE == "FP8":
+            number = number.to(tl.float8e4nv, bitcast=True)
+        number = number.to(tl.float32)
+        if TYPE == "INT8" or TYPE == "FP8":
             return number * tl.load(scales + n)
         return number * tl.load(scales + n * (K // 32) + k // 32, seen, 0.0).to(tl.float32)
 
@@ -207,6 +210,13 @@ class DeviceQTensor(QTensor):
         return self.type in ROUNDED and not self.exact and self.shape[1] % 64 == 0
 
     @property
+    def fused_rows(self) -> int:
+        """Rows that are multiplied where a gate or a sum may be fused with the product."""
+        if self.type == "FP8":
+            return 0 if self.exact else fp8.FUSED_ROWS
+        return FEW if self.takes_q8 else 0
+
+    @property
     def planes(self) -> tuple[Tensor, ...]:
         levels = self.levels if self.top is None else self.top
         return self.q, self.scales, self.scales if self.d is None else self.d, self.q if levels is None else levels
@@ -258,7 +268,7 @@ class DeviceQTensor(QTensor):
         _rows[(len(which), triton.cdiv(K, 1024))](*self.planes, which, out, K, TYPE=self.type, BK=1024)
         return out
 
-    def meet_rounded(
+    def fused(
         self,
         x: Tensor,
         bias_N: Tensor | None = None,
@@ -268,9 +278,16 @@ class DeviceQTensor(QTensor):
         activation: str | None = None,
         base: Tensor | None = None,
     ) -> Tensor:
-        """`rounded.product` of few rows (…, K); `base`, what is added, gives its dtype to the answer."""
+        """Products of `fused_rows` rows (…, K) at most; `base`, what is added, gives its dtype to the answer."""
+        dtype = x.dtype if base is None else base.dtype
+        if self.type == "FP8":
+            y_TN = fp8.few(
+                x.reshape(-1, x.shape[-1]), (self.q, self.scales), dtype, bias_N=bias_N, scale=scale,
+                up=None if up is None else (up.q, up.scales), activation=activation, base=base,
+            )  # fmt: skip
+            return y_TN if x.dim() == 2 else y_TN.view(*x.shape[:-1], -1)
         y_TN = product(
-            rounded(x), self.type, (self.shape[0], self.shape[1]), self.words, x.dtype if base is None else base.dtype,
+            rounded(x), self.type, (self.shape[0], self.shape[1]), self.words, dtype,
             bias_N=bias_N, scale=scale, up=None if up is None else up.words, activation=activation, base=base,
         )  # fmt: skip
         return y_TN if x.dim() == 2 else y_TN.view(*x.shape[:-1], -1)
@@ -280,14 +297,16 @@ class DeviceQTensor(QTensor):
         N, K = self.shape
         x_TK = x.reshape(-1, K)
         T = x_TK.shape[0]
+        if self.type == "FP8" and not self.exact and self.fused_rows < T:
+            return self._fp8(x_TK, bias_N, scale).to(x.dtype).view(*x.shape[:-1], N)
         if T > SOME:
             W = self._unpack(torch.arange(N, device=self.device), torch.float32 if self.exact else torch.bfloat16)
             y_TN = F.linear(x_TK.to(W.dtype), W).to(x.dtype)
             y_TN = y_TN * scale if scale != 1.0 else y_TN
             y_TN = y_TN if bias_N is None else y_TN + bias_N.to(y_TN.dtype)
             return y_TN.view(*x.shape[:-1], N)
-        if self.takes_q8 and T <= FEW:
-            return self.meet_rounded(x, bias_N, scale)
+        if self.fused_rows >= T:
+            return self.fused(x, bias_N, scale)
         if self.takes_q8:
             y_TN = tiled.product(x_TK, self.type, (N, K), self.bytes, bias_N=bias_N, scale=scale)
             return y_TN.view(*x.shape[:-1], N)
@@ -300,10 +319,17 @@ class DeviceQTensor(QTensor):
         )  # fmt: skip
         return y_TN.view(*x.shape[:-1], N)
 
+    def _fp8(self, x_TK: Tensor, bias_N: Tensor | None, scale: float) -> Tensor:
+        N = self.shape[0]
+        if not interpreted and N % 16 == 0:
+            return fp8.many(x_TK, (self.q, self.scales), bias_N, scale)
+        y_TN = F.linear(fp8.rounded(x_TK), self.numbers()) * scale
+        return y_TN if bias_N is None else y_TN + bias_N
+
 
 def gated(x: Tensor, gate: DeviceQTensor, up: DeviceQTensor, activation: str) -> Tensor:
-    """act(gate x) · up x of few rows and two matrices that meet rounded ones."""
-    return gate.meet_rounded(x, up=up, activation=activation)
+    """act(gate x) · up x of few rows and two matrices alike."""
+    return gate.fused(x, up=up, activation=activation)
 
 
 def on_device(weight: QTensor, device: torch.device | str) -> DeviceQTensor | Tensor:
@@ -312,6 +338,13 @@ def on_device(weight: QTensor, device: torch.device | str) -> DeviceQTensor | Te
         return weight.numbers().to(torch.bfloat16).to(device)
     parts = planes(weight.type, weight.raw(), weight.shape[1])
     return DeviceQTensor(weight.type, tuple(weight.shape), *(t.to(device) for t in parts))  # type: ignore[arg-type]
+
+
+def in_fp8(W_NK: Tensor) -> DeviceQTensor | Tensor:
+    """A matrix on a GPU in e4m3; itself where 64 does not divide its width."""
+    if W_NK.shape[1] % 64:
+        return W_NK
+    return DeviceQTensor("FP8", (W_NK.shape[0], W_NK.shape[1]), *fp8.quantize_matrix(W_NK))
 
 
 def planes(type: str, raw_NB: Tensor, K: int) -> tuple[Tensor, ...]:

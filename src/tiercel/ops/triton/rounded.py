@@ -31,7 +31,7 @@ from tiercel.ops.triton.launch import early, others_done
 from tiercel.quant.nf4 import LEVELS
 
 TYPES = ("Q4_K", "Q6_K", "Q8_0", "INT8", "NF4")
-# outputs and groups that a program takes at a time, the fastest of a dozen on an H100 (docs/h100.md): two matrices with
+# outputs and groups that a program takes at a time, the fastest of a dozen on an H100 (docs/gpu.md): two matrices with
 # a gate; rows longer than 64 groups; others
 GATED_TILE, LONG_TILE, TILE = (1, 64), (1, 32), (2, 16)
 NF4_UNIT = tl.constexpr(1 / 112.03)

@@ -1,4 +1,4 @@
-"""Some rows times a packed matrix, on tensor cores: what decoding many texts at once spends its time on.
+"""Up to SOME rows times a packed matrix, on tensor cores: what decoding many sequences at once spends its time on.
 
 Every weight is read once, whatever the rows.  Four bytes of the planes of `rounded.py` become four or eight bfloat16
 in registers without a conversion: under an exponent byte of 0x43 the low bits of a number are that number plus 128.
@@ -24,22 +24,32 @@ from tiercel.ops.triton.rounded import LOOK_UP, NF4_UNIT, halves, level
 
 
 class Tile(NamedTuple):
-    """Outputs and groups of inputs that a program takes at a time, its warps, loads under way, and pieces of K."""
+    """Outputs and groups of inputs that a program takes at a time, its warps, loads under way, pieces of K, and whether
+    W goes through shared memory."""
 
     outputs: int
     groups: int
     warps: int
     stages: int
     pieces: int = 1
+    rows: int = 256  # of x, at most
+    wide: bool = False
 
 
-# by the most rows; the fastest on an H100 (`benchmarks/h100.py --rows some` prints what settings reach)
-TILES = {8: Tile(64, 4, 4, 3), 64: Tile(128, 2, 4, 3)}
+# by the most rows; the fastest of a sweep on an H200.  More rows are faster with a matrix that is unpacked
+TILES = {8: Tile(64, 4, 4, 3), 32: Tile(128, 2, 4, 3), 64: Tile(128, 2, 4, 3, rows=64, wide=True)}
+MANY = Tile(64, 2, 8, 3, rows=128, wide=True)
+Q4_K_TILE = Tile(128, 1, 4, 4)  # up to 64 rows
+BYTES_TILE = Tile(64, 4, 4, 3)  # of Q6_K, Q8_0 and INT8 up to 32 rows
 PROGRAMS, STEPS, PIECES = 396, 3, 8  # three programs on each of its processors; a piece of K is not shorter; of those
 
 
-def tile(T: int, N: int, K: int) -> Tile:
-    by = next((tile for most, tile in TILES.items() if most >= T), TILES[64])
+def tile(T: int, N: int, K: int, type: str = "Q4_K") -> Tile:
+    by = next((tile for most, tile in TILES.items() if most >= T), MANY)
+    if type == "Q4_K" and 32 < T <= 64:
+        by = Q4_K_TILE
+    elif type in ("Q6_K", "Q8_0", "INT8") and T <= 32:
+        by = BYTES_TILE
     programs, steps = triton.cdiv(N, by.outputs), K // 64 // by.groups
     pieces = [p for p in range(2, 1 + min(PIECES, PROGRAMS // programs)) if steps % p == 0 and steps // p >= STEPS]
     return by._replace(pieces=max(pieces, default=1))
@@ -196,7 +206,7 @@ def _tile(
     others_done(EARLY)
     FOUR: tl.constexpr = TYPE == "Q4_K" or TYPE == "Q6_K" or TYPE == "NF4"
     DTYPE: tl.constexpr = tl.bfloat16 if ASM else tl.float32
-    piece, t = tl.program_id(1), tl.arange(0, BT)
+    piece, t = tl.program_id(1), tl.program_id(2) * BT + tl.arange(0, BT)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None]  # rows beyond the last are the last: their sums go nowhere
     each = tl.cdiv(G, tl.num_programs(1) * BG) * BG
@@ -226,6 +236,48 @@ def _tile(
 
 
 @triton.jit
+def _wide_tile(
+    x, q, top, scales, d, bias, y, T, N, G, scale, stride_x,
+    TYPE: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """`_tile` with x first: unpacked weights go through shared memory, as matrix instructions whose operands lie in
+    registers wait for each other."""
+    others_done(EARLY)
+    FOUR: tl.constexpr = TYPE == "Q4_K" or TYPE == "Q6_K" or TYPE == "NF4"
+    DTYPE: tl.constexpr = tl.bfloat16 if ASM else tl.float32
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    n, piece = tl.program_id(1) * BN + tl.arange(0, BN), tl.program_id(2)
+    row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
+    each = tl.cdiv(G, tl.num_programs(2) * BG) * BG
+    start, stop = piece * each, tl.minimum(piece * each + each, G)
+    x_row = x + tl.minimum(t, T - 1).to(tl.int64)[:, None] * stride_x  # sums of rows beyond the last go nowhere
+    sum_ = tl.zeros((BT, BN), tl.float32)
+    for g0 in tl.range(start, stop, BG, num_stages=STAGES):
+        if FOUR:
+            w0, w1 = _four_bits(q, top, scales, d, row, g0, stop, G, TYPE, EVEN, BN, BG, ASM)
+            j = tl.arange(0, 32 * BG)
+            inside = (g0 + j // 32 < stop)[None, :] | EVEN
+            at = x_row + (g0 * 64 + j // 32 * 64 + j % 32)[None, :]
+            x0, x1 = tl.load(at, inside, 0.0).to(DTYPE), tl.load(at + 32, inside, 0.0).to(DTYPE)
+            sum_ = tl.dot(x0, tl.trans(w0), sum_, input_precision="ieee")
+            sum_ = tl.dot(x1, tl.trans(w1), sum_, input_precision="ieee")
+        else:
+            w = _eight_bits(q, d, row, g0, stop, G, TYPE, EVEN, BN, BG, ASM)
+            j = tl.arange(0, 64 * BG)
+            x_TK = tl.load(x_row + (g0 * 64 + j)[None, :], (g0 + j // 64 < stop)[None, :] | EVEN, 0.0).to(DTYPE)
+            sum_ = tl.dot(x_TK, tl.trans(w), sum_, input_precision="ieee")
+    n_ = tl.minimum(n, N - 1)
+    if TYPE == "INT8":
+        sum_ = sum_ * tl.load(scales + n_)[None, :]
+    sum_ = sum_ * scale
+    if BIAS:
+        sum_ += tl.load(bias + n_).to(tl.float32)[None, :]
+    at = y + (piece * T + t[:, None]).to(tl.int64) * N + n[None, :]
+    tl.store(at, sum_.to(y.dtype.element_ty), (t < T)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
 def _total(
     parts, bias, y, size, N, PIECES: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
@@ -251,14 +303,17 @@ def product(
 ) -> Tensor:
     """scale · x Wᵀ + b in the dtype of x, (T, N), for a K that 64 divides; planes: q (bytes), top, scales, d."""
     (N, K), T = shape, len(x_TK)
-    by = by or tile(T, N, K)
+    by = by or tile(T, N, K, type)
+    BT = max(64 if by.wide else 8, min(by.rows, triton.next_power_of_2(T)))
     y_TN = torch.empty(T, N, dtype=x_TK.dtype, device=x_TK.device)
     parts = y_TN if by.pieces == 1 else torch.empty(by.pieces, T, N, device=x_TK.device)
     bias, once = y_TN if bias_N is None else bias_N, bias_N is not None and by.pieces == 1
-    _tile[(triton.cdiv(N, by.outputs), by.pieces)](
+    grid = triton.cdiv(N, by.outputs), by.pieces, triton.cdiv(T, BT)
+    kernel, grid = (_wide_tile, (grid[2], grid[0], grid[1])) if by.wide else (_tile, grid)
+    kernel[grid](
         x_TK, *planes, bias, parts, T, N, K // 64, scale, x_TK.stride(0),
         TYPE=type, BIAS=once, EVEN=K // 64 % (by.groups * by.pieces) == 0,
-        BT=max(8, triton.next_power_of_2(T)), BN=by.outputs, BG=by.groups, STAGES=by.stages, ASM=not interpreted,
+        BT=BT, BN=by.outputs, BG=by.groups, STAGES=by.stages, ASM=not interpreted,
         num_warps=by.warps, **early(),
     )  # fmt: skip
     if by.pieces > 1:

@@ -1,7 +1,7 @@
 """One GPU: Falcon-H1R-7B's exact shape with random weights made on the device; one table and a JSON file.
 
-    PYTHONPATH=src OUT=out python benchmarks/h100.py                      everything, about ten minutes on an H100
-    PYTHONPATH=src OUT=out python benchmarks/h100.py --rows correct,decode1 --budget 150
+    PYTHONPATH=src OUT=out python benchmarks/gpu.py                      everything, about ten minutes on an H100
+    PYTHONPATH=src OUT=out python benchmarks/gpu.py --rows correct,decode1 --budget 150
 
 A row that fails prints its traceback and the others go on; no row begins when --budget seconds are over.  Rooflines
 are measured here too: a copy of 4 GB (bytes read and written) and a bfloat16 product of 8192³.
@@ -30,10 +30,10 @@ from tiercel.families.pattern import pattern
 from tiercel.families.shapes import shape
 from tiercel.model.config import ModelConfig
 from tiercel.model.cuda_graphs import CapturedCUDAStep, CUDAGraphRunner
+from tiercel.model.cuda_graphs import prefill as read
 from tiercel.model.decoder import Decoder
 from tiercel.model.device_sampler import DeviceSampler
 from tiercel.model.gpu_layout import fuse
-from tiercel.model.gpu_runner import prefill as read
 from tiercel.model.initialize import deviation, fresh, initialize
 from tiercel.model.layers import Embedding, Linear, set_weight
 from tiercel.model.pages import PAGE
@@ -129,6 +129,9 @@ def packed(kind: str, size: tuple[int, int], spread: float) -> DeviceQTensor:
         return DeviceQTensor(kind, size, bits(N, K // 2), scales, d, bits(N, K // 4))
     if kind == "NF4":
         return DeviceQTensor(kind, size, bits(N, K // 2), same(spread / 0.6, torch.float32, N, K // 64))
+    if kind == "FP8":
+        q = torch.randn(N, K, device="cuda").to(torch.float8_e4m3fn).view(torch.uint8)
+        return DeviceQTensor(kind, size, q, same(spread, torch.float32, N))
     q = bits(N, K).view(torch.int8)
     if kind == "Q8_0":
         return DeviceQTensor(kind, size, q, same(spread / 74, torch.float16, N, K // 32))
@@ -276,7 +279,7 @@ def _packed_error(kind: str) -> float:
         pairs = [(m.multiply(x), x @ W.T)]
         if rows == 1 and m.takes_q8:
             base = torch.randn(1, 1088, device="cuda")
-            pairs.append((m.meet_rounded(x, base=base) - base, x @ W.T))
+            pairs.append((m.fused(x, base=base) - base, x @ W.T))
             pairs.append((gated(x, m, up, "silu"), torch.nn.functional.silu(x @ W.T) * (x @ U.T)))
         worst = max([worst, *(float((got - want).norm() / want.norm()) for got, want in pairs)])
     print(f"      {kind:20s} {worst:.2e}", flush=True)
@@ -396,7 +399,7 @@ def decode32() -> None:
 
 def scan() -> None:
     """The chunk scan alone, 8K tokens of one layer, beside mamba-ssm's kernel where it is installed."""
-    from tiercel.mixers.mamba2.triton import ssd
+    from tiercel.mixers.mamba2.triton_prefill import ssd
 
     H, P, N, L = 24, 128, 256, 8192
     xBC = torch.randn(L, H * P + 2 * N, device="cuda", dtype=torch.bfloat16) / 8
@@ -559,7 +562,7 @@ def main() -> None:
             failed.append(f"{name}: {type(error).__name__}")
         free()
         folder = Path(os.environ.get("OUT", "."))
-        (folder / "h100.json").write_text(json.dumps(RESULT | {"failed": failed, "command": sys.argv[1:]}, indent=1))
+        (folder / "gpu.json").write_text(json.dumps(RESULT | {"failed": failed, "command": sys.argv[1:]}, indent=1))
     print("\n| what | value |\n|---|---|")
     for key, value in RESULT.items():
         print(f"| {key} | {value:,.4g} |" if isinstance(value, float) else f"| {key} | {value} |")
