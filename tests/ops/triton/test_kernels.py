@@ -19,6 +19,7 @@ from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.mixers.mamba2.triton_step import ssd_step
 from tiercel.mixers.paged import PagedSlots
 from tiercel.mixers.recurrent import RecurrentSlots
+from tiercel.model.ragged import Piece, RaggedPlan
 from tiercel.ops.conv1d import conv1d_reference
 from tiercel.ops.norm import gated_rms_norm, rms_norm_reference
 from tiercel.ops.pointwise import gate_reference
@@ -129,6 +130,18 @@ def test_the_scan_of_a_prompt_is_the_recurrence(L, H, P, G, N):
         torch.testing.assert_close(y.double(), expected[skip:], atol=1e-4, rtol=1e-5)
         after = ssd_reference(C[:commit], x[:commit], dt[:commit], A, B[:commit], S)[1] if commit else S.double()
         torch.testing.assert_close(now.double(), after, atol=1e-4, rtol=1e-5)
+
+
+def test_a_scan_has_the_same_bits_alone_and_in_company():
+    H, P, G, N = 2, 8, 1, 16
+    xBC, dt, A, D, _ = inputs(330, H, P, G, N)
+    pieces = [(0, 70), (70, 300), (300, 330)]
+    together = RaggedPlan.exact([Piece(i, 0, b - a, 0, 0) for i, (a, b) in enumerate(pieces)], xBC.device)
+    y = ssd_kernels.scan(xBC, dt, A, D, torch.zeros(3, H, N, P, device=DEVICE), together, G)
+    for a, b in pieces:
+        alone = RaggedPlan.exact([Piece(0, 0, b - a, 0, 0)], xBC.device)
+        got = ssd_kernels.scan(xBC[a:b], dt[a:b], A, D, torch.zeros(1, H, N, P, device=DEVICE), alone, G)
+        assert torch.equal(got, y[a:b])
 
 
 @pytest.mark.parametrize("dt, decay", [(100.0, 1000.0), (1e-3, 1e-4), (50.0, 1e-3)])

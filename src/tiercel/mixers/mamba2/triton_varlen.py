@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiercel.mixers.mamba2.triton import MIN_LOG_DECAY
+from tiercel.mixers.mamba2.triton_step import MIN_LOG_DECAY
 
 CHUNK = 64
 WIDEST = 128  # head_dim, of which a program holds all
