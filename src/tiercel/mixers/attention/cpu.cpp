@@ -1,8 +1,8 @@
 // Rotary positions, keys and values in their pages, and causal grouped-query attention.
 //
 // A query meets the keys in tiles of KEYS at absolute positions, each tile one step of the running softmax; after every
-// SEGMENT keys the sums are set aside and begun anew, and the segments merged in order.  So the result of a query is
-// the same whoever computes it: in a prompt a thread takes a block of queries through all segments, in decode each
+// SEGMENT keys the sums start again, and the segments are merged in order.  So the result of a query does not depend on
+// the split of work: in a prompt a thread takes a block of queries through all segments, in decode each
 // thread takes some segments of the one query.
 #include <math.h>
 #include "ops/cpu/batch.h"
@@ -46,25 +46,27 @@ BINDINGS(m) {
     m.def("rotary", [](const MetadataTuple& t, Address f, Address cos, Address sin, i64 half, float scale) {
         const i64 T = tokens_of(t);
         launch(rotary, Rotary{metadata(t), ptr<float>(f), ptr<float>(cos), ptr<float>(sin), half, scale},
-           T * half < 1024, {}, {values(cos, T, half), values(sin, T, half)});
+               T * half < 1024, {}, {values(cos, T, half), values(sin, T, half)});
     });
-    m.def("store_kv", [](const MetadataTuple& t, Address k, Address v, Address cos, Address sin, i64 stride, i64 half, i64 K, i64 P) {
+    m.def("store_kv", [](const MetadataTuple& t, Address k, Address v, Address cos, Address sin, i64 stride, i64 half,
+                         i64 K, i64 P) {
         const i64 T = tokens_of(t);
         const BatchMetadata batch = metadata(t);
         launch(store_kv,
-           StoreKV{batch, ptr<float>(k), ptr<float>(v), ptr<float>(cos), ptr<float>(sin), stride, half, K, P},
-           T * K * P < SMALL,
-           {values(k, T, K * P, stride), values(v, T, K * P, stride), values(cos, T, half), values(sin, T, half)},
-           {state_of(batch)});
+               StoreKV{batch, ptr<float>(k), ptr<float>(v), ptr<float>(cos), ptr<float>(sin), stride, half, K, P},
+               T * K * P < SMALL,
+               {values(k, T, K * P, stride), values(v, T, K * P, stride), values(cos, T, half), values(sin, T, half)},
+               {state_of(batch)});
     });
-    m.def("paged_attention", [](const MetadataTuple& t, Address q, Address cos, Address sin, Address y, i64 stride, i64 half, i64 H, i64 K, i64 P,
-                       i64 window, float scale) {
+    m.def("paged_attention", [](const MetadataTuple& t, Address q, Address cos, Address sin, Address y, i64 stride,
+                                i64 half, i64 H, i64 K, i64 P, i64 window, float scale) {
         const i64 T = tokens_of(t);
         const BatchMetadata batch = metadata(t);
         launch(paged_attention,
-           PagedAttention{batch, ptr<float>(q), ptr<float>(cos), ptr<float>(sin), ptr<float>(y), stride, half, H, K, P, window, scale},
-           false, {state_of(batch), values(q, T, H * P, stride), values(cos, T, half), values(sin, T, half)},
-           {values(y, T, H * P), {&((StateDescriptor*)batch.seqs[0].descriptor)->partials, sizeof(i64)}});
+               PagedAttention{batch, ptr<float>(q), ptr<float>(cos), ptr<float>(sin), ptr<float>(y), stride, half, H, K,
+                              P, window, scale},
+               false, {state_of(batch), values(q, T, H * P, stride), values(cos, T, half), values(sin, T, half)},
+               {values(y, T, H * P), {&((StateDescriptor*)batch.seqs[0].descriptor)->partials, sizeof(i64)}});
     });
 }
 
@@ -248,7 +250,7 @@ template <int R, class Body> INLINE void each_side(float* s, Body body) {
     }
 }
 
-// `ahead`: a later tile, asked for as we go, where it is not 0: all at once they would wait for each other
+// `ahead`: a later tile to prefetch along the way, unless 0: at once the requests would wait for each other
 template <int R> INLINE void scores_of(const float* q, i64 stride, const float* keys, i64 P, float* s, const float* ahead = nullptr) {
     each_side<R>(s, [&](auto& sum, int v) {
         for (i64 p = 0; p < P; p++) {
@@ -277,7 +279,7 @@ template <int R> INLINE void scores_of(const float* q, i64 stride, const uint32_
 }
 
 // o = o · decay + Σ_k w_k v_k, k from `first` to `last` in order, for R queries and W · 16 dims.  `ahead` values further
-// on are asked for as we go, where it is not 0: all at once they would wait for each other.
+// on are prefetched along the way, unless 0.
 template <int R, int W, class V>
 INLINE void add_values(const float* w, const float* decay, const V* v, i64 v_stride, float* o, i64 stride, i64 first, i64 last, const V* ahead) {
     F sum[R][W];

@@ -38,25 +38,33 @@ namespace tiercel {
 static KernelHandle split_norm{"split_norm"}, selective_scan{"selective_scan"};
 
 BINDINGS(m) {
-    m.def("split_norm", [](Address x, Address w0, Address w1, Address w2, Address y0, Address y1, Address y2, i64 T, i64 n0, i64 n1, i64 n2, float eps, bool bf16) {
+    m.def("split_norm", [](Address x, Address w0, Address w1, Address w2, Address y0, Address y1, Address y2, i64 T,
+                           i64 n0, i64 n1, i64 n2, float eps, bool bf16) {
         launch(split_norm,
-           SplitNorm{ptr<float>(x), {ptr<float>(w0), ptr<float>(w1), ptr<float>(w2)},
-                  {ptr<float>(y0), ptr<float>(y1), ptr<float>(y2)}, T, {n0, n1, n2}, eps, bf16},
-           T * (n0 + n1 + n2) < SMALL, {values(x, T, n0 + n1 + n2)},
-           {values(y0, T, n0), values(y1, T, n1), values(y2, T, n2)});
+               SplitNorm{ptr<float>(x),
+                         {ptr<float>(w0), ptr<float>(w1), ptr<float>(w2)},
+                         {ptr<float>(y0), ptr<float>(y1), ptr<float>(y2)},
+                         T,
+                         {n0, n1, n2},
+                         eps,
+                         bf16},
+               T * (n0 + n1 + n2) < SMALL, {values(x, T, n0 + n1 + n2)},
+               {values(y0, T, n0), values(y1, T, n1), values(y2, T, n2)});
     });
-    m.def("selective_scan", [](const MetadataTuple& t, Address x, Address dt, Address dt_bias, Address B, Address C, Address A, Address D, Address z, Address conv_in, Address y,
-                     i64 stride, i64 I, i64 N, i64 taps, i64 chunk) {
-        const i64 T = tokens_of(t);
-        const BatchMetadata batch = metadata(t);
-        launch(selective_scan,
-           SelectiveScan{batch, ptr<float>(x), ptr<float>(dt), ptr<float>(dt_bias), ptr<float>(B), ptr<float>(C), ptr<float>(A),
-                ptr<float>(D), ptr<float>(z), ptr<float>(conv_in), ptr<float>(y), stride, I, N, taps, chunk},
-           T * I * N < SMALL / 8,
-           {values(x, T, I), values(dt, T, I), values(B, T, N), values(C, T, N), values(z, T, I, stride),
-            values(conv_in, T, I, stride)},
-           {state_of(batch), values(y, T, I)});
-    });
+    m.def("selective_scan",
+          [](const MetadataTuple& t, Address x, Address dt, Address dt_bias, Address B, Address C, Address A, Address D,
+             Address z, Address conv_in, Address y, i64 stride, i64 I, i64 N, i64 taps, i64 chunk) {
+              const i64 T = tokens_of(t);
+              const BatchMetadata batch = metadata(t);
+              launch(selective_scan,
+                     SelectiveScan{batch, ptr<float>(x), ptr<float>(dt), ptr<float>(dt_bias), ptr<float>(B),
+                                   ptr<float>(C), ptr<float>(A), ptr<float>(D), ptr<float>(z), ptr<float>(conv_in),
+                                   ptr<float>(y), stride, I, N, taps, chunk},
+                     T * I * N < SMALL / 8,
+                     {values(x, T, I), values(dt, T, I), values(B, T, N), values(C, T, N), values(z, T, I, stride),
+                      values(conv_in, T, I, stride)},
+                     {state_of(batch), values(y, T, I)});
+          });
 }
 
 }  // namespace tiercel

@@ -39,42 +39,55 @@ static Layout layout(const LayoutTuple& l) {
 static i64 size(const LayoutTuple& l) { return std::get<0>(l) * std::get<1>(l) * std::get<2>(l) * std::get<4>(l); }
 
 BINDINGS(m) {
-    m.def("decay_weights", [](Address high, Address low, Address scores, const ValuesTuple& w, i64 K, i64 H, i64 G, i64 Q) {
-        launch_openmp(decay_weights,
-                 DecayWeights{ptr<float>(high), ptr<float>(low), ptr<float>(scores), values(w), nullptr, nullptr, nullptr, K, H, G, Q},
-                 K * H * Q * Q);
-    });
-    m.def("decay_weights_backward", [](Address high, Address low, Address scores, const ValuesTuple& dw, Address dscores, Address rows, Address columns, i64 K, i64 H,
-                             i64 G, i64 Q) {
+    m.def("decay_weights",
+          [](Address high, Address low, Address scores, const ValuesTuple& w, i64 K, i64 H, i64 G, i64 Q) {
+              launch_openmp(decay_weights,
+                            DecayWeights{ptr<float>(high), ptr<float>(low), ptr<float>(scores), values(w), nullptr,
+                                         nullptr, nullptr, K, H, G, Q},
+                            K * H * Q * Q);
+          });
+    m.def("decay_weights_backward", [](Address high, Address low, Address scores, const ValuesTuple& dw,
+                                       Address dscores, Address rows, Address columns, i64 K, i64 H, i64 G, i64 Q) {
         launch_openmp(decay_weights_backward,
-                 DecayWeights{ptr<float>(high), ptr<float>(low), ptr<float>(scores), values(dw), ptr<float>(dscores),
-                         ptr<float>(rows), ptr<float>(columns), K, H, G, Q},
-                 K * H * Q * Q);
+                      DecayWeights{ptr<float>(high), ptr<float>(low), ptr<float>(scores), values(dw),
+                                   ptr<float>(dscores), ptr<float>(rows), ptr<float>(columns), K, H, G, Q},
+                      K * H * Q * Q);
     });
-    m.def("to_heads", [](const ValuesTuple& x, Address scale, Address other_scale, const ValuesTuple& by_head, const ValuesTuple& by_group,
-                       const ValuesTuple& with, Address dots, const LayoutTuple& l) {
-        launch_openmp(to_heads, ToHeads{values(x), values(by_head), values(by_group), values(with), ptr<float>(scale),
-                                          ptr<float>(other_scale), ptr<float>(dots), layout(l)}, size(l));
+    m.def("to_heads", [](const ValuesTuple& x, Address scale, Address other_scale, const ValuesTuple& by_head,
+                         const ValuesTuple& by_group, const ValuesTuple& with, Address dots, const LayoutTuple& l) {
+        launch_openmp(to_heads,
+                      ToHeads{values(x), values(by_head), values(by_group), values(with), ptr<float>(scale),
+                              ptr<float>(other_scale), ptr<float>(dots), layout(l)},
+                      size(l));
     });
-    m.def("from_heads", [](const ValuesTuple& by_head, const ValuesTuple& by_group, Address scale, const ValuesTuple& x, Address D,
-                       const ValuesTuple& y, const LayoutTuple& l) {
-        launch_openmp(from_heads, FromHeads{values(by_head), values(by_group), values(x), values(y), ptr<float>(scale),
-                                          ptr<float>(D), layout(l)}, size(l));
+    m.def("from_heads", [](const ValuesTuple& by_head, const ValuesTuple& by_group, Address scale, const ValuesTuple& x,
+                           Address D, const ValuesTuple& y, const LayoutTuple& l) {
+        launch_openmp(from_heads,
+                      FromHeads{values(by_head), values(by_group), values(x), values(y), ptr<float>(scale),
+                                ptr<float>(D), layout(l)},
+                      size(l));
     });
-    m.def("from_heads_backward", [](const ValuesTuple& by_head, const ValuesTuple& by_group, Address scale, const ValuesTuple& x,
-                            const ValuesTuple& dy, Address dt, Address D, const ValuesTuple& dx, Address dots, Address left, const LayoutTuple& l) {
-        launch_openmp(from_heads_backward,
-                 FromHeadsBackward{values(by_head), values(by_group), values(x), values(dy), values(dx), ptr<float>(scale),
-                            ptr<float>(dt), ptr<float>(D), ptr<float>(dots), ptr<float>(left), layout(l)}, size(l));
+    m.def("from_heads_backward", [](const ValuesTuple& by_head, const ValuesTuple& by_group, Address scale,
+                                    const ValuesTuple& x, const ValuesTuple& dy, Address dt, Address D,
+                                    const ValuesTuple& dx, Address dots, Address left, const LayoutTuple& l) {
+        launch_openmp(
+            from_heads_backward,
+            FromHeadsBackward{values(by_head), values(by_group), values(x), values(dy), values(dx), ptr<float>(scale),
+                              ptr<float>(dt), ptr<float>(D), ptr<float>(dots), ptr<float>(left), layout(l)},
+            size(l));
     });
-    m.def("state_passing", [](const ValuesTuple& x, Address g, const ValuesTuple& y, i64 count, i64 state, int back, const LayoutTuple& l) {
-        launch_openmp(state_passing, StatePassing{values(x), values(y), ptr<float>(g), nullptr, count, state, back, layout(l)},
-                 size(l) * state);
+    m.def("state_passing", [](const ValuesTuple& x, Address g, const ValuesTuple& y, i64 count, i64 state, int back,
+                              const LayoutTuple& l) {
+        launch_openmp(state_passing,
+                      StatePassing{values(x), values(y), ptr<float>(g), nullptr, count, state, back, layout(l)},
+                      size(l) * state);
     });
-    m.def("state_passing_grad", [](const ValuesTuple& x, const ValuesTuple& y, Address dg, i64 count, i64 state, const LayoutTuple& l) {
-        launch_openmp(state_passing_grad, StatePassing{values(x), values(y), nullptr, ptr<float>(dg), count, state, 0, layout(l)},
-                 size(l) * state);
-    });
+    m.def("state_passing_grad",
+          [](const ValuesTuple& x, const ValuesTuple& y, Address dg, i64 count, i64 state, const LayoutTuple& l) {
+              launch_openmp(state_passing_grad,
+                            StatePassing{values(x), values(y), nullptr, ptr<float>(dg), count, state, 0, layout(l)},
+                            size(l) * state);
+          });
 }
 
 }  // namespace tiercel

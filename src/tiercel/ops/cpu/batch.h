@@ -23,14 +23,14 @@ template <class Count, class Body> INLINE void for_each_tile(const BatchMetadata
     }
 }
 
-// Whether this was the last of `count` tiles: what all of them read may change now.
+// Whether this was the last of `count` tiles: what all of them read may be changed from here.
 INLINE bool last_of(i64& finished, i64 count) {
     if (__atomic_add_fetch(&finished, 1, __ATOMIC_ACQ_REL) < count) return false;
     __atomic_store_n(&finished, 0, __ATOMIC_RELEASE);
     return true;
 }
 
-// Ask for memory that will be read soon: hardware looks ahead only to the end of a page.
+// Prefetch: the hardware prefetcher stops at the end of a page.
 INLINE void fetch(const void* at, i64 bytes) {
     for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)at + i, 0, 2);
 }
@@ -49,7 +49,7 @@ template <class Body> INLINE void unroll6(i64 rows, Body body) {
     }
 }
 
-// Bytes of scratch, handed out one after another.
+// Bump allocator over scratch memory.
 struct Scratch {
     char* at;
     template <class T> T* alloc(i64 count) {
@@ -65,12 +65,12 @@ template <class T> INLINE void copy(T* to, const float* from, i64 count) {
 
 // ── the boundary of a recurrent state moves ──
 
-// The token S will stand before after so many more: as late as it may while all of them can still be cut.
+// The committed position after `added` more tokens: as late as it may be while all of them can still be trimmed.
 INLINE i64 next_committed_pos(i64 base, i64 length, i64 added, i64 chunk) {
     return max(base, (length + added - min(added, chunk)) / chunk * chunk);
 }
 
-// One buffer of open inputs: forget `shift` of its `used` rows and of the `count` new ones that follow, `width` values
+// One buffer of pending inputs: drop `shift` of its `used` rows and of the `count` new ones that follow, `width` values
 // each.  Rows lie `apart` in the buffer, new ones `stride`.
 template <class T>
 INLINE void shift_rows(T* rows, i64 apart, i64 used, i64 shift, const float* added, i64 stride, i64 count, i64 width) {

@@ -1,7 +1,7 @@
 // bfloat16 in bf12 bits, the same numbers.
 //
-// Of the sixteen bits of a weight the sign and the seven of the mantissa are as good as random; its exponent is one of
-// a few neighbours.  So a panel says its highest exponent once and every value has a code of four bits:
+// Sign and mantissa (8 of 16 bits) of a weight are close to random; its exponent is one of a few neighbours.  A panel
+// stores its highest exponent once, and every value has a code of four bits:
 //
 //     0 … 14   the exponent that much lower          15   exponent 0: zeros, subnormals
 //

@@ -34,7 +34,7 @@ template <class T> T* ptr(Address a) { return (T*)a; }
 
 constexpr size_t f32 = sizeof(float);
 
-// below so many values, waking other threads costs more than it saves
+// with fewer values, waking other threads costs more than it saves
 constexpr i64 SMALL = 16384;
 
 // Runs (or records) an op on the thread pool.
@@ -68,7 +68,7 @@ inline BatchMetadata metadata(const MetadataTuple& t) {
 }
 inline i64 tokens_of(const MetadataTuple& t) { return std::get<4>(t); }
 
-// Stands for all state of a layer: ops on the same layer run one after another.
+// Represents all state of a layer in hazards: ops on the same layer run one after another.
 inline Range state_of(const BatchMetadata& batch) { return {batch.seqs[0].descriptor + batch.layer, sizeof(i64)}; }
 
 }  // namespace tiercel

@@ -22,16 +22,17 @@ namespace tiercel {
 static KernelHandle causal_conv1d{"causal_conv1d"};
 
 BINDINGS(m) {
-    m.def("causal_conv1d", [](const MetadataTuple& t, Address x, Address weight, Address bias, Address dt, Address dt_bias, Address y, Address dts, i64 stride, i64 C,
-                     i64 taps, i64 H, float low, float high) {
-        const i64 T = tokens_of(t);
-        const BatchMetadata batch = metadata(t);
-        launch(causal_conv1d,
-           CausalConv1d{batch, ptr<float>(x), ptr<float>(weight), ptr<float>(bias), ptr<float>(dt), ptr<float>(dt_bias),
-                ptr<float>(y), ptr<float>(dts), stride, C, taps, H, low, high},
-           T * C < SMALL / 32, {state_of(batch), values(x, T, C, stride), values(dt, T, H, stride)},
-           {values(y, T, C), values(dts, T, H)});
-    });
+    m.def("causal_conv1d",
+          [](const MetadataTuple& t, Address x, Address weight, Address bias, Address dt, Address dt_bias, Address y,
+             Address dts, i64 stride, i64 C, i64 taps, i64 H, float low, float high) {
+              const i64 T = tokens_of(t);
+              const BatchMetadata batch = metadata(t);
+              launch(causal_conv1d,
+                     CausalConv1d{batch, ptr<float>(x), ptr<float>(weight), ptr<float>(bias), ptr<float>(dt),
+                                  ptr<float>(dt_bias), ptr<float>(y), ptr<float>(dts), stride, C, taps, H, low, high},
+                     T * C < SMALL / 32, {state_of(batch), values(x, T, C, stride), values(dt, T, H, stride)},
+                     {values(y, T, C), values(dts, T, H)});
+          });
 }
 
 }  // namespace tiercel
@@ -41,8 +42,8 @@ BINDINGS(m) {
 namespace ISA {
 using namespace tiercel;
 
-// Sixteen channels (or `some`) of a tile: the history's conv_in and the new ones side by side, as the state gives or
-// will give them back, then the sums.
+// Sixteen channels (or `some`) of a tile: inputs of the history and new ones in a row, rounded to the state's type, then
+// the sums.
 template <class T, class Lanes>
 INLINE void conv_sixteen(const CausalConv1d& a, const T* kept, const float* x, float* y, i64 c, i64 before, i64 n, float* conv_in, Lanes some) {
     const i64 history = a.taps - 1;
@@ -69,7 +70,7 @@ INLINE void conv_sixteen(const CausalConv1d& a, const T* kept, const float* x, f
     }
 }
 
-// The state itself takes the new conv_in when the scan is done (ssd, scan).
+// The state's own conv_state moves on at the end of the scan.
 template <class T> INLINE void conv_as(const CausalConv1d& a, Worker& worker) {
     constexpr i64 TOKENS = 64, CHANNELS = 256;
     const i64 history = a.taps - 1, blocks = ceil_div(a.channels, CHANNELS), tiles = blocks + (a.heads > 0);

@@ -22,17 +22,30 @@ static KernelHandle conv1d_varlen{"conv1d_varlen"}, conv1d_varlen_backward{"conv
 
 BINDINGS(m) {
     m.attr("TAPS") = TAPS;
-    m.def("conv1d_varlen", [](const ValuesTuple& x, Address weight, Address bias, Address reach, const ValuesTuple& y, i64 T, i64 C, i64 taps) {
+    m.def("conv1d_varlen", [](const ValuesTuple& x, Address weight, Address bias, Address reach, const ValuesTuple& y,
+                              i64 T, i64 C, i64 taps) {
         launch_openmp(conv1d_varlen,
-                 Conv1dVarlen{values(x), values(y), {}, ptr<float>(weight), ptr<float>(bias), ptr<i64>(reach), nullptr, nullptr,
-                            T, C, taps}, T * C);
+                      Conv1dVarlen{values(x),
+                                   values(y),
+                                   {},
+                                   ptr<float>(weight),
+                                   ptr<float>(bias),
+                                   ptr<i64>(reach),
+                                   nullptr,
+                                   nullptr,
+                                   T,
+                                   C,
+                                   taps},
+                      T * C);
     });
-    m.def("conv1d_varlen_backward", [](const ValuesTuple& x, Address weight, Address bias, Address reach, const ValuesTuple& dy,
-                                 const ValuesTuple& dx, Address dweight, Address dbias, i64 T, i64 C, i64 taps) {
-        launch_openmp(conv1d_varlen_backward,
-                 Conv1dVarlen{values(x), values(dy), values(dx), ptr<float>(weight), ptr<float>(bias), ptr<i64>(reach),
-                            ptr<float>(dweight), ptr<float>(dbias), T, C, taps}, T * C);
-    });
+    m.def("conv1d_varlen_backward",
+          [](const ValuesTuple& x, Address weight, Address bias, Address reach, const ValuesTuple& dy,
+             const ValuesTuple& dx, Address dweight, Address dbias, i64 T, i64 C, i64 taps) {
+              launch_openmp(conv1d_varlen_backward,
+                            Conv1dVarlen{values(x), values(dy), values(dx), ptr<float>(weight), ptr<float>(bias),
+                                         ptr<i64>(reach), ptr<float>(dweight), ptr<float>(dbias), T, C, taps},
+                            T * C);
+          });
 }
 
 }  // namespace tiercel

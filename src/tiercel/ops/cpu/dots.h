@@ -2,7 +2,7 @@
 //
 //     acc[m] = Σ_{FIRST ≤ g < LAST} Σ_{j<4} q[g][lane, j] · a[m][4g + j]
 //
-// Integers, so exact in any order; every machine gets there in its own way.
+// Integer sums are exact in any order; each instruction set has its own way.
 #pragma once
 
 #include "vec.h"

@@ -153,7 +153,7 @@ struct Q2_K {
     }
 };
 
-// ── our own two ──
+// ── INT8 and NF4 ──
 
 // one float32 scale for a row, before its first block: `scales` gets the panel's beginning (see ROW_SCALE)
 struct Int8 {

@@ -1,12 +1,12 @@
 // Matrix products: y = x Wᵀ, W in panels of sixteen rows.
 //
-//   packed   the input is rounded to eight bits, one scale for 32 values:  y = Σ_blocks  a · (s · Σ q x + …)
+//   packed   the input is quantized to int8, one scale for 32 values:  y = Σ_blocks  a · (s · Σ q x + …)
 //   exact    the same weights as float32 numbers, inputs as they are
 //   bf16     inputs rounded to bfloat16, products and sums in float32; W in sixteen bits or in bf12 (bf12.h)
 //   f32
 //
 // One row, few rows and many go through the same operations on every output, in the same order over K: a token's
-// result does not depend on who shares the batch.  Few rows read the blocks as they lie; more unpack a panel into the
+// result does not depend on the rest of the batch.  Few rows read the blocks in place; more unpack a panel into the
 // cache first, K_BLOCK inputs at a time.
 #include "matmul.h"
 
@@ -20,23 +20,22 @@ static KernelHandle linear{"linear"}, linear_f32{"linear_f32"}, linear_bf16{"lin
 static KernelHandle quantize_inputs{"quantize_inputs"};
 
 BINDINGS(m) {
-    m.attr("formats") = std::vector<std::string>{"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
-                                                 "Q6_K", "INT8", "NF4", "BF16", "BF16_12", "F32"};
-    m.def("linear", [](Address weight, i64 weight_bytes, Address x, Address quantized, Address bias, Address y, i64 inputs, i64 outputs, i64 tokens,
-                       float scale, int format, bool exact) {
+    m.attr("formats") = std::vector<std::string>{"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K",    "Q3_K", "Q4_K",
+                                                 "Q5_K", "Q6_K", "INT8", "NF4",  "BF16", "BF16_12", "F32"};
+    m.def("linear", [](Address weight, i64 weight_bytes, Address x, Address quantized, Address bias, Address y,
+                       i64 inputs, i64 outputs, i64 tokens, float scale, int format, bool exact) {
         const bool bf16 = format == FORMAT_BF16 || format == FORMAT_BF16_12;
-        const KernelHandle& kernel = exact || format == FORMAT_F32 ? linear_f32
-                         : bf16                        ? linear_bf16
-                                                       : linear;
+        const KernelHandle& kernel = exact || format == FORMAT_F32 ? linear_f32 : bf16 ? linear_bf16 : linear;
         std::vector<Range> reads{{ptr<void>(x), tokens * inputs * f32}};
         if (quantized) reads.push_back({ptr<void>(quantized), 1});
-        launch(kernel, Linear{ptr<uint8_t>(weight), ptr<float>(x), ptr<uint8_t>(quantized), ptr<float>(bias), ptr<float>(y), inputs,
-                     outputs, tokens, scale, format},
-           weight_bytes * tokens < SMALL, reads, {{ptr<void>(y), tokens * outputs * f32}});
+        launch(kernel,
+               Linear{ptr<uint8_t>(weight), ptr<float>(x), ptr<uint8_t>(quantized), ptr<float>(bias), ptr<float>(y),
+                      inputs, outputs, tokens, scale, format},
+               weight_bytes * tokens < SMALL, reads, {{ptr<void>(y), tokens * outputs * f32}});
     });
     m.def("quantize_inputs", [](Address x, Address out, i64 tokens, i64 inputs, int sub, int zero) {
         launch(quantize_inputs, QuantizeInputs{ptr<float>(x), ptr<uint8_t>(out), tokens, inputs, sub, zero},
-           tokens * inputs < SMALL / 4, {{ptr<void>(x), tokens * inputs * f32}}, {{ptr<void>(out), 1}});
+               tokens * inputs < SMALL / 4, {{ptr<void>(x), tokens * inputs * f32}}, {{ptr<void>(out), 1}});
     });
 }
 
@@ -115,7 +114,7 @@ template <class Q, int M> INLINE void block(const I* q, const F* s, const F* o, 
     }
 }
 
-// ── few rows: blocks are taken as they lie ──
+// ── few rows: blocks in place ──
 
 // M tokens (a tile) with one panel
 template <class Q, int M> INLINE void direct(const uint8_t* panel, i64 all32, const uint8_t* in, bool fresh, F* acc) {
@@ -141,7 +140,7 @@ template <class Q> void few_rows(const Linear& a, Worker& worker) {
     const i64 all32 = (a.inputs + 31) / 32, bytes = panel_bytes<Q>(a.inputs);
     const uint8_t* in = a.quantized;
     for_each_panel(a, worker, panels_per_tile(a, worker), [&](i64 begin, i64 end, i64 p) {
-        if (in == nullptr) {  // one row, which every thread rounds for itself: sooner done than waited for
+        if (in == nullptr) {  // one row: every thread quantizes it for itself, which is faster than waiting
             uint8_t* mine = (uint8_t*)worker.scratch(all32 * token_bytes(Q::SUB));
             quantize_input_tile(a.x, 0, a.inputs, 1, Q::SUB, Q::ZERO, mine);
             in = mine;
@@ -194,7 +193,7 @@ __attribute__((noinline)) void tile(const Unpacked* w, const uint8_t* in, i64 co
 template <class Q> void many_rows(const Linear& a, Worker& worker) {
     const i64 blocks = (a.inputs + Q::BLOCK - 1) / Q::BLOCK, bytes = panel_bytes<Q>(a.inputs);
     const i64 k_blocks = K_BLOCK / Q::BLOCK, all32 = (a.inputs + 31) / 32;
-    // not so many tokens: several panels in a row, so that what is fetched ahead is this thread's own
+    // few tokens: several panels in a row, so that prefetched data belongs to this thread
     const i64 each = a.tokens > 32 ? 1 : panels_per_tile(a, worker);
     Unpacked* w = nullptr;
     for_each_panel(a, worker, each, [&](i64 begin, i64 end, i64 p) {

@@ -19,13 +19,13 @@ static KernelHandle inputs_to_bf16{"inputs_to_bf16"}, get_rows{"get_rows"};
 BINDINGS(m) {
     m.def("inputs_to_bf16", [](Address x, Address out, i64 tokens, i64 inputs) {
         launch(inputs_to_bf16, QuantizeInputs{ptr<float>(x), ptr<uint8_t>(out), tokens, inputs, 0, 0},
-           tokens * inputs < SMALL / 4, {{ptr<void>(x), tokens * inputs * f32}}, {{ptr<void>(out), 1}});
+               tokens * inputs < SMALL / 4, {{ptr<void>(x), tokens * inputs * f32}}, {{ptr<void>(out), 1}});
     });
     m.def("get_rows", [](Address weight, Address which, Address y, i64 inputs, i64 count, float scale, int format) {
         std::vector<Range> reads;
         if (which) reads.push_back({ptr<void>(which), count * sizeof(i64)});
         launch(get_rows, GetRows{ptr<uint8_t>(weight), ptr<i64>(which), ptr<float>(y), inputs, count, scale, format},
-           count * inputs < SMALL, reads, {{ptr<void>(y), count * inputs * f32}});
+               count * inputs < SMALL, reads, {{ptr<void>(y), count * inputs * f32}});
     });
 }
 

@@ -19,12 +19,15 @@ BINDINGS(m) {
     m.def("lora_a", [](const ValuesTuple& x, Address w, Address y, i64 T, i64 K, i64 R, const DropoutTuple& d) {
         launch_openmp(lora_a, LoraA{values(x), ptr<float>(w), ptr<float>(y), T, K, R, dropout(d)}, T * K);
     });
-    m.def("lora_b", [](Address x, Address w, const ValuesTuple& base, const ValuesTuple& y, i64 T, i64 R, i64 N, const DropoutTuple& d) {
+    m.def("lora_b", [](Address x, Address w, const ValuesTuple& base, const ValuesTuple& y, i64 T, i64 R, i64 N,
+                       const DropoutTuple& d) {
         launch_openmp(lora_b, LoraB{ptr<float>(x), ptr<float>(w), values(base), values(y), T, R, N, dropout(d)}, T * N);
     });
-    m.def("lora_grad", [](Address a, const ValuesTuple& x, Address y, i64 T, i64 R, i64 K, int by_input, const DropoutTuple& d) {
-        launch_openmp(lora_grad, LoraGrad{ptr<float>(a), values(x), ptr<float>(y), T, R, K, by_input, dropout(d)}, T * K);
-    });
+    m.def("lora_grad",
+          [](Address a, const ValuesTuple& x, Address y, i64 T, i64 R, i64 K, int by_input, const DropoutTuple& d) {
+              launch_openmp(lora_grad, LoraGrad{ptr<float>(a), values(x), ptr<float>(y), T, R, K, by_input, dropout(d)},
+                            T * K);
+          });
 }
 
 }  // namespace tiercel

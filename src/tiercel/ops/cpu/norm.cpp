@@ -26,12 +26,14 @@ static KernelHandle rms_norm{"rms_norm"}, gated_norm{"gated_norm"};
 BINDINGS(m) {
     m.def("rms_norm", [](Address x, Address weight, Address y, i64 T, i64 D, float eps) {
         launch(rms_norm, RmsNorm{ptr<float>(x), ptr<float>(weight), ptr<float>(y), T, D, eps}, T * D < SMALL,
-           {{ptr<void>(x), T * D * f32}}, {{ptr<void>(y), T * D * f32}});
+               {{ptr<void>(x), T * D * f32}}, {{ptr<void>(y), T * D * f32}});
     });
-    m.def("gated_norm", [](Address x, Address z, Address weight, Address y, i64 T, i64 D, i64 stride, i64 groups, float eps, bool gate_first) {
+    m.def("gated_norm", [](Address x, Address z, Address weight, Address y, i64 T, i64 D, i64 stride, i64 groups,
+                           float eps, bool gate_first) {
         launch(gated_norm,
-           GatedNorm{ptr<float>(x), ptr<float>(z), ptr<float>(weight), ptr<float>(y), T, D, stride, groups, eps, gate_first},
-           T * D < SMALL, {values(x, T, D), values(z, T, D, stride)}, {values(y, T, D)});
+               GatedNorm{ptr<float>(x), ptr<float>(z), ptr<float>(weight), ptr<float>(y), T, D, stride, groups, eps,
+                         gate_first},
+               T * D < SMALL, {values(x, T, D), values(z, T, D, stride)}, {values(y, T, D)});
     });
 }
 

@@ -16,12 +16,16 @@ namespace tiercel {
 static KernelHandle rms_norm_train{"rms_norm_train"}, rms_norm_train_backward{"rms_norm_train_backward"};
 
 BINDINGS(m) {
-    m.def("rms_norm_train", [](const ValuesTuple& x, Address weight, const ValuesTuple& y, Address r, i64 T, i64 D, float eps) {
-        launch_openmp(rms_norm_train, RmsNormTrain{values(x), values(y), {}, ptr<float>(weight), ptr<float>(r), T, D, eps}, T * D);
+    m.def("rms_norm_train", [](const ValuesTuple& x, Address weight, const ValuesTuple& y, Address r, i64 T, i64 D,
+                               float eps) {
+        launch_openmp(rms_norm_train,
+                      RmsNormTrain{values(x), values(y), {}, ptr<float>(weight), ptr<float>(r), T, D, eps}, T * D);
     });
-    m.def("rms_norm_train_backward", [](const ValuesTuple& x, Address weight, Address r, const ValuesTuple& dy, const ValuesTuple& dx, i64 T, i64 D) {
-        launch_openmp(rms_norm_train_backward, RmsNormTrain{values(x), values(dy), values(dx), ptr<float>(weight), ptr<float>(r), T, D, 0.0f},
-                 T * D);
+    m.def("rms_norm_train_backward", [](const ValuesTuple& x, Address weight, Address r, const ValuesTuple& dy,
+                                        const ValuesTuple& dx, i64 T, i64 D) {
+        launch_openmp(rms_norm_train_backward,
+                      RmsNormTrain{values(x), values(dy), values(dx), ptr<float>(weight), ptr<float>(r), T, D, 0.0f},
+                      T * D);
     });
 }
 

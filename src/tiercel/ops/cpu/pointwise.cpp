@@ -21,11 +21,11 @@ static KernelHandle add{"add"}, gate{"gate"};
 BINDINGS(m) {
     m.def("add", [](Address a, Address b, Address y, i64 n) {
         launch(add, Add{ptr<float>(a), ptr<float>(b), ptr<float>(y), n}, n < SMALL,
-           {{ptr<void>(a), n * f32}, {ptr<void>(b), n * f32}}, {{ptr<void>(y), n * f32}});
+               {{ptr<void>(a), n * f32}, {ptr<void>(b), n * f32}}, {{ptr<void>(y), n * f32}});
     });
     m.def("gate", [](Address g, Address up, Address y, i64 n, int activation) {
         launch(gate, Gate{ptr<float>(g), ptr<float>(up), ptr<float>(y), n, activation}, n < SMALL,
-           {{ptr<void>(g), n * f32}, {ptr<void>(up), n * f32}}, {{ptr<void>(y), n * f32}});
+               {{ptr<void>(g), n * f32}, {ptr<void>(up), n * f32}}, {{ptr<void>(y), n * f32}});
     });
 }
 

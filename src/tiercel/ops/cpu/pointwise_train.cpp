@@ -21,9 +21,10 @@ BINDINGS(m) {
     m.def("silu_gate", [](const ValuesTuple& g, const ValuesTuple& u, const ValuesTuple& y, i64 T, i64 D) {
         launch_openmp(silu_gate, SiluGate{values(g), values(u), values(y), {}, {}, T, D}, T * D);
     });
-    m.def("silu_gate_backward", [](const ValuesTuple& g, const ValuesTuple& u, const ValuesTuple& dy, const ValuesTuple& dg,
-                               const ValuesTuple& du, i64 T, i64 D) {
-        launch_openmp(silu_gate_backward, SiluGate{values(g), values(u), values(dy), values(dg), values(du), T, D}, T * D);
+    m.def("silu_gate_backward", [](const ValuesTuple& g, const ValuesTuple& u, const ValuesTuple& dy,
+                                   const ValuesTuple& dg, const ValuesTuple& du, i64 T, i64 D) {
+        launch_openmp(silu_gate_backward, SiluGate{values(g), values(u), values(dy), values(dg), values(du), T, D},
+                      T * D);
     });
 }
 

@@ -21,10 +21,11 @@ static KernelHandle quantize{"quantize"};
 
 BINDINGS(m) {
     m.def("quantize", [](int type, Address x, Address importance, Address out, i64 rows, i64 width, i64 row_bytes) {
-        const auto noted = importance ? std::vector<Range>{{ptr<void>(x), rows * width * f32}, {ptr<void>(importance), width * f32}}
-                                      : std::vector<Range>{{ptr<void>(x), rows * width * f32}};
+        const auto noted =
+            importance ? std::vector<Range>{{ptr<void>(x), rows * width * f32}, {ptr<void>(importance), width * f32}}
+                       : std::vector<Range>{{ptr<void>(x), rows * width * f32}};
         launch(quantize, Quantize{ptr<float>(x), ptr<float>(importance), ptr<uint8_t>(out), rows, width, type},
-           rows * width < SMALL, noted, {{ptr<void>(out), (size_t)(rows * row_bytes)}});
+               rows * width < SMALL, noted, {{ptr<void>(out), (size_t)(rows * row_bytes)}});
     });
 }
 
@@ -164,6 +165,42 @@ template <class T> INLINE void affine(const F* x, const F* w, float top, F& s, F
 
 template <int S> struct AffineBlock { F d, dmin, scales[S], mins[S]; };
 
+// the scale one lower, as it is, or one higher, each with the min that suits it: what fits the levels best
+template <int S> INLINE void fit_integers(AffineBlock<S>& now, const Sums* t, const F* W, const F* X, float max_scale) {
+    const F two = set(2.0f);
+    for (int j = 0; j < S; j++) {
+        const F ratio = inverse(W[j]) * inverse(now.dmin), was = now.scales[j];
+        F lowest = zero();
+        for (int change = -1; change <= 1; change++) {
+            const F trial = min(max(was + set((float)change), zero()), set(max_scale)), sc = now.d * trial;
+            const F mins = nearest((sc * t[j].Q - X[j]) * ratio, 0, max_scale), mn = now.dmin * mins;
+            const F e = sc * sc * t[j].QQ - two * (sc * mn) * t[j].Q + mn * mn * W[j] - two * (sc * t[j].QX) +
+                        two * (mn * X[j]);
+            const I better = change == -1 ? seti(-1) : greater(lowest, e);
+            now.scales[j] = select(better, trial, now.scales[j]);
+            now.mins[j] = select(better, mins, now.mins[j]);
+            lowest = select(better, e, lowest);
+        }
+    }
+}
+
+// d and dmin by least squares over all sub-blocks; d alone where the two are not independent
+template <int S> INLINE void fit_halves(AffineBlock<S>& now, const Sums* t, const F* W, const F* X) {
+    F A, B, C, P, R;
+    for (int j = 0; j < S; j++) {
+        const F sc = now.scales[j], mn = now.mins[j];
+        const F a = sc * sc * t[j].QQ, b = sc * mn * t[j].Q, c = mn * mn * W[j], p = sc * t[j].QX, r = mn * X[j];
+        A = j ? A + a : a, B = j ? B + b : b, C = j ? C + c : c, P = j ? P + p : p, R = j ? R + r : r;
+    }
+    const F determinant = A * C - B * B, divisor = select(greater(determinant, zero()), determinant, set(1.0f));
+    const F both_d = (P * C - R * B) / divisor, both_dmin = (P * B - R * A) / divisor;
+    const I both = greater(determinant, set(1e-6f) * (A * C)) & greater(both_d, zero()) & greater(both_dmin, zero());
+    const F d_only = (P + now.dmin * B) * inverse(A);
+    const F d = select(both, both_d, select(greater(d_only, zero()), d_only, now.d));
+    now.dmin = half(select(both, both_dmin, now.dmin));
+    now.d = half(d);
+}
+
 template <class T> AffineBlock<T::S> affine_block(const T& tile, float top, float max_scale) {
     constexpr int S = T::S, V = T::V;
     F s[S], m[S], W[S], X[S];
@@ -219,35 +256,8 @@ template <class T> AffineBlock<T::S> affine_block(const T& tile, float top, floa
         }
         if (round == ROUNDS) return best;
 
-        // integers
-        const F two = set(2.0f);
-        for (int j = 0; j < S; j++) {
-            const F ratio = inverse(W[j]) * inverse(now.dmin), was = now.scales[j];
-            F lowest = zero();
-            for (int change = -1; change <= 1; change++) {
-                const F trial = min(max(was + set((float)change), zero()), set(max_scale)), sc = now.d * trial;
-                const F mins = nearest((sc * t[j].Q - X[j]) * ratio, 0, max_scale), mn = now.dmin * mins;
-                const F e = sc * sc * t[j].QQ - two * (sc * mn) * t[j].Q + mn * mn * W[j] - two * (sc * t[j].QX) + two * (mn * X[j]);
-                const I better = change == -1 ? seti(-1) : greater(lowest, e);
-                now.scales[j] = select(better, trial, now.scales[j]);
-                now.mins[j] = select(better, mins, now.mins[j]);
-                lowest = select(better, e, lowest);
-            }
-        }
-        // float16s
-        F A, B, C, P, R;
-        for (int j = 0; j < S; j++) {
-            const F sc = now.scales[j], mn = now.mins[j];
-            const F a = sc * sc * t[j].QQ, b = sc * mn * t[j].Q, c = mn * mn * W[j], p = sc * t[j].QX, r = mn * X[j];
-            A = j ? A + a : a, B = j ? B + b : b, C = j ? C + c : c, P = j ? P + p : p, R = j ? R + r : r;
-        }
-        const F determinant = A * C - B * B, divisor = select(greater(determinant, zero()), determinant, set(1.0f));
-        const F both_d = (P * C - R * B) / divisor, both_dmin = (P * B - R * A) / divisor;
-        const I both = greater(determinant, set(1e-6f) * (A * C)) & greater(both_d, zero()) & greater(both_dmin, zero());
-        const F d_only = (P + now.dmin * B) * inverse(A);
-        const F d = select(both, both_d, select(greater(d_only, zero()), d_only, now.d));
-        now.dmin = half(select(both, both_dmin, now.dmin));
-        now.d = half(d);
+        fit_integers(now, t, W, X, max_scale);
+        fit_halves(now, t, W, X);
     }
 }
 

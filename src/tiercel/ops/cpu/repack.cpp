@@ -1,4 +1,4 @@
-// A file's blocks ⇄ panels.  The same bits in another order, so the way back gives the very same bytes.
+// A file's blocks ⇄ panels: the same bits in another order, so unpacking restores the file's bytes.
 //
 // Inside a file's block quants lie in runs: `run` bytes hold the lowest fields of run values, then the next higher ones.
 #include "kernels.h"
@@ -23,16 +23,18 @@ static KernelHandle repack{"repack"}, unpack_rows{"unpack_rows"}, compress_bf12{
 
 BINDINGS(m) {
     m.def("repack", [](Address blocks, Address panels, i64 inputs, i64 outputs, i64 first, i64 count, int format) {
-        launch(repack, Repack{ptr<uint8_t>(blocks), ptr<uint8_t>(panels), inputs, outputs, first, count, format},
-           false, {}, {});
+        launch(repack, Repack{ptr<uint8_t>(blocks), ptr<uint8_t>(panels), inputs, outputs, first, count, format}, false,
+               {}, {});
     });
     m.def("unpack_rows", [](Address blocks, Address panels, i64 inputs, i64 outputs, i64 first, i64 count, int format) {
         launch(unpack_rows, Repack{ptr<uint8_t>(blocks), ptr<uint8_t>(panels), inputs, outputs, first, count, format},
-           false, {}, {});
+               false, {}, {});
     });
     m.def("compress_bf12", [](Address panels, Address out, Address sizes, Address highest, i64 inputs, i64 outputs) {
         launch(compress_bf12,
-           CompressBF12{ptr<uint8_t>(panels), ptr<uint8_t>(out), ptr<i64>(sizes), ptr<uint8_t>(highest), inputs, outputs}, false, {}, {});
+               CompressBF12{ptr<uint8_t>(panels), ptr<uint8_t>(out), ptr<i64>(sizes), ptr<uint8_t>(highest), inputs,
+                            outputs},
+               false, {}, {});
     });
 }
 

@@ -29,7 +29,7 @@ namespace tiercel {
 
 namespace {
 
-constexpr int SPIN = 4000;       // turns before a thread that waits lets others have the core: some 40 µs
+constexpr int SPIN = 4000;       // turns before a waiting thread yields its core: about 40 µs
 constexpr int SPIN_IDLE = 20000;  // between two runs, before a thread goes to sleep
 
 void pause_or_yield(int& turns) {
@@ -84,7 +84,7 @@ public:
             wake_.notify_all();
         }
         work(0);
-        if (size > 1) {  // who has not come by now need not come
+        if (size > 1) {  // threads that have not arrived by now are not needed
             open_.store(false, std::memory_order_seq_cst);
             int turns = 0;
             while (inside_.load(std::memory_order_seq_cst) != 0) pause_or_yield(turns);
@@ -93,7 +93,7 @@ public:
 
 private:
     void work(int id) {
-        size_t complete = 0;  // so many ops are known to be
+        size_t complete = 0;  // ops known to be complete
         const std::vector<Op>& ops = *ops_;
         for (size_t i = 0; i < ops.size(); i++) {
             if (ops[i].wait)

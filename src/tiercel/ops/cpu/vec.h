@@ -3,7 +3,7 @@
 //
 // This file is compiled once per instruction set; everything in it lives in the namespace ISA, so that no inline
 // function of one build can stand in for another's.  No standard library template is used here for the same reason.
-// Sums are written in one order and nothing is contracted behind our back (-ffp-contract=off): a lane's result does
+// Sums are written in one order and nothing is contracted (-ffp-contract=off): a lane's result does
 // not depend on which tile or thread computed it.
 #pragma once
 
@@ -279,7 +279,7 @@ INLINE void store(bf16* a, F x) {
 #endif
 }
 
-// as it would come back from memory
+// rounded to the type of memory, as float32
 INLINE F rounded(F x, const float*) { return x; }
 INLINE F rounded(F x, const bf16*) {
 #if defined(TIERCEL_AVX512)
