@@ -1,6 +1,5 @@
-"""The mathematics that is worth a kernel.
+"""Operations shared by mixers and feed-forwards.
 
-Each file holds one idea: the formula and the shapes in a docstring, a slow `…_reference` that is
-written to be believed, and the public function the network calls.  Here the public functions are
-plain torch; native kernels will sit beside them under the same names.
+Each file has the formula and the shapes in a docstring, a slow `…_reference`, and the public function the network
+calls.  Public functions dispatch: native kernels on the CPU (`ops.cpu`), Triton on a GPU (`ops.triton`), else torch.
 """

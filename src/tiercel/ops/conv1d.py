@@ -1,4 +1,4 @@
-"""Causal depthwise convolution: each channel looks at its own last K inputs.
+"""Causal depthwise convolution: each output channel depends on the last K inputs of that channel.
 
     y_t = b + Σ_{k<K} w_k · x_{t−K+1+k}          (w_{K−1} meets the current token)
 

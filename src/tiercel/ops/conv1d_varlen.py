@@ -1,10 +1,10 @@
-"""silu of the causal depthwise convolution inside documents of rows, with its way back.
+"""silu of the causal depthwise convolution inside documents of rows, forward and backward.
 
     y_t = silu(b + Σ_k w_k x_{t−k} over the k < K that stay in t's document)          w_k: the tap k tokens back
 
-On the CPU all tokens are summed as if a row were one document, and the few whose past is cut short are made again; on a
-GPU, where their number would have to be waited for, each lag is multiplied with 0 or 1.  The way back makes the sums
-again: keeping them would cost as much memory as x.
+On the CPU all tokens are summed as if a row were one document, and the few near a document's start are recomputed; on
+a GPU, where their number would need a synchronization, each lag is multiplied with 0 or 1.  Backward recomputes the
+sums: keeping them would cost as much memory as x.
 
 Letters: B rows of L tokens, T = B · L, C channels, K taps, E tokens near a document's start.
 """
@@ -23,7 +23,7 @@ from tiercel.ops.cpu import training
 
 
 class PastRows:
-    """How far back each token's document reaches."""
+    """Distance of each token from the start of its document."""
 
     def __init__(self, position_BL: Tensor, taps: int) -> None:
         self.position_BL, self.taps = position_BL, taps
@@ -60,12 +60,12 @@ class PastRows:
 def conv1d_silu_varlen(x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: PastRows) -> Tensor:
     """(B, L, C) → the same, contiguous; all of one dtype, float32 or float64.
 
-    x may be bfloat16 where there are kernels (`takes`), which answer in the dtype of autocast.
+    x may be bfloat16 where there are kernels (`takes`), which return the dtype of autocast.
     """
     if takes(x_BLC, weight_CK):
-        made: Tensor = NativeConv1dSilu.apply(x_BLC, weight_CK, bias_C, pasts)
-        return made
-    y: Tensor = PackedConv1dSilu.apply(x_BLC, weight_CK, bias_C, pasts)
+        native: Tensor = NativeConv1dSilu.apply(x_BLC, weight_CK, bias_C, pasts)
+        return native
+    y: Tensor = TorchConv1dSilu.apply(x_BLC, weight_CK, bias_C, pasts)
     return y
 
 
@@ -92,7 +92,7 @@ class NativeConv1dSilu(torch.autograd.Function):
         return dx_TC.view(x_BLC.shape), dweight_KC.flip(0).t(), dbias_C, None
 
 
-class PackedConv1dSilu(torch.autograd.Function):
+class TorchConv1dSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: PastRows) -> Tensor:
         weight_KC = weight_CK.t().flip(0).contiguous()
@@ -117,7 +117,7 @@ class PackedConv1dSilu(torch.autograd.Function):
         if pasts.few:
             (first_E, has_KE1), (last_F, ahead_KF1) = pasts.edges
             x_TC, dh_TC = x_BLC.flatten(0, 1), dh_BLC.flatten(0, 1)
-            dx_BLC.flatten(0, 1)[last_F] = _made_again(dh_TC, last_F, 1, ahead_KF1, weight_KC, None)
+            dx_BLC.flatten(0, 1)[last_F] = _recompute(dh_TC, last_F, 1, ahead_KF1, weight_KC, None)
             dh_EC, column_E1 = dh_TC[first_E], (first_E % L).unsqueeze(1)
             for lag in range(1, min(len(weight_KC), L)):
                 other_E1 = ~has_KE1[lag] & (column_E1 >= lag)
@@ -133,14 +133,14 @@ def _convolution(x_BLC: Tensor, weight_KC: Tensor, bias_C: Tensor | None, pasts:
         h_BLC[:, lag:].addcmul_(past if pasts.few else past * pasts.has[lag][:, lag:], weight_KC[lag])
     if pasts.few:
         (first_E, has_KE1), _ = pasts.edges
-        h_BLC.flatten(0, 1)[first_E] = _made_again(x_BLC.flatten(0, 1), first_E, -1, has_KE1, weight_KC, bias_C)
+        h_BLC.flatten(0, 1)[first_E] = _recompute(x_BLC.flatten(0, 1), first_E, -1, has_KE1, weight_KC, bias_C)
     return h_BLC
 
 
-def _made_again(
+def _recompute(
     x_TC: Tensor, token_E: Tensor, way: int, has_KE1: Tensor, weight_KC: Tensor, bias_C: Tensor | None
 ) -> Tensor:
-    """Σ_k w_k x_{t + way · k} over the k that count, for some tokens."""
+    """Σ_k w_k x_{t + way · k} over the k inside the document, for some tokens."""
     h_EC = x_TC[token_E] * weight_KC[0] if bias_C is None else torch.addcmul(bias_C, x_TC[token_E], weight_KC[0])
     for lag in range(1, len(weight_KC)):
         other_EC = x_TC[(token_E + way * lag).clamp(0, len(x_TC) - 1)]

@@ -1,4 +1,4 @@
-"""Mixture of experts: every token goes to its `active` best experts and their answers are summed.
+"""Mixture of experts: every token goes to its `active` best experts, whose outputs are summed.
 
     p = softmax(router · x);  chosen = top-k(p);  y = Σ_{e∈chosen} w_e · down_e(act(gate_e x) ∘ up_e x)
 
@@ -40,8 +40,8 @@ def moe(
         rows, slots = torch.nonzero(chosen_LK == expert, as_tuple=True)
         x = x_LD[rows]
         h = gate(linear(x, gate_EFD[expert]), linear(x, up_EFD[expert]), activation)
-        answer = linear(h, down_EDF[expert]).float() * weights_LK[rows, slots].unsqueeze(1)
-        y_LD = y_LD.index_add(0, rows, answer)
+        out = linear(h, down_EDF[expert]).float() * weights_LK[rows, slots].unsqueeze(1)
+        y_LD = y_LD.index_add(0, rows, out)
     return y_LD
 
 

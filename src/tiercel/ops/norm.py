@@ -62,7 +62,7 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 class Normed(torch.autograd.Function):
-    """`rms_norm` with its way back, for which x and one number a row are kept; autograd would keep four of x's size."""
+    """`rms_norm` and its gradient: keeps x and one number a row, where autograd would keep four tensors of x's size."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Value by value: the residual sum, and the gate of a gated MLP.
+"""Elementwise operations: the residual sum, and the gate of a gated MLP.
 
 add    y = a + b
 gate   y = act(g) · u            act: silu, gelu (exact or by tanh), relu, sigmoid
@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
-    """Tensors of one shape."""
+    """a + b, tensors of one shape."""
     if native.takes(a, b) and a.shape == b.shape:
         return native.add(a, b)
     if torch.is_grad_enabled() and a.dtype != b.dtype and a.shape == b.shape and a.dim() > 1 and training.takes(a, b):
@@ -38,7 +38,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gate(g: Tensor, u: Tensor, activation: str) -> Tensor:
-    """Tensors of one shape; `activation` is a name of ACTIVATIONS."""
+    """act(g) · u, tensors of one shape; `activation` is a key of ACTIVATIONS."""
     if native.takes(g, u):
         return native.gate(g, u, activation)
     if triton.takes(g, u):
@@ -56,7 +56,7 @@ def gate_reference(g: Tensor, u: Tensor, activation: str) -> Tensor:
 
 
 class Add(torch.autograd.Function):
-    """a + b of two dtypes, in the wider one: torch converts a value at a time."""
+    """a + b of two dtypes, in the wider one, faster than torch, which converts one value at a time."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Add(torch.autograd.Function):
 
 
 class Gate(torch.autograd.Function):
-    """`gate` with its way back, which makes act(g) again; the gate of silu in kernels, in the dtype of autocast."""
+    """`gate` and its gradient, which recomputes act(g); silu runs in kernels, in the dtype of autocast."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, u: Tensor, activation: str) -> Tensor:

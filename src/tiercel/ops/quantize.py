@@ -2,8 +2,8 @@
 
     packed row = argmin Σ w (value(row) − x)²      over the scales, minima and levels of the type's blocks
 
-`quant.quantize` is the reference and serves every type; the searched super-blocks have a kernel that gives the same
-bytes some ten times faster.
+`quant.quantize` is the reference for every type; the searched super-blocks have a kernel that gives the same bytes
+about ten times faster.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CHUNK_VALUES = 1 << 22  # as float32 at a time
 
 
 def quantize(type: str, x: Tensor, importance: Tensor | None = None) -> Tensor:
-    """(rows, n) floats → (rows, bytes) uint8; see `quant.quantize`, whose answer this is."""
+    """(rows, n) floats → (rows, bytes) uint8; the bytes of `quant.quantize`."""
     if not native.available or type not in native.SUPER_BLOCKS:
         return quant.quantize(type, x, importance)
     out = torch.empty(x.shape[0], quant.row_bytes(type, x.shape[1]), dtype=torch.uint8)

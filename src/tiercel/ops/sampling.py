@@ -1,7 +1,7 @@
-"""Logits → tokens of many rows where the logits are: what is left to chance in `sampling.Sampler`, without the host.
+"""Sample tokens of many rows on the device of the logits: `sampling.Sampler` without the host.
 
 The same cuts in the same order (temperature → min_p → top_k → top_p), and the same draw: the first token whose
-cumulative probability passes u.  Nothing here asks the host, so a recorded step may contain it.
+cumulative probability passes u.  Nothing here synchronizes with the host, so a captured step may contain it.
 
 Letters: B rows, V vocabulary.
 """
