@@ -331,7 +331,7 @@ def test_a_conversation_is_saved_for_its_adapter_alone(base, tmp_path):
         model.session().load(tmp_path / "talk")
 
 
-def test_adapters_are_named_and_replaced_only_when_nobody_wears_them(base):
+def test_adapters_are_named_and_replaced_only_when_not_in_use(base):
     model = tiercel.load(base / "model")
     with pytest.raises(RequestError, match="no adapter 'poet': none are loaded"):
         model.generate("hi", adapter="poet")
@@ -340,7 +340,7 @@ def test_adapters_are_named_and_replaced_only_when_nobody_wears_them(base):
     with pytest.raises(RequestError, match="another adapter"):
         model.load_adapter("poet", base / "judge")
     model.engine.add(IDS, tiny.GREEDY, adapter="poet")
-    with pytest.raises(RequestError, match="under way"):
+    with pytest.raises(RequestError, match="in use by a running request"):
         model.unload_adapter("poet")
     while not model.engine.idle:
         model.engine.step()

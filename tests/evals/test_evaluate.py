@@ -154,13 +154,13 @@ def test_a_vote_is_counted_from_the_traces_that_the_report_keeps(model):
 
 def test_a_vote_reads_each_prompt_once(model, monkeypatch):
     read = []
-    forward = model.network.forward
+    forward = model.engine.runner.forward
 
-    def counted(ids, *rest, **more):
-        read.extend([ids] if not isinstance(ids, list) else ids)
-        return forward(ids, *rest, **more)
+    def counted(tokens, *rest, **more):
+        read.extend(tokens)
+        return forward(tokens, *rest, **more)
 
-    monkeypatch.setattr(model.network, "forward", counted)
+    monkeypatch.setattr(model.engine.runner, "forward", counted)
     result = evaluate(model, Parity(), voted())
     said = sum(s["tokens"] for r in result.items for s in r["samples"])
     assert result.prompt_tokens <= sum(map(len, read)) <= result.prompt_tokens + said
