@@ -21,6 +21,7 @@ from tiercel.evals.endpoint import Endpoint
 from tiercel.evals.report import markdown, page, save
 from tiercel.evals.statistics import bootstrap, wilson
 from tiercel.evals.task import Item, Task, Verdict
+from tiercel.model.cpu_runner import CPURunner
 from tiercel.voting import VoteSettings
 
 QUIZ = [{"question": f"What is {n} plus {n}?", "answer": str(2 * n)} for n in range(8)]
@@ -154,13 +155,13 @@ def test_a_vote_is_counted_from_the_traces_that_the_report_keeps(model):
 
 def test_a_vote_reads_each_prompt_once(model, monkeypatch):
     read = []
-    forward = model.engine.runner.forward
+    forward = CPURunner.forward
 
-    def counted(tokens, *rest, **more):
+    def counted(self, tokens, *rest, **more):
         read.extend(tokens)
-        return forward(tokens, *rest, **more)
+        return forward(self, tokens, *rest, **more)
 
-    monkeypatch.setattr(model.engine.runner, "forward", counted)
+    monkeypatch.setattr(CPURunner, "forward", counted)
     result = evaluate(model, Parity(), voted())
     said = sum(s["tokens"] for r in result.items for s in r["samples"])
     assert result.prompt_tokens <= sum(map(len, read)) <= result.prompt_tokens + said

@@ -36,7 +36,7 @@ def config(words: str) -> ModelConfig:
 
 
 def network(words: str, *, native: bool = True) -> Decoder:
-    from tiercel.model.layers import initialize
+    from tiercel.model.initialize import initialize
 
     net = Decoder(config(words))
     initialize(net, 3)

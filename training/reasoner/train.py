@@ -35,7 +35,7 @@ from tiercel.model.decoder import Decoder  # noqa: E402
 from tiercel.model.initialize import initialize  # noqa: E402
 from tiercel.train.data import Batches, Documents, Rows, make_rows  # noqa: E402
 from tiercel.train.loop import Settings, autocast, fit  # noqa: E402
-from tiercel.weights.load import NetworkSource, export  # noqa: E402
+from tiercel.weights.export import NetworkSource, export  # noqa: E402
 
 LENGTH = 512
 EXPORT_SECONDS = 20
