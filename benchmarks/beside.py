@@ -43,12 +43,12 @@ print(json.dumps({"streams": seconds, "load": load, "streams memory": rss}))
 FIRST = """
 import json, sys, time
 import tiercel
-model = tiercel.load(sys.argv[1])
-ids = list(range(1, 257))
+llm = tiercel.LLM(sys.argv[1])
+params = tiercel.SamplingParams(max_tokens=1, ignore_eos=True, temperature=0)
 times = []
-for _ in range(6):
+for i in range(6):
     began = time.perf_counter()
-    model.generate([ids[0] + len(times), *ids], max_tokens=1, ignore_eos=True, temperature=0)
+    llm.generate([{"prompt_token_ids": [i, *range(1, 257)]}], params)
     times.append(time.perf_counter() - began)
 print(json.dumps({"first token": sorted(times[1:])[2]}))
 """
