@@ -187,10 +187,3 @@ def attention_step(
     if r:
         keep_rounded(y_TI, r)
     return y_TI
-
-
-def pages_of(pages: Tensor, table_row: Tensor, length: int) -> Tensor:
-    """(K, length, P) of one sequence, copied out of its pages."""
-    _, K, page, P = pages.shape
-    taken = pages[table_row[: -(-length // page)].long()]
-    return taken.transpose(0, 1).reshape(K, -1, P)[:, :length]

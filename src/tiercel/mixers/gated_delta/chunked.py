@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from tiercel.mixers.gated_delta.reference import normalized
-
-MIN_LOG_DECAY = -87.0  # exp of less is a denormal number: no contribution, and twenty times the time
+from tiercel.mixers.mamba2.chunked import MIN_LOG_DECAY
 
 
 def gated_delta(
