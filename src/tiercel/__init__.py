@@ -12,7 +12,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from tiercel.version import __version__ as __version__
 
 # OpenMP threads spin 300,000 turns before they sleep.  Where another program wants the cores, each wait costs a time
 # slice: two decoders on two cores, 0.5 tokens/s in place of 20 (docs/history.md).  Three thousand turns cost nothing

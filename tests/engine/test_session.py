@@ -11,6 +11,7 @@ import torch
 import tiercel
 import tiny
 from by_hand import generate_reference
+from tiercel import version
 from tiercel.engine.engine import Engine
 from tiercel.engine.session import Session
 from tiercel.errors import FormatError, RequestError
@@ -210,7 +211,7 @@ def test_another_model_dtype_or_version_is_refused(net, tmp_path, monkeypatch):
     narrow.pack()
     with pytest.raises(FormatError, match="bfloat16"):
         conversation(narrow).load(path)
-    monkeypatch.setattr(tiercel, "__version__", "9.9.9")
+    monkeypatch.setattr(version, "__version__", "9.9.9")
     with pytest.raises(FormatError, match="version"):
         conversation(net).load(path)
 

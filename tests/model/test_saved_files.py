@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-import tiercel
 from golden.make_sessions import FOLDER, NETWORKS, ids, network
+from tiercel import version
 from tiercel.model import state_file
 
 ANSWERS = json.loads((FOLDER / "answers.json").read_text())
@@ -15,7 +15,7 @@ ANSWERS = json.loads((FOLDER / "answers.json").read_text())
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_a_state_saved_by_002aba0_continues(name, monkeypatch):
-    monkeypatch.setattr(tiercel, "__version__", "0.1.0")  # the file names the version that wrote it
+    monkeypatch.setattr(version, "__version__", "0.1.0")  # the file names the version that wrote it
     net = network(name)
     state = net.new_state()
     tokens, earlier = state_file.load(state, FOLDER / f"{name}.state")

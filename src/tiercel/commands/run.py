@@ -83,8 +83,7 @@ def run(
     usual: dict[str, Any] = dict(quantize=None, exact=False, device="cpu", draft_model=None, tensor_parallel=1)
     chosen = dict(quantize=quantize or None, exact=exact, device=device, draft_model=draft_model,
                   tensor_parallel=tensor_parallel)  # fmt: skip
-    packing = {name: value for name, value in chosen.items() if value != usual[name]}
-    backend = _open(model, dtype, context, **packing)
+    backend = _open(model, dtype, context, **{name: value for name, value in chosen.items() if value != usual[name]})
     load = time.perf_counter() - began
     params = dataclasses.replace(backend.default_params(), **given)
     if text is None:

@@ -12,20 +12,16 @@ Letters: K kv heads, P head dim, T tokens so far, L new ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tiercel.mixers.spec import Buffer, MixerSpec
 from tiercel.model.layer_state import LayerState
-from tiercel.model.pages import PAGE, Pages
+from tiercel.model.pages import PAGE, Pages, min_pos, released_pages
 from tiercel.runtime.allocator import memory
-
-if TYPE_CHECKING:
-    from tiercel.model.state_cache import PageGroup
 
 TILE = 32  # keys that kernels read together: pages are whole tiles
 
@@ -132,6 +128,73 @@ class PagedState(LayerState):
         if committed_pos and (window is None or committed_pos % PAGE or committed_pos + window - 1 > length):
             raise ValueError("keys and values do not begin where they can")
         return {b.name: (*b.shape[:-1], length - committed_pos, b.shape[-1]) for b in self.page_buffers}
+
+
+class PageGroup:
+    """Pages of the layers with one attention window.
+
+    table     (slots, most pages of a sequence) int32: page i of a slot has its tokens i · PAGE …; 0: none
+    numbers   the same for each slot on the host
+    first     how many of a slot's pages were released, as no later token sees them
+    free      numbers of free pages; number 0 is no sequence's
+    """
+
+    def __init__(self, window: int | None, count: int, pages: int, most_pages: int, device: torch.device) -> None:
+        self.window, self.count = window, pages
+        self.table = torch.zeros(count, most_pages, dtype=torch.int32, device=device)
+        self.free = list(range(1, pages + 1))[::-1]
+        self.numbers: list[list[int]] = [[] for _ in range(count)]
+        self.first = [0] * count
+        self.layers: list[PagedSlots] = []
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page."""
+        return sum(layer.nbytes // (self.count + 1) for layer in self.layers)
+
+    def held(self, slot: int) -> list[int]:
+        """Numbers of the pages that a slot has."""
+        return self.numbers[slot][self.first[slot] :]
+
+    def missing(self, slot: int, used: int, length: int) -> int:
+        """How many more free pages there must be so that a slot of `used` tokens can have `length`."""
+        first = min(released_pages(used, self.window), len(self.numbers[slot]))
+        return -(-length // PAGE) - len(self.numbers[slot]) - max(first - self.first[slot], 0)
+
+    def reserve(self, slot: int, used: int, length: int) -> None:
+        """Release a slot's pages before the window of token `used`, then have pages up to `length`."""
+        numbers, first = self.numbers[slot], self.first[slot]
+        released = min(released_pages(used, self.window), len(numbers))
+        if released > first:
+            self.free += numbers[first:released][::-1]
+            numbers[first:released] = [0] * (released - first)
+            self.first[slot] = released
+        self._grow(slot, length)
+
+    def _grow(self, slot: int, length: int) -> None:
+        numbers = self.numbers[slot]
+        if (count := -(-length // PAGE) - len(numbers)) > 0:
+            new, first = [self.free.pop() for _ in range(count)], len(numbers)
+            numbers += new
+            self.table[slot, first : first + count] = torch.tensor(new, dtype=torch.int32, device=self.table.device)
+
+    def begin(self, slot: int, first: int, length: int) -> None:
+        """Give an empty slot pages for the tokens up to `length`, none before number `first`."""
+        self.numbers[slot], self.first[slot] = [0] * first, first
+        self._grow(slot, length)
+
+    def release(self, slot: int) -> None:
+        """Free all pages of a slot."""
+        self.free += self.held(slot)[::-1]
+        self.numbers[slot], self.first[slot] = [], 0
+
+    def min_pos(self, slot: int) -> int:
+        """The least length that can be continued with the pages a slot has."""
+        return min_pos(self.first[slot], self.window)
+
+    def on_device(self, numbers: Sequence[int]) -> Tensor:
+        """Page numbers, to index a layer's buffers with."""
+        return torch.tensor(numbers, device=self.table.device)
 
 
 class PagedSlots:

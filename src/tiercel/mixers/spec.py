@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from tiercel.errors import FormatError, RequestError
@@ -154,6 +155,7 @@ class ModuleSpec(ABC):
     """What mixers and feed-forwards share."""
 
     kind: ClassVar[str]  # its name in config files: "attention", "mamba2", "gated_mlp"
+    layer: ClassVar[str]  # where its module is, "tiercel.mixers.mamba2.layer:Mamba2"; imported when it is built
     word: ClassVar[str | None] = None  # its name in a pattern ("mamba2 attention/moe"); None: it has none
     captured: ClassVar[bool] = True  # a step of it may be recorded in a CUDA graph
     tables: ClassVar[Mapping[str, type]] = {}  # fields that hold a dataclass of their own in a config file
@@ -178,9 +180,10 @@ class ModuleSpec(ABC):
             RequestError: a size that does not divide what has to be divided, by name.
         """
 
-    @abstractmethod
     def build(self, width: int, eps: float) -> nn.Module:
         """The layer; imports torch."""
+        module: nn.Module = resolve_name(self.layer)(self, width, eps)
+        return module
 
     @classmethod
     def from_pattern(cls, width: int, **sizes: Any) -> Self:

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from tiercel.model.batch import Batch
 from tiercel.model.config import LayerConfig
 from tiercel.model.layers import RMSNorm
+from tiercel.model.merged_linear import MergedLinear
 from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.pointwise import add
-
-if TYPE_CHECKING:
-    from tiercel.model.gpu_layout import MergedLinear
 
 
 class Block(nn.Module):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CAPTURE_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 PREFILL_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # tokens; longer ones keep the device busy anyway
-TOKENS_PER_ROW = 32  # of a captured prefill, which has room for so many rows
+TOKENS_PER_ROW = 32  # of a captured prefill, the number of rows it has room for
 
 
 class CapturedCUDAStep:

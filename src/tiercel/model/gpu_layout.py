@@ -14,38 +14,14 @@ from torch import Tensor, nn
 from tiercel.errors import RequestError
 from tiercel.mixers.spec import ModuleSpec
 from tiercel.model.layers import Linear, set_weight
+from tiercel.model.merged_linear import MergedLinear
 from tiercel.model.parameters import parameters
 from tiercel.ops import triton
-from tiercel.ops.linear import linear
 from tiercel.ops.qtensor import QTensor
 
 if TYPE_CHECKING:
     from tiercel.model.block import Block
     from tiercel.model.decoder import Decoder
-
-
-class MergedLinear:
-    """Linears without bias that read the same input, and their rows one below the other."""
-
-    def __init__(self, linears: Sequence[Linear]) -> None:
-        self.linears = list(linears)
-        weights = [m.weight for m in linears]
-        if isinstance(weights[0], Tensor):
-            self.weight = torch.cat(weights).detach()
-            parts = [nn.Parameter(w, requires_grad=False) for w in self.weight.split([len(w) for w in weights])]
-        else:
-            self.weight = type(weights[0]).joined(weights)
-            parts = self.weight.split([w.shape[0] for w in weights])
-        for m, part in zip(linears, parts, strict=True):
-            set_weight(m, "weight", part)
-
-    def holds(self) -> bool:
-        """Whether the weights are still these rows, and no part has a forward hook."""
-        return all(not m._forward_hooks for m in self.linears)
-
-    def __call__(self, h_TD: Tensor) -> dict[nn.Module, Tensor]:
-        widths = [m.weight.shape[0] for m in self.linears]
-        return dict(zip(self.linears, linear(h_TD, self.weight).split(widths, -1), strict=True))
 
 
 def to_device(network: Decoder, device: str | torch.device, *, fp8: bool = False) -> None:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
+from tiercel.mixers.paged import PageGroup
 from tiercel.model.cuda_graphs import CAPTURE_SIZES, CUDAGraphRunner, PrefillRunner, prefill
 from tiercel.model.decoder import Decoder
 from tiercel.model.gpu_layout import fuse
 from tiercel.model.pages import PAGE, Page, PageRun
 from tiercel.model.state import Snapshot, State
-from tiercel.model.state_cache import MAX_PREFILL, PageGroup, StateCache
+from tiercel.model.state_cache import MAX_PREFILL, StateCache
 from tiercel.runtime.allocator import CachingAllocator
 
 EXTRA_SLOTS = 2  # for short-lived states: restarts, snapshots that are read from files

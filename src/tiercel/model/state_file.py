@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import tiercel
+from tiercel import version
 from tiercel.errors import FormatError
 from tiercel.mixers.checks import MAX_SIZE
 from tiercel.model.pages import PAGE, min_pos
@@ -109,7 +109,7 @@ def _about(state: State) -> dict[str, str]:
     """What must be the same where the state goes on."""
     return {
         "format": FORMAT,
-        "version": tiercel.__version__,
+        "version": version.__version__,
         "dtype": str(state.dtype).removeprefix("torch."),
         "model": state.model,
     }

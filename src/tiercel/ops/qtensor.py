@@ -138,7 +138,7 @@ class QTensor:
         return y_TN.view(*x.shape[:-1], self.shape[0])
 
     def back(self, dy: Tensor, scale: float = 1.0) -> Tensor:
-        """scale · dy W, (…, N) → (…, K) float32: what `multiply` needs on the way back."""
+        """scale · dy W, (…, N) → (…, K) float32: the gradient of `multiply` for its input."""
         N, K = self.shape
         half = self.type == "BF16" and not self.exact and torch_multiplies_bf16()
         dy_TN = (dy.float() * scale if scale != 1.0 else dy).reshape(-1, N)
@@ -153,7 +153,7 @@ class QTensor:
         return dx_TK.view(*dy.shape[:-1], K)
 
     def floats(self, start: int, stop: int) -> Tensor:
-        """Rows start … stop, float32: `numbers` where nobody minds which way they are unpacked."""
+        """Rows start … stop, float32: as `numbers`, by whichever unpacking is faster."""
         if self.repacked:
             return native.get_rows(self.stored_type, self.data, self.shape, torch.arange(start, stop))
         return self.numbers(start, stop).float()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from tiercel.mixers.checks import check, check_sizes
 from tiercel.mixers.spec import Cost, FeedForwardSpec, Param, linear
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +14,7 @@ class GatedMLPConfig(FeedForwardSpec):
     """down(act(gate(x)) · up(x))."""
 
     kind: ClassVar[str] = "gated_mlp"
+    layer: ClassVar[str] = "tiercel.feed_forward.gated_mlp.layer:GatedMLP"
     word: ClassVar[str | None] = "mlp"
     width: int
     activation: str = "silu"
@@ -44,11 +42,6 @@ class GatedMLPConfig(FeedForwardSpec):
 
     def shard(self, size: int) -> Self:
         return replace(self, width=self._divided("columns of an MLP", self.width, size))
-
-    def build(self, width: int, eps: float) -> nn.Module:
-        from tiercel.feed_forward.gated_mlp.layer import GatedMLP
-
-        return GatedMLP(self, width)
 
     @classmethod
     def from_pattern(cls, width: int, **sizes: Any) -> Self:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
 from tiercel.model.layers import Linear
 from tiercel.ops.linear import gated, linear_onto
 from tiercel.ops.pointwise import add
 
-if TYPE_CHECKING:
-    from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
-
 
 class GatedMLP(nn.Module):
-    def __init__(self, config: GatedMLPConfig, width: int) -> None:
+    def __init__(self, config: GatedMLPConfig, width: int, eps: float) -> None:
         super().__init__()
         self.activation = config.activation
         self.gate = Linear(width, config.width, config.bias)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from tiercel.errors import RequestError
 from tiercel.mixers.checks import check, check_sizes
 from tiercel.mixers.spec import Cost, FeedForwardSpec, Param
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +15,7 @@ class MoEConfig(FeedForwardSpec):
     """Softmax over all experts, the `active` largest, weights renormalised to sum 1 or not."""
 
     kind: ClassVar[str] = "moe"
+    layer: ClassVar[str] = "tiercel.feed_forward.moe.layer:MoE"
     word: ClassVar[str | None] = "moe"
     captured: ClassVar[bool] = False  # the choice of experts is read by the host
     width: int
@@ -58,11 +56,6 @@ class MoEConfig(FeedForwardSpec):
 
     def shard(self, size: int) -> Self:
         raise RequestError(f"layers of experts cannot be split over {size} processes yet")
-
-    def build(self, width: int, eps: float) -> nn.Module:
-        from tiercel.feed_forward.moe.layer import MoE
-
-        return MoE(self, width)
 
     @classmethod
     def from_pattern(cls, width: int, **sizes: Any) -> Self:

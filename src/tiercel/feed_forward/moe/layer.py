@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
+from tiercel.feed_forward.moe.config import MoEConfig
 from tiercel.model.layers import Linear
 from tiercel.ops.moe import moe, route
 
-if TYPE_CHECKING:
-    from tiercel.feed_forward.moe.config import MoEConfig
-
 
 class MoE(nn.Module):
-    def __init__(self, config: MoEConfig, width: int) -> None:
+    def __init__(self, config: MoEConfig, width: int, eps: float) -> None:
         super().__init__()
         self.config = config
         E, F, D = config.experts, config.width, width

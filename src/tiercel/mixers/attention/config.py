@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from tiercel.mixers.attention.rope import RopeConfig
 from tiercel.mixers.checks import check, check_sizes
 from tiercel.mixers.spec import Buffer, Cost, MixerSpec, Param, linear
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +15,7 @@ class AttentionConfig(MixerSpec):
     """Grouped-query attention; causal always, windowed when `window` is given."""
 
     kind: ClassVar[str] = "attention"
+    layer: ClassVar[str] = "tiercel.mixers.attention.layer:Attention"
     has_gpu_kernels: ClassVar[bool] = True
     word: ClassVar[str | None] = "attention"
     tables: ClassVar[dict[str, type]] = {"rope": RopeConfig}
@@ -91,11 +89,6 @@ class AttentionConfig(MixerSpec):
     def shard(self, size: int) -> Self:
         heads = self._divided("heads", self.heads, size)
         return replace(self, heads=heads, kv_heads=self._divided("key/value heads", self.kv_heads, size))
-
-    def build(self, width: int, eps: float) -> nn.Module:
-        from tiercel.mixers.attention.layer import Attention
-
-        return Attention(self, width, eps)
 
     @classmethod
     def from_pattern(cls, width: int, **sizes: Any) -> Self:

@@ -9,11 +9,11 @@ Letters: T tokens of the whole batch, D width, H heads, K key/value heads, P hea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.attention.ops import attention_op
 from tiercel.mixers.attention.rotary import rotate
 from tiercel.mixers.attention.sdpa import attention
@@ -23,9 +23,6 @@ from tiercel.model.batch import Batch
 from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, RMSNorm, quantizes_input
 from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.pointwise import gate
-
-if TYPE_CHECKING:
-    from tiercel.mixers.attention.config import AttentionConfig
 
 
 class Attention(nn.Module):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from tiercel.mixers.checks import check, check_sizes
 from tiercel.mixers.spec import Buffer, Cost, MixerSpec, Param, Transform, linear
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +18,7 @@ class GatedDeltaConfig(MixerSpec):
     """
 
     kind: ClassVar[str] = "gated_delta"
+    layer: ClassVar[str] = "tiercel.mixers.gated_delta.layer:GatedDelta"
     word: ClassVar[str | None] = "gated_delta"
     report_class: ClassVar[str | None] = "gated_delta"
     key_heads: int
@@ -100,11 +98,6 @@ class GatedDeltaConfig(MixerSpec):
     def shard(self, size: int) -> Self:
         heads = self._divided("key heads", self.key_heads, size)
         return replace(self, key_heads=heads, value_heads=self._divided("value heads", self.value_heads, size))
-
-    def build(self, width: int, eps: float) -> nn.Module:
-        from tiercel.mixers.gated_delta.layer import GatedDelta
-
-        return GatedDelta(self, width, eps)
 
     @classmethod
     def from_pattern(cls, width: int, **sizes: Any) -> Self:

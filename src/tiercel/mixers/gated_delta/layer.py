@@ -13,13 +13,13 @@ Letters: T tokens of the whole batch, D width, C conv channels, G key heads, H v
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiercel.mixers.gated_delta.chunked import gated_delta
+from tiercel.mixers.gated_delta.config import GatedDeltaConfig
 from tiercel.mixers.gated_delta.ops import gated_delta_op
 from tiercel.mixers.gated_delta.varlen import gated_delta_varlen
 from tiercel.mixers.mamba2.ops import gated_norm_op
@@ -30,9 +30,6 @@ from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, quantize
 from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.norm import gated_rms_norm
-
-if TYPE_CHECKING:
-    from tiercel.mixers.gated_delta.config import GatedDeltaConfig
 
 
 class GatedDelta(nn.Module):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from tiercel.errors import RequestError
 from tiercel.mixers.checks import check, check_sizes
 from tiercel.mixers.spec import Buffer, Cost, MixerSpec, Param, Transform, linear
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +20,7 @@ class Mamba1Config(MixerSpec):
     """
 
     kind: ClassVar[str] = "mamba1"
+    layer: ClassVar[str] = "tiercel.mixers.mamba1.layer:Mamba1"
     word: ClassVar[str | None] = "mamba1"
     report_class: ClassVar[str | None] = "mamba"
     inner: int
@@ -92,11 +90,6 @@ class Mamba1Config(MixerSpec):
 
     def shard(self, size: int) -> Self:
         raise RequestError(f"{self.kind} layers cannot be split over {size} processes yet")
-
-    def build(self, width: int, eps: float) -> nn.Module:
-        from tiercel.mixers.mamba1.layer import Mamba1
-
-        return Mamba1(self, width, eps)
 
     @classmethod
     def from_pattern(cls, width: int, **sizes: Any) -> Self:

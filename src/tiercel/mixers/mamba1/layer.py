@@ -13,13 +13,13 @@ Letters: T tokens of the whole batch, L of one row, D width, I inner, R dt rank,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiercel.mixers.mamba1 import cpu
+from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba1.reference import selective_scan
 from tiercel.mixers.mamba1.varlen import selective_scan_varlen
 from tiercel.mixers.recurrent import RecurrentState
@@ -30,9 +30,6 @@ from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.conv1d_varlen import at_least_fp32
 from tiercel.ops.cpu.batch import causal_conv1d
-
-if TYPE_CHECKING:
-    from tiercel.mixers.mamba1.config import Mamba1Config
 
 
 class Mamba1(nn.Module):

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from tiercel.mixers.checks import check, check_sizes
 from tiercel.mixers.spec import Buffer, Cost, MixerSpec, Param, Transform, linear
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +20,7 @@ class Mamba2Config(MixerSpec):
     """
 
     kind: ClassVar[str] = "mamba2"
+    layer: ClassVar[str] = "tiercel.mixers.mamba2.layer:Mamba2"
     has_gpu_kernels: ClassVar[bool] = True
     word: ClassVar[str | None] = "mamba2"
     report_class: ClassVar[str | None] = "mamba"
@@ -108,11 +106,6 @@ class Mamba2Config(MixerSpec):
     def shard(self, size: int) -> Self:
         heads = self._divided("Mamba heads", self.heads, size)
         return replace(self, heads=heads, groups=self._divided("groups", self.groups, size))
-
-    def build(self, width: int, eps: float) -> nn.Module:
-        from tiercel.mixers.mamba2.layer import Mamba2
-
-        return Mamba2(self, width, eps)
 
     @classmethod
     def from_pattern(cls, width: int, **sizes: Any) -> Self:

@@ -14,13 +14,13 @@ Letters: T tokens of the whole batch, L of one row, D width, I inner, H heads, P
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiercel.mixers.mamba2.chunked import ssd
+from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.mixers.mamba2.ops import gated_norm_op, mamba2_op
 from tiercel.mixers.mamba2.varlen import CHUNK, ssd_documents
 from tiercel.mixers.recurrent import RecurrentState
@@ -31,9 +31,6 @@ from tiercel.model.varlen import VarlenBatch
 from tiercel.ops.conv1d import conv1d
 from tiercel.ops.norm import gated_rms_norm
 from tiercel.ops.pointwise import gate
-
-if TYPE_CHECKING:
-    from tiercel.mixers.mamba2.config import Mamba2Config
 
 
 class Mamba2(nn.Module):

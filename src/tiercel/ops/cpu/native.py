@@ -15,7 +15,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,9 +23,6 @@ from torch import Tensor
 from tiercel.errors import RequestError
 from tiercel.quant import panel_bytes as panel_bytes
 from tiercel.runtime.workspace import MIN_WORKSPACE_BYTES, workspace
-
-if TYPE_CHECKING:
-    from tiercel.ops.cpu.capture import CapturedGraph
 
 extension: Any
 try:
@@ -70,7 +67,15 @@ def single_threaded(on: bool) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-capturing: CapturedGraph | None = None  # the graph that records
+class Recorder(Protocol):
+    """What notes native calls: `ops.cpu.capture.CapturedGraph`."""
+
+    def empty(self, *shape: int) -> Tensor: ...
+    def quantized(self, x: Tensor, how: tuple[int, ...]) -> Tensor | None: ...
+    def keep_quantized(self, x: Tensor, how: tuple[int, ...], quantized: Tensor) -> None: ...
+
+
+capturing: Recorder | None = None  # the graph that records
 
 
 def empty(*shape: int) -> Tensor:

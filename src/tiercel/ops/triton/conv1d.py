@@ -53,9 +53,9 @@ def conv1d(
 ) -> None:
     """y = silu of the convolution, rounded to y's dtype; the rows of x and y may lie apart.
 
-    slot_T: the ring of each token (−1: nobody's, its y is anything finite) · position_T: its place in the text ·
-    first_T: the number of the first token here that belongs to the same text.  store: also put x into the rings; only
-    for one new token of each text, as others might be read meanwhile.
+    slot_T: the ring of each token (−1: padding, whose y is any finite number) · position_T: its position ·
+    first_T: the number of the first token here of the same sequence.  store: also put x into the rings; only
+    for one new token of each sequence, as others might be read meanwhile.
     """
     T, C = x_TC.shape
     few = T <= 64

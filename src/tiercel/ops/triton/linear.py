@@ -246,7 +246,7 @@ class DeviceQTensor(QTensor):
         return matrices[0]._like(rows, [torch.cat(parts) for parts in zip(*(m.parts for m in matrices), strict=True)])
 
     def split(self, counts: Sequence[int]) -> list[DeviceQTensor]:
-        """So many rows each, in the same memory."""
+        """Split into parts of these numbers of rows, in the same memory."""
         parts = zip(*(part.split(list(counts)) for part in self.parts), strict=True)
         return [self._like(n, part) for n, part in zip(counts, parts, strict=True)]
 

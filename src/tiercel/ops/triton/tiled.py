@@ -117,7 +117,7 @@ _INT8 = _asm(_BYTES + _signed("$q", _LOW), "w0", "w1", "q")
 
 @triton.jit
 def _each(s, BN: tl.constexpr, BG: tl.constexpr, WIDTH: tl.constexpr, ASM: tl.constexpr):
-    """(BN, BG) → (BN, BG · WIDTH), each so many times; bfloat16 for the tensor cores."""
+    """(BN, BG) → (BN, BG · WIDTH), each WIDTH times; bfloat16 for the tensor cores."""
     s = s.to(tl.bfloat16 if ASM else tl.float32)
     return tl.reshape(tl.broadcast_to(s[:, :, None], (BN, BG, WIDTH)), (BN, BG * WIDTH))
 
