@@ -212,6 +212,19 @@ NASTY: dict[str, Nasty] = {
         linear_conv_kernel_dim=4, attention_bias=True, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.25},
     )),
+    "lfm2-biases": Nasty("lfm2", dict(
+        vocab_size=VOCAB, hidden_size=40, intermediate_size=70, num_hidden_layers=5, norm_eps=0.019,
+        num_attention_heads=5, num_key_value_heads=1, max_position_embeddings=900, conv_bias=True, conv_L_cache=5,
+        block_multiple_of=12, block_ffn_dim_multiplier=1.3,
+        layer_types=["conv", "full_attention", "conv", "conv", "full_attention"],
+        tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 432.0},
+    )),
+    "lfm2-tied": Nasty("lfm2", dict(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=58, num_hidden_layers=3, norm_eps=0.031,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=700, conv_L_cache=3,
+        block_auto_adjust_ff_dim=False, full_attn_idxs=[1],
+        rope_parameters={"rope_type": "default", "rope_theta": 88.0},
+    )),
     "qwen3_moe-renormalized": Nasty("qwen3_moe", dict(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=22, moe_intermediate_size=24, num_hidden_layers=3,
         rms_norm_eps=0.037, num_attention_heads=4, num_key_value_heads=4, head_dim=8, max_position_embeddings=500,
@@ -277,7 +290,7 @@ def _draw(name: str, shape: torch.Size, tied: bool, generator: torch.Generator) 
         return 0.5 * normal
     if "norm" in name:
         return uniform(0.5, 1.5)
-    if "conv1d" in name:
+    if "conv1d" in name or "conv.conv" in name:
         return 0.45 * normal
     if "embed" in name:
         return normal * (shape[-1] ** -0.5 if tied else 1.0)
@@ -317,6 +330,12 @@ def spell_old(config: dict[str, Any]) -> None:
     config["transformers_version"] = "4.57.6"
     config["torch_dtype"] = config.pop("dtype", "float32")
     linear = "linear_attention" in config.get("layer_types", [])  # these types were written, and the fraction beside
+    if config["model_type"] == "lfm2":  # the words of its first files
+        config["full_attn_idxs"] = [i for i, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+        config["block_ff_dim"], config["tie_embedding"] = (
+            config.pop("intermediate_size"),
+            config.pop("tie_word_embeddings"),
+        )
     for derived in () if linear else ("layer_types", "layers_block_type"):
         config.pop(derived, None)
     rope = config.pop("rope_parameters", None)

@@ -95,6 +95,8 @@ FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("mamba2-groups2", {"time_step_limit": [0.0, 1e9]}),
     ("bamba-biases", {"time_step_limit": [0.07, 1e9]}),
     ("bamba-biases", {"time_step_limit": [0.0, 0.77]}),
+    ("lfm2-tied", {"norm_eps": 1e-5}),
+    ("lfm2-tied", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
 ]
 
 
@@ -125,7 +127,7 @@ def test_windows_on_the_wrong_layers_are_seen(built: Callable, tmp_path: Path) -
 # -- tensors ---------------------------------------------------------------------------------------
 
 WITH_BIASES = ["h1-gate_first", "h1-norm_first", "llama-biases", "qwen2-mixed_window", "mamba-biases",
-               "mamba2-groups2", "bamba-biases", "jamba-experts"]  # fmt: skip
+               "mamba2-groups2", "bamba-biases", "jamba-experts", "lfm2-biases"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WITH_BIASES)
@@ -135,7 +137,7 @@ def test_a_forgotten_bias_is_seen(name: str, built: Callable, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["h1-gate_first", "mixtral-top3", "mamba-biases", "mamba2-groups3", "bamba-biases",
-                                  "jamba-experts", "qwen2-tied", "mistral-full"])  # fmt: skip
+                                  "jamba-experts", "qwen2-tied", "mistral-full", "lfm2-tied"])  # fmt: skip
 def test_every_tensor_matters_row_by_row(name: str, built: Callable, tmp_path: Path) -> None:
     """Each kind of tensor with its rows shifted by one; k_proj.bias too: rotary makes it matter."""
     _each_tensor(built(name), tmp_path, lambda key: True, lambda t: t.roll(1, 0), at_least=8)
@@ -180,6 +182,24 @@ def test_b_and_c_swapped_is_seen(name: str, built: Callable, tmp_path: Path) -> 
             tensors[key] = torch.cat([rows[:b], rows[c:end], rows[b:c], rows[end:]])
 
     nasty.edit_tensors(wrong, swap)
+    assert apart(ours(wrong, tokens), model.logits(tokens)) > SEEN
+
+
+@pytest.mark.parametrize("changed", ["tap order", "B and C", "C and x"])
+def test_a_short_convolution_taken_otherwise_is_seen(changed: str, built: Callable, tmp_path: Path) -> None:
+    """B and x may change places: only their product counts."""
+    model, tokens = built("lfm2-biases"), nasty.tokens(60)
+    wrong = nasty.copy(model.folder, tmp_path / "wrong")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [k for k in tensors if ".conv." in k]:
+            if changed == "tap order" and key.endswith("conv.conv.weight"):
+                tensors[key] = tensors[key].flip(-1)
+            elif changed != "tap order" and "in_proj" in key:
+                B, C, x = tensors[key].chunk(3)
+                tensors[key] = torch.cat((C, B, x) if changed == "B and C" else (B, x, C))
+
+    nasty.edit_tensors(wrong, change)
     assert apart(ours(wrong, tokens), model.logits(tokens)) > SEEN
 
 

@@ -1,4 +1,4 @@
-"""Five nano checkpoints that any machine can rebuild bit for bit, without transformers.
+"""Nano checkpoints that any machine can rebuild bit for bit, without transformers.
 
     build(name, folder)      config.json and model.safetensors, float32, as Hugging Face lays them out
     TOKENS                   the 150 tokens that the golden logits belong to
@@ -61,6 +61,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         use_bias=False, use_conv_bias=True, hidden_act="silu", chunk_size=64, bos_token_id=1, eos_token_id=2,
         tie_word_embeddings=False, dtype="float32",
     ),
+    "lfm2": _ATTENTION | dict(
+        model_type="lfm2", architectures=["Lfm2ForCausalLM"], norm_eps=1e-4, rope_parameters=_ROPE,
+        num_hidden_layers=4, layer_types=["conv", "full_attention", "conv", "full_attention"], conv_L_cache=4,
+        conv_bias=False, block_auto_adjust_ff_dim=False, block_ffn_dim_multiplier=1.0, block_multiple_of=256,
+        tie_word_embeddings=True,
+    ),
     "jamba": _ATTENTION | dict(
         model_type="jamba", architectures=["JambaForCausalLM"], rms_norm_eps=1e-6,
         num_hidden_layers=4, attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
@@ -87,7 +93,7 @@ def _weight(index: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return u * np.float32(1.5) - np.float32(0.5)
     if last == "dt_bias" or name.endswith("dt_proj.bias"):
         return u * np.float32(1.5) - np.float32(1.0)
-    if last in ("D", "bias") or "conv1d" in name:
+    if last in ("D", "bias") or "conv1d" in name or "conv.conv" in name:
         return u
     if "norm" in name:
         return u * np.float32(0.5) + np.float32(1.0)
@@ -101,9 +107,11 @@ def _shapes(c: dict[str, Any]) -> Shapes:
         return _mamba2(c)
     shapes: Shapes = {"model.embed_tokens.weight": (c["vocab_size"], c["hidden_size"])}
     for i in range(c["num_hidden_layers"]):
-        layer = {"falcon_h1": _falcon_h1, "jamba": _jamba}.get(c["model_type"], _llama)
+        layer = {"falcon_h1": _falcon_h1, "jamba": _jamba, "lfm2": _lfm2}.get(c["model_type"], _llama)
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer(c, i).items()}
-    final = "final_layernorm" if c["model_type"] in ("falcon_h1", "jamba") else "norm"
+    final = {"falcon_h1": "final_layernorm", "jamba": "final_layernorm", "lfm2": "embedding_norm"}.get(
+        c["model_type"], "norm"
+    )
     shapes[f"model.{final}.weight"] = (c["hidden_size"],)
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (c["vocab_size"], c["hidden_size"])
@@ -158,6 +166,17 @@ def _mamba2(c: dict[str, Any]) -> Shapes:
         shapes[f"backbone.layers.{i}.norm.weight"] = (d,)
         shapes |= {f"backbone.layers.{i}.mixer.{k}": s for k, s in mixer.items()}
     return shapes | {"backbone.norm_f.weight": (d,), "lm_head.weight": (c["vocab_size"], d)}
+
+
+def _lfm2(c: dict[str, Any], i: int) -> Shapes:
+    d, f, norms = c["hidden_size"], c["intermediate_size"], _norms(c, "operator_norm", "ffn_norm")
+    shapes = norms | {f"feed_forward.{n}.weight": (d, f) if n == "w2" else (f, d) for n in ("w1", "w3", "w2")}
+    if c["layer_types"][i] == "conv":
+        return shapes | {"conv.in_proj.weight": (3 * d, d), "conv.conv.weight": (d, 1, c["conv_L_cache"]),
+                         "conv.out_proj.weight": (d, d)}  # fmt: skip
+    head_dim = d // c["num_attention_heads"]
+    attention = {name.replace("o_proj", "out_proj"): shape for name, shape in _attention(c, False).items()}
+    return shapes | attention | {f"self_attn.{n}_layernorm.weight": (head_dim,) for n in "qk"}
 
 
 def _jamba(c: dict[str, Any], i: int) -> Shapes:

@@ -8,7 +8,7 @@ import torch
 
 from tiercel.mixers.attention.varlen import Products
 from tiercel.mixers.mamba2.varlen import Chunks, ssd_varlen
-from tiercel.ops.conv1d_varlen import PastRows, conv1d_silu_varlen
+from tiercel.ops.conv1d_varlen import PastRows, conv1d_varlen
 from tiercel.ops.cpu import native, training
 from tiercel.ops.norm import Normed
 from tiercel.ops.pointwise import Gate, add
@@ -108,15 +108,15 @@ def test_gate_and_norm(dtype, T, D):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("C, taps", [(40, 4), (7, 2), (16, 8)])
-def test_convolution(dtype, C, taps):
+@pytest.mark.parametrize("C, taps, silu", [(40, 4, True), (7, 2, True), (16, 8, True), (40, 3, False)])
+def test_convolution(dtype, C, taps, silu):
     starts = torch.zeros(2, 30, dtype=torch.bool)
     starts[:, 0] = starts[0, 1] = starts[1, 11] = True
     index = torch.arange(30)
     pasts = PastRows(index - torch.where(starts, index, 0).cummax(1).values, taps)
     given = torch.randn(2, 30, C), torch.randn(C, taps), torch.randn(C)
     dtypes = dtype, torch.float32, torch.float32
-    for found, expected in both(lambda x, w, b: conv1d_silu_varlen(x, w, b, pasts), given, dtypes):
+    for found, expected in both(lambda x, w, b: conv1d_varlen(x, w, b, pasts, silu=silu), given, dtypes):
         near(found, expected, TOLERANCE[dtype])
 
 

@@ -140,10 +140,11 @@ def test_the_selective_scan_has_the_gradients_of_its_formula():
 def test_convolution_and_attention_have_the_gradients_of_their_formulas():
     rows = VarlenBatch(starts([[3, 4], [7]]))
     conv = [wide(14, 3).requires_grad_(), wide(3, 4, seed=1).requires_grad_(), wide(3, seed=2).requires_grad_()]
-    assert torch.autograd.gradcheck(rows.conv1d_silu, conv)
-    assert torch.autograd.gradcheck(lambda x, w: rows.conv1d_silu(x, w, None), conv[:2])
+    assert torch.autograd.gradcheck(rows.conv1d, conv)
+    assert torch.autograd.gradcheck(lambda x, w: rows.conv1d(x, w, None), conv[:2])
+    assert torch.autograd.gradcheck(lambda x, w: rows.conv1d(x, w, None, silu=False), conv[:2])
     short = VarlenBatch(starts([[1, 1], [2]]))
-    assert torch.autograd.gradcheck(lambda x, w: short.conv1d_silu(x[:4], w, None), conv[:2])
+    assert torch.autograd.gradcheck(lambda x, w: short.conv1d(x[:4], w, None), conv[:2])
     heads = [wide(4, 14, 2, seed=3).requires_grad_(), *(wide(2, 14, 2, seed=s).requires_grad_() for s in (4, 5))]
     assert torch.autograd.gradcheck(lambda q, k, v: attend_documents(q, k, v, rows, scale=0.7, window=3), heads)
 

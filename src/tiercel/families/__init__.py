@@ -10,6 +10,7 @@ from tiercel.families.bamba import BAMBA
 from tiercel.families.falcon_h1 import FALCON_H1
 from tiercel.families.family import Family, Layout
 from tiercel.families.jamba import JAMBA
+from tiercel.families.lfm2 import LFM2
 from tiercel.families.llama import LLAMA, QWEN2
 from tiercel.families.mamba import MAMBA, MAMBA2
 from tiercel.families.pattern import PATTERN
@@ -27,6 +28,7 @@ FAMILIES: tuple[Family, ...] = (
     MAMBA2,
     BAMBA,
     JAMBA,
+    LFM2,
     PATTERN,
 )
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}

@@ -100,6 +100,19 @@ def _qwen3(layers: int, width: int, ffn: int, heads: int, kv_heads: int, **other
     }  # fmt: skip
 
 
+def _lfm2(
+    layers: int, width: int, ffn: int, heads: int, attends: str = "2 5 8 10 12 14", **others: Any
+) -> dict[str, Any]:
+    """LFM2's configs: ffn before the rule of two thirds; attends: the layers with attention."""
+    return {
+        "architectures": ["Lfm2ForCausalLM"], "model_type": "lfm2", "vocab_size": 65536, "hidden_size": width,
+        "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8,
+        "layer_types": ["full_attention" if i in map(int, attends.split()) else "conv" for i in range(layers)],
+        "conv_L_cache": 3, "norm_eps": 1e-5, "rope_theta": 1_000_000.0, "max_position_embeddings": 128_000,
+        "tie_word_embeddings": True, **others,
+    }  # fmt: skip
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "falcon-h1:90m": _falcon_h1(24, 512, 768, 8, 64, (24, 32, 64), 32768, 262144, False, tie_word_embeddings=True,
                                 embedding_multiplier=0.11083984375, lm_head_multiplier=0.078125, key_multiplier=1.0,
@@ -146,6 +159,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3:8b": _qwen3(36, 4096, 12288, 32, 8),
     "qwen3:30b-a3b": _qwen3(48, 2048, 6144, 32, 4, architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe",
                             moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True),
+    "lfm2:350m": _lfm2(16, 1024, 6656, 16),
+    "lfm2:700m": _lfm2(16, 1536, 10240, 24),
+    "lfm2:1.2b": _lfm2(16, 2048, 12288, 32),
+    "lfm2:2.6b": _lfm2(30, 2048, 10752, 32, "2 5 9 13 17 21 24 27", block_auto_adjust_ff_dim=False),
     "llama:7b": _llama(32, 4096, 11008, 32, 32, 32000),
     "smollm2:135m": _llama(30, 576, 1536, 9, 3, 49152, rope_theta=100_000.0, max_position_embeddings=8192,
                            tie_word_embeddings=True),
@@ -161,7 +178,10 @@ HUB_IDS = {f"tiiuae/falcon-h1-{size}": f"falcon-h1:{size}" for size in "0.5b 1.5
     "ibm-ai-platform/bamba-9b-v2": "bamba:9b", "ai21labs/jamba-v0.1": "jamba:mini",
     "ai21labs/ai21-jamba-1.5-mini": "jamba:mini", "ai21labs/ai21-jamba-mini-1.5": "jamba:mini",
     "meta-llama/llama-2-7b": "llama:7b", "huggingfacetb/smollm2-135m": "smollm2:135m",
-} | {f"qwen/qwen3-{size}": f"qwen3:{size}" for size in "0.6b 1.7b 4b 8b 30b-a3b".split()}  # fmt: skip
+} | {f"qwen/qwen3-{size}": f"qwen3:{size}" for size in "0.6b 1.7b 4b 8b 30b-a3b".split()} | {
+    f"liquidai/lfm2-{size}": f"lfm2:{size}" for size in "350m 700m 1.2b 2.6b".split()
+}  # fmt: skip
+HUB_IDS |= {name.replace(":", "-"): name for name in SHAPES}
 VARIANTS = ("-gguf", "-instruct", "-base", "-chat", "-hf")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tiercel.mixers.attention.rope import RopeConfig
 from tiercel.mixers.attention.rotary import frequencies_of
-from tiercel.ops.conv1d_varlen import PastRows, at_least_fp32, conv1d_silu_varlen, takes
+from tiercel.ops.conv1d_varlen import PastRows, at_least_fp32, conv1d_varlen, takes
 
 
 class VarlenBatch:
@@ -76,10 +76,10 @@ class VarlenBatch:
         pair: tuple[Tensor, Tensor] = self.shared(("rotary", rope, head_dim), make)
         return pair
 
-    def conv1d_silu(self, x_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> Tensor:
-        """silu of the causal depthwise convolution inside documents, (T, C) → (T, C)."""
+    def conv1d(self, x_TC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, *, silu: bool = True) -> Tensor:
+        """The causal depthwise convolution inside documents, (T, C) → (T, C), or silu of it."""
         taps = weight_CK.shape[1]
         past = self.shared(("past", taps), lambda: PastRows(self.position_BL, taps))
         weight_CK, bias_C = at_least_fp32(weight_CK), None if bias_C is None else at_least_fp32(bias_C)
         x_TC = x_TC if takes(x_TC, weight_CK) else at_least_fp32(x_TC)
-        return conv1d_silu_varlen(x_TC.unflatten(0, self.shape), weight_CK, bias_C, past).flatten(0, 1)
+        return conv1d_varlen(x_TC.unflatten(0, self.shape), weight_CK, bias_C, past, silu=silu).flatten(0, 1)

@@ -1,6 +1,7 @@
-"""silu of the causal depthwise convolution inside documents of rows, forward and backward.
+"""The causal depthwise convolution inside documents of rows, and silu of it, forward and backward.
 
-    y_t = silu(b + Σ_k w_k x_{t−k} over the k < K that stay in t's document)          w_k: the tap k tokens back
+    h_t = b + Σ_k w_k x_{t−k} over the k < K that stay in t's document          w_k: the tap k tokens back
+    y_t = h_t or silu(h_t)
 
 On the CPU all tokens are summed as if a row were one document, and the few near a document's start are recomputed; on
 a GPU, where their number would need a synchronization, each lag is multiplied with 0 or 1.  Backward recomputes the
@@ -57,15 +58,15 @@ class PastRows:
         )
 
 
-def conv1d_silu_varlen(x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: PastRows) -> Tensor:
+def conv1d_varlen(x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: PastRows, *, silu: bool) -> Tensor:
     """(B, L, C) → the same, contiguous; all of one dtype, float32 or float64.
 
     x may be bfloat16 where there are kernels (`takes`), which return the dtype of autocast.
     """
     if takes(x_BLC, weight_CK):
-        native: Tensor = NativeConv1dSilu.apply(x_BLC, weight_CK, bias_C, pasts)
+        native: Tensor = NativeConv1d.apply(x_BLC, weight_CK, bias_C, pasts, silu)
         return native
-    y: Tensor = TorchConv1dSilu.apply(x_BLC, weight_CK, bias_C, pasts)
+    y: Tensor = TorchConv1d.apply(x_BLC, weight_CK, bias_C, pasts, silu)
     return y
 
 
@@ -73,39 +74,48 @@ def takes(x: Tensor, weight_CK: Tensor) -> bool:
     return weight_CK.shape[1] <= training.TAPS and weight_CK.dtype == torch.float32 and training.takes(x)
 
 
-class NativeConv1dSilu(torch.autograd.Function):
+class NativeConv1d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: PastRows) -> Tensor:
+    def forward(
+        ctx: Any, x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: PastRows, silu: bool
+    ) -> Tensor:
         weight_KC = weight_CK.t().flip(0).contiguous()
         ctx.save_for_backward(x_BLC, weight_KC, bias_C)
-        ctx.reach_T = pasts.reach_T
+        ctx.reach_T, ctx.silu = pasts.reach_T, silu
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_BLC.dtype
-        return training.conv1d_varlen(training.rows(x_BLC), weight_KC, bias_C, ctx.reach_T, dtype).view(x_BLC.shape)
+        return training.conv1d_varlen(training.rows(x_BLC), weight_KC, bias_C, ctx.reach_T, dtype, silu).view(
+            x_BLC.shape
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BLC: Tensor) -> tuple[Tensor | None, ...]:
         x_BLC, weight_KC, bias_C = ctx.saved_tensors
         dx_TC, dweight_KC, dbias_C = training.conv1d_varlen_backward(
-            training.rows(x_BLC), weight_KC, bias_C, ctx.reach_T, training.rows(dy_BLC)
+            training.rows(x_BLC), weight_KC, bias_C, ctx.reach_T, training.rows(dy_BLC), ctx.silu
         )
-        return dx_TC.view(x_BLC.shape), dweight_KC.flip(0).t(), dbias_C, None
+        return dx_TC.view(x_BLC.shape), dweight_KC.flip(0).t(), dbias_C, None, None
 
 
-class TorchConv1dSilu(torch.autograd.Function):
+class TorchConv1d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: PastRows) -> Tensor:
+    def forward(
+        ctx: Any, x_BLC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, pasts: PastRows, silu: bool
+    ) -> Tensor:
         weight_KC = weight_CK.t().flip(0).contiguous()
         ctx.save_for_backward(x_BLC, weight_KC, bias_C)
-        ctx.pasts = pasts
-        return F.silu(_convolution(x_BLC, weight_KC, bias_C, pasts))
+        ctx.pasts, ctx.silu = pasts, silu
+        h_BLC = _convolution(x_BLC, weight_KC, bias_C, pasts)
+        return F.silu(h_BLC) if silu else h_BLC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BLC: Tensor) -> tuple[Tensor | None, ...]:
         x_BLC, weight_KC, bias_C = ctx.saved_tensors
         pasts, L = ctx.pasts, x_BLC.shape[1]
-        dh_BLC = torch.ops.aten.silu_backward(dy_BLC, _convolution(x_BLC, weight_KC, bias_C, pasts))
+        dh_BLC = dy_BLC.contiguous()
+        if ctx.silu:
+            dh_BLC = torch.ops.aten.silu_backward(dy_BLC, _convolution(x_BLC, weight_KC, bias_C, pasts))
         dx_BLC, dweight_KC = dh_BLC * weight_KC[0], torch.zeros_like(weight_KC)
         dweight_KC[0] = (dh_BLC * x_BLC).sum((0, 1))
         for lag in range(1, min(len(weight_KC), L)):
@@ -122,7 +132,7 @@ class TorchConv1dSilu(torch.autograd.Function):
             for lag in range(1, min(len(weight_KC), L)):
                 other_E1 = ~has_KE1[lag] & (column_E1 >= lag)
                 dweight_KC[lag] -= (dh_EC * x_TC[(first_E - lag).clamp(min=0)] * other_E1).sum(0)
-        return dx_BLC, dweight_KC.flip(0).t(), dh_BLC.sum((0, 1)) if bias_C is not None else None, None
+        return dx_BLC, dweight_KC.flip(0).t(), dh_BLC.sum((0, 1)) if bias_C is not None else None, None, None
 
 
 def _convolution(x_BLC: Tensor, weight_KC: Tensor, bias_C: Tensor | None, pasts: PastRows) -> Tensor:

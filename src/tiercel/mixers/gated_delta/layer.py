@@ -77,7 +77,7 @@ class GatedDelta(nn.Module):
         g_TH = -self.A_log.to(wide).exp() * F.softplus(a_TH.to(wide) + self.dt_bias.to(wide))
         beta_TH = c.beta_max * b_TH.to(wide).sigmoid()
         if isinstance(batch, VarlenBatch):
-            q, k, v = self._heads(batch.conv1d_silu(qkv_TC, self.conv, None))
+            q, k, v = self._heads(batch.conv1d(qkv_TC, self.conv, None))
             o_TI = gated_delta_varlen(q, k, v, g_TH, beta_TH, batch.document_BL).flatten(1)
         else:
             rows = [

@@ -56,7 +56,7 @@ class Mamba1(nn.Module):
             return self.out_proj(self._natively(u_TD, batch, states))
         x_TI, z_TI = self.in_proj(u_TD).chunk(2, -1)
         if isinstance(batch, VarlenBatch):
-            x_TI = batch.conv1d_silu(x_TI, self.conv, self.conv_bias)
+            x_TI = batch.conv1d(x_TI, self.conv, self.conv_bias)
             dt_TI, B_TN, C_TN = self._select(x_TI)
             y_TI = selective_scan_varlen(C_TN, x_TI, dt_TI, -self.A_log.exp(), B_TN, batch) + self.D * x_TI
             return self.out_proj(y_TI * F.silu(at_least_fp32(z_TI)))

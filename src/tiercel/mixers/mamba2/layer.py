@@ -103,7 +103,7 @@ class Mamba2(nn.Module):
     def _packed(self, xBC_TC: Tensor, dt_TH: Tensor, A_H: Tensor, batch: VarlenBatch) -> Tensor:
         """All rows at once, for training → y (T, I), float32 at least."""
         c = self.config
-        x_THP, B_TGN, C_TGN = self._parts(batch.conv1d_silu(xBC_TC, self.conv, self.conv_bias))
+        x_THP, B_TGN, C_TGN = self._parts(batch.conv1d(xBC_TC, self.conv, self.conv_bias))
         chunk = min(c.chunk, CHUNK if c.state <= CHUNK else 2 * CHUNK)
         return ssd_documents(C_TGN, x_THP, dt_TH, A_H, B_TGN, self.D, batch, chunk=chunk).flatten(1)
 

@@ -1,4 +1,5 @@
-// y = silu(causal depthwise convolution) inside documents: reach[t] lags are of t's document; forward and backward.
+// y = causal depthwise convolution inside documents, silu of it where asked: reach[t] lags are of t's document; forward
+// and backward.
 #include "train.h"
 
 namespace tiercel {
@@ -10,6 +11,7 @@ struct Conv1dVarlen {  // weight (taps, channels), of the lags 0 …; reach (T):
     const i64* reach;
     float *dweight, *dbias;
     i64 tokens, channels, taps;
+    bool silu;
 };
 
 }  // namespace tiercel
@@ -23,7 +25,7 @@ static KernelHandle conv1d_varlen{"conv1d_varlen"}, conv1d_varlen_backward{"conv
 BINDINGS(m) {
     m.attr("TAPS") = TAPS;
     m.def("conv1d_varlen", [](const ValuesTuple& x, Address weight, Address bias, Address reach, const ValuesTuple& y,
-                              i64 T, i64 C, i64 taps) {
+                              i64 T, i64 C, i64 taps, bool silu) {
         launch_openmp(conv1d_varlen,
                       Conv1dVarlen{values(x),
                                    values(y),
@@ -35,15 +37,18 @@ BINDINGS(m) {
                                    nullptr,
                                    T,
                                    C,
-                                   taps},
+                                   taps,
+                                   silu},
                       T * C);
     });
     m.def("conv1d_varlen_backward",
           [](const ValuesTuple& x, Address weight, Address bias, Address reach, const ValuesTuple& dy,
-             const ValuesTuple& dx, Address dweight, Address dbias, i64 T, i64 C, i64 taps) {
+             const ValuesTuple& dx, Address dweight, Address dbias, i64 T, i64 C, i64 taps,
+             bool silu) {
               launch_openmp(conv1d_varlen_backward,
                             Conv1dVarlen{values(x), values(dy), values(dx), ptr<float>(weight), ptr<float>(bias),
-                                         ptr<i64>(reach), ptr<float>(dweight), ptr<float>(dbias), T, C, taps},
+                                         ptr<i64>(reach), ptr<float>(dweight), ptr<float>(dbias), T, C, taps,
+                                         silu},
                             T * C);
           });
 }
@@ -85,7 +90,10 @@ template <class Body> INLINE void for_each_channel_group(const Conv1dVarlen& a, 
 void conv1d_varlen(const void* args, Worker& worker) {
     const Conv1dVarlen& a = *(const Conv1dVarlen*)args;
     for_each_channel_group(a, worker, [&](i64 c, int n, const F* w, F bias) {
-        for (i64 t = 0; t < a.tokens; t++) store_n(a.y, t, c, silu(convolved(a, w, bias, t, c, n)), n);
+        for (i64 t = 0; t < a.tokens; t++) {
+            const F h = convolved(a, w, bias, t, c, n);
+            store_n(a.y, t, c, a.silu ? silu(h) : h, n);
+        }
     });
 }
 
@@ -96,8 +104,11 @@ void conv1d_varlen_backward(const void* args, Worker& worker) {
         F dw[TAPS], db = zero(), pending[TAPS];  // pending[i]: dx of t − i, to which later tokens still add
         for (i64 k = 0; k < TAPS; k++) dw[k] = pending[k] = zero();
         for (i64 t = 0; t < a.tokens; t++) {
-            const F h = convolved(a, w, bias, t, c, n), s = sigmoid(h);
-            const F dh = load_n(a.y, t, c, n) * s * (set(1.0f) + h * (set(1.0f) - s));
+            F dh = load_n(a.y, t, c, n);
+            if (a.silu) {
+                const F h = convolved(a, w, bias, t, c, n), s = sigmoid(h);
+                dh = dh * s * (set(1.0f) + h * (set(1.0f) - s));
+            }
             db = db + dh;
             for_each_lag(a.reach[t], [&](i64 k) {
                 dw[k] = fma(dh, load_n(a.x, t - k, c, n), dw[k]);

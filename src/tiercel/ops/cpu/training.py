@@ -127,26 +127,27 @@ def silu_gate_backward(g_TD: Tensor, u_TD: Tensor, dy_TD: Tensor) -> tuple[Tenso
 
 
 def conv1d_varlen(
-    x_TC: Tensor, weight_KC: Tensor, bias_C: Tensor | None, reach_T: Tensor, dtype: torch.dtype
+    x_TC: Tensor, weight_KC: Tensor, bias_C: Tensor | None, reach_T: Tensor, dtype: torch.dtype, silu: bool
 ) -> Tensor:
     """weight: by lag;  reach: the lags of each token that stay in its document."""
     (T, C), y_TC = x_TC.shape, torch.empty(x_TC.shape, dtype=dtype)
     bias = 0 if bias_C is None else bias_C.data_ptr()
     native.extension.conv1d_varlen(
-        strided(x_TC), weight_KC.data_ptr(), bias, reach_T.data_ptr(), strided(y_TC), T, C, len(weight_KC)
-    )
+        strided(x_TC), weight_KC.data_ptr(), bias, reach_T.data_ptr(), strided(y_TC), T, C, len(weight_KC),
+        silu,
+    )  # fmt: skip
     return y_TC
 
 
 def conv1d_varlen_backward(
-    x_TC: Tensor, weight_KC: Tensor, bias_C: Tensor | None, reach_T: Tensor, dy_TC: Tensor
+    x_TC: Tensor, weight_KC: Tensor, bias_C: Tensor | None, reach_T: Tensor, dy_TC: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of x, in its dtype, weight and bias."""
     (T, C), dx_TC, dweight_KC = x_TC.shape, torch.empty(x_TC.shape, dtype=x_TC.dtype), torch.empty_like(weight_KC)
     bias, dbias_C = (0, None) if bias_C is None else (bias_C.data_ptr(), torch.empty_like(bias_C))
     native.extension.conv1d_varlen_backward(
         strided(x_TC), weight_KC.data_ptr(), bias, reach_T.data_ptr(), strided(dy_TC), strided(dx_TC),
-        dweight_KC.data_ptr(), 0 if dbias_C is None else dbias_C.data_ptr(), T, C, len(weight_KC),
+        dweight_KC.data_ptr(), 0 if dbias_C is None else dbias_C.data_ptr(), T, C, len(weight_KC), silu,
     )  # fmt: skip
     return dx_TC, dweight_KC, dbias_C
 

@@ -1,0 +1,193 @@
+"""LFM2: gated short convolutions, and attention in a few layers.
+
+    lfm2   attention with an RMS norm on every head of q and k, before the rotation; gated MLP, whose width a config may
+           give before the rule of two thirds (`block_auto_adjust_ff_dim`)
+
+transformers `modeling_lfm2.py`; llama.cpp architecture `lfm2`, whose final norm is called `token_embd_norm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from tiercel.errors import UnsupportedError
+from tiercel.families.family import Family, Metadata, TensorMapping, module_rows, norm_rows, tensor_shape, top_rows
+from tiercel.families.fields import Fields
+from tiercel.families.rope import fixed_length, gguf_rope_limits, read_gguf_rope, read_rope, write_gguf_rope, write_rope
+from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
+from tiercel.mixers.attention.config import AttentionConfig
+from tiercel.mixers.short_conv.config import ShortConvConfig
+from tiercel.model.config import LayerConfig, ModelConfig
+
+ATTENTION_NAMES = {"o.weight": "out_proj.weight", "q_norm.weight": "q_layernorm.weight",
+                   "k_norm.weight": "k_layernorm.weight"}  # fmt: skip
+MLP_NAMES = {"gate.weight": "w1.weight", "up.weight": "w3.weight", "down.weight": "w2.weight"}
+
+
+def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
+    f = Fields(dict(hf_config))
+    width, heads = f.size("hidden_size", 2560), f.size("num_attention_heads", 32)
+    depth = f.size("num_hidden_layers", 32, largest=100_000)
+    context = f.size("max_position_embeddings", 128_000)
+    rope = read_rope(f, theta=1e6, max_length=context)
+    attention = AttentionConfig(
+        heads=heads,
+        kv_heads=f.size("num_key_value_heads", 8),
+        head_dim=f.size("head_dim", max(width // heads, 1)),
+        rope=rope,
+        qk_norm=True,
+    )
+    conv = read_conv(f, width, taps=3)
+    mlp = GatedMLPConfig(width=_mlp_width(f))
+    for name, expected in ("block_dim", width), ("num_heads", heads), ("conv_dim", width), ("conv_dim_out", width):
+        f.only(name, expected)  # the first training code's words for the same sizes
+    for name in "block_use_swiglu", "use_pos_enc":
+        f.only(name, True)
+    f.only("hidden_act", "silu", "swish")
+    f.ignore("block_norm_eps", "block_mlp_init_scale", "block_out_init_scale", "block_use_xavier_init")
+    f.ignore("conv_use_xavier_init", "full_attn_idxs", "layer_types")
+    config = ModelConfig(
+        vocab_size=f.size("vocab_size", 65536),
+        width=width,
+        layers=tuple(
+            LayerConfig(mixers=(attention if attends else conv,), feed_forward=mlp) for attends in _attends(f, depth)
+        ),
+        norm_eps=f.number("norm_eps", 1e-5),
+        tied=f.flag("tie_embedding", f.flag("tie_word_embeddings", True)),
+        max_length=fixed_length(rope, context),
+    )
+    f.done()
+    return config, rows(config)
+
+
+def read_conv(f: Fields, width: int, *, taps: int) -> ShortConvConfig:
+    return ShortConvConfig(
+        channels=width, conv=f.size("conv_L_cache", taps, largest=256), bias=f.flag("conv_bias", False)
+    )
+
+
+def _mlp_width(f: Fields) -> int:
+    """transformers' `Lfm2MLP`: two thirds of the field, times a number, up to the next multiple."""
+    width = f.size("block_ff_dim", f.size("intermediate_size", 12288))
+    multiple, factor = f.size("block_multiple_of", 256), f.number("block_ffn_dim_multiplier", 1.0, positive=True)
+    if not f.flag("block_auto_adjust_ff_dim", True):
+        return width
+    width = int(2 * width / 3)
+    if f.data.get("block_ffn_dim_multiplier", 1.0) is None:
+        return width
+    return -(-int(factor * width) // multiple) * multiple
+
+
+def _attends(f: Fields, depth: int) -> list[bool]:
+    """Whether each layer attends: by `layer_types`, by `full_attn_idxs`, or all."""
+    types = f.data.get("layer_types")
+    if types is None:
+        found = f.indices("full_attn_idxs", depth)
+        return [f.data.get("full_attn_idxs") is None or i in found for i in range(depth)]
+    known = {"full_attention": True, "conv": False}
+    if not isinstance(types, list) or len(types) != depth or not all(isinstance(t, str) and t in known for t in types):
+        raise UnsupportedError(f"{f.where}: layer_types must name full_attention or conv for each layer")
+    return [known[t] for t in types]
+
+
+def rows(config: ModelConfig) -> Iterator[TensorMapping]:
+    for row in top_rows(config, embed="model.embed_tokens.weight", norm="model.embedding_norm.weight"):
+        yield replace(row, gguf="token_embd_norm.weight") if row.ours == "norm.weight" else row
+    for i, layer in enumerate(config.layers):
+        hf, mixer = f"model.layers.{i}", layer.mixers[0]
+        yield from norm_rows(i, f"{hf}.operator_norm.weight", f"{hf}.ffn_norm.weight")
+        if isinstance(mixer, AttentionConfig):
+            yield from module_rows(i, mixer, config.width, f"{hf}.self_attn", names=ATTENTION_NAMES)
+        else:
+            yield from module_rows(i, mixer, config.width, f"{hf}.conv")
+        assert layer.feed_forward is not None
+        yield from module_rows(i, layer.feed_forward, config.width, f"{hf}.feed_forward", names=MLP_NAMES)
+
+
+def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
+    m = Metadata(metadata, metadata["general.architecture"])
+    width, heads, depth = m.size("embedding_length"), m.size("attention.head_count"), m.layers()
+    head_dim = max(width // heads, 1)
+    rope = read_gguf_rope(m, tensors, head_dim)
+    conv = ShortConvConfig(channels=width, conv=m.size("shortconv.l_cache"))
+    mlp = GatedMLPConfig(width=m.size("feed_forward_length"))
+    mixers = [
+        AttentionConfig(heads=heads, kv_heads=n, head_dim=head_dim, rope=rope, qk_norm=True) if n else conv
+        for n in m.sizes("attention.head_count_kv", depth)
+    ]
+    config = ModelConfig(
+        vocab_size=tensor_shape(tensors, "token_embd.weight")[0],
+        width=width,
+        layers=tuple(LayerConfig(mixers=(mixer,), feed_forward=mlp) for mixer in mixers),
+        norm_eps=m.number("attention.layer_norm_rms_epsilon"),
+        tied="output.weight" not in tensors,
+        max_length=m.size("context_length"),
+    )
+    return config, rows(config)
+
+
+def _parts(config: ModelConfig) -> tuple[AttentionConfig | None, ShortConvConfig | None, GatedMLPConfig]:
+    """One of each kind that the model has."""
+    mixers, mlp = [layer.mixers[0] for layer in config.layers], config.layers[0].feed_forward
+    attention = next((m for m in mixers if isinstance(m, AttentionConfig)), None)
+    conv = next((m for m in mixers if isinstance(m, ShortConvConfig)), None)
+    assert isinstance(mlp, GatedMLPConfig)
+    return attention, conv, mlp
+
+
+def write_gguf(config: ModelConfig) -> dict[str, Any]:
+    attention, conv, mlp = _parts(config)
+    assert attention is not None and attention.rope is not None and conv is not None
+    return {
+        "block_count": len(config.layers),
+        "context_length": config.max_length,
+        "embedding_length": config.width,
+        "feed_forward_length": mlp.width,
+        "attention.head_count": attention.heads,
+        "attention.head_count_kv": [getattr(layer.mixers[0], "kv_heads", 0) for layer in config.layers],
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "shortconv.l_cache": conv.conv,
+    } | write_gguf_rope(attention.rope, attention.head_dim)
+
+
+def limits(config: ModelConfig) -> Iterator[str]:
+    attention, conv, _ = _parts(config)
+    if attention is None or conv is None:
+        yield "llama.cpp's lfm2 needs layers of both kinds"
+        return
+    if attention.heads * attention.head_dim != config.width:
+        yield "llama.cpp needs heads × head_dim = hidden size in lfm2"
+    if conv.bias or conv.conv < 2:
+        yield "llama.cpp needs two taps and no biases in a short convolution"
+    yield from gguf_rope_limits(attention.rope)
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    """A config.json for a network that came from a GGUF file."""
+    attention, conv, mlp = _parts(config)
+    assert attention is not None and attention.rope is not None and conv is not None
+    kinds = ["full_attention" if isinstance(layer.mixers[0], AttentionConfig) else "conv" for layer in config.layers]
+    return {
+        "architectures": ["Lfm2ForCausalLM"],
+        "model_type": "lfm2",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": mlp.width,
+        "block_auto_adjust_ff_dim": False,
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "layer_types": kinds,
+        "conv_L_cache": conv.conv,
+        "conv_bias": conv.bias,
+        "max_position_embeddings": config.max_length,
+        "norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+    } | write_rope(attention.rope)
+
+
+LFM2 = Family(
+    "lfm2", ("lfm2",), read, gguf="lfm2", read_gguf=read_gguf, write_gguf=write_gguf, write=write, limits=limits
+)
