@@ -12,7 +12,7 @@ install:  ## a virtual environment with everything the tests need
 	$(BIN)/pip install -c constraints.txt -e ".[dev]"
 
 test:     ## the default tests: minutes on two cores, no network
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 slow:     ## the slow ones: SmolLM2 against llama.cpp's words (tiercel pull smollm2 first)
 	$(BIN)/pytest -m slow
@@ -21,7 +21,7 @@ fuzz:     ## 20,000 broken files and configs of each kind instead of 2,000
 	TIERCEL_FUZZ=20000 $(BIN)/pytest tests/weights/test_mutated_files.py tests/families/test_configs.py
 
 isas:     ## the tests of the kernels and the network on torch alone and on the portable path
-	for isa in torch portable; do TIERCEL_ISA=$$isa $(BIN)/pytest tests/model tests/mixers tests/ops tests/test_generate.py || exit 1; done
+	for isa in torch portable; do TIERCEL_ISA=$$isa $(BIN)/pytest -n 2 --dist loadfile tests/model tests/mixers tests/ops tests/test_generate.py || exit 1; done
 
 sanitize: ## the tests of the kernels under the address and undefined behaviour sanitizers (ten minutes)
 	$(BIN)/pip install -q -c constraints.txt nanobind cmake ninja

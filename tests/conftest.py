@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded, by the processes that tests start too
 import torch
 
 if not torch.cuda.is_available():
