@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from tiercel.mixers.attention.rope import RopeConfig
 from tiercel.mixers.attention.rotary import frequencies, rotate
 from tiercel.ops.conv1d import conv1d, conv1d_reference
-from tiercel.ops.moe import moe, moe_reference, route
 from tiercel.ops.norm import gated_rms_norm, rms_norm, rms_norm_reference
 from tiercel.ops.pointwise import ACTIVATIONS, gate, gate_reference
 
@@ -60,19 +59,6 @@ def test_gated_norm_takes_each_group_by_itself(groups, gate_first):
     parts = [rms_norm(p, q, 1e-5) for p, q in zip(h.chunk(groups, 1), w.chunk(groups), strict=True)]
     expected = torch.cat(parts, 1)
     torch.testing.assert_close(got, expected if gate_first else expected * F.silu(z))
-
-
-@pytest.mark.parametrize("renormalize", [True, False])
-@pytest.mark.parametrize("active", [1, 2, 5])
-def test_experts(active, renormalize):
-    E, width, D, L = 5, 7, 6, 9
-    x, gate, up, down = torch.randn(L, D), torch.randn(E, width, D), torch.randn(E, width, D), torch.randn(E, D, width)
-    weights, chosen = route(torch.randn(L, E), active, renormalize)
-    if renormalize:
-        torch.testing.assert_close(weights.sum(1), torch.ones(L))
-    got = moe(x, weights, chosen, gate, up, down, "silu")
-    expected = moe_reference(x, weights, chosen, gate, up, down, "silu")
-    torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_rotation_keeps_lengths_and_sees_only_distance():

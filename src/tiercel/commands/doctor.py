@@ -87,7 +87,7 @@ def op_paths() -> dict[str, str]:
     return {
         "all": f"native {native.isa}, {asked}",
         **{op: how[native.isa] for op, how in OPS.items()},
-        "experts, training, gradients": "torch",
+        "training, gradients": "torch",
     }
 
 

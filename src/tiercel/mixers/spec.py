@@ -36,6 +36,7 @@ class Transform:
 
     conv        (C, K) here, (C, 1, K) there
     column      (H) here, (H, 1) there
+    row         (1, D) here, (D) there
     groups      (I) here, (G, I / G) there; n = G
     neg_exp     A_log here, A = −exp(A_log) there
     interleave  rows of q and k: rotate-half here, neighbouring pairs there (llama.cpp's `llama`); n = heads

@@ -4,8 +4,8 @@ At 0.5B a step is 36 layers in some 12 ms, and the Python between them would be 
 
 A graph is for a list of row lengths and `logits_to_keep`, not for certain states: these are found through the rows of
 the batch.  The first forward of a kind runs as it is, the second is captured, the rest are replayed, as long as the
-network's modules and weights are the ones that were captured.  What cannot be captured (experts chosen in Python,
-adapters, hooks) runs as it is, always.
+network's modules and weights are the ones that were captured.  What cannot be captured (adapters, hooks, experts
+that are trained) runs as it is, always.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from tiercel.model.lora import LoRADelta
 from tiercel.ops.cpu import native
 from tiercel.ops.linear import linear
 from tiercel.ops.norm import add_rms_norm, rms_norm
-from tiercel.ops.qtensor import QTensor
+from tiercel.ops.qtensor import QStack, QTensor
 
 if TYPE_CHECKING:
     pass
@@ -89,14 +89,14 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, added, self.weight, self.eps, round=self.feeds_packed)
 
 
-def set_weight(module: nn.Module, name: str, weight: nn.Parameter | QTensor | list[QTensor]) -> None:
+def set_weight(module: nn.Module, name: str, weight: nn.Parameter | QTensor | QStack) -> None:
     """Put a weight in place of another kind of weight."""
     module._parameters.pop(name, None)
     module.__dict__.pop(name, None)
     setattr(module, name, weight)
 
 
-def named_weights(network: nn.Module) -> Iterator[tuple[str, nn.Parameter | QTensor | list[QTensor]]]:
+def named_weights(network: nn.Module) -> Iterator[tuple[str, nn.Parameter | QTensor | QStack]]:
     """Everything a checkpoint holds: parameters, packed matrices, and lists of these for experts; shared ones once."""
     yield from network.named_parameters()
     seen: set[int] = set()
@@ -108,13 +108,13 @@ def named_weights(network: nn.Module) -> Iterator[tuple[str, nn.Parameter | QTen
                 yield f"{owner}.{name}", value
 
 
-def pack(weight: Tensor) -> QTensor | list[QTensor] | None:
+def pack(weight: Tensor) -> QTensor | QStack | None:
     """The same numbers in the order the kernels read, a stack as a list; None for what they do not take."""
     kinds = {torch.bfloat16: "BF16", torch.float32: "F32"}
     if not native.available or weight.dtype not in kinds or weight.device.type != "cpu" or weight.dim() < 2:
         return None
     if weight.dim() == 3:
-        return [q for matrix in weight if isinstance(q := pack(matrix), QTensor)]
+        return QStack(q for matrix in weight if isinstance(q := pack(matrix), QTensor))
     q = QTensor(kinds[weight.dtype], (weight.shape[0], weight.shape[1]))
     q.put(0, weight.detach())
     q.complete()

@@ -1,7 +1,9 @@
 """Elementwise operations: the residual sum, and the gate of a gated MLP.
 
 add    y = a + b
-gate   y = act(g) · u            act: silu, gelu (exact or by tanh), relu, sigmoid
+gate   y = act(g) · u            act: silu, gelu (exact or by tanh), relu and its square, sigmoid
+activate   y = act(x)
+add_gated  y = a + σ(s) · b      one s for every row
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
     "sigmoid": torch.sigmoid,
 }
 
@@ -49,6 +52,18 @@ def gate(g: Tensor, u: Tensor, activation: str) -> Tensor:
         y: Tensor = Gate.apply(g, u, activation)
         return y
     return gate_reference(g, u, activation)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """act(x); `activation` is a key of ACTIVATIONS."""
+    return native.activate(x, activation) if native.takes(x) else ACTIVATIONS[activation](x)
+
+
+def add_gated(a_TD: Tensor, b_TD: Tensor, scores_T1: Tensor) -> Tensor:
+    """a + σ(scores) · b, in the dtype of a."""
+    if native.takes(a_TD, b_TD, scores_T1):
+        return native.add_gated(a_TD, b_TD, scores_T1)
+    return (a_TD + torch.sigmoid(scores_T1.float()) * b_TD).to(a_TD.dtype)
 
 
 def gate_reference(g: Tensor, u: Tensor, activation: str) -> Tensor:

@@ -14,7 +14,7 @@ Letters: T tokens, N outputs, K inputs.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -163,6 +163,20 @@ class QTensor:
 def torch_multiplies_bf16() -> bool:
     """Whether torch multiplies bfloat16 fast here."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class QStack(list[QTensor]):
+    """The matrices of a layer's experts, of one shape and type."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(E, N, K)"""
+        return torch.Size((len(self), *self[0].shape))
+
+    @cached_property
+    def table(self) -> Tensor:
+        """Address and format of every matrix, as kernels find them; asked for when all rows are in."""
+        return torch.tensor([(matrix.data.data_ptr(), native.FORMATS[matrix.stored_type]) for matrix in self])
 
 
 class Product(torch.autograd.Function):

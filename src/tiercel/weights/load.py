@@ -26,7 +26,7 @@ from tiercel.model.decoder import Decoder
 from tiercel.model.initialize import initialize
 from tiercel.model.layers import fast_bf16, named_weights, set_weight
 from tiercel.ops.cpu import native
-from tiercel.ops.qtensor import NUMBERS, QTensor
+from tiercel.ops.qtensor import NUMBERS, QStack, QTensor
 from tiercel.plan import check_fits, parameter_count
 from tiercel.quant import PACKED_TYPES, held_bytes, row_bytes
 from tiercel.runtime.workspace import trim
@@ -160,15 +160,15 @@ def _bytes(kind: str, shape: tuple[int, ...], matrix: bool) -> tuple[int, int]:
 
 
 def _is_matrix(row: TensorMapping) -> bool:
-    """Whether it is multiplied with.  Routers are, though float32, by our kernels: however rows are cut."""
-    return not row.keep_fp32 or row.ours.endswith(".router.weight")
+    """Whether it is multiplied with, if it has rows and columns.  Routers are, though float32: however rows are cut."""
+    return not row.keep_fp32 or row.ours.endswith(".weight")
 
 
-def _empty(kind: str, shape: tuple[int, ...], matrix: bool) -> nn.Parameter | QTensor | list[QTensor]:
+def _empty(kind: str, shape: tuple[int, ...], matrix: bool) -> nn.Parameter | QTensor | QStack:
     """Memory for one tensor: a QTensor for what is packed or read by kernels, a list of them for experts."""
     if matrix and (kind in PACKED_TYPES or (native.available and kind in NUMBERS)):
         *experts, N, K = shape
-        return [QTensor(kind, (N, K)) for _ in range(experts[0])] if experts else QTensor(kind, (N, K))
+        return QStack(QTensor(kind, (N, K)) for _ in range(experts[0])) if experts else QTensor(kind, (N, K))
     return nn.Parameter(torch.empty(shape, dtype=torch_dtype(kind)), requires_grad=False)
 
 
@@ -196,9 +196,7 @@ def fill(network: Decoder, source: Source, progress: Progress | None = None) -> 
     trim()
 
 
-def put(
-    target: nn.Parameter | QTensor | list[QTensor], source: Source, row: TensorMapping, start: int, stop: int
-) -> None:
+def put(target: nn.Parameter | QTensor | QStack, source: Source, row: TensorMapping, start: int, stop: int) -> None:
     """Rows start … stop of one tensor from the source into the network."""
     if isinstance(target, nn.Parameter):
         target[start:stop] = source.read(row, start, stop)
@@ -212,15 +210,15 @@ def put(
             expert.put(0, matrix)
 
 
-def _held(weight: nn.Parameter | QTensor | list[QTensor]) -> int:
+def _held(weight: nn.Parameter | QTensor | QStack) -> int:
     return sum(map(_held, weight)) if isinstance(weight, list) else weight.nbytes
 
 
-def _rows(weight: nn.Parameter | QTensor | list[QTensor]) -> int:
+def _rows(weight: nn.Parameter | QTensor | QStack) -> int:
     return len(weight) if isinstance(weight, list) else weight.shape[0]
 
 
-def row_blocks(target: nn.Parameter | QTensor | list[QTensor], row: TensorMapping) -> Iterator[tuple[int, int]]:
+def row_blocks(target: nn.Parameter | QTensor | QStack, row: TensorMapping) -> Iterator[tuple[int, int]]:
     """Row ranges of about BLOCK_BYTES, a multiple of sixteen rows; what has a form that cannot be cut is one range."""
     count = _rows(target)
     step = max(1, BLOCK_BYTES * count // max(_held(target), 1))

@@ -8,7 +8,15 @@ from torch import Tensor
 from tiercel.families.family import Runs
 from tiercel.mixers.spec import Transform
 
-WHOLE = ("interleave", "groups", "column", "neg_exp", "query", "gate")  # forms that cannot be cut into row blocks
+WHOLE = (
+    "interleave",
+    "groups",
+    "column",
+    "row",
+    "neg_exp",
+    "query",
+    "gate",
+)  # forms that cannot be cut into row blocks
 HALVES = ("query", "gate")
 
 
@@ -18,6 +26,8 @@ def foreign_shape(form: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (shape[0], 1, *shape[1:])
     if form.name == "column":
         return (*shape, 1)
+    if form.name == "row":
+        return shape[1:]
     if form.name == "groups":
         return (form.n, shape[0] // form.n)
     if form.name in HALVES:
@@ -31,6 +41,8 @@ def to_ours(form: Transform, x: Tensor) -> Tensor:
         return x.squeeze(1)
     if form.name == "column":
         return x.squeeze(-1)
+    if form.name == "row":
+        return x.unsqueeze(0)
     if form.name == "groups":
         return x.flatten()
     if form.name == "neg_exp":
@@ -49,6 +61,8 @@ def to_foreign(form: Transform, x: Tensor) -> Tensor:
         return x.unsqueeze(1)
     if form.name == "column":
         return x.unsqueeze(-1)
+    if form.name == "row":
+        return x.squeeze(0)
     if form.name == "groups":
         return x.unflatten(0, (form.n, -1))
     if form.name == "neg_exp":

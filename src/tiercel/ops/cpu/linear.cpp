@@ -80,15 +80,15 @@ INLINE void quantize_input_block(const float* x, int n, int sub, int zero_point,
     }
 }
 
-// the tile of M tokens that begins at x (rows `stride` apart)
-INLINE void quantize_input_tile(const float* x, i64 stride, i64 K, int M, int sub, int zero_point, uint8_t* out) {
+// a tile of M tokens
+INLINE void quantize_input_tile(const float* const* rows, i64 K, int M, int sub, int zero_point, uint8_t* out) {
     const int Z = 32 / sub;
     for (i64 k = 0; k < K; k += 32, out += M * token_bytes(sub)) {
         float* a = (float*)(out + 32 * M);
         int32_t* z = (int32_t*)(a + M);
         float* f = (float*)(z + Z * M);
         for (int m = 0; m < M; m++)
-            quantize_input_block(x + m * stride + k, K - k < 32 ? K - k : 32, sub, zero_point, (int8_t*)out + 32 * m, a + m, z + Z * m, f + Z * m);
+            quantize_input_block(rows[m] + k, K - k < 32 ? K - k : 32, sub, zero_point, (int8_t*)out + 32 * m, a + m, z + Z * m, f + Z * m);
     }
 }
 
@@ -136,23 +136,17 @@ template <class Q, int M> INLINE void direct(const uint8_t* panel, i64 all32, co
     }
 }
 
-template <class Q> void few_rows(const Linear& a, Worker& worker) {
+template <class Q> void few_rows(const Linear& a, i64 begin, i64 end, i64 first, i64 last) {
     const i64 all32 = (a.inputs + 31) / 32, bytes = panel_bytes<Q>(a.inputs);
-    const uint8_t* in = a.quantized;
-    for_each_panel(a, worker, panels_per_tile(a, worker), [&](i64 begin, i64 end, i64 p) {
-        if (in == nullptr) {  // one row: every thread quantizes it for itself, which is faster than waiting
-            uint8_t* mine = (uint8_t*)worker.scratch(all32 * token_bytes(Q::SUB));
-            quantize_input_tile(a.x, 0, a.inputs, 1, Q::SUB, Q::ZERO, mine);
-            in = mine;
-        }
+    for (i64 p = first; p < last; p++)
         for (i64 t = begin; t < end;) {
             const int m = tile_at(end - t);
+            const uint8_t* in = a.quantized + t * all32 * token_bytes(Q::SUB);
             F acc[TILE];
-            WITH_TILE(m, (direct<Q, M>(a.weight + p * bytes, all32, in + t * all32 * token_bytes(Q::SUB), t == begin, acc)));
+            WITH_TILE(m, (direct<Q, M>(a.weight + p * bytes, all32, in, t == begin, acc)));
             for (int i = 0; i < m; i++) finish(a, t + i, p, acc[i]);
             t += m;
         }
-    });
 }
 
 // ── many rows: a panel is unpacked first ──
@@ -190,14 +184,10 @@ __attribute__((noinline)) void tile(const Unpacked* w, const uint8_t* in, i64 co
     for (int m = 0; m < M; m++) acc[m] = sum[m];
 }
 
-template <class Q> void many_rows(const Linear& a, Worker& worker) {
+template <class Q> void many_rows(const Linear& a, i64 begin, i64 end, i64 first, i64 last, Unpacked* w) {
     const i64 blocks = (a.inputs + Q::BLOCK - 1) / Q::BLOCK, bytes = panel_bytes<Q>(a.inputs);
     const i64 k_blocks = K_BLOCK / Q::BLOCK, all32 = (a.inputs + 31) / 32;
-    // few tokens: several panels in a row, so that prefetched data belongs to this thread
-    const i64 each = a.tokens > 32 ? 1 : panels_per_tile(a, worker);
-    Unpacked* w = nullptr;
-    for_each_panel(a, worker, each, [&](i64 begin, i64 end, i64 p) {
-        if (w == nullptr) w = (Unpacked*)worker.scratch(K_BLOCK / 32 * sizeof(Unpacked));
+    for (i64 p = first; p < last; p++)
         for (i64 b = 0; b < blocks; b += k_blocks) {
             const i64 stop = b + k_blocks < blocks ? b + k_blocks : blocks;
             const i64 k32 = b * (Q::BLOCK / 32);
@@ -217,24 +207,50 @@ template <class Q> void many_rows(const Linear& a, Worker& worker) {
                 t += m;
             }
         }
-    });
 }
+
+i64 packed_row_bytes(const Linear& a) {
+    WITH_FORMAT(a.format, return (a.inputs + 31) / 32 * token_bytes(Q::SUB))
+    return 0;
+}
+
+void quantize_rows(const float* const* rows, i64 tokens, i64 inputs, int sub, int zero, uint8_t* out) {
+    const i64 bytes = (inputs + 31) / 32 * token_bytes(sub);
+    for (i64 t = 0; t < tokens;) {
+        const int m = tile_at(tokens - t);
+        quantize_input_tile(rows + t, inputs, m, sub, zero, out + t * bytes);
+        t += m;
+    }
+}
+
+void prepare_packed(const Linear& a, const float* const* rows, i64 tokens, void* out) {
+    WITH_FORMAT(a.format, quantize_rows(rows, tokens, a.inputs, Q::SUB, Q::ZERO, (uint8_t*)out))
+}
+
+i64 packed_room(const Linear& a) { return a.tokens <= FEW ? 0 : K_BLOCK / 32 * sizeof(Unpacked); }
+
+void multiply_packed(const Linear& a, i64 begin, i64 end, i64 first, i64 last, void* room) {
+    if (a.tokens <= FEW) { WITH_FORMAT(a.format, few_rows<Q>(a, begin, end, first, last)) }
+    else { WITH_FORMAT(a.format, many_rows<Q>(a, begin, end, first, last, (Unpacked*)room)) }
+}
+
+extern const Method packed_method{packed_row_bytes, prepare_packed, packed_room, multiply_packed};
 
 void linear(const void* args, Worker& worker) {
     const Linear& a = *(const Linear*)args;
-    if (a.tokens <= FEW) { WITH_FORMAT(a.format, few_rows<Q>(a, worker)) }
-    else { WITH_FORMAT(a.format, many_rows<Q>(a, worker)) }
+    // few tokens: several panels in a row, so that prefetched data belongs to this thread
+    multiply(a, worker, packed_method, a.tokens > 32 ? 1 : panels_per_tile(a, worker));
 }
 
 void quantize_inputs(const void* args, Worker& worker) {
     const QuantizeInputs& a = *(const QuantizeInputs*)args;
     const i64 bytes = (a.inputs + 31) / 32 * token_bytes(a.sub);
-    for (i64 tile; (tile = worker.next_tile((a.tokens + TILE - 1) / TILE)) >= 0;)
-        for (i64 t = tile * TILE; t < a.tokens && t < (tile + 1) * TILE;) {
-            const int m = tile_at(a.tokens - t);
-            quantize_input_tile(a.x + t * a.inputs, a.inputs, a.inputs, m, a.sub, a.zero, a.out + t * bytes);
-            t += m;
-        }
+    for (i64 tile; (tile = worker.next_tile((a.tokens + TILE - 1) / TILE)) >= 0;) {
+        const i64 t = tile * TILE, count = min(a.tokens - t, TILE);
+        const float* rows[TILE];
+        for (i64 i = 0; i < count; i++) rows[i] = a.x + (t + i) * a.inputs;
+        quantize_rows(rows, count, a.inputs, a.sub, a.zero, a.out + t * bytes);
+    }
 }
 
 REGISTER_KERNEL("linear", linear);

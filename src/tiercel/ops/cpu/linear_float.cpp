@@ -190,12 +190,19 @@ template <int M> INLINE void bf12_tile(const uint8_t* w, const uint32_t* x, i64 
     end_sums<M>(sum, acc);
 }
 
-void linear_f32(const void* args, Worker& worker) {
-    const Linear& a = *(const Linear*)args;
+i64 f32_row_bytes(const Linear& a) { return a.inputs * (i64)sizeof(float); }
+
+void prepare_f32(const Linear& a, const float* const* rows, i64 tokens, void* out) {
+    for (i64 t = 0; t < tokens; t++) memcpy((float*)out + t * a.inputs, rows[t], a.inputs * (i64)sizeof(float));
+}
+
+i64 f32_room(const Linear& a) { return a.format == FORMAT_F32 ? 0 : K_BLOCK * sizeof(F); }
+
+void multiply_f32(const Linear& a, i64 begin, i64 end, i64 first, i64 last, void* room) {
     const bool direct = a.format == FORMAT_F32;  // lies in the form that is multiplied
-    F* values = nullptr;
-    for_each_panel(a, worker, direct && a.tokens <= FEW ? panels_per_tile(a, worker) : 1, [&](i64 begin, i64 end, i64 p) {
-        if (values == nullptr && !direct) values = (F*)worker.scratch(K_BLOCK * sizeof(F));
+    const float* x = (const float*)a.quantized;
+    F* values = (F*)room;
+    for (i64 p = first; p < last; p++)
         for (i64 k = 0; k < a.inputs; k += K_BLOCK) {
             const i64 stop = k + K_BLOCK < a.inputs ? k + K_BLOCK : a.inputs;
             const F* w = direct ? (const F*)((const float*)a.weight + (p * a.inputs + k) * 16) : values;
@@ -204,7 +211,7 @@ void linear_f32(const void* args, Worker& worker) {
                 const int m = tile_at(end - t);
                 F acc[TILE];
                 for (int i = 0; i < m; i++) acc[i] = k == 0 ? zero() : partial(a, t + i, p);
-                WITH_TILE(m, (f32_tile<M>(w, a.x + t * a.inputs + k, a.inputs, stop - k, direct && t == begin, acc)));
+                WITH_TILE(m, (f32_tile<M>(w, x + t * a.inputs + k, a.inputs, stop - k, direct && t == begin, acc)));
                 for (int i = 0; i < m; i++) {
                     if (stop == a.inputs) finish(a, t + i, p, acc[i]);
                     else keep(a, t + i, p, acc[i]);
@@ -212,21 +219,32 @@ void linear_f32(const void* args, Worker& worker) {
                 t += m;
             }
         }
-    });
 }
 
-void linear_bf16(const void* args, Worker& worker) {
-    const Linear& a = *(const Linear*)args;
+extern const Method f32_method{f32_row_bytes, prepare_f32, f32_room, multiply_f32};
+
+void linear_f32(const void* args, Worker& worker) {
+    Linear a = *(const Linear*)args;
+    a.quantized = (const uint8_t*)a.x;  // as they are
+    multiply(a, worker, f32_method, a.format == FORMAT_F32 && a.tokens <= FEW ? panels_per_tile(a, worker) : 1);
+}
+
+i64 bf16_row_bytes(const Linear& a) { return (a.inputs + 1) / 2 * 4; }
+
+void prepare_bf16(const Linear& a, const float* const* rows, i64 tokens, void* out) {
+    for (i64 t = 0; t < tokens; t++) row_to_bf16(rows[t], a.inputs, (bf16*)((char*)out + t * bf16_row_bytes(a)));
+}
+
+i64 bf16_room(const Linear& a) {
+    return a.format == FORMAT_BF16_12 && a.tokens > tile_at(a.tokens) ? (a.inputs + 1) / 2 * 64 : 0;
+}
+
+void multiply_bf16(const Linear& a, i64 begin, i64 end, i64 first, i64 last, void* room) {
     const i64 pairs = (a.inputs + 1) / 2;
-    const bool bf12 = a.format == FORMAT_BF16_12, again = a.tokens > tile_at(a.tokens);
     const uint32_t* x = (const uint32_t*)a.quantized;
-    uint8_t* wide = nullptr;
-    for_each_panel(a, worker, a.tokens > FEW ? 1 : panels_per_tile(a, worker), [&](i64 begin, i64 end, i64 p) {
-        if (x == nullptr) {  // one row
-            uint32_t* mine = (uint32_t*)worker.scratch(pairs * 4 + 4);
-            row_to_bf16(a.x, a.inputs, (bf16*)mine);
-            x = mine;
-        } else if (bf12 && again && wide == nullptr) wide = (uint8_t*)worker.scratch(pairs * 64);
+    const bool bf12 = a.format == FORMAT_BF16_12;
+    uint8_t* wide = bf16_room(a) ? (uint8_t*)room : nullptr;
+    for (i64 p = first; p < last; p++)
         for (i64 t = begin; t < end;) {
             const int m = tile_at(end - t);
             const uint8_t* w = bf12 ? wide : a.weight + p * pairs * 64;
@@ -237,7 +255,13 @@ void linear_bf16(const void* args, Worker& worker) {
             for (int i = 0; i < m; i++) finish(a, t + i, p, acc[i]);
             t += m;
         }
-    });
+}
+
+extern const Method bf16_method{bf16_row_bytes, prepare_bf16, bf16_room, multiply_bf16};
+
+void linear_bf16(const void* args, Worker& worker) {
+    const Linear& a = *(const Linear*)args;
+    multiply(a, worker, bf16_method, a.tokens > FEW ? 1 : panels_per_tile(a, worker));
 }
 
 void inputs_to_bf16(const void* args, Worker& worker) {

@@ -58,14 +58,48 @@ INLINE i64 panels_per_tile(const Linear& a, const Worker& worker) {
     return each < 1 ? 1 : each > PANELS ? PANELS : each;
 }
 
-// work(begin, end, panel) for tokens in parts of TOKENS and panels `each` in a row
-template <class Work> INLINE void for_each_panel(const Linear& a, Worker& worker, i64 each, Work work) {
+// work(begin, end, first, last) for tokens in parts of TOKENS and panels `each` in a row
+template <class Work> INLINE void for_each_part(const Linear& a, Worker& worker, i64 each, Work work) {
     const i64 panels = ceil_div(a.outputs, 16), groups = ceil_div(panels, each), parts = ceil_div(a.tokens, TOKENS);
     for (i64 tile; (tile = worker.next_tile(groups * parts)) >= 0;) {
         const i64 begin = tile % parts * TOKENS, end = begin + TOKENS < a.tokens ? begin + TOKENS : a.tokens;
         const i64 first = tile / parts * each, last = first + each < panels ? first + each : panels;
-        for (i64 p = first; p < last; p++) work(begin, end, p);
+        work(begin, end, first, last);
     }
+}
+
+// ── one way to multiply: linear.cpp, linear_float.cpp ──
+
+struct Method {
+    i64 (*row_bytes)(const Linear& a);  // of one token's inputs as `product` reads them
+    void (*prepare)(const Linear& a, const float* const* rows, i64 tokens, void* out);  // makes `a.quantized` of rows
+    i64 (*room)(const Linear& a);       // bytes of its own that `product` needs
+    void (*product)(const Linear& a, i64 begin, i64 end, i64 first, i64 last, void* room);  // y of tokens and panels
+};
+extern const Method packed_method, bf16_method, f32_method;
+
+INLINE const Method& method_of(int format, bool exact) {
+    if (exact || format == FORMAT_F32) return f32_method;
+    return format == FORMAT_BF16 || format == FORMAT_BF16_12 ? bf16_method : packed_method;
+}
+
+INLINE i64 lines(i64 bytes) { return ceil_div(bytes, 64) * 64; }
+
+// The product on all threads.  One row's inputs every thread prepares for itself, which is faster than waiting.
+INLINE void multiply(Linear a, Worker& worker, const Method& method, i64 each) {
+    char* room = nullptr;
+    for_each_part(a, worker, each, [&](i64 begin, i64 end, i64 first, i64 last) {
+        if (room == nullptr) {
+            const i64 inputs = a.quantized ? 0 : lines(method.row_bytes(a));
+            room = (char*)worker.scratch(inputs + method.room(a) + 64);
+            if (inputs) {
+                method.prepare(a, &a.x, 1, room);
+                a.quantized = (const uint8_t*)room;
+                room += inputs;
+            }
+        }
+        method.product(a, begin, end, first, last, room);
+    });
 }
 
 INLINE void finish(const Linear& a, i64 token, i64 panel, F y) {

@@ -127,7 +127,7 @@ def add(a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid": 4}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "sigmoid": 4, "relu2": 5}
 
 
 def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -135,6 +135,20 @@ def gate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     y = empty(*gate.shape)
     extension.gate(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel(), ACTIVATIONS[activation])
     return y
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """act(x)"""
+    y = empty(*x.shape)
+    extension.gate(x.data_ptr(), 0, y.data_ptr(), x.numel(), ACTIVATIONS[activation])
+    return y
+
+
+def add_gated(a_TD: Tensor, b_TD: Tensor, scores_T1: Tensor) -> Tensor:
+    """a + σ(scores) · b"""
+    y_TD = empty(*a_TD.shape)
+    extension.add_gated(address(a_TD), address(b_TD), address(scores_T1), address(y_TD), *a_TD.shape)
+    return y_TD
 
 
 # ── matrices: see ops/qtensor.py
@@ -233,3 +247,55 @@ def linear(
         0 if bias_N is None else bias_N.data_ptr(), y_TN.data_ptr(), K, N, T, scale, FORMATS[quant_type], exact,
     )  # fmt: skip
     return y_TN
+
+
+# ── experts: see ops/moe.py
+
+
+class Router(Protocol):
+    """What `moe.route` is asked for; `feed_forward.moe.config.MoEConfig` says what each is."""
+
+    @property
+    def active(self) -> int: ...
+    @property
+    def scores(self) -> str: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def active_groups(self) -> int: ...
+    @property
+    def renormalize(self) -> bool: ...
+    @property
+    def renormalize_eps(self) -> float: ...
+    @property
+    def scale(self) -> float: ...
+
+
+def route(scores_TE: Tensor, config: Router, correction_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`moe.route`; the experts' numbers are int32 in memory of float32."""
+    T, E = scores_TE.shape
+    weights_TK, chosen_TK = empty(T, config.active), empty(T, config.active)
+    extension.route(
+        address(scores_TE), address(correction_E), address(weights_TK), address(chosen_TK), T, E, config.active,
+        config.groups, config.active_groups, config.renormalize_eps, config.scale, config.scores == "sigmoid",
+        config.renormalize,
+    )  # fmt: skip
+    return weights_TK, chosen_TK
+
+
+def experts(
+    x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor, tables: Sequence[Tensor | None], shape: Sequence[int],
+    activation: str, exact: bool,
+) -> Tensor:  # fmt: skip
+    """`moe.moe`; tables: where gate, up and down of every expert are, and their formats; shape: (E, F, D)."""
+    gate, up, down = (address(table) for table in tables)
+    (T, K), (E, F, D) = chosen_TK.shape, shape
+    h, y, out_TD = empty(T * K, F), empty(T * K, D), empty(T, D)
+    u = empty(T * K, F) if gate else None
+    extension.experts(
+        gate, up, address(x_TD), address(chosen_TK), address(h), address(u), D, F, T, E, K, ACTIVATIONS[activation],
+        False, exact,
+    )  # fmt: skip
+    extension.experts(0, down, address(h), address(chosen_TK), address(y), 0, F, D, T, E, K, -1, True, exact)
+    extension.combine(address(y), address(weights_TK), address(chosen_TK), address(out_TD), D, T, E, K)
+    return out_TD

@@ -1,12 +1,11 @@
 // Sums and gates, sixteen lanes at a time.
-#include <math.h>
-#include "tiles.h"
+#include "activation.h"
 
 namespace tiercel {
 
 struct Add { const float *a, *b; float* y; i64 count; };  // y = a + b
-struct Gate { const float *gate, *up; float* y; i64 count; int activation; };  // y = act(gate) · up
-enum Activation { SILU, GELU, GELU_TANH, RELU, SIGMOID };
+struct Gate { const float *gate, *up; float* y; i64 count; int activation; };  // y = act(gate) · up, or act(gate) without up
+struct AddGated { const float *a, *b, *scores; float* y; i64 tokens, width; };  // y = a + σ(score) · b, a score for each row
 
 }  // namespace tiercel
 
@@ -16,7 +15,7 @@ enum Activation { SILU, GELU, GELU_TANH, RELU, SIGMOID };
 
 namespace tiercel {
 
-static KernelHandle add{"add"}, gate{"gate"};
+static KernelHandle add{"add"}, gate{"gate"}, add_gated{"add_gated"};
 
 BINDINGS(m) {
     m.def("add", [](Address a, Address b, Address y, i64 n) {
@@ -25,7 +24,12 @@ BINDINGS(m) {
     });
     m.def("gate", [](Address g, Address up, Address y, i64 n, int activation) {
         launch(gate, Gate{ptr<float>(g), ptr<float>(up), ptr<float>(y), n, activation}, n < SMALL,
-               {{ptr<void>(g), n * f32}, {ptr<void>(up), n * f32}}, {{ptr<void>(y), n * f32}});
+               {values(g, n, 1), values(up, n, 1)}, {values(y, n, 1)});
+    });
+    m.def("add_gated", [](Address a, Address b, Address scores, Address y, i64 tokens, i64 width) {
+        launch(add_gated, AddGated{ptr<float>(a), ptr<float>(b), ptr<float>(scores), ptr<float>(y), tokens, width},
+               tokens * width < SMALL, {values(a, tokens, width), values(b, tokens, width), values(scores, tokens, 1)},
+               {values(y, tokens, width)});
     });
 }
 
@@ -51,31 +55,26 @@ void add(const void* args, Worker& worker) {
     for_each_vector(a.count, worker, [&](i64 i, int n) { store_n(a.y + i, load_n(a.a + i, n) + load_n(a.b + i, n), n); });
 }
 
-INLINE F map(F x, float (*f)(float)) {
-    float v[16];
-    store(v, x);
-    for (int i = 0; i < 16; i++) v[i] = f(v[i]);
-    return load(v);
-}
-
-INLINE F activate(int activation, F x) {
-    if (activation == SILU) return silu(x);
-    if (activation == RELU) return max(x, zero());
-    if (activation == SIGMOID) return set(1.0f) / (set(1.0f) + exp(zero() - x));
-    const F half = set(0.5f), one = set(1.0f);
-    if (activation == GELU) return half * x * (one + map(x * set(0.70710678f), erff));
-    return half * x * (one + map(set(0.79788456f) * (x + set(0.044715f) * x * x * x), tanhf));
-}
-
 void gate(const void* args, Worker& worker) {
     const Gate& a = *(const Gate*)args;
     for_each_vector(a.count, worker, [&](i64 i, int n) {
-        store_n(a.y + i, activate(a.activation, load_n(a.gate + i, n)) * load_n(a.up + i, n), n);
+        const F y = activate(a.activation, load_n(a.gate + i, n));
+        store_n(a.y + i, a.up ? y * load_n(a.up + i, n) : y, n);
+    });
+}
+
+void add_gated(const void* args, Worker& worker) {
+    const AddGated& a = *(const AddGated*)args;
+    for_each_token(a.tokens, worker, [&](i64 t) {
+        const F factor = sigmoid(set(a.scores[t]));
+        for (i64 i = t * a.width, left = a.width; left > 0; i += 16, left -= 16)
+            store_n(a.y + i, fma(factor, load_n(a.b + i, left), load_n(a.a + i, left)), left);
     });
 }
 
 REGISTER_KERNEL("add", add);
 REGISTER_KERNEL("gate", gate);
+REGISTER_KERNEL("add_gated", add_gated);
 
 }  // namespace ISA
 
