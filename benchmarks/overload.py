@@ -60,12 +60,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, **limits: Any) -> Iterator[Server]:
-    """`tiercel serve` of the checkpoint in `folder`, named tiny."""
+def serving(folder: Path, adapters: dict[str, Path] | None = None, **limits: Any) -> Iterator[Server]:
+    """`tiercel serve` of the checkpoint in `folder`, named as the folder, with its adapters."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
     words = [word for name, value in limits.items() for word in ("--set", f"{name}={value}")]
+    words += [word for name, path in (adapters or {}).items() for word in ("--adapter", f"{name}={path}")]
     process = subprocess.Popen(
         [sys.executable, "-m", "tiercel", "serve", str(folder), "--port", str(port), *words],
         env=os.environ | {"PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", "TIERCEL_HOME": str(folder / "home")},
