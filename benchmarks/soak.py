@@ -3,9 +3,9 @@
     python benchmarks/soak.py run --hours 8       serve a tiny model and ask; a line of JSON every half minute in --log
     python benchmarks/soak.py report              the slopes of what was logged, as JSON, and a plot in --plot
 
-`run` continues the log of an earlier run in a new segment (a new server); --requests ends it earlier.  The requests: all
-dialects, streamed and not, conversations that grow, an adapter beside its base, embeddings, forms, tools, prompts that
-are too long, bodies that are wrong, and 15 % hang-ups (at once, in the queue, in the prompt, in the answer).
+`run` continues the log of an earlier run in a new segment (a new server); --requests ends it earlier.  The requests:
+all dialects, streamed and not, conversations that grow, an adapter beside its base, embeddings, forms, tools, prompts
+that are too long, bodies that are wrong, and 15 % hang-ups (at once, in the queue, in the prompt, in the answer).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Made = tuple[str, str, Any]
 
 def models(folder: Path) -> tuple[Path, Path]:
     """A tiny checkpoint and an adapter for it."""
-    import tiny  # ty: ignore
     import torch
 
+    import tiny  # ty: ignore
     from tiercel.train.lora import adapt, save
     from tiercel.weights import load as weights
 
@@ -126,8 +126,8 @@ class Client:
         began = time.perf_counter()
         reader, writer = await asyncio.open_connection(HOST, port)
         try:
-            head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
-            writer.write(head.encode() + data)
+            head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
             if leave is not None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(reader.read(1), leave)

@@ -16,11 +16,18 @@ are `assert`s and never reach a user.  `exit_code` is what the command line retu
 
 from __future__ import annotations
 
+MAX_MESSAGE_CHARS = 1000
+
 
 class TiercelError(Exception):
     """Base of every error that is meant for the person at the keyboard."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message; of one with a very long value, its beginning and its end."""
+        text = super().__str__()
+        return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[: MAX_MESSAGE_CHARS - 202]} … {text[-199:]}"
 
 
 class FormatError(TiercelError):

@@ -23,7 +23,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     width, heads, depth = (
         f.size("hidden_size"),
         f.size("num_attention_heads"),
-        f.size("num_hidden_layers", largest=100_000),
+        f.layers(),
     )
     context = f.size("max_position_embeddings", 262144)
     rope = replace(read_rope(f, theta=1e4, max_length=context), fraction=0.5)  # transformers hard-codes it

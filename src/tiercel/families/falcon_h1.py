@@ -72,7 +72,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     config = ModelConfig(
         vocab_size=f.size("vocab_size"),
         width=width,
-        layers=(layer,) * f.size("num_hidden_layers", largest=100_000),
+        layers=(layer,) * f.layers(),
         norm_eps=f.number("rms_norm_eps", 1e-5),
         tied=tied,
         logit_scale=multipliers["lm_head"] / multipliers["embedding"] if tied else 1.0,

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
+from tiercel.mixers.checks import MAX_LAYERS
 from tiercel.mixers.spec import MixerSpec, ModuleSpec, Param, Transform
 from tiercel.model.config import ModelConfig
 
@@ -194,8 +195,8 @@ class Metadata:
 
     def layers(self) -> int:
         count = self.size("block_count")
-        if count > 100_000:
-            raise FormatError(f"GGUF metadata: {count} layers are more than any model has")
+        if count > MAX_LAYERS:
+            raise FormatError(f"GGUF metadata: block_count must be 1 to {MAX_LAYERS}, not {count}")
         return count
 
 

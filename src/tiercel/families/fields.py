@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
-from tiercel.mixers.checks import MAX_SIZE
+from tiercel.mixers.checks import MAX_LAYERS, MAX_SIZE
 
 REQUIRED: Any = object()
 
@@ -75,6 +75,10 @@ class Fields:
         if type(value) is not int or not 0 < value <= largest:
             raise FormatError(f"{self.where}: {name} must be a whole number from 1 to {largest}, not {_short(value)}")
         return value
+
+    def layers(self, default: Any = REQUIRED) -> int:
+        """The number of layers, 1 to MAX_LAYERS."""
+        return self.size("num_hidden_layers", default, largest=MAX_LAYERS)
 
     def size_or_none(self, name: str, default: int | None = None) -> int | None:
         """A whole number from 1, or nothing: null, or absent without a default."""
@@ -178,5 +182,8 @@ class Fields:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # thousands of digits
+        return f"a {type(value).__name__} with a very long number"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -37,7 +37,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     width, heads, depth = (
         f.size("hidden_size"),
         f.size("num_attention_heads"),
-        f.size("num_hidden_layers", largest=100_000),
+        f.layers(),
     )
     attention = AttentionConfig(
         heads=heads, kv_heads=f.size("num_key_value_heads", 8), head_dim=f.size("head_dim", max(width // heads, 1))

@@ -42,7 +42,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     width, heads, depth = (
         f.size("hidden_size"),
         f.size("num_attention_heads"),
-        f.size("num_hidden_layers", largest=100_000),
+        f.layers(),
     )
     context = f.size("max_position_embeddings", {"llama": 2048, "qwen2": 32768}.get(str(kind), 131072))
     rope = read_rope(f, theta=1e6 if kind == "mixtral" else 1e4, max_length=context)

@@ -75,7 +75,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     config = ModelConfig(
         vocab_size=f.size("vocab_size"),
         width=width,
-        layers=(LayerConfig(mixers=(mixer,)),) * f.size("num_hidden_layers", largest=100_000),
+        layers=(LayerConfig(mixers=(mixer,)),) * f.layers(),
         norm_eps=f.number("layer_norm_epsilon", 1e-5),
         tied=f.flag("tie_word_embeddings", kind in ("mamba", "falcon_mamba")),
         residual_fp32=f.flag("residual_in_fp32", True),

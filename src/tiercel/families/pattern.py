@@ -19,11 +19,10 @@ from typing import Any
 from tiercel.errors import FormatError, RequestError
 from tiercel.families.family import Family, TensorMapping
 from tiercel.feed_forward.registry import FEED_FORWARDS
+from tiercel.mixers.checks import MAX_LAYERS
 from tiercel.mixers.registry import MIXERS
 from tiercel.model.config import LayerConfig, ModelConfig
 from tiercel.model.parameters import parameters
-
-LAYERS_AT_MOST = 100_000
 
 
 def pattern(
@@ -55,7 +54,7 @@ def pattern(
     Raises RequestError for a word that is not known and FormatError for sizes that cannot be.
     """
     words = layers.split() if isinstance(layers, str) else [str(word) for word in layers]
-    if not words or not 0 < repeat * len(words) <= LAYERS_AT_MOST:
+    if not words or not 0 < repeat * len(words) <= MAX_LAYERS:
         raise RequestError("a pattern needs at least one layer, such as 'mamba2 mamba2 mamba2 attention'")
     sizes = dict(
         heads=heads, kv_heads=kv_heads, head_dim=head_dim, window=window, rope_theta=rope_theta, state=state,

@@ -37,7 +37,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     f = Fields(dict(hf_config))
     moe = f.data.get("model_type") == "qwen3_moe"
     width, heads = f.size("hidden_size"), f.size("num_attention_heads")
-    depth = f.size("num_hidden_layers", largest=100_000)
+    depth = f.layers()
     context = f.size("max_position_embeddings", 32768)
     rope = read_rope(f, theta=1e4, max_length=context)
     bias, activation = f.flag("attention_bias", False), f.choice("hidden_act", "silu", ACTIVATIONS)

@@ -29,7 +29,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     nested = isinstance(hf_config.get("text_config"), dict)  # a checkpoint with a vision tower
     f = Fields(dict(hf_config["text_config"] if nested else hf_config))
     width, heads = f.size("hidden_size", 4096), f.size("num_attention_heads", 16)
-    depth = f.size("num_hidden_layers", 32, largest=100_000)
+    depth = f.layers(32)
     context = f.size("max_position_embeddings", 32768)
     rope = _rope(f, context)
     bias, activation = f.flag("attention_bias", False), f.choice("hidden_act", "silu", ACTIVATIONS)

@@ -6,6 +6,7 @@ from typing import Any
 
 from tiercel.errors import FormatError
 
+MAX_LAYERS = 1024  # the deepest published language model has 126
 MAX_SIZE = 1 << 31  # no field of a real model reaches this; a hostile file does
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tiercel.feed_forward.registry import FEED_FORWARDS
-from tiercel.mixers.checks import check, check_sizes
+from tiercel.mixers.checks import MAX_LAYERS, check, check_sizes
 from tiercel.mixers.registry import MIXERS
 from tiercel.mixers.spec import FeedForwardSpec, MixerSpec, ModuleSpec, Registry
 
@@ -55,7 +55,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "width", "max_length")
-        check(0 < len(self.layers) <= 100_000, f"a model has 1 to 100000 layers, not {len(self.layers)}")
+        check(0 < len(self.layers) <= MAX_LAYERS, f"a model has 1 to {MAX_LAYERS} layers, not {len(self.layers)}")
         check(math.isfinite(self.norm_eps) and 0 <= self.norm_eps < 1, f"norm_eps must be small, not {self.norm_eps!r}")
         check(math.isfinite(self.logit_scale), f"logit_scale must be finite, not {self.logit_scale!r}")
 
@@ -82,9 +82,9 @@ class ModelConfig:
         for run in runs:
             check(isinstance(run, dict), "each layer must be a table of fields")
             repeat = run.get("repeat", 1)
-            check(type(repeat) is int and 0 < repeat <= 100_000, f"repeat must be a whole number, not {repeat!r}")
+            check(type(repeat) is int and 0 < repeat <= MAX_LAYERS, f"repeat must be a whole number, not {repeat!r}")
             layers += [_layer_from_dict({k: v for k, v in run.items() if k != "repeat"})] * repeat
-            check(len(layers) <= 100_000, "a model has at most 100000 layers")
+            check(len(layers) <= MAX_LAYERS, f"a model has at most {MAX_LAYERS} layers")
         found: ModelConfig = _build(cls, data | {"layers": tuple(layers)})
         return found
 

@@ -1,4 +1,7 @@
-"""A request's body: bounded in bytes, time and depth, then checked field by field.
+"""A request's body: bounded in bytes, time, depth and number of values, then checked field by field.
+
+The parser and the checks hold Python's lock, for at most as long as their largest body takes: the values are counted
+before any object is made, and large bodies are read one after the other, in a thread.
 
 Unknown fields are not an error (clients add their own); their names come back in the response header
 `x-tiercel-ignored`, so that nothing is ignored in silence.
@@ -10,7 +13,8 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -24,8 +28,11 @@ from tiercel.voting.settings import VoteSettings
 HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 MAX_IGNORED_NAMES = 16
 MAX_UNKNOWN_FIELDS = 1000  # that are looked at for the header
-MAX_CONTAINERS = 1 << 20  # arrays and objects of a body: each takes 64 bytes and more
+MAX_VALUES = 300_000  # of a body, as `cost_of` counts them: a prompt of 2^18 token ids is within
+MAX_NUMBER_CHARS = 400
 THREAD_BYTES = 64 << 10  # from this size a body is read in a thread
+LARGE_BYTES = 1 << 20  # from this size its prompt is prepared there too: one at a time
+_reader = ThreadPoolExecutor(1, "body")
 T = TypeVar("T")
 
 
@@ -97,12 +104,20 @@ async def read(request: Request, kind: type[B]) -> B:
     raw = await read_bytes(request, settings.body_bytes, settings.body_timeout)
     if not raw.strip():
         raise APIError(400, "missing request body")
+    request.state.large = len(raw) >= LARGE_BYTES
     if len(raw) < THREAD_BYTES:
         body = validate(raw, kind, settings.json_depth)
     else:
-        body = await asyncio.to_thread(validate, raw, kind, settings.json_depth)
+        body = await asyncio.get_running_loop().run_in_executor(_reader, validate, raw, kind, settings.json_depth)
     ignore(request, body.ignored())
     return body
+
+
+async def aside(request: Request, function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function whose time grows with the body, in a thread; for large bodies one at a time."""
+    if not getattr(request.state, "large", False):
+        return await asyncio.to_thread(function, *arguments)
+    return await asyncio.get_running_loop().run_in_executor(_reader, function, *arguments)
 
 
 def validate(raw: bytes, kind: type[B], depth: int) -> B:
@@ -142,14 +157,14 @@ async def read_bytes(request: Request, limit: int, seconds: float) -> bytes:
 
 
 def parse(raw: bytes, depth: int) -> Any:
-    """JSON as the standard has it: no NaN, no infinity, no endless integers, nesting and number of containers bounded.
+    """JSON as the standard has it: no NaN, no infinity, no endless numbers, nesting and number of values bounded.
 
     Raises APIError 400.
     """
-    if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS:
-        raise APIError(400, f"the JSON has more than {MAX_CONTAINERS} arrays and objects")
+    if cost_of(raw, MAX_VALUES) > MAX_VALUES:
+        raise APIError(400, f"the JSON has more than {MAX_VALUES} values (a field, list or object counts as four)")
     try:
-        value = json.loads(raw, parse_constant=_no_number, parse_float=_finite)
+        value = json.loads(raw, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
     except RecursionError:
         raise APIError(400, f"the JSON is nested deeper than {depth}") from None
     except ValueError as error:
@@ -164,12 +179,37 @@ def parse(raw: bytes, depth: int) -> Any:
     return value
 
 
+def cost_of(raw: bytes, limit: int) -> int:
+    """The commas, and four for each colon and bracket, outside the strings of a JSON text; it ends beyond `limit`."""
+    if _weight(raw, 0, len(raw)) <= limit:  # an upper bound: those inside strings are counted too
+        return 0
+    if b"\\" in raw:
+        raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of `"` begins or ends a string
+    cost = position = 0
+    while cost <= limit and position < len(raw):
+        start = raw.find(b'"', position)
+        start = len(raw) if start < 0 else start
+        cost += max(1, _weight(raw, position, start))
+        position = raw.find(b'"', start + 1) + 1 or len(raw)
+    return cost
+
+
+def _weight(raw: bytes, start: int, stop: int) -> int:
+    return raw.count(b",", start, stop) + 4 * sum(raw.count(sign, start, stop) for sign in (b":", b"[", b"{"))
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_NUMBER_CHARS:
+        raise ValueError(f"a number may have {MAX_NUMBER_CHARS} digits")
+    return int(text)
+
+
 def _no_number(text: str) -> float:
     raise ValueError(f"{text[:40]} is no JSON number")
 
 
 def _finite(text: str) -> float:
-    number = float(text)
+    number = float(text) if len(text) <= MAX_NUMBER_CHARS else math.inf
     return number if math.isfinite(number) else _no_number(text)
 
 

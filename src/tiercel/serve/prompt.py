@@ -27,6 +27,7 @@ REASONING_TOKENS: dict[str, int | None] = {"minimal": 256, "low": 1024, "medium"
                                            "ultra": None, "max": None}  # fmt: skip
 
 
+MAX_COUNTED_CONTEXTS = 16
 EXACT_TOKENS = 64  # of a prompt that is longer than the context by more only a beginning may have been read
 
 
@@ -127,6 +128,15 @@ def encode_chat(
         max_tokens=max_tokens,
         **variables,
     )
+
+
+def count_chat(lease: Lease, messages: list[Message], options: PromptOptions) -> int:
+    """The number of a conversation's tokens.  Raises RequestError, ContextOverflow."""
+    most = MAX_COUNTED_CONTEXTS * lease.loaded.model.max_length
+    count = len(encode_chat(lease, messages, {}, options, most))
+    if count > most:
+        raise ContextOverflow(f"the conversation has more than {most} tokens: {MAX_COUNTED_CONTEXTS} contexts")
+    return count
 
 
 def _encode_chat(

@@ -26,7 +26,6 @@ from tiercel.serve.errors import error_response
 from tiercel.serve.settings import Settings, is_loopback
 
 HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)(:[0-9]{1,5})?")
-APP_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")  # pages of programs on this machine
 OPEN = frozenset({"/health"})
 ALLOW_HEADERS = (
     "Authorization, X-Api-Key, Anthropic-Version, Anthropic-Beta, Anthropic-Dangerous-Direct-Browser-Access, "
@@ -95,8 +94,6 @@ class SecurityMiddleware:
         scheme, separator, rest = origin.partition("://")
         if not separator:
             return False  # "null", a sandboxed frame, among them
-        if scheme in APP_SCHEMES:
-            return True
         if scheme not in ("http", "https") or not HOST.fullmatch(rest):
             return False
         return rest == host.lower() or is_loopback(re.sub(r":[0-9]{1,5}$", "", rest))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tiercel.serve.body import Body, Items
-from tiercel.serve.errors import APIError, to_json
+from tiercel.serve.errors import APIError
 
 # field of a request → keyword of sampling.params.Structured
 FIELDS = {
@@ -52,8 +52,16 @@ class StructuredFields(Body):
 
 
 def check_schema_size(value: Any, limit: int) -> None:
-    """Raise APIError 400 where tools and schemas have more than `limit` bytes of JSON."""
-    if len(to_json(value)) > limit:
+    """Raise APIError 400 where tools and schemas have more than `limit` characters, values' commas included."""
+    pending, size = [value], 0
+    while pending and size <= limit:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple)):
+            pending += item
+        size += 2 + (len(item) if isinstance(item, str) else 0)
+    if size > limit:
         raise APIError(400, f"schemas and tools may be {limit} bytes together")
 
 

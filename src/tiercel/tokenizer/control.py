@@ -33,6 +33,8 @@ THINK_TAGS = ("<think>", "</think>")
 TRUSTED_ROLES = ("assistant", "system", "developer")
 WORDS = ("content", *REASONING)  # where think tags are those roles' own
 PRIVATE_USE = range(0xE000, 0xF8FF)
+PRIVATE_PATTERN = re.compile("[\ue000-\uf8ff]|u[ef][0-9a-f]{3}")
+WINDOW_CHARS = 1 << 16
 DEEPEST = 64
 OTHER = "\uffff"  # the finder's word for text between control tokens
 
@@ -71,6 +73,7 @@ class Controls:
         self._forwards = sorted(self.tokens)
         self._backwards = sorted(content[::-1] for content in self.tokens)
         self._longest = max(map(len, self.tokens), default=0)
+        self._windows = not any(t.lstrip or t.rstrip or t.single_word for t in self.tokens.values())
         self._finder = Tokenizer(WordLevel({OTHER: 0}, unk_token=OTHER))
         self._finder.add_special_tokens(
             [
@@ -81,9 +84,27 @@ class Controls:
 
     def cut(self, text: str) -> Iterator[tuple[Added | None, int, int]]:
         """The parts of text in order: (control token or None for plain text, start, stop)."""
-        encoding = self._finder.encode(text, add_special_tokens=False)
-        for content, (start, stop) in zip(encoding.tokens, encoding.offsets, strict=True):
-            yield self.tokens.get(content), start, stop
+        done = 0
+        for token, start, stop in self._find(text):
+            if done < start:
+                yield None, done, start
+            yield token, start, stop
+            done = stop
+        if done < len(text):
+            yield None, done, len(text)
+
+    def _find(self, text: str) -> Iterator[tuple[Added, int, int]]:
+        """The control tokens of text; a window at a time, as the library holds Python's lock meanwhile."""
+        begin = 0
+        while begin < len(text):
+            end = min(begin + WINDOW_CHARS, len(text)) if self._windows else len(text)
+            encoding = self._finder.encode(text[begin : end + self._longest], add_special_tokens=False)
+            done = end
+            for content, (start, stop) in zip(encoding.tokens, encoding.offsets, strict=True):
+                if begin + start < end and (token := self.tokens.get(content)) is not None:
+                    yield token, begin + start, begin + stop
+                    done = max(end, begin + stop)
+            begin = done
 
     def places(self, text: str) -> list[tuple[int, Added]]:
         """Where control texts begin; a control text that overlaps an earlier one is not named."""
@@ -119,7 +140,10 @@ class Disguise:
             raise RequestError("messages and tools hold half of a surrogate pair, which is no text") from None
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"messages and tools must be plain JSON values: {error}") from None
-        used = set(written) | {chr(int(code, 16)) for code in re.findall("u([ef][0-9a-f]{3})", written)}
+        used: set[str] = set()
+        for start in range(0, len(written), WINDOW_CHARS):
+            found = PRIVATE_PATTERN.findall(written, start, start + WINDOW_CHARS + 4)
+            used |= {text if len(text) == 1 else chr(int(text[1:], 16)) for text in found}
         self._free = (character for character in map(chr, PRIVATE_USE) if character not in used)
         self._stands_for: dict[str, str] = {}
         self._hidden_as: dict[str, str] = {}

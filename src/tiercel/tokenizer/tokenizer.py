@@ -149,7 +149,7 @@ class Tokenizer:
         tokenizer = self._tokenizer if prefix else self._inner
         if len(text) >= UNLOCKED_CHARS:
             (fast,) = ask(tokenizer.encode_batch_fast, [text], add_special_tokens=False)  # other threads run meanwhile
-            if self._controls.ids.isdisjoint(ids := list(fast.ids)):
+            if self._controls.ids.isdisjoint(ids := fast.ids):
                 return ids
         encoding = ask(tokenizer.encode, text, add_special_tokens=False)
         ids = list(encoding.ids)
@@ -368,9 +368,9 @@ class Tokenizer:
         tokenizer: dict[str, Any] = json.loads(self._tokenizer.to_str())
         for content in self._fillers:
             del tokenizer["model"]["vocab"][content]
-        flags = {token.id: token.special for token in self._added}
+        given = {token.content: token for token in self._added}
         for entry in tokenizer["added_tokens"]:
-            entry["special"] = flags[entry["id"]]
+            entry["id"], entry["special"] = given[entry["content"]].id, given[entry["content"]].special
         return tokenizer
 
     # what the constructor learns

@@ -17,11 +17,13 @@ from typing import Any, TypeGuard
 
 from tiercel.errors import FormatError
 from tiercel.runtime.atomic import atomic_write
+from tiercel.runtime.free_memory import check_free
 from tiercel.tokenizer.control import Added
 from tiercel.tokenizer.vocab import Recipe, added_json
 
 TOKENIZER_BYTES = 256 << 20
 SMALL_BYTES = 16 << 20
+BYTES_PER_FILE_BYTE = 24  # of memory while a tokenizer.json is opened
 MOST_TEMPLATES = 64
 EXTRA_SPECIAL = ("extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens")
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -39,6 +41,7 @@ def from_folder(folder: Path) -> Recipe | None:
     names = _names(tokens_map) | _names(config)
     _complete_added(tokenizer, config, set(names.values()), _extra_special(config) | _extra_special(tokens_map))
     ids = known_ids(tokenizer)
+    _check_one_text(tokenizer, ids)
     _name_bos(tokenizer, config, names, ids)
     eos = (
         _ids(generation, "eos_token_id") | _ids(model, "eos_token_id") | _ids(model.get("text_config"), "eos_token_id")
@@ -93,6 +96,7 @@ def _read(path: Path, most_bytes: int) -> bytes | None:
         raise FormatError(f"cannot read {path.name}: {error.strerror}") from None
     if len(data) > most_bytes:
         raise FormatError(f"{path.name} is larger than {most_bytes >> 20} MiB, no {path.name} is")
+    check_free(BYTES_PER_FILE_BYTE * len(data), f"{path.name}, of {len(data)} bytes,")
     return data
 
 
@@ -139,6 +143,14 @@ def added_tokens(tokenizer: dict[str, Any]) -> list[Added]:
     if not isinstance(entries, list):
         raise FormatError("tokenizer.json's added_tokens must be a list")
     return [_added(entry, entry.get("id") if isinstance(entry, dict) else None) for entry in entries]
+
+
+def _check_one_text(tokenizer: dict[str, Any], ids: dict[str, int]) -> None:
+    """Raise FormatError where an added token has the id of another token: the library would number it anew."""
+    added = {token.id: token.content for token in added_tokens(tokenizer)}
+    for text, id in ids.items():
+        if added.get(id, text) != text:
+            raise FormatError(f"tokenizer.json gives the id {id} to {text[:60]!r} and to {added[id][:60]!r}")
 
 
 def _added(entry: Any, id: Any) -> Added:

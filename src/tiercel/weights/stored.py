@@ -10,6 +10,7 @@ import math
 import os
 import stat
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +44,12 @@ class File:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._descriptor = -1
         try:  # a pipe would block on open, so it is opened without waiting and then refused
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
-            status = os.fstat(self._descriptor)
         except (OSError, ValueError) as error:
-            self.close()
             raise FormatError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
+        self.close = weakref.finalize(self, os.close, self._descriptor)  # called once, at exit at the latest
+        status = os.fstat(self._descriptor)
         self.size = status.st_size
         if not stat.S_ISREG(status.st_mode):
             self.close()
@@ -62,7 +62,7 @@ class File:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills `buffer` from `offset` on.  Raises FormatError when the file has become too short."""
-        assert self._descriptor >= 0, f"{self.path} is closed"
+        assert self.close.alive, f"{self.path} is closed"
         done = 0
         while done < len(buffer):
             try:
@@ -82,14 +82,6 @@ class File:
             data = os.read(self._descriptor, len(buffer))
         buffer[: len(data)] = data
         return len(data)
-
-    def close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
-
-    def __del__(self) -> None:
-        self.close()
 
 
 def torch_dtype(type: str) -> torch.dtype:

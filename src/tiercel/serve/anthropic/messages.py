@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -12,12 +11,12 @@ from starlette.responses import Response
 from tiercel.serve.anthropic.events import Event, MessageWriter, usage_fields
 from tiercel.serve.anthropic.input import Conversation
 from tiercel.serve.anthropic.schemas import CountTokens, Messages
-from tiercel.serve.body import ignore, read
+from tiercel.serve.body import aside, ignore, read
 from tiercel.serve.defaults import default_params, tenant_of
 from tiercel.serve.errors import APIError
 from tiercel.serve.generation import generate
 from tiercel.serve.models import Lease
-from tiercel.serve.prompt import PromptOptions, encode_chat, prepare
+from tiercel.serve.prompt import PromptOptions, count_chat, prepare
 from tiercel.serve.service import service_of
 from tiercel.serve.settings import Settings
 from tiercel.serve.stream import JSONResponse, NamedEventSourceResponse
@@ -33,7 +32,7 @@ class MessageStream(NamedEventSourceResponse):
 async def messages(request: Request) -> Response:
     """Answer a conversation."""
     body = await read(request, Messages)
-    conversation = _conversation(request, body, service_of(request).settings)
+    conversation = await _conversation(request, body, service_of(request).settings)
     if body.stream:
         return MessageStream(request, _events(request, body, conversation))
 
@@ -49,23 +48,23 @@ async def messages(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     """How many tokens a conversation has."""
     body = await read(request, CountTokens)
-    conversation = _conversation(request, body, service_of(request).settings)
+    conversation = await _conversation(request, body, service_of(request).settings)
 
     async def count() -> dict[str, Any]:
         async with service_of(request).lease(body.model) as lease:
             options = _options(body, conversation)
-            ids = await asyncio.to_thread(encode_chat, lease, conversation.prompt(lease), {}, options)
-        return {"input_tokens": len(ids)}
+            number = await aside(request, count_chat, lease, conversation.prompt(lease), options)
+        return {"input_tokens": number}
 
     return JSONResponse(request, count)
 
 
-def _conversation(request: Request, body: CountTokens, settings: Settings) -> Conversation:
+async def _conversation(request: Request, body: CountTokens, settings: Settings) -> Conversation:
     if len(body.messages) > settings.messages:
         raise APIError(400, f"a conversation may have {settings.messages} messages", param="messages")
     form = body.output_config.format if body.output_config else None
     body.check_size(settings.schema_bytes, body.tools, body.output_format, form)
-    conversation = Conversation(body)
+    conversation = await aside(request, Conversation, body)
     ignore(request, conversation.ignored)
     return conversation
 
@@ -83,7 +82,7 @@ def _options(body: CountTokens, conversation: Conversation) -> PromptOptions:
 async def _open(request: Request, body: Messages, conversation: Conversation, lease: Lease) -> GenerationRequest:
     fields = default_params(lease, {}) | body.sampling_fields()
     options = _options(body, conversation)
-    generation = await asyncio.to_thread(prepare, lease, conversation.prompt(lease), fields, options)
+    generation = await aside(request, prepare, lease, conversation.prompt(lease), fields, options)
     generation.tenant = tenant_of(request)
     return generation
 

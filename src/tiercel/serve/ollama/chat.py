@@ -5,7 +5,6 @@ Every streamed line is one JSON object, durations are whole nanoseconds, times R
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tiercel.serve.body import ignore, read
+from tiercel.serve.body import aside, ignore, read
 from tiercel.serve.capabilities import can_reason, template_text
 from tiercel.serve.defaults import default_params, tenant_of
 from tiercel.serve.errors import APIError
@@ -171,7 +170,7 @@ async def _open(request: Request, body: OllamaRequest, writer: ResponseWriter[An
         vote=body.vote.settings(service_of(request).settings) if body.vote is not None else None,
     )
     fields = default_params(lease, DEFAULT_PARAMS) | params
-    generation = await asyncio.to_thread(prepare, lease, writer.prompt(lease), fields, wanted)
+    generation = await aside(request, lambda: prepare(lease, writer.prompt(lease), fields, wanted))
     generation.tenant = tenant_of(request)
     writer.finish(generation)
     return generation

@@ -5,15 +5,14 @@ Reasoning comes as `reasoning_content`.  Sampling defaults: the checkpoint's own
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tiercel.serve.body import ignore, read
+from tiercel.serve.body import aside, ignore, read
 from tiercel.serve.capabilities import template_text
 from tiercel.serve.defaults import default_params, tenant_of
 from tiercel.serve.errors import APIError
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from tiercel.tokenizer.tokenizer import Tokenizer
 
 MAX_TOP_LOGPROBS = 20
+MAX_TEMPLATE_VARIABLES = 64
 SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch of reasoning
 RESERVED_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token",
                       "unk_token", "self", "continue_final")  # fmt: skip
@@ -66,16 +66,24 @@ async def open_prompt(
     request: Request, body: Sampled, prompt: Prompt, lease: Lease, options: PromptOptions | None = None
 ) -> GenerationRequest:
     """The request of one prompt, prepared in a thread."""
-    fields = default_params(lease, {}) | body.sampling_fields()
-    generation = await asyncio.to_thread(prepare, lease, prompt, fields, options)
+    return await _prepared(request, body, lease, lambda: (prompt, options))
+
+
+async def _prepared(
+    request: Request, body: Sampled, lease: Lease, read: Callable[[], tuple[Prompt, PromptOptions | None]]
+) -> GenerationRequest:
+    def make() -> GenerationRequest:
+        prompt, options = read()
+        return prepare(lease, prompt, default_params(lease, {}) | body.sampling_fields(), options)
+
+    generation = await aside(request, make)
     generation.tenant = tenant_of(request, body.cache_salt)
     return generation
 
 
 async def open_chat(request: Request, body: ChatCompletion, lease: Lease) -> GenerationRequest:
     """The request of a conversation.  Raises APIError 400, RequestError."""
-    messages, options = chat_prompt(request, body, lease)
-    return await open_prompt(request, body, messages, lease, options)
+    return await _prepared(request, body, lease, lambda: chat_prompt(request, body, lease))
 
 
 def chat_prompt(request: Request, body: ChatCompletion, lease: Lease) -> tuple[list[Message], PromptOptions]:
@@ -118,14 +126,17 @@ def _template_switches(body: ChatCompletion, lease: Lease, request: Request) -> 
     template = template_text(lease.loaded.model.tokenizer)
     switches = {name: wanted[name] for name in SWITCHES if wanted.get(name) is not None}
     problem = ""
-    if any(not isinstance(value, bool) for value in switches.values()):
+    if len(wanted) > MAX_TEMPLATE_VARIABLES:
+        problem = f"{MAX_TEMPLATE_VARIABLES} names at most"
+    elif any(not isinstance(value, bool) for value in switches.values()):
         problem = f"{' and '.join(switches)} must be true or false"
     elif len(set(switches.values())) > 1:
         problem = f"{' and '.join(switches)} contradict each other; leave one of them out"
     variables: dict[str, Any] = {}
-    for name, value in wanted.items():
-        if name in RESERVED_VARIABLES or "{{" in str(value) or "{%" in str(value):
-            problem = f"{name[:40]!r} cannot be set to {str(value)[:40]!r}"
+    for name, value in wanted.items() if not problem else ():
+        written = str(value)
+        if name in RESERVED_VARIABLES or "{{" in written or "{%" in written:
+            problem = f"{name[:40]!r} cannot be set to {written[:40]!r}"
         elif re.search(rf"\b{re.escape(name)}\b", template):
             variables[name] = value
         elif name not in SWITCHES:

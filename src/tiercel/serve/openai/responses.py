@@ -8,7 +8,6 @@ One message item, before it a reasoning item where the model reasons, after it t
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tiercel.serve.body import ignore, read
+from tiercel.serve.body import aside, ignore, read
 from tiercel.serve.defaults import tenant_of
 from tiercel.serve.errors import APIError, message_of, status_of, to_json
 from tiercel.serve.generation import generate
@@ -25,7 +24,7 @@ from tiercel.serve.openai.response_events import Event, ResponseEvents
 from tiercel.serve.openai.response_input import Functions, chat_messages, input_items
 from tiercel.serve.openai.response_store import StoredResponse, store_of
 from tiercel.serve.openai.schemas import ChatCompletion, ResponsesRequest
-from tiercel.serve.prompt import encode_chat
+from tiercel.serve.prompt import count_chat
 from tiercel.serve.service import service_of
 from tiercel.serve.settings import Settings
 from tiercel.serve.stream import JSONResponse, NamedEventSourceResponse
@@ -74,13 +73,17 @@ async def input_tokens(request: Request) -> Response:
     """How many tokens the input of a response has."""
     body, _, chat = await _read(request)
 
-    async def count() -> dict[str, Any]:
+    async def counted() -> dict[str, Any]:
         async with service_of(request).lease(body.model) as lease:
-            messages, options = chat_prompt(request, chat, lease)
-            ids = await asyncio.to_thread(encode_chat, lease, messages, {}, options)
-        return {"object": "response.input_tokens", "input_tokens": len(ids)}
 
-    return JSONResponse(request, count)
+            def count() -> int:
+                messages, options = chat_prompt(request, chat, lease)
+                return count_chat(lease, messages, options)
+
+            number = await aside(request, count)
+        return {"object": "response.input_tokens", "input_tokens": number}
+
+    return JSONResponse(request, counted)
 
 
 async def _read(request: Request) -> tuple[ResponsesRequest, Functions, ChatCompletion]:
@@ -97,10 +100,14 @@ async def _read(request: Request) -> tuple[ResponsesRequest, Functions, ChatComp
             raise APIError(400, "previous_response_id: there is no such response; send the whole conversation as input",
                            param="previous_response_id", code="previous_response_not_found")  # fmt: skip
         body.input = [*stored.items, *input_items(body.input)]
-    functions = Functions(body)
-    chat = as_chat(body, functions, service_of(request).settings)
+    functions, chat = await aside(request, _as_chat, body, service_of(request).settings)
     ignore(request, functions.ignored)
     return body, functions, chat
+
+
+def _as_chat(body: ResponsesRequest, settings: Settings) -> tuple[Functions, ChatCompletion]:
+    functions = Functions(body)
+    return functions, as_chat(body, functions, settings)
 
 
 def as_chat(body: ResponsesRequest, functions: Functions, settings: Settings) -> ChatCompletion:
