@@ -1,6 +1,7 @@
-"""uvicorn's HTTP connection, with a limit on how long the head of a request may take.
+"""uvicorn's HTTP connection, with limits on how long the head of a request may take, and on chunks of few bytes.
 
-uvicorn alone waits for ever for a client that connects and sends nothing, or one header a minute.
+uvicorn alone waits for ever for a client that connects and sends nothing, or one header a minute; and each chunk takes
+tens of microseconds of the event loop, whatever is in it: 8 MiB in chunks of a byte would take minutes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,25 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 TIMEOUT_RESPONSE = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+MAX_SMALL_CHUNKS = 1000
+SMALL_CHUNK_BYTES = 64
+
+
+class _Parser(h11.Connection):
+    """h11's, which refuses a body of more than MAX_SMALL_CHUNKS chunks that have few bytes on average."""
+
+    chunks = chunk_bytes = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.chunks = self.chunk_bytes = 0
+        elif isinstance(event, h11.Data):
+            self.chunks += event.chunk_start
+            self.chunk_bytes += len(event.data)
+            if self.chunks > max(MAX_SMALL_CHUNKS, self.chunk_bytes // SMALL_CHUNK_BYTES):
+                raise h11.RemoteProtocolError("too many chunks of too few bytes")
+        return event
 
 
 def connection(seconds: float) -> type[H11Protocol]:
@@ -19,6 +39,10 @@ def connection(seconds: float) -> type[H11Protocol]:
 
     class Connection(H11Protocol):
         timer: asyncio.TimerHandle | None = None
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.conn = _Parser(h11.SERVER, self.config.h11_max_incomplete_event_size or 16 << 10)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
