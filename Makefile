@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help install test slow fuzz isas sanitize lint format docs bench goldens ci
+.PHONY: help install test slow fuzz isas sanitize lint format docs bench goldens page clients ci
 
 help:     ## this list
 	@grep -E '^[a-z]+: ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ docs:     ## the documentation site in site/ (make docs, then open site/index.ht
 
 bench:    ## the table of the README: against llama.cpp and transformers, in turn (an hour)
 	$(BIN)/python benchmarks/cpu.py
+
+page:     ## the libraries of the chat page again, from web/package-lock.json (needs node and npm)
+	cd web && npm ci --ignore-scripts --no-audit --no-fund && node build.mjs
 
 goldens:  ## how tests/golden was made (needs llama-cpp-python, see the scripts' heads)
 	@head -20 tests/golden/make_llamacpp.py

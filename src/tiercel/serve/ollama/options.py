@@ -11,6 +11,7 @@ PARAM_OF_OPTION = {
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "seed": "seed", "stop": "stop",
     "repeat_penalty": "repetition_penalty", "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty", "num_predict": "max_tokens",
+    "thinking_budget": "thinking_budget",  # an extension of this server
 }  # fmt: skip
 OPTION_OF_PARAM = {param: option for option, param in PARAM_OF_OPTION.items()}
 MAX_INT32 = (1 << 31) - 1

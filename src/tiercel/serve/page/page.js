@@ -1,278 +1,269 @@
-// The chat page: one file, no library.  A conversation is {id, name, model, turns: [{role, content, thinking, figures}]}.
-"use strict";
+// The chat page: what is shown, and what its buttons do.  store.js keeps it, answers.js asks the server.
 
-const $ = (id) => document.getElementById(id);
-const make = (tag, props = {}, ...children) => {
-  const node = Object.assign(document.createElement(tag), props);
-  node.append(...children);
-  return node;
-};
+import * as answers from "./answers.js";
+import { $, download, make, newId, say } from "./dom.js";
+import { loadModels, models, setUpPull, showContext, showMemory, showModel, thinks } from "./models.js";
+import { TAB, allTurns, conversations, listen, open, putAll, putConversation, remove, turnsOf } from "./store.js";
+import { drawTalks, search, sorted } from "./talks.js";
+import { children, newest, path } from "./tree.js";
+import { read, textFile, toJSON, toMarkdown } from "./transfer.js";
+import { TurnView, fileView } from "./turn.js";
 
-// ── what is kept
+const SETTINGS = ["system", "temperature", "top_p", "top_k", "min_p", "seed", "num_predict", "thinking_budget"];
+const DEFAULTS_KEY = "tiercel.settings", HERE_KEY = "tiercel.here";
+const FOLLOW_PIXELS = 160; // from the end of the conversation, within which the page follows it
 
-const KEY = "tiercel.conversations";
-const kept = (() => {
-  try { return JSON.parse(localStorage.getItem(KEY)) || {}; } catch { return {}; }
-})();
-let talks = Array.isArray(kept.talks) ? kept.talks : [];
-let here = talks.find((talk) => talk.id === kept.here) || null;
-let models = [];
-let running = null; // {controller, turn}
+const parsed = (text) => { try { return JSON.parse(text) || {}; } catch { return {}; } };
+const defaults = parsed(localStorage.getItem(DEFAULTS_KEY));
+let here = null; // id of the conversation that is shown
+let attached = [];
+let following = true;
+const busy = new Set(); // ids of conversations whose answer is being written
+let views = new Map(); // turn id → TurnView
 
-function keep() {
-  try {
-    localStorage.setItem(KEY, JSON.stringify({ talks, here: here && here.id, model: $("model").value,
-      system: $("system").value, temperature: $("temperature").value, num_predict: $("num_predict").value,
-      think: $("think").checked }));
-  } catch {
-    say("The browser's storage is full: this conversation will not be kept. Delete old ones.");
-  }
+// ── settings
+
+function readSettings() {
+  const settings = { think: $("think").checked };
+  for (const id of SETTINGS) if ($(id).value.trim() !== "") settings[id] = $(id).value;
+  return settings;
 }
 
-// ── models
-
-async function loadModels() {
-  try {
-    const answer = await fetch("api/tags");
-    if (!answer.ok) throw new Error((await answer.json()).error);
-    models = (await answer.json()).models;
-  } catch (error) {
-    models = [];
-    say("The models could not be listed: " + error.message);
-  }
-  const pick = $("model");
-  pick.replaceChildren(...models.map((model) =>
-    make("option", { value: model.name, textContent: model.name.replace(/:latest$/, "") + "  ·  " + model.details.parameter_size })));
-  if (!models.length) pick.append(make("option", { value: "", textContent: "no model here: tiercel pull smollm2" }));
-  const wanted = (here && here.model) || kept.model;
-  if (models.some((model) => model.name === wanted)) pick.value = wanted;
-  await showCapabilities();
+function writeSettings(settings) {
+  for (const id of SETTINGS) $(id).value = settings[id] ?? "";
+  $("think").checked = settings.think !== false;
 }
 
-async function showCapabilities() {
-  const name = $("model").value;
-  $("think-box").hidden = true;
-  if (!name) return;
-  try {
-    const answer = await fetch("api/show", { method: "POST", body: JSON.stringify({ model: name }) });
-    const about = await answer.json();
-    $("think-box").hidden = !(about.capabilities || []).includes("thinking");
-  } catch { /* the list is enough to chat */ }
+function settingsChanged() {
+  const { system, ...others } = readSettings();
+  localStorage.setItem(DEFAULTS_KEY, JSON.stringify({ ...others, model: $("model").value }));
+  const conversation = conversations.get(here);
+  if (conversation) putConversation({ ...conversation, settings: { ...others, ...(system ? { system } : {}) }, model: $("model").value });
 }
 
 // ── drawing
 
-function say(words) { $("status").textContent = words; }
+const actions = { edit, regenerate, continue: (turn) => begin(turn), branch: async (turn, to) => {
+  const turns = await turnsOf(turn.conversation);
+  show(turn.conversation, newest(turns, children(turns, turn.parent)[to].id));
+} };
 
-function drawTalks(renaming) {
-  $("talks").replaceChildren(...talks.map((talk) => {
-    const row = make("li", { className: talk === here ? "here" : "" });
-    if (talk.id === renaming) {
-      const field = make("input", { value: talk.name, ariaLabel: "Name of the conversation", maxLength: 80 });
-      let done = false;
-      const end = (save) => {
-        if (done) return;
-        done = true;
-        if (save && field.value.trim()) talk.name = field.value.trim();
-        keep(); drawTalks();
-        document.querySelector(`[data-id="${talk.id}"]`)?.focus();
-      };
-      field.addEventListener("keydown", (event) => {
-        if (event.key === "Enter") end(true);
-        if (event.key === "Escape") { event.stopPropagation(); end(false); }
-      });
-      field.addEventListener("blur", () => end(true));
-      row.append(field);
-      queueMicrotask(() => { field.focus(); field.select(); });
-      return row;
-    }
-    const open = make("button", { className: "name", textContent: talk.name, type: "button" });
-    open.dataset.id = talk.id;
-    if (talk === here) open.setAttribute("aria-current", "true");
-    open.onclick = () => { go(talk); closeSide(); };
-    const rename = make("button", { className: "icon", textContent: "✎", ariaLabel: `Rename ${talk.name}`, type: "button" });
-    rename.onclick = () => drawTalks(talk.id);
-    const remove = make("button", { className: "icon", textContent: "✕", ariaLabel: `Delete ${talk.name}`, type: "button" });
-    remove.onclick = () => {
-      if (!confirm(`Delete “${talk.name}”?`)) return;
-      if (talk === here) { stop(); here = null; }
-      talks = talks.filter((other) => other !== talk);
-      keep(); drawTalks(); drawLog(); $("new").focus();
-    };
-    row.append(open, rename, remove);
-    return row;
-  }));
+const drawList = () => drawTalks(here, busy, { open: (id) => { go(id); closeSide(); }, remove: ask });
+
+async function drawLog() {
+  const id = here, log = $("log"), turns = id ? await turnsOf(id) : new Map();
+  if (id !== here) return;
+  const shown = path(turns, conversations.get(id)?.head);
+  const next = new Map();
+  for (const turn of shown) next.set(turn.id, views.get(turn.id) || new TurnView(turn, actions));
+  views = next;
+  for (const turn of shown) fill(turn, shown, turns);
+  const nodes = shown.length ? shown.map((turn) => views.get(turn.id).node) : [make("p", { className: "empty", textContent: "Nothing has been said yet." })];
+  if (nodes.length !== log.childNodes.length || nodes.some((node, index) => node !== log.childNodes[index])) log.replaceChildren(...nodes);
+  drawBusy(shown);
+  const last = shown.findLast((turn) => turn.figures);
+  showContext(last ? last.figures.prompt + last.figures.tokens : null);
+  if (following) log.scrollTop = log.scrollHeight;
 }
 
-function drawLog() {
-  const log = $("log");
-  if (!here || !here.turns.length) {
-    log.replaceChildren(make("p", { className: "empty", textContent: "Nothing has been said yet." }));
-    return;
-  }
-  log.replaceChildren(...here.turns.map((turn, index) => drawTurn(turn, index)));
-  log.scrollTop = log.scrollHeight;
+function fill(turn, shown, turns) {
+  const beside = children(turns, turn.parent);
+  return views.get(turn.id)?.update(turn, { busy: answers.isRunning(turn), siblings: beside.length, place: beside.findIndex((one) => one.id === turn.id),
+    last: shown.at(-1).id === turn.id, blocked: shown.some(answers.isRunning) });
 }
 
-function drawTurn(turn, index) {
-  if (turn.role === "user") return make("div", { className: "turn user", textContent: turn.content });
-  const node = make("div", { className: "turn assistant" });
-  fill(node, turn, index === here.turns.length - 1);
-  return node;
-}
-
-// Code in fences and backticks is set as code; everything else is text as it came. Nothing is ever parsed as HTML.
-function written(text) {
-  const nodes = [];
-  text.split("```").forEach((part, index) => {
-    if (index % 2) {
-      const line = part.indexOf("\n");
-      nodes.push(make("pre", { tabIndex: 0 }, make("code", { textContent: part.slice(line + 1).replace(/\n$/, "") })));
-    } else {
-      part.split(/(`[^`\n]+`)/).forEach((piece) => {
-        const code = piece.length > 2 && piece[0] === "`" && piece.endsWith("`");
-        nodes.push(code ? make("code", { textContent: piece.slice(1, -1) }) : piece);
-      });
-    }
-  });
-  return nodes;
-}
-
-function fill(node, turn, last) {
-  const busy = running && running.turn === turn;
-  let reasoning = node.querySelector("details");
-  if (turn.thinking) {
-    if (!reasoning) {
-      reasoning = make("details", { className: "reasoning" }, make("summary"), make("div"));
-      node.prepend(reasoning);
-    }
-    reasoning.firstChild.textContent = busy && !turn.content ? "Thinking…" : "Reasoning";
-    reasoning.lastChild.textContent = turn.thinking;
-  }
-  let text = node.querySelector(".text");
-  if (!text) { text = make("div", { className: "text" }); node.append(text); }
-  text.replaceChildren(...written(turn.content));
-  text.classList.toggle("wait", Boolean(busy && !turn.content));
-  node.querySelector(".figures")?.remove();
-  node.querySelector(".error")?.remove();
-  if (turn.error) node.append(make("p", { className: "error", textContent: turn.error }));
-  if (busy) return;
-  const row = make("div", { className: "figures" });
-  const f = turn.figures;
-  if (f) {
-    if (f.rate) row.append(make("span", { textContent: `${f.rate.toFixed(1)} tok/s`, title: `${f.tokens} tokens in ${f.seconds.toFixed(1)} s` }));
-    row.append(make("span", { textContent: `${f.cached} of ${f.prompt} prompt tokens reused`, title: "What the model did not have to read again" }));
-  }
-  if (turn.stopped) row.append(make("span", { textContent: "stopped" }));
-  if (turn.short) row.append(make("span", { textContent: "cut off by the limit" }));
-  if (last) {
-    const again = make("button", { textContent: "Regenerate", type: "button" });
-    again.onclick = regenerate;
-    row.append(again);
-  }
-  node.append(row);
-}
-
-// ── talking
-
-function go(talk) {
-  if (talk === here) return;
-  stop();
-  here = talk;
-  if (talk && models.some((model) => model.name === talk.model)) { $("model").value = talk.model; showCapabilities(); }
-  keep(); drawTalks(); drawLog();
-}
-
-function send() {
-  const text = $("input").value.trim();
-  if (!text || running) return;
-  if (!$("model").value) { say("There is no model to ask. In a terminal: tiercel pull smollm2"); return; }
-  if (!here) {
-    const name = text.split("\n")[0].slice(0, 48);
-    here = { id: crypto.getRandomValues(new Uint32Array(2)).join("-"), name, model: $("model").value, turns: [] };
-    talks.unshift(here);
-  }
-  here.turns.push({ role: "user", content: text });
-  $("input").value = ""; grow();
-  answer();
-}
-
-function regenerate() {
-  if (running || !here) return;
-  while (here.turns.length && here.turns[here.turns.length - 1].role === "assistant") here.turns.pop();
-  if (here.turns.length) answer();
-}
-
-async function answer() {
-  const talk = here, turn = { role: "assistant", content: "", thinking: "" };
-  talk.model = $("model").value;
-  const messages = talk.turns.filter((t) => !t.error || t.content)
-    .map((t) => ({ role: t.role, content: t.content, ...(t.thinking ? { thinking: t.thinking } : {}) }));
-  if ($("system").value.trim()) messages.unshift({ role: "system", content: $("system").value.trim() });
-  const options = {};
-  if ($("temperature").value !== "") options.temperature = Number($("temperature").value);
-  if ($("num_predict").value !== "") options.num_predict = Number($("num_predict").value);
-  const body = { model: talk.model, messages, options, stream: true };
-  if (!$("think-box").hidden) body.think = $("think").checked;
-  const controller = new AbortController();
-  talk.turns.push(turn);
-  running = { controller, turn };
-  busy(true); drawTalks(); drawLog();
-  const node = $("log").lastChild;
-  try {
-    const reply = await fetch("api/chat", { method: "POST", body: JSON.stringify(body), signal: controller.signal });
-    if (!reply.ok) throw new Error((await reply.json()).error || reply.statusText);
-    for await (const line of lines(reply.body)) {
-      if (line.error) throw new Error(line.error);
-      turn.content += line.message.content;
-      turn.thinking += line.message.thinking || "";
-      if (line.done) {
-        const seconds = line.eval_duration / 1e9;
-        turn.figures = { tokens: line.eval_count, seconds, rate: seconds > 0 ? line.eval_count / seconds : 0,
-          prompt: line.prompt_eval_count, cached: line.cached_tokens || 0 };
-        turn.short = line.done_reason === "length";
-      }
-      draw(talk, node, turn);
-    }
-  } catch (error) {
-    if (error.name === "AbortError") turn.stopped = true;
-    else turn.error = error.message === "Failed to fetch" ? "The server does not answer." : error.message;
-  }
-  if (running && running.turn === turn) { running = null; busy(false); }
-  keep();
-  if (talk === here) { fill(node, turn, true); follow(node); }
-  say(turn.error ? "The answer failed: " + turn.error : turn.stopped ? "Stopped." : "The answer is complete.");
-}
-
-let frame = 0;
-function draw(talk, node, turn) {
-  if (frame) return;
-  frame = requestAnimationFrame(() => { frame = 0; if (talk === here && running && running.turn === turn) { fill(node, turn, true); follow(node); } });
-}
-
-function follow() {
-  const log = $("log");
-  if (log.scrollHeight - log.scrollTop - log.clientHeight < 160) log.scrollTop = log.scrollHeight;
-}
-
-async function* lines(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) break;
-    const parts = (rest + value).split("\n");
-    rest = parts.pop();
-    for (const part of parts) if (part) yield JSON.parse(part);
-  }
-}
-
-function stop() { if (running) running.controller.abort(); }
-
-function busy(on) {
-  $("send").hidden = on; $("stop").hidden = !on;
+function drawBusy(shown) {
+  const on = shown.some(answers.isRunning);
+  if ($("stop").hidden === !on) return;
+  const focused = document.activeElement === $("stop");
+  $("send").hidden = on;
+  $("stop").hidden = !on;
   $("log").setAttribute("aria-busy", String(on));
-  if (on) say("The model is answering."); else if (document.activeElement === $("stop") || document.activeElement === document.body) $("input").focus();
+  if (!on && (focused || document.activeElement === document.body)) $("input").focus();
+}
+
+// One frame for all pieces that came since the last one.
+const dirty = new Map();
+let frame = 0;
+function drawSoon(turn) {
+  dirty.set(turn.id, turn);
+  frame ||= requestAnimationFrame(async () => {
+    frame = 0;
+    const changed = [...dirty.values()].filter((one) => one.conversation === here && views.has(one.id));
+    dirty.clear();
+    if (!changed.length) return;
+    const turns = await turnsOf(here), shown = path(turns, conversations.get(here)?.head);
+    for (const one of changed) if (fill(turns.get(one.id) || one, shown, turns)) drawSoon(one);
+    if (following) $("log").scrollTop = $("log").scrollHeight;
+  });
+}
+
+function turnChanged(turn, over) {
+  const was = busy.has(turn.conversation);
+  over ? busy.delete(turn.conversation) : busy.add(turn.conversation);
+  if (was !== busy.has(turn.conversation)) drawList();
+  if (turn.conversation !== here) return;
+  if (over || !views.has(turn.id)) drawLog();
+  else drawSoon(turn);
+}
+
+answers.onChange((turn, over) => {
+  turnChanged(turn, over);
+  if (over) showMemory().then(drawLog);
+  if (over) say(turn.error ? `The answer failed: ${turn.error}` : turn.state === "stopped" ? "Stopped." : "The answer is complete.");
+});
+
+listen((message) => { // other tabs
+  if (message.kind === "turn") turnChanged(message.value, message.value.state !== "running");
+  if (message.kind === "conversation") {
+    drawList();
+    if (message.value.id === here) drawLog();
+  }
+  if (message.kind === "removed") {
+    drawList();
+    if (message.id === here) go(null);
+  }
+});
+
+// ── conversations
+
+function go(id) {
+  if (id === here && id) return;
+  here = id;
+  following = true;
+  sessionStorage.setItem(HERE_KEY, id || "");
+  localStorage.setItem(HERE_KEY, id || "");
+  const conversation = conversations.get(id);
+  if (conversation) {
+    writeSettings(conversation.settings);
+    if (models.some((model) => model.name === conversation.model)) $("model").value = conversation.model;
+    showModel();
+  } else {
+    $("system").value = "";
+  }
+  drawList();
+  drawLog();
+}
+
+async function show(id, head) {
+  const conversation = conversations.get(id);
+  if (conversation) await putConversation({ ...conversation, head });
+  drawLog();
+}
+
+async function ask(one) {
+  if (!confirm(`Delete “${one.name}”?`)) return;
+  for (const turn of (await turnsOf(one.id)).values()) if (answers.isRunning(turn)) answers.stop(turn);
+  busy.delete(one.id);
+  await remove(one.id);
+  if (one.id === here) go(null);
+  drawList();
+  $("new").focus();
+}
+
+// ── asking
+
+async function begin(turn) {
+  const conversation = conversations.get(turn.conversation);
+  await putConversation({ ...conversation, settings: readSettings(), model: $("model").value });
+  following = true;
+  say("The model is answering.");
+  answers.answer(turn, await thinks($("model").value));
+}
+
+async function add(conversation, parent, user) {
+  const turns = await turnsOf(conversation.id), added = [];
+  if (user) added.push({ ...user, parent });
+  const turn = answers.newTurn(conversation.id, user ? user.id : parent, "assistant", { state: "running", owner: TAB, created: Date.now() + 1 });
+  await putAll({ ...conversation, head: turn.id }, [...added, turn]);
+  drawList();
+  await begin(turns.get(turn.id) || turn);
+}
+
+async function send() {
+  const text = $("input").value.trim();
+  if ((!text && !attached.length) || !$("stop").hidden) return;
+  const model = $("model").value;
+  if (!model) return say("There is no model to ask: get one with the button beside the list.", true);
+  const now = Date.now();
+  const conversation = conversations.get(here) || { id: newId(), name: (text || attached[0].name).split("\n")[0].slice(0, 48), model,
+    settings: readSettings(), head: null, created: now, updated: now };
+  const user = answers.newTurn(conversation.id, null, "user", { content: text, ...(attached.length ? { files: attached } : {}) });
+  attached = [];
+  drawAttached();
+  $("input").value = "";
+  grow();
+  if (!here) {
+    conversations.set(conversation.id, conversation);
+    go(conversation.id);
+    navigator.storage?.persist?.(); // the browser should not clear it when space runs short
+  }
+  following = true;
+  await add(conversation, conversation.head, user);
+}
+
+async function regenerate(turn) {
+  await add(conversations.get(turn.conversation), turn.parent, null);
+}
+
+async function edit(turn, text) {
+  const user = answers.newTurn(turn.conversation, null, "user", { content: text, ...(turn.files ? { files: turn.files } : {}) });
+  await add(conversations.get(turn.conversation), turn.parent, user);
+}
+
+async function stop() {
+  if (!here) return;
+  const turns = await turnsOf(here);
+  path(turns, conversations.get(here)?.head).filter(answers.isRunning).forEach(answers.stop);
+}
+
+// ── files
+
+function drawAttached() {
+  $("attached").replaceChildren(...attached.map((file) => fileView(file, () => {
+    attached = attached.filter((other) => other !== file);
+    drawAttached();
+    $("input").focus();
+  })));
+}
+
+async function attach(files) {
+  for (const file of files) {
+    try { attached.push(await textFile(file)); } catch (error) { say(error.message, true); }
+  }
+  drawAttached();
+  $("input").focus();
+}
+
+const fileName = (name) => name.replace(/[^\p{L}\p{N} ._-]+/gu, "").trim().slice(0, 60) || "conversation";
+const entry = async (one) => ({ conversation: one, turns: [...(await turnsOf(one.id)).values()].map(({ owner, ...turn }) => turn) });
+
+async function exportAs(form) {
+  const one = conversations.get(here);
+  $("more").open = false;
+  if (!one) return say("There is no conversation to export.", true);
+  if (form === "json") download(`${fileName(one.name)}.json`, toJSON([await entry(one)]), "application/json");
+  else download(`${fileName(one.name)}.md`, toMarkdown(one, await turnsOf(one.id)), "text/markdown");
+}
+
+async function importFiles(files) {
+  let count = 0;
+  for (const file of files) {
+    try {
+      const there = new Map((await allTurns()).map((turn) => [turn.id, turn.conversation]));
+      for (const { conversation, turns } of read(file.name, await file.text())) {
+        const known = conversations.get(conversation.id);
+        await turnsOf(conversation.id);
+        const taken = turns.some((turn) => there.has(turn.id) && there.get(turn.id) !== conversation.id);
+        if (taken) throw new Error(`${file.name}: a turn in it has the id of one in another conversation.`);
+        await putAll(known || conversation, turns.filter((turn) => !there.has(turn.id)));
+        count++;
+      }
+    } catch (error) { say(error.message, true); }
+  }
+  if (count) say(`${count} imported.`);
+  drawList();
+  drawLog();
 }
 
 // ── the rest of the page
@@ -284,35 +275,75 @@ function grow() {
 }
 
 function openSide() {
-  $("side").classList.add("shown"); $("shade").hidden = false;
-  $("open-side").setAttribute("aria-expanded", "true"); $("close-side").focus();
-}
-function closeSide() {
-  if (!$("side").classList.contains("shown")) return;
-  $("side").classList.remove("shown"); $("shade").hidden = true;
-  $("open-side").setAttribute("aria-expanded", "false"); $("open-side").focus();
+  $("side").classList.add("shown");
+  $("shade").hidden = false;
+  $("open-side").setAttribute("aria-expanded", "true");
+  $("close-side").focus();
 }
 
+function closeSide() {
+  if (!$("side").classList.contains("shown")) return;
+  $("side").classList.remove("shown");
+  $("shade").hidden = true;
+  $("open-side").setAttribute("aria-expanded", "false");
+  $("open-side").focus();
+}
+
+let searching = 0;
 $("form").addEventListener("submit", (event) => { event.preventDefault(); send(); });
 $("input").addEventListener("input", grow);
 $("input").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
 });
+$("input").addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) { event.preventDefault(); attach(event.clipboardData.files); }
+});
+addEventListener("dragover", (event) => event.preventDefault());
+addEventListener("drop", (event) => { event.preventDefault(); attach(event.dataTransfer.files); });
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape") return;
-  if ($("settings").open) { $("settings").open = false; $("settings").firstElementChild.focus(); }
+  if (event.key !== "Escape" || $("pull").open) return;
+  const menu = document.querySelector(".menu[open]");
+  if (menu) { menu.open = false; menu.firstElementChild.focus(); }
   else if ($("side").classList.contains("shown")) closeSide();
   else stop();
 });
-document.addEventListener("click", (event) => { if (!$("settings").contains(event.target)) $("settings").open = false; });
+document.addEventListener("click", (event) => {
+  for (const menu of document.querySelectorAll(".menu[open]")) if (!menu.contains(event.target)) menu.open = false;
+});
+$("log").addEventListener("scroll", () => {
+  const log = $("log");
+  following = log.scrollHeight - log.scrollTop - log.clientHeight < FOLLOW_PIXELS;
+}, { passive: true });
+$("search").addEventListener("input", () => {
+  clearTimeout(searching);
+  searching = setTimeout(async () => { await search($("search").value); drawList(); }, 120);
+});
 $("stop").onclick = stop;
-$("new").onclick = () => { stop(); here = null; keep(); drawTalks(); drawLog(); closeSide(); $("input").focus(); };
+$("new").onclick = () => { go(null); closeSide(); $("input").focus(); };
 $("open-side").onclick = openSide;
-$("close-side").onclick = closeSide;
-$("shade").onclick = closeSide;
-$("model").onchange = () => { keep(); showCapabilities(); };
-for (const id of ["system", "temperature", "num_predict", "think"]) $(id).addEventListener("change", keep);
-for (const id of ["system", "temperature", "num_predict"]) if (typeof kept[id] === "string") $(id).value = kept[id];
-if (kept.think === false) $("think").checked = false;
+$("close-side").onclick = $("shade").onclick = closeSide;
+$("attach").onclick = () => $("files").click();
+$("files").onchange = async () => { await attach($("files").files); $("files").value = ""; };
+$("import").onclick = () => $("import-files").click();
+$("import-files").onchange = async () => { await importFiles($("import-files").files); $("import-files").value = ""; };
+$("export-all").onclick = async () => download("tiercel.json", toJSON(await Promise.all(sorted().map(entry))), "application/json");
+$("export-json").onclick = () => exportAs("json");
+$("export-markdown").onclick = () => exportAs("markdown");
+$("notice-close").onclick = () => { $("notice").hidden = true; $("input").focus(); };
+$("model").onchange = () => { settingsChanged(); showModel().then(drawLog); };
+for (const id of [...SETTINGS, "think"]) $(id).addEventListener("change", settingsChanged);
+setUpPull(async (name) => { await loadModels(name.includes(":") || name.includes("/") ? name : `${name}:latest`); settingsChanged(); });
 
-drawTalks(); drawLog(); loadModels();
+writeSettings(defaults);
+drawLog();
+await open((text) => say(text, true));
+const last = sessionStorage.getItem(HERE_KEY) ?? localStorage.getItem(HERE_KEY);
+if (conversations.has(last)) go(last);
+drawList();
+await Promise.all([
+  loadModels(conversations.get(here)?.model || defaults.model).then(drawLog),
+  answers.resume(thinks, async (turn, before) => {
+    const conversation = conversations.get(turn.conversation);
+    if (turn.id !== before.id && conversation.head === before.id) await putAll({ ...conversation, head: turn.id }, [turn]);
+  }).then(drawLog),
+]);

@@ -1,0 +1,2 @@
+// LaTeX → nodes; loaded when an answer has mathematics.
+export { default as katex } from "katex";
