@@ -151,7 +151,9 @@ class Model:
         adapter = adapter or self.adapter
         with torch.no_grad():
             tokens = torch.as_tensor(ids, dtype=torch.long, device=self.network.embed.weight.device)
-            return self.network(tokens, None if adapter is None else self.network.new_state(adapter))
+            state = None if adapter is None else self.network.new_state(adapter)
+            logits_LV: Tensor = self.network(tokens, state)
+            return logits_LV
 
     def session(self, *, adapter: str | None = None) -> Session:
         """A conversation's memory; see `engine.session.Session`."""

@@ -10,7 +10,8 @@ from importlib import metadata
 from typing import Any
 
 from tiercel.errors import RequestError
-from tiercel.hub.local_models import hub_cache, list_models, models_folder
+from tiercel.hub.download import hub_cache
+from tiercel.hub.local_models import list_models, models_folder
 from tiercel.plan import human_bytes
 from tiercel.runtime.cpu import cpu_name, cpuinfo
 

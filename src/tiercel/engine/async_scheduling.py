@@ -75,7 +75,7 @@ class PendingTokens:
         if checked_B.is_cuda:
             self._host_B = torch.empty(len(sampled), dtype=torch.int64, pin_memory=True)
             self._host_B.copy_(checked_B, non_blocking=True)
-            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied = torch.cuda.Event()
             self._copied.record()
         else:
             self._host_B = checked_B

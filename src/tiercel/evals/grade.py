@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import re
 
-from tiercel.voting.answers import NUMBER, TAIL_CHARS, boxed, number, plain, same_number
+from tiercel.voting.answers import NUMBER, TAIL_CHARS, plain
+from tiercel.voting.answers import boxed as boxed
+from tiercel.voting.answers import number as number
+from tiercel.voting.answers import same_number as same_number
 
 MAX_ANSWER_CHARS = 4000  # a longer answer is not compared
 

@@ -69,7 +69,7 @@ class HumanEval(Task):
 
 def whole(text: str, prompt: str, entry_point: str) -> str | None:
     """The program of an answer: a completion, or what a chat answer has in its code blocks."""
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", text, re.DOTALL | re.IGNORECASE)
+    blocks: list[str] = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", text, re.DOTALL | re.IGNORECASE)
     if not blocks:
         if re.search(rf"^def {re.escape(entry_point)}\b", text, re.MULTILINE):
             blocks = [text]

@@ -285,7 +285,7 @@ class Decoder(nn.Module):
             self.unpack()  # packed weights have one device and one dtype
         if isinstance(self.embed.weight, QTensor) and fn(torch.empty(0)).device.type != "cpu":
             raise RequestError("quantized weights run on the CPU; load the model with dtype='bfloat16' to move it")
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     @property

@@ -105,5 +105,5 @@ def gated_rms_norm(y_LI: Tensor, z_LI: Tensor, weight_I: Tensor, eps: float, gro
     h_LI = y_LI.float() * gate_LI if gate_first else y_LI.float()
     h_LGD = h_LI.unflatten(-1, (groups, -1))
     h_LGD = h_LGD * torch.rsqrt(h_LGD.square().mean(-1, keepdim=True) + eps)
-    h_LI = h_LGD.flatten(-2) * weight_I
+    h_LI = torch.mul(h_LGD.flatten(-2), weight_I)
     return h_LI if gate_first else h_LI * gate_LI

@@ -14,7 +14,7 @@ def half(blocks: Tensor, at: int) -> Tensor:
 def fields(packed: Tensor, bits: int) -> Tensor:
     """(…, w) bytes → (…, 8 / bits, w): the lowest `bits` of every byte first, then the next, …"""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8).unsqueeze(-1)
-    return (packed.unsqueeze(-2) >> shifts) & (2**bits - 1)
+    return torch.bitwise_and(packed.unsqueeze(-2) >> shifts, 2**bits - 1)
 
 
 # ── packing

@@ -141,7 +141,7 @@ class _Reader:
 
     def token_id(self, name: str) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"
-        id = self.value(f"{name}_token_id", int)
+        id: int | None = self.value(f"{name}_token_id", int)
         if id is None or 0 <= id < self.count:
             return id
         if name in NEEDED_IDS:

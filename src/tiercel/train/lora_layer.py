@@ -38,7 +38,7 @@ class LoraLinear(lora.Linear):
             raise RequestError("rows of several adapters are served, not trained: see Model.load_adapter")
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, scale)
+        y: Tensor = self.base_layer(x, scale)
         if self.disable_adapters or self.merged:
             return y
         for name in self.active_adapters:

@@ -27,7 +27,8 @@ WINDOW_TOKENS, TOP_TOKENS, BOTTOM_PERCENT = 2048, 20, 10.0  # of a group; of a t
 
 def token_confidence(logprobs_Lk: ArrayLike) -> Floats:
     """Return the confidence of each token (L,) from the log-probabilities (L, k) of its likeliest tokens."""
-    return -np.asarray(logprobs_Lk, dtype=np.float64).mean(axis=-1)
+    mean_L: Floats = np.asarray(logprobs_Lk, dtype=np.float64).mean(axis=-1)
+    return -mean_L
 
 
 def token_confidence_of(logits_V: Tensor, k: int = TOP_TOKENS) -> float:

@@ -270,7 +270,7 @@ class _Header:
                 raise self.error(f"tensors {one.name!r} and {other.name!r} overlap")
 
     def _alignment(self) -> int:
-        alignment = self.metadata.get("general.alignment", 32)
+        alignment: int = self.metadata.get("general.alignment", 32)
         if self.types.get("general.alignment", "u32") != "u32" or alignment not in [8 << i for i in range(10)]:
             raise self.error(f"general.alignment must be a u32 power of two from 8 to 4096, not {alignment!r}")
         return alignment

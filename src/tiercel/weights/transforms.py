@@ -46,13 +46,13 @@ def to_ours(form: Transform, x: Tensor) -> Tensor:
     if form.name == "groups":
         return x.flatten()
     if form.name == "neg_exp":
-        return (-x.double()).log()
+        return x.double().neg().log()
     if form.name == "plus_one":
-        return x.double() + 1
+        return torch.add(x.double(), 1)
     if form.name in HALVES:
-        return x.unflatten(0, (form.n, 2, -1))[:, HALVES.index(form.name)].flatten(0, 1)
+        return torch.unflatten(x, 0, (form.n, 2, -1))[:, HALVES.index(form.name)].flatten(0, 1)
     assert form.name == "interleave"
-    return x.unflatten(0, (form.n, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return torch.unflatten(x, 0, (form.n, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def to_foreign(form: Transform, x: Tensor) -> Tensor:
@@ -64,17 +64,17 @@ def to_foreign(form: Transform, x: Tensor) -> Tensor:
     if form.name == "row":
         return x.squeeze(0)
     if form.name == "groups":
-        return x.unflatten(0, (form.n, -1))
+        return torch.unflatten(x, 0, (form.n, -1))
     if form.name == "neg_exp":
-        return -x.double().exp()
+        return x.double().exp().neg()
     if form.name == "plus_one":
-        return x.double() - 1
+        return torch.sub(x.double(), 1)
     if form.name in HALVES:  # the other half is zero: mappings of one tensor are added up
         both = x.new_zeros(form.n, 2, x.shape[0] // form.n, *x.shape[1:])
-        both[:, HALVES.index(form.name)] = x.unflatten(0, (form.n, -1))
+        both[:, HALVES.index(form.name)] = torch.unflatten(x, 0, (form.n, -1))
         return both.flatten(0, 2)
     assert form.name == "interleave"
-    return x.unflatten(0, (form.n, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return torch.unflatten(x, 0, (form.n, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def scaled(x: Tensor, scale: float | Runs, start: int, *, inverse: bool = False) -> Tensor:

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from tiercel.runtime.timing import Times
 from tiercel.sampling.params import SamplingParams
 from tiercel.tokenizer.stream import Piece
 
 if TYPE_CHECKING:
+    from tiercel.api import Model
     from tiercel.voting.settings import VoteSettings
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": …}
@@ -59,12 +60,12 @@ class ChatBackend(Protocol):
 class ModelBackend:
     """A `tiercel.Model` and one session of it, which keeps the state between turns."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         self.model, self.session = model, model.session()
 
     @property
     def last(self) -> ChatAnswer | None:
-        return self.session.last
+        return cast("ChatAnswer | None", self.session.last)
 
     def default_params(self) -> SamplingParams:
         return self.model.default_params()

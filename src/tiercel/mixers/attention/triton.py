@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tiercel.ops.triton.activation import store_rounded
 from tiercel.ops.triton.launch import early, others_done
-from tiercel.ops.triton.norm import store_rounded
 from tiercel.ops.triton.rounded import Rounded, keep_rounded
 
 PROGRAMS = 264  # as many pieces are made of the work where there are few sequences: two for each processor of an H100

@@ -246,7 +246,7 @@ def rounded(x: Tensor) -> Rounded:
 
     Each stream makes its own: none would wait for what another made.
     """
-    kept = getattr(x, "_rounded", None)
+    kept: tuple[Rounded, int | None] | None = getattr(x, "_rounded", None)
     stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
     if kept is not None and kept[1] in (None, stream):
         return kept[0]
