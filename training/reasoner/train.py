@@ -112,7 +112,7 @@ class Tests:
         for name, made in self.rows.items():
             rows = made.to(self.settings.device)
             with autocast(self.settings):
-                x_TD = network.features(rows.tokens_BL, rows.batch)[rows.counted_T]
+                x_TD = network.hidden_states(rows.tokens_BL, rows.batch)[rows.counted_T]
                 wrong = network.head(x_TD).argmax(-1) != rows.targets_T
             row = rows.counted_T // rows.tokens_BL.shape[1]
             bad = torch.zeros(len(rows.tokens_BL), device=row.device).index_add_(0, row, wrong.float())

@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from tiercel.commands.eval import compare, evaluate
+from tiercel.commands.hybridize import hybridize
 from tiercel.commands.options import Json, ModelName, print_json, print_table
 from tiercel.commands.run import run
 from tiercel.commands.serve import ps, serve, stop
@@ -77,6 +78,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pret
                   rich_markup_mode=None, help="Hybrid language models, run on your machine.")  # fmt: skip
 
 app.add_typer(train_app, name="train")
+app.command()(hybridize)
 
 
 def _version(wanted: bool) -> None:

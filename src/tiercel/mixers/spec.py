@@ -224,6 +224,20 @@ class MixerSpec(ModuleSpec):
         return 0
 
     @property
+    def grows(self) -> bool:
+        """Whether something is kept of every token, such as keys and values."""
+        return any(b.lifetime == "page" for b in self.buffers())
+
+    @classmethod
+    def in_place_of(cls, mixer: MixerSpec) -> Self:
+        """The spec with a mixer's heads and widths that takes its place; its layer has `take_over`.
+
+        Raises:
+            RequestError: these weights cannot be made from those.
+        """
+        raise RequestError(f"{cls.kind} cannot be made from the weights of {mixer.kind}")
+
+    @property
     def recurrent(self) -> bool:
         """Whether a state is committed and can be rolled back to the last commit only."""
         return any(b.lifetime in ("sequence", "pending") for b in self.buffers())

@@ -228,6 +228,20 @@ class Documents:
             raise FormatError(f"{where} holds no examples")
         return cls(np.concatenate(tokens), np.concatenate(masks), np.concatenate([[0], np.cumsum(lengths)]))
 
+    @classmethod
+    def joined(cls, several: Sequence[Documents]) -> Documents:
+        """The documents of several, one after another."""
+        tokens, mask = (np.concatenate([getattr(d, name) for d in several]) for name in ("tokens", "mask"))
+        starts = [np.zeros(1, np.int64)]
+        for documents in several:
+            starts.append(documents.starts[1:] + starts[-1][-1])
+        return cls(tokens, mask, np.concatenate(starts), sum(d.left_out for d in several))
+
+    def part(self, numbers: Sequence[int]) -> Documents:
+        """The documents of these numbers."""
+        spans = [(self.starts[i], self.starts[i + 1]) for i in numbers]
+        return Documents.of((self.tokens[a:b], self.mask[a:b]) for a, b in spans)
+
     def fit_rows(self, length: int, *, cut: bool) -> Documents:
         """Documents of at most `length` tokens.  cut: longer ones become several; otherwise they are left out."""
         if not cut:

@@ -31,7 +31,24 @@ def next_token_loss(network: Decoder, rows: Rows) -> Tensor:
 def next_token_logprobs(network: Decoder, rows: Rows) -> Tensor:
     """log p of each counted token of a micro-batch, (T,) float32."""
     x_TD, head = _counted(network, rows)
-    return -torch.cat(list(_slices(x_TD, rows.targets_T, head, network.config.vocab_size, None, "none")))
+    return -torch.cat(list(_slices(x_TD, rows.targets_T, _entropy(head, "none"), network.config.vocab_size)))
+
+
+def distillation_loss(network: Decoder, rows: Rows, teacher: Decoder) -> Tensor:
+    """The sum of KL(teacher ‖ network) over the counted tokens of a micro-batch, float32; the teacher is fixed."""
+    with torch.no_grad():
+        t_TD, teacher_head = _counted(teacher, rows)
+    x_TD, head = _counted(network, rows)
+
+    def divergence(x_TD: Tensor, t_TD: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted_TV = teacher_head(t_TD).float().log_softmax(-1)
+        return F.kl_div(head(x_TD).float().log_softmax(-1), wanted_TV, reduction="sum", log_target=True)
+
+    total = torch.zeros((), device=x_TD.device)
+    for summed in _slices(x_TD, t_TD, divergence, network.config.vocab_size):
+        total = total + summed
+    return total
 
 
 def learns(module: nn.Module) -> bool:
@@ -65,7 +82,7 @@ def chunked_cross_entropy(
         summed: Tensor = FrozenHead.apply(x_TD, targets_T, head, vocab_size, chunk)
         return summed
     total = torch.zeros((), device=x_TD.device)
-    for summed in _slices(x_TD, targets_T, head, vocab_size, chunk, "sum"):
+    for summed in _slices(x_TD, targets_T, _entropy(head, "sum"), vocab_size, chunk):
         total = total + summed
     return total
 
@@ -109,21 +126,21 @@ def _chunk(x_TD: Tensor, vocab_size: int) -> int:
     return max(1, -(-T // max(1, round(T / limit))))
 
 
+def _entropy(head: Callable[[Tensor], Tensor], reduction: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x_TD, targets_T: F.cross_entropy(head(x_TD).float(), targets_T, reduction=reduction)
+
+
 def _slices(
     x_TD: Tensor,
-    targets_T: Tensor,
-    head: Callable[[Tensor], Tensor],
+    wanted: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
     vocab_size: int,
-    chunk: int | None,
-    reduction: str,
+    chunk: int | None = None,
 ) -> Iterator[Tensor]:
+    """The loss of a slice of tokens after another; wanted: (T, …), what it compares them with."""
     chunk = chunk or _chunk(x_TD, vocab_size)
-
-    def entropy(x_TD: Tensor, targets_T: Tensor) -> Tensor:
-        return F.cross_entropy(head(x_TD).float(), targets_T, reduction=reduction)
-
-    for x, targets in zip(x_TD.split(chunk), targets_T.split(chunk), strict=True):
+    for x, w in zip(x_TD.split(chunk), wanted.split(chunk), strict=True):
         if len(x) == len(x_TD) or not torch.is_grad_enabled():  # a single slice may as well be kept
-            yield entropy(x, targets)
+            yield loss(x, w)
         else:
-            yield checkpoint(entropy, x, targets, use_reentrant=False)
+            yield checkpoint(loss, x, w, use_reentrant=False)

@@ -71,6 +71,20 @@ class Attention(nn.Module):
         y_HTP = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
         return self._project(y_HTP.transpose(0, 1).flatten(1), h_TD, precomputed)
 
+    @torch.no_grad()
+    def expanded(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight (H · P, D) and bias (H · P) of q, k and v, each with H heads; the norms' weights are folded in."""
+        c, out = self.config, []
+        for name, heads in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads)):
+            linear, norm = getattr(self, name), getattr(self, f"{name}_norm", None)
+            bias = linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
+            both_HPD = torch.cat((linear.weight, bias.unsqueeze(1)), 1).unflatten(0, (heads, c.head_dim))
+            if norm is not None:
+                both_HPD = both_HPD * norm.weight.unsqueeze(1)
+            both_ID = both_HPD.repeat_interleave(c.heads // heads, 0).flatten(0, 1)
+            out.append((both_ID[:, :-1], both_ID[:, -1]))
+        return out
+
     def _project(self, y_TI: Tensor, h_TD: Tensor, precomputed: Precomputed) -> Tensor:
         """The output projection, after the gate where there is one."""
         if self.config.output_gate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.checks import check, check_sizes
 from tiercel.mixers.spec import Buffer, Cost, MixerSpec, Param, Transform, linear
 
@@ -98,6 +99,13 @@ class GatedDeltaConfig(MixerSpec):
     def shard(self, size: int) -> Self:
         heads = self._divided("key heads", self.key_heads, size)
         return replace(self, key_heads=heads, value_heads=self._divided("value heads", self.value_heads, size))
+
+    @classmethod
+    def in_place_of(cls, mixer: MixerSpec) -> Self:
+        if not isinstance(mixer, AttentionConfig):
+            return super().in_place_of(mixer)
+        H, P = mixer.heads, mixer.head_dim
+        return cls(key_heads=H, value_heads=H, key_dim=P, value_dim=P)
 
     @classmethod
     def from_pattern(cls, width: int, **sizes: Any) -> Self:

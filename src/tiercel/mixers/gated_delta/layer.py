@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiercel.mixers.attention.layer import Attention
 from tiercel.mixers.gated_delta.chunked import gated_delta
 from tiercel.mixers.gated_delta.config import GatedDeltaConfig
 from tiercel.mixers.gated_delta.ops import gated_delta_op
 from tiercel.mixers.gated_delta.varlen import gated_delta_varlen
 from tiercel.mixers.mamba2.ops import gated_norm_op
 from tiercel.mixers.recurrent import RecurrentState
+from tiercel.mixers.take_over import OPEN_GATE, pass_through
 from tiercel.model.batch import Batch
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, quantizes_input
@@ -87,6 +89,18 @@ class GatedDelta(nn.Module):
             o_TI = torch.cat(rows)
         weight_I = self.out_norm.to(wide).repeat(c.value_heads)
         return self.out(gated_rms_norm(o_TI, z_TI, weight_I, self.eps, c.value_heads, gate_first=False))
+
+    @torch.no_grad()
+    def take_over(self, attention: Attention, one_D: Tensor) -> None:
+        """Begin as the attention whose place this takes; see `mixers.take_over`.  Its biases have no place here.
+
+        one_D: a vector whose product with the layer's inputs is about 1.
+        """
+        self.qkv.weight.copy_(torch.cat([weight for weight, _ in attention.expanded()]))
+        self.out.weight.copy_(attention.o.weight)
+        pass_through(self.conv)
+        gated = attention.config.output_gate
+        self.z.weight.copy_(attention.gate.weight if gated else OPEN_GATE * one_D.expand_as(self.z.weight))
 
     def _derive(self) -> tuple[Tensor | None, ...]:
         """The small parameters as the kernels read them."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.checks import check, check_sizes
 from tiercel.mixers.spec import Buffer, Cost, MixerSpec, Param, Transform, linear
 
@@ -106,6 +107,13 @@ class Mamba2Config(MixerSpec):
     def shard(self, size: int) -> Self:
         heads = self._divided("Mamba heads", self.heads, size)
         return replace(self, heads=heads, groups=self._divided("groups", self.groups, size))
+
+    @classmethod
+    def in_place_of(cls, mixer: MixerSpec) -> Self:
+        if not isinstance(mixer, AttentionConfig):
+            return super().in_place_of(mixer)
+        H, P, bias = mixer.heads, mixer.head_dim, mixer.qkv_bias
+        return cls(heads=H, head_dim=P, state=P, groups=H, in_bias=bias, out_bias=mixer.out_bias, chunk=64)
 
     @classmethod
     def from_pattern(cls, width: int, **sizes: Any) -> Self:

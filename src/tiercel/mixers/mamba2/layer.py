@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiercel.mixers.attention.layer import Attention
 from tiercel.mixers.mamba2.chunked import ssd
 from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.mixers.mamba2.ops import gated_norm_op, mamba2_op
 from tiercel.mixers.mamba2.varlen import CHUNK, ssd_documents
 from tiercel.mixers.recurrent import RecurrentState
+from tiercel.mixers.take_over import OPEN_GATE, pass_through
 from tiercel.model.batch import Batch
 from tiercel.model.derived import Derived, float32
 from tiercel.model.layers import NONE_PRECOMPUTED, Linear, Precomputed, quantizes_input
@@ -99,6 +101,26 @@ class Mamba2(nn.Module):
         norm_I = None if self.out_norm is None else float32(self.out_norm)
         A_H = -float32(self.A_log).exp()
         return float32(self.conv.t()), bias_C, float32(self.dt_bias), A_H, float32(self.D), norm_I
+
+    @torch.no_grad()
+    def take_over(self, attention: Attention, one_D: Tensor) -> None:
+        """Begin as the attention whose place this takes; see `mixers.take_over`.
+
+        one_D: a vector whose product with the layer's inputs is about 1.
+        """
+        c = self.config
+        (q_ID, q_I), (k_ID, k_I), (v_ID, v_I) = attention.expanded()
+        gated = attention.config.output_gate
+        z_ID = attention.gate.weight if gated else OPEN_GATE * one_D.expand(c.inner, -1)
+        self.in_proj.weight[: -c.heads].copy_(torch.cat((z_ID, v_ID, k_ID, q_ID)))
+        if self.in_proj.bias is not None:
+            z_I = attention.gate.bias if gated else torch.zeros_like(q_I)
+            self.in_proj.bias[: -c.heads].copy_(torch.cat((z_I, v_I, k_I, q_I)))
+        self.out_proj.weight.copy_(attention.o.weight)
+        if self.out_proj.bias is not None:
+            self.out_proj.bias.copy_(attention.o.bias)
+        pass_through(self.conv)
+        self.D.zero_()
 
     def _packed(self, xBC_TC: Tensor, dt_TH: Tensor, A_H: Tensor, batch: VarlenBatch) -> Tensor:
         """All rows at once, for training → y (T, I), float32 at least."""
