@@ -225,6 +225,60 @@ NASTY: dict[str, Nasty] = {
         block_auto_adjust_ff_dim=False, full_attn_idxs=[1],
         rope_parameters={"rope_type": "default", "rope_theta": 88.0},
     )),
+    # dense and expert layers in any order, groups, biases, every switch
+    "nemotron_h-experts": Nasty("nemotron_h", dict(
+        vocab_size=VOCAB, hidden_size=36, intermediate_size=50, layer_norm_epsilon=0.021, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=10, max_position_embeddings=900, ssm_state_size=9, mamba_num_heads=6,
+        mamba_head_dim=14, n_groups=3, conv_kernel=3, use_conv_bias=True, chunk_size=24, use_bias=True, mlp_bias=True,
+        layers_block_type=["mlp", "linear_attention", "moe", "moe", "full_attention", "linear_attention", "moe"],
+        n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2, moe_intermediate_size=22,
+        moe_shared_expert_intermediate_size=26, routed_scaling_factor=2.5, norm_topk_prob=True, time_step_min=1e-9,
+    )),
+    "nemotron_h-latent": Nasty("nemotron_h", dict(
+        vocab_size=VOCAB, hidden_size=40, intermediate_size=38, layer_norm_epsilon=0.033, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=12, max_position_embeddings=700, ssm_state_size=12, mamba_num_heads=4,
+        mamba_head_dim=10, n_groups=2, conv_kernel=4, use_conv_bias=False, chunk_size=32,
+        layers_block_type=["linear_attention", "moe", "full_attention", "moe"], moe_latent_size=18,
+        n_routed_experts=7, num_experts_per_tok=4, moe_intermediate_size=20, moe_shared_expert_intermediate_size=30,
+        routed_scaling_factor=1.7, norm_topk_prob=False, time_step_min=1e-9,
+    )),
+    "nemotron_h-dense": Nasty("nemotron_h", dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=44, layer_norm_epsilon=0.041, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=14, max_position_embeddings=800, ssm_state_size=8, mamba_num_heads=8,
+        mamba_head_dim=8, n_groups=4, conv_kernel=2, chunk_size=16, time_step_min=1e-9,
+        layers_block_type=["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"],
+    )),
+    "granite-experts": Nasty("granitemoehybrid", dict(
+        vocab_size=VOCAB, hidden_size=36, intermediate_size=22, shared_intermediate_size=26, num_hidden_layers=4,
+        rms_norm_eps=0.023, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=900,
+        attention_bias=True, embedding_multiplier=3.7, logits_scaling=0.9, residual_multiplier=0.43,
+        attention_multiplier=0.31, num_local_experts=5, num_experts_per_tok=3, position_embedding_type=None,
+        layer_types=["linear_attention", "full_attention", "linear_attention", "linear_attention"], mamba_n_heads=6,
+        mamba_d_head=18, mamba_n_groups=2, mamba_d_state=9, mamba_d_conv=3, mamba_expand=3, mamba_chunk_size=24,
+        mamba_proj_bias=True, time_step_limit=[0.08, 0.75],
+    )),
+    "granite-hybrid": Nasty("granitemoehybrid", dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=99, shared_intermediate_size=46, num_hidden_layers=4,
+        rms_norm_eps=0.031, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=800,
+        embedding_multiplier=5.1, logits_scaling=0.6, residual_multiplier=0.61, attention_multiplier=0.27,
+        num_local_experts=0, num_experts_per_tok=0, position_embedding_type="rope",
+        layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"], mamba_n_heads=8,
+        mamba_d_head="auto", mamba_d_state=12, mamba_expand=2, mamba_conv_bias=False, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 234.0},
+    )),
+    "granite-dense": Nasty("granite", dict(
+        vocab_size=VOCAB, hidden_size=40, intermediate_size=54, num_hidden_layers=3, rms_norm_eps=0.027,
+        num_attention_heads=5, num_key_value_heads=1, max_position_embeddings=700, attention_bias=True, mlp_bias=True,
+        embedding_multiplier=2.3, logits_scaling=1.4, residual_multiplier=0.52, attention_multiplier=0.4,
+        rope_parameters={"rope_type": "default", "rope_theta": 345.0},
+    )),
+    "granite-moe": Nasty("granitemoeshared", dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=24, num_hidden_layers=2, rms_norm_eps=0.037,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=600, embedding_multiplier=4.1,
+        logits_scaling=0.5, residual_multiplier=0.7, attention_multiplier=0.33, num_local_experts=7,
+        num_experts_per_tok=2, shared_intermediate_size=30, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 66.0},
+    )),
     "qwen3_moe-renormalized": Nasty("qwen3_moe", dict(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=22, moe_intermediate_size=24, num_hidden_layers=3,
         rms_norm_eps=0.037, num_attention_heads=4, num_key_value_heads=4, head_dim=8, max_position_embeddings=500,
@@ -272,7 +326,8 @@ def randomize(model: Any, seed: int) -> None:
     """Every parameter random, on a scale that keeps hidden states and logits near 1."""
     generator = torch.Generator().manual_seed(seed)
     tied = model.config.tie_word_embeddings
-    for name, parameter in sorted(model.named_parameters()):
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("bias")}  # of routers
+    for name, parameter in sorted({**dict(model.named_parameters()), **biases}.items()):
         parameter.copy_(_draw(name, parameter.shape, tied, generator))
 
 
@@ -329,6 +384,16 @@ def spell_old(config: dict[str, Any]) -> None:
     """A config.json as transformers 4.x wrote it: rope_theta and rope_scaling, torch_dtype, no layer types."""
     config["transformers_version"] = "4.57.6"
     config["torch_dtype"] = config.pop("dtype", "float32")
+    kinds = config.get("layers_block_type") or config.get("layer_types")
+    if config["model_type"] == "nemotron_h":
+        letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
+        config["hybrid_override_pattern"] = "".join(letters[kind] for kind in kinds)
+        pairs = (("conv_kernel", "mamba_d_conv"), ("n_groups", "mamba_n_groups"), ("head_dim", "attention_head_dim"))
+        for new, old in pairs:
+            config[old] = config.pop(new)
+    if config["model_type"] == "granitemoehybrid":
+        config["layers_block_type"] = [{"linear_attention": "mamba"}.get(kind, "attention") for kind in kinds]
+        config.pop("layer_types")
     linear = "linear_attention" in config.get("layer_types", [])  # these types were written, and the fraction beside
     if config["model_type"] == "lfm2":  # the words of its first files
         config["full_attn_idxs"] = [i for i, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
@@ -336,7 +401,7 @@ def spell_old(config: dict[str, Any]) -> None:
             config.pop("intermediate_size"),
             config.pop("tie_word_embeddings"),
         )
-    for derived in () if linear else ("layer_types", "layers_block_type"):
+    for derived in () if linear or config["model_type"] == "granitemoehybrid" else ("layer_types", "layers_block_type"):
         config.pop(derived, None)
     rope = config.pop("rope_parameters", None)
     if rope is not None:

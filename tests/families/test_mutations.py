@@ -96,6 +96,20 @@ FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("bamba-biases", {"time_step_limit": [0.07, 1e9]}),
     ("bamba-biases", {"time_step_limit": [0.0, 0.77]}),
     ("lfm2-tied", {"norm_eps": 1e-5}),
+    ("nemotron_h-experts", {"n_group": 1, "topk_group": 1}),
+    ("nemotron_h-experts", {"norm_topk_prob": False}),
+    ("nemotron_h-experts", {"routed_scaling_factor": 1.0}),
+    ("nemotron_h-experts", {"mlp_hidden_act": "relu"}),
+    ("nemotron_h-latent", {"norm_topk_prob": True}),
+    ("nemotron_h-dense", {"layer_norm_epsilon": 1e-5}),
+    ("granite-experts", {"num_experts_per_tok": 2}),
+    ("granite-experts", {"time_step_limit": [0.0, 0.75]}),
+    ("granite-experts", {"residual_multiplier": 1.0}),
+    ("granite-experts", {"attention_multiplier": 1.0}),
+    ("granite-experts", {"rms_norm_eps": 1e-5}),
+    ("granite-hybrid", {"embedding_multiplier": 1.0}),
+    ("granite-hybrid", {"logits_scaling": 1.0}),
+    ("granite-hybrid", {"position_embedding_type": None}),
     ("lfm2-tied", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
 ]
 
@@ -127,7 +141,8 @@ def test_windows_on_the_wrong_layers_are_seen(built: Callable, tmp_path: Path) -
 # -- tensors ---------------------------------------------------------------------------------------
 
 WITH_BIASES = ["h1-gate_first", "h1-norm_first", "llama-biases", "qwen2-mixed_window", "mamba-biases",
-               "mamba2-groups2", "bamba-biases", "jamba-experts", "lfm2-biases"]  # fmt: skip
+               "mamba2-groups2", "bamba-biases", "jamba-experts", "lfm2-biases", "nemotron_h-experts",
+               "granite-experts"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WITH_BIASES)
@@ -137,7 +152,8 @@ def test_a_forgotten_bias_is_seen(name: str, built: Callable, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["h1-gate_first", "mixtral-top3", "mamba-biases", "mamba2-groups3", "bamba-biases",
-                                  "jamba-experts", "qwen2-tied", "mistral-full", "lfm2-tied"])  # fmt: skip
+                                  "jamba-experts", "qwen2-tied", "mistral-full", "lfm2-tied", "nemotron_h-latent",
+                                  "granite-experts"])  # fmt: skip
 def test_every_tensor_matters_row_by_row(name: str, built: Callable, tmp_path: Path) -> None:
     """Each kind of tensor with its rows shifted by one; k_proj.bias too: rotary makes it matter."""
     _each_tensor(built(name), tmp_path, lambda key: True, lambda t: t.roll(1, 0), at_least=8)

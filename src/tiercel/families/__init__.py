@@ -9,10 +9,12 @@ from tiercel.errors import FormatError, UnsupportedError
 from tiercel.families.bamba import BAMBA
 from tiercel.families.falcon_h1 import FALCON_H1
 from tiercel.families.family import Family, Layout
+from tiercel.families.granite import GRANITE
 from tiercel.families.jamba import JAMBA
 from tiercel.families.lfm2 import LFM2
 from tiercel.families.llama import LLAMA, QWEN2
 from tiercel.families.mamba import MAMBA, MAMBA2
+from tiercel.families.nemotron_h import NEMOTRON_H
 from tiercel.families.pattern import PATTERN
 from tiercel.families.qwen3 import QWEN3, QWEN3_MOE
 from tiercel.families.qwen3_5 import QWEN3_5
@@ -29,10 +31,12 @@ FAMILIES: tuple[Family, ...] = (
     BAMBA,
     JAMBA,
     LFM2,
+    NEMOTRON_H,
+    GRANITE,
     PATTERN,
 )
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
-BY_GGUF = {family.gguf: family for family in FAMILIES if family.gguf is not None}
+BY_GGUF = {name: family for family in FAMILIES if family.gguf for name in (family.gguf, *family.more_gguf)}
 
 
 def from_hf(hf_config: Any) -> Layout:

@@ -169,8 +169,8 @@ def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[
     return config, rows(config)
 
 
-def read_gguf_mamba2(m: Metadata, tensors: Mapping[str, Any]) -> Mamba2Config:
-    """The `ssm.*` keys; what is optional shows in the first layer's tensors."""
+def read_gguf_mamba2(m: Metadata, tensors: Mapping[str, Any], layer: int = 0) -> Mamba2Config:
+    """The `ssm.*` keys; what is optional shows in the tensors of `layer`."""
     inner, heads = m.size("ssm.inner_size"), m.size("ssm.time_step_rank")
     if inner % heads:
         raise FormatError(f"GGUF metadata: {heads} heads do not divide the inner width {inner}")
@@ -180,8 +180,8 @@ def read_gguf_mamba2(m: Metadata, tensors: Mapping[str, Any]) -> Mamba2Config:
         state=m.size("ssm.state_size"),
         groups=m.size("ssm.group_count"),
         conv=m.size("ssm.conv_kernel"),
-        conv_bias="blk.0.ssm_conv1d.bias" in tensors,
-        gated_norm="gate_first" if "blk.0.ssm_norm.weight" in tensors else "none",
+        conv_bias=f"blk.{layer}.ssm_conv1d.bias" in tensors,
+        gated_norm="gate_first" if f"blk.{layer}.ssm_norm.weight" in tensors else "none",
     )
 
 

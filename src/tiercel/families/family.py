@@ -36,8 +36,10 @@ class TensorMapping:
     hf_form: Transform | None = None
     gguf_forms: tuple[Transform, ...] = ()
     keep_fp32: bool = False  # norms, convolutions, decays: at least float32, never packed
-    fused: tuple[str, int, int] | None = None  # transformers 5.x in memory: part k of n along dim 1 of that tensor
-    aliases: tuple[str, ...] = ()  # other names the Hugging Face tensor goes by
+    fused: tuple[str, int, int] | None = (
+        None  # part k of n along dim 1 of that tensor: in files too where hf is one name
+    )
+    aliases: tuple[str | tuple[str, ...], ...] = ()  # other names the Hugging Face tensor goes by
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Family:
     model_types: tuple[str, ...]
     read: Callable[[Mapping[str, Any]], tuple[ModelConfig, Iterable[TensorMapping]]]
     gguf: str | None = None  # llama.cpp's architecture name
+    more_gguf: tuple[str, ...] = ()  # others that this family reads
+    gguf_of: Callable[[ModelConfig], str] | None = None  # which of them a network is written as
+    gguf_scales: bool = False  # its metadata hold the scales of `ModelConfig`
     read_gguf: Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[ModelConfig, Iterable[TensorMapping]]] | None = (
         None
     )
@@ -112,7 +117,8 @@ def module_rows(
     scales: Scales = _NOTHING,
     gguf_forms: Mapping[str, tuple[Transform, ...]] = _NOTHING,
     fused: Mapping[str, tuple[str, int, int]] = _NOTHING,
-    aliases: Mapping[str, tuple[str, ...]] = _NOTHING,
+    aliases: Mapping[str, tuple[str | tuple[str, ...], ...]] = _NOTHING,
+    hf_forms: Mapping[str, Transform] = _NOTHING,
 ) -> Iterator[TensorMapping]:
     """The rows of one mixer or feed-forward of layer i, from its `params`.
 
@@ -121,6 +127,7 @@ def module_rows(
     scales: multipliers, ours = theirs × scale
     gguf_forms: more changes of form on the way to GGUF
     fused, aliases: as in `TensorMapping`
+    hf_forms: changes of form in a folder, where they differ from `Param.hf_form`
     """
     part = f"mixers.{spec.kind}" if isinstance(spec, MixerSpec) else "feed_forward"
     for p in spec.params(width):
@@ -131,7 +138,7 @@ def module_rows(
             stacked,
             None if p.gguf is None else f"blk.{i}.{p.gguf}",
             _scale(p, scales.get(p.name, 1.0)),
-            p.hf_form,
+            hf_forms.get(p.name, p.hf_form),
             p.gguf_forms + gguf_forms.get(p.name, ()),
             p.keep_fp32,
             fused.get(p.name),
@@ -150,6 +157,11 @@ def paired(heads: int, kv_heads: int) -> dict[str, tuple[Transform, ...]]:
     """gguf_forms of attention whose q and k rows GGUF keeps in neighbouring pairs (architecture `llama`)."""
     forms = {"q": (Transform("interleave", heads),), "k": (Transform("interleave", kv_heads),)}
     return {f"{name}.{leaf}": form for name, form in forms.items() for leaf in ("weight", "bias")}
+
+
+def halves(*names: str) -> dict[str, Transform]:
+    """hf_forms of matrices that a folder keeps in one tensor, the first above the second."""
+    return {f"{name}.weight": Transform(form, 1) for name, form in zip(names, ("query", "gate"), strict=True)}
 
 
 def fused_experts(hf: str) -> dict[str, tuple[str, int, int]]:

@@ -24,14 +24,14 @@ from tiercel.mixers.spec import FeedForwardSpec, MixerSpec, ModuleSpec, Registry
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """Mixers run in parallel on one normalised input and are summed; at most one of a kind."""
+    """Mixers run in parallel on one normalised input and are summed, at most one of a kind; then a feed-forward."""
 
     mixers: tuple[MixerSpec, ...]
     feed_forward: FeedForwardSpec | None = None
 
     def __post_init__(self) -> None:
         kinds = [mixer.kind for mixer in self.mixers]
-        check(bool(kinds), "a layer needs at least one mixer")
+        check(bool(kinds) or self.feed_forward is not None, "a layer needs a mixer or a feed-forward")
         check(len(set(kinds)) == len(kinds), f"a layer holds at most one mixer of a kind, not {kinds}")
 
     @property
@@ -51,6 +51,10 @@ class ModelConfig:
     tied: bool = False  # the output projection is the embedding
     logit_scale: float = 1.0  # only a tied model with multipliers needs it: the rest is folded
     residual_fp32: bool = False
+    embed_scale: float = 1.0  # what embeddings are multiplied by (Granite)
+    residual_scale: float = (
+        1.0  # what a layer's outputs are multiplied by before they are added to the stream (Granite)
+    )
     max_length: int = 8192
 
     def __post_init__(self) -> None:
@@ -58,6 +62,13 @@ class ModelConfig:
         check(0 < len(self.layers) <= MAX_LAYERS, f"a model has 1 to {MAX_LAYERS} layers, not {len(self.layers)}")
         check(math.isfinite(self.norm_eps) and 0 <= self.norm_eps < 1, f"norm_eps must be small, not {self.norm_eps!r}")
         check(math.isfinite(self.logit_scale), f"logit_scale must be finite, not {self.logit_scale!r}")
+        for name in ("embed_scale", "residual_scale"):
+            check(1e-6 < abs(getattr(self, name)) < 1e6, f"{name} must be near 1, not {getattr(self, name)!r}")
+
+    @property
+    def stream_eps(self) -> float:
+        """Of norms of the residual stream, which is held divided by `residual_scale`: x + s · y = s · (x / s + y)."""
+        return self.norm_eps / self.residual_scale**2
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; equal neighbouring layers are written once with a `repeat`."""

@@ -51,9 +51,11 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Block(layer, config.width, config.norm_eps) for layer in config.layers)
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.embed = Embedding(config.vocab_size, config.width, config.embed_scale / config.residual_scale)
+        self.layers = nn.ModuleList(
+            Block(layer, config.width, config.norm_eps, config.stream_eps) for layer in config.layers
+        )
+        self.norm = RMSNorm(config.width, config.stream_eps)
         self.head = Linear(config.width, config.vocab_size, bias=False)
         self._tie()
         self.adapters = Adapters(self)

@@ -71,7 +71,8 @@ def fuse(network: Decoder) -> None:
         readers = [m for spec in config.mixers for m in _readers(block.mixers[spec.kind], spec, width)]
         alike = [m for m in readers if type(m) is Linear and m.bias is None and _kind(m) == _kind(readers[0])]
         block.joint = MergedLinear(alike) if len(alike) > 1 else None
-        block.mixer_norm.feeds_packed = any(_packed(m) for m in readers)
+        if block.mixer_norm is not None:
+            block.mixer_norm.feeds_packed = any(_packed(m) for m in readers)
         if block.feed_forward is not None and config.feed_forward is not None:
             block.ffn_norm.feeds_packed = any(map(_packed, _readers(block.feed_forward, config.feed_forward, width)))
     network.norm.feeds_packed = _packed(network.head)

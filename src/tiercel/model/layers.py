@@ -58,14 +58,18 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Module):
-    """Token ids (…) → rows (…, D) of a (V, D) table."""
+    """Token ids (…) → rows (…, D) of a (V, D) table, times `scale`."""
 
-    def __init__(self, vocab_size: int, width: int) -> None:
+    def __init__(self, vocab_size: int, width: int, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.weight: Any = nn.Parameter(torch.empty(vocab_size, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.weight.rows(tokens) if isinstance(self.weight, QTensor) else F.embedding(tokens, self.weight)
+        if isinstance(self.weight, QTensor):
+            return self.weight.rows(tokens, self.scale)
+        y = F.embedding(tokens, self.weight)
+        return y if self.scale == 1.0 else y * self.scale
 
 
 class RMSNorm(nn.Module):

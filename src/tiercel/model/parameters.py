@@ -37,7 +37,7 @@ def output_parameter(config: ModelConfig) -> Param:
 def layer_parameters(layer: LayerConfig, width: int) -> tuple[tuple[str, Param], ...]:
     """Name below the layer and description of every parameter, in the order of the network's modules."""
     norm = Param(name="weight", shape=(width,), hf="", gguf=None, **_NORM)
-    found = [("mixer_norm.weight", norm)]
+    found = [("mixer_norm.weight", norm)] if layer.mixers else []
     for mixer in layer.mixers:
         found += [(f"mixers.{mixer.kind}.{p.name}", p) for p in _in_module_order(mixer, width)]
     if layer.feed_forward is not None:

@@ -49,7 +49,8 @@ def shard(network: Decoder, rank: int, size: int, decoder: type[D] = Decoder) ->
         _copy(getattr(network, name), getattr(part, name))
     blocks: Any = zip(config.layers, network.layers, part.layers, strict=True)
     for layer, whole, mine in blocks:
-        _copy(whole.mixer_norm, mine.mixer_norm)
+        if layer.mixers:
+            _copy(whole.mixer_norm, mine.mixer_norm)
         for spec in layer.mixers:
             _shard_module(spec, config.width, whole.mixers[spec.kind], mine.mixers[spec.kind], rank, size)
         if layer.feed_forward is not None:

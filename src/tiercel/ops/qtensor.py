@@ -106,12 +106,13 @@ class QTensor:
         raw = self.raw(start, stop)
         return quant.dequantize(self.type, raw) if self.packed else raw.view(self.dtype)
 
-    def rows(self, which_T: Tensor) -> Tensor:
-        """Rows by number, (T, K) float32: an embedding."""
+    def rows(self, which_T: Tensor, scale: float = 1.0) -> Tensor:
+        """Rows by number times `scale`, (T, K) float32: an embedding."""
         if self.repacked:
-            return native.get_rows(self.stored_type, self.data, self.shape, which_T)
+            return native.get_rows(self.stored_type, self.data, self.shape, which_T, scale)
         raw = self.data.view(self.shape[0], -1)[which_T]
-        return quant.dequantize(self.type, raw) if self.packed else raw.view(self.dtype).float()
+        y_TK = quant.dequantize(self.type, raw) if self.packed else raw.view(self.dtype).float()
+        return y_TK if scale == 1.0 else y_TK * scale
 
     # ── product ──
 

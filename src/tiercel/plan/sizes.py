@@ -151,6 +151,8 @@ def shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...], bool]]:
 
 def _layer_picture(layer: LayerConfig) -> str:
     mixers = " ∥ ".join(mixer.label for mixer in layer.mixers)
+    if not layer.mixers and layer.feed_forward is not None:
+        return layer.feed_forward.label
     if layer.feed_forward is None:
         return mixers if len(layer.mixers) == 1 else f"({mixers})"
     return f"({mixers} + {layer.feed_forward.label})"

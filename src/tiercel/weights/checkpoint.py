@@ -89,7 +89,8 @@ class Checkpoint:
             if row.fused and names[0] not in self.tensors and row.fused[0] in self.tensors:
                 return [self.tensors[row.fused[0]]]
             if names[0] not in self.tensors:
-                names = next(([alias] for alias in row.aliases if alias in self.tensors), names)
+                others = [[alias] if isinstance(alias, str) else list(alias) for alias in row.aliases]
+                names = next((other for other in others if other[0] in self.tensors), names)
         missing = [name for name in names if name not in self.tensors]
         if missing:
             raise FormatError(f"{self.path}: the tensor {missing[0]!r} is missing ({self.layout.family.name})")
@@ -99,7 +100,13 @@ class Checkpoint:
         """Whether the experts of a row are a tensor each."""
         if self.gguf is not None:
             return stored[0].name != row.gguf
-        return isinstance(row.hf, tuple) and not (row.fused and stored[0].name == row.fused[0])
+        return isinstance(row.hf, tuple) and not self._is_fused(row, stored)
+
+    def _is_fused(self, row: TensorMapping, stored: list[Stored]) -> bool:
+        """Whether the row's experts are a part of a tensor that holds them all."""
+        if self.gguf is not None or row.fused is None:
+            return False
+        return isinstance(row.hf, str) or stored[0].name == row.fused[0]
 
     def _forms(self, row: TensorMapping) -> tuple[Transform, ...]:
         if self.gguf is not None:
@@ -116,7 +123,7 @@ class Checkpoint:
             expected = shapes[row.ours]
             for form in self._forms(row):
                 expected = foreign_shape(form, expected)
-            if self.gguf is None and row.fused and stored[0].name == row.fused[0]:
+            if row.fused and self._is_fused(row, stored):
                 expected = (expected[0], expected[1] * row.fused[2], *expected[2:])
             elif self._one_per_expert(row, stored):
                 expected = expected[1:]
@@ -147,7 +154,7 @@ class Checkpoint:
 
     def read(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         stored, transforms = self._stored(row), self._forms(row)
-        if self.gguf is None and row.fused and stored[0].name == row.fused[0]:
+        if row.fused and self._is_fused(row, stored):
             _, part, parts = row.fused
             return stored[0].rows(start, stop).chunk(parts, 1)[part]
         if self._one_per_expert(row, stored):
@@ -182,7 +189,7 @@ class Checkpoint:
     def raw(self, row: TensorMapping, start: int, stop: int) -> Tensor:
         stored = self._stored(row)
         assert self.stored(row) in PACKED_TYPES, f"{row.ours} is {self.stored(row)}"
-        if self.gguf is None and row.fused and stored[0].name == row.fused[0]:
+        if row.fused and self._is_fused(row, stored):
             _, part, parts = row.fused
             return stored[0].raw(start, stop).chunk(parts, 1)[part].contiguous()
         if self._one_per_expert(row, stored):

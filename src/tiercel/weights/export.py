@@ -216,6 +216,11 @@ def _foreign(
         for e, name in enumerate(row.hf):
             yield name, shape[1:], _once(partial(_expert, read, row, e), shape[1])
         return
+    if row.fused is not None:
+        _, part, parts = row.fused
+        read = source.raw if kind in PACKED_TYPES else source.read
+        yield row.hf, (shape[0], parts * shape[1], shape[2]), partial(_part, read, row, part, parts)
+        return
     transforms = (row.hf_form,) if row.hf_form else ()
     foreign = shape
     for form in transforms:
@@ -225,6 +230,16 @@ def _foreign(
 
 def _expert(read: Callable[[TensorMapping, int, int], Tensor], row: TensorMapping, e: int) -> Tensor:
     return read(row, e, e + 1)[0]
+
+
+def _part(
+    read: Callable[[TensorMapping, int, int], Tensor], row: TensorMapping, part: int, parts: int, start: int, stop: int
+) -> Tensor:
+    """Experts start … stop, zero in the rows of the other parts: mappings of one tensor are added up."""
+    x = read(row, start, stop)
+    whole = x.new_zeros(len(x), parts, *x.shape[1:])
+    whole[:, part] = x
+    return whole.flatten(1, 2)
 
 
 def _write_text(source: Source, folder: Path) -> None:
@@ -262,14 +277,15 @@ def _export_gguf(source: Source, path: Path, wanted: str | None, name: str | Non
         tensors.append(OutTensor(row.gguf, foreign, kind, _reader(source, row, shape, row.gguf_forms, kind, False)))
     tensors = _added_up(tensors)
     tensors += _extra_gguf(source, tensors)
+    arch = family.gguf_of(layout.config) if family.gguf_of else family.gguf
     metadata: dict[str, Any] = {
-        "general.architecture": family.gguf,
+        "general.architecture": arch,
         "general.name": name or path.stem,
         "general.file_type": _file_type(source, wanted, tensors),
         "general.quantization_version": 2,
     }
-    metadata |= {f"{family.gguf}.{key}": value for key, value in family.write_gguf(layout.config).items()}
-    metadata[f"{family.gguf}.vocab_size"] = layout.config.vocab_size
+    metadata |= {f"{arch}.{key}": value for key, value in family.write_gguf(layout.config).items()}
+    metadata[f"{arch}.vocab_size"] = layout.config.vocab_size
     tokenizer = source.tokenizer()
     fields = {"tokenizer.ggml.model": "no_vocab"} if tokenizer is None else tokenizer.to_gguf(layout.config.vocab_size)
     metadata |= {key: Typed(GGUF_TYPES[key], value) if key in GGUF_TYPES else value for key, value in fields.items()}
@@ -286,13 +302,13 @@ def _file_type(source: Source, wanted: str | None, tensors: Iterable[OutTensor])
 def _extra_gguf(source: Source, tensors: Iterable[OutTensor]) -> Iterator[OutTensor]:
     """What GGUF keeps as tensors and we as settings: the logit scale of a tied model, llama3's rotary divisors."""
     config = source.layout.config
-    if config.tied and config.logit_scale != 1.0:
+    if config.tied and config.logit_scale != 1.0 and not source.layout.family.gguf_scales:
         embed = next(t for t in tensors if t.name == "token_embd.weight")
         row = next(row for row in source.layout.rows if row.ours == "embed.weight")
         kind = recipes.output(embed.type, embed.shape[-1]) if embed.type in PACKINGS else embed.type
         assert kind is not None
         yield replace(embed, name="output.weight", type=kind, rows=partial(_scaled_embedding, source, row))
-    attention: Any = config.layers[0].mixers[0]
+    attention: Any = next((m for layer in config.layers for m in layer.mixers if getattr(m, "rope", None)), None)
     rope = getattr(attention, "rope", None)
     if rope is not None and (rope.factors is not None or rope.scaling == "llama3"):
         head_dim = attention.head_dim

@@ -48,7 +48,9 @@ def quantize(
     shapes = parameter_shapes(source.layout)
     view = quantized(source, recipe, importance)
     config = source.layout.config
-    if gguf and config.tied and config.logit_scale != 1.0:  # the output becomes a tensor of its own there
+    if (
+        gguf and config.tied and config.logit_scale != 1.0 and not source.layout.family.gguf_scales
+    ):  # the output becomes a tensor of its own there
         params = parameters(config) | {"head.weight": output_parameter(config)}
         view.kinds = quant_types(params, recipe, importance=importance is not None)
     if recipe == "nf4":  # transformers reads no other type beside it, and no packed experts

@@ -192,11 +192,11 @@ def compress_bf12(panels: Tensor, shape: Sequence[int]) -> Tensor:
     return out
 
 
-def get_rows(quant_type: str, panels: Tensor, shape: Sequence[int], which_T: Tensor) -> Tensor:
-    """Rows by number, (T, K) float32."""
+def get_rows(quant_type: str, panels: Tensor, shape: Sequence[int], which_T: Tensor, scale: float = 1.0) -> Tensor:
+    """Rows by number times `scale`, (T, K) float32."""
     y_TK = empty(len(which_T), shape[1])
     extension.get_rows(
-        panels.data_ptr(), which_T.data_ptr(), y_TK.data_ptr(), shape[1], len(which_T), 1.0, FORMATS[quant_type]
+        panels.data_ptr(), which_T.data_ptr(), y_TK.data_ptr(), shape[1], len(which_T), scale, FORMATS[quant_type]
     )  # fmt: skip
     return y_TK
 

@@ -255,8 +255,9 @@ class DeviceQTensor(QTensor):
         m.exact = self.exact
         return m
 
-    def rows(self, which_T: Tensor) -> Tensor:
-        return self._unpack(which_T.flatten(), torch.float32).view(*which_T.shape, -1)
+    def rows(self, which_T: Tensor, scale: float = 1.0) -> Tensor:
+        y = self._unpack(which_T.flatten(), torch.float32).view(*which_T.shape, -1)
+        return y if scale == 1.0 else y * scale
 
     def numbers(self, start: int = 0, stop: int | None = None) -> Tensor:
         which = torch.arange(start, self.shape[0] if stop is None else stop, device=self.device)
