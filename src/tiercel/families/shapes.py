@@ -113,6 +113,36 @@ def _lfm2(
     }  # fmt: skip
 
 
+def _granite(
+    layers: int, width: int, shared: int, heads: tuple[int, int], mamba: tuple[int, int], attends: str, **others: Any
+) -> dict[str, Any]:
+    """Granite 4-H: (heads, key/value heads), Mamba heads and their width; attends: the layers with attention."""
+    return {
+        "architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid", "vocab_size": 100352,
+        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1], "intermediate_size": shared, "shared_intermediate_size": shared,
+        "layer_types": ["attention" if i in map(int, attends.split()) else "mamba" for i in range(layers)],
+        "mamba_n_heads": mamba[0], "mamba_d_head": mamba[1], "mamba_d_state": 128, "mamba_n_groups": 1,
+        "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 256, "rms_norm_eps": 1e-5,
+        "position_embedding_type": "nope", "attention_multiplier": 0.015625, "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22, "logits_scaling": 8.0, "num_local_experts": 0, "num_experts_per_tok": 0,
+        "max_position_embeddings": 131072, "tie_word_embeddings": True, **others,
+    }  # fmt: skip
+
+
+def _nemotron_h(pattern: str, width: int, **others: Any) -> dict[str, Any]:
+    """Nemotron-H and Nemotron 3, attention heads of 128."""
+    return {
+        "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "vocab_size": 131072,
+        "hidden_size": width, "hybrid_override_pattern": pattern, "head_dim": 128, "ssm_state_size": 128, "n_groups": 8,
+        "conv_kernel": 4, "chunk_size": 128, "layer_norm_epsilon": 1e-5, "max_position_embeddings": 262144,
+        "tie_word_embeddings": False, **others,
+    }  # fmt: skip
+
+
+GRANITE_40 = "5 15 25 35"  # layers with attention of the 40-layer models
+NEMOTRON_3_NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+
 SHAPES: dict[str, dict[str, Any]] = {
     "falcon-h1:90m": _falcon_h1(24, 512, 768, 8, 64, (24, 32, 64), 32768, 262144, False, tie_word_embeddings=True,
                                 embedding_multiplier=0.11083984375, lm_head_multiplier=0.078125, key_multiplier=1.0,
@@ -163,6 +193,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "lfm2:700m": _lfm2(16, 1536, 10240, 24),
     "lfm2:1.2b": _lfm2(16, 2048, 12288, 32),
     "lfm2:2.6b": _lfm2(30, 2048, 10752, 32, "2 5 9 13 17 21 24 27", block_auto_adjust_ff_dim=False),
+    "granite-4-h:350m": _granite(32, 768, 2048, (12, 4), (48, 32), "10 13 17 27"),
+    "granite-4-h:1b": _granite(40, 1536, 4096, (12, 4), (48, 64), GRANITE_40),
+    "granite-4-h:micro": _granite(40, 2048, 8192, (32, 8), (64, 64), GRANITE_40),
+    "granite-4-h:tiny": _granite(40, 1536, 1024, (12, 4), (48, 64), GRANITE_40, intermediate_size=512,
+                                 num_local_experts=64, num_experts_per_tok=6),
+    "granite-4-h:small": _granite(40, 4096, 1536, (32, 8), (128, 64), GRANITE_40, intermediate_size=768,
+                                  num_local_experts=72, num_experts_per_tok=10),
+    "nemotron-3-nano:30b-a3b": _nemotron_h(NEMOTRON_3_NANO, 2688, num_attention_heads=32, num_key_value_heads=2,
+                                           mamba_num_heads=64, mamba_head_dim=64, n_routed_experts=128,
+                                           num_experts_per_tok=6, moe_intermediate_size=1856, n_shared_experts=1,
+                                           moe_shared_expert_intermediate_size=3712, routed_scaling_factor=2.5),
     "llama:7b": _llama(32, 4096, 11008, 32, 32, 32000),
     "smollm2:135m": _llama(30, 576, 1536, 9, 3, 49152, rope_theta=100_000.0, max_position_embeddings=8192,
                            tie_word_embeddings=True),
@@ -180,6 +221,9 @@ HUB_IDS = {f"tiiuae/falcon-h1-{size}": f"falcon-h1:{size}" for size in "0.5b 1.5
     "meta-llama/llama-2-7b": "llama:7b", "huggingfacetb/smollm2-135m": "smollm2:135m",
 } | {f"qwen/qwen3-{size}": f"qwen3:{size}" for size in "0.6b 1.7b 4b 8b 30b-a3b".split()} | {
     f"liquidai/lfm2-{size}": f"lfm2:{size}" for size in "350m 700m 1.2b 2.6b".split()
+} | {f"ibm-granite/granite-4.0-h-{size}": f"granite-4-h:{size}" for size in "350m 1b micro tiny small".split()} | {
+    "nvidia/nvidia-nemotron-3-nano-30b-a3b": "nemotron-3-nano:30b-a3b",
+    "nvidia/nvidia-nemotron-3-nano-30b-a3b-bf16": "nemotron-3-nano:30b-a3b",
 }  # fmt: skip
 HUB_IDS |= {name.replace(":", "-"): name for name in SHAPES}
 VARIANTS = ("-gguf", "-instruct", "-base", "-chat", "-hf")
