@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import tiercel
 import tiny
+from tiercel.commands.cli import app
 from tiercel.errors import FormatError, RequestError
 from tiercel.mixers.take_over import least_squares
 from tiercel.train.convert import attention_layers, choose, convert, evenly, matching_loss, watching
@@ -260,25 +262,11 @@ def test_a_quarter_of_the_keys_and_values(folder):
 def test_killed_it_goes_on_to_the_bit(made, folder, data, tmp_path):
     """Killed in matching, in distilling, and after each: the weights are those of the run that was left alone."""
     whole, _ = made
-    script = (
-        "import os, signal, sys\n"
-        "sys.path[:0] = [sys.argv[1], sys.argv[1] + '/train']\n"
-        "import test_hybridize as t\nfrom pathlib import Path\nimport tiercel.train.loop as loop\n"
-        "plain, left = loop.Trainer.train_step, [int(sys.argv[4])]\n"
-        "def step(self, number):\n"
-        "    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    left[0] -= 1\n"
-        "    return plain(self, number)\n"
-        "loop.Trainer.train_step = step\n"
-        "t.hybridize(sys.argv[2], [Path(sys.argv[3])], t.settings(Path(sys.argv[5]), resume=True), t.conversion(),"
-        " checks=t.CHECKS)\n"
-    )
-    out, here = tmp_path / "out", str(Path(__file__).parents[1])
-    lives = [
-        subprocess.run([sys.executable, "-c", script, here, str(folder), str(data), steps, str(out)], check=False)
-        for steps in ("1", "4", "9")
-    ]
-    assert [life.returncode for life in lives] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    out = tmp_path / "out"
+    script = Path(__file__).with_name("killed_hybrid.py")
+    done = subprocess.run([sys.executable, script, folder, data, out, "1", "4", "9"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert json.loads(done.stdout) == [-signal.SIGKILL, -signal.SIGKILL, 0]
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     logs = [[line["loss"] for line in read_log(f / "distil/log.jsonl") if "loss" in line] for f in (out, whole)]
     assert logs[0] == logs[1] and len(logs[0]) == 4
@@ -355,19 +343,18 @@ def test_other_refusals(folder, data, tmp_path):
 
 
 def test_the_command_prints_the_report_or_one_line(folder, data, tmp_path):
-    line = [sys.executable, "-m", "tiercel", "hybridize", str(folder), "--data", str(data), "--tasks", ""]
+    line = ["hybridize", str(folder), "--data", str(data), "--tasks", ""]
     for name in ("match-steps", "steps", "calibration"):
         line += [f"--{name}", "1"]
     line += ["--batch", "2", "--length", "32", "--needles", "32", "--contexts", "64"]
 
     def run(keep, out, *more):
-        given = [*line, "--keep-attention", keep, "--out", tmp_path / out, *more]
-        return subprocess.run(given, capture_output=True, text=True, check=False)
+        return CliRunner().invoke(app, [*line, "--keep-attention", keep, "--out", str(tmp_path / out), *more])
 
     done = run("1/4", "a", "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["after"]["tokens_per_second"]["64"] > 0 and found["after"]["needle"].keys() == {"32"}
     done = run("a lot", "b")
-    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
+    assert done.exit_code == 2 and done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
     assert "--keep-attention takes a share such as 1/4 or 0.25, not 'a lot'" in done.stderr

@@ -150,18 +150,22 @@ def hybridize(
     )
     with lock_folder(out, "another conversion"):
         record = _record(out, about, resume=settings.resume)
-        files = [*data, *_sampled(model, out, sample, conversion)]
+        say = partial(_say, settings.quiet)
+        say(f"reading {len(data)} files" + (f", writing {sample} rows" if sample else ""))
+        files = [*data, *_sampled(model, out, sample, conversion, settings.device)]
         learned, held = _documents(files, held_out, tokenizer, conversion)
         batches = partial(Batches, learned, rows=conversion.rows, length=conversion.length, seed=conversion.seed)
         stream = batches()
         calibration = [next(stream).to(settings.device) for _ in range(conversion.calibration)]
         if "kept" not in record:
+            say(f"measuring {model}, and which of its layers keep attention")
             before = measure(teacher, held, settings, checks) | measure_folder(path, teacher.config, checks)
             kept, rise = choose(teacher, count, conversion.choose, conversion.mixer, calibration, conversion.seed)
             record |= {"kept": kept, "rise": {str(i): round(r, 5) for i, r in rise.items()}, "before": before}
             _write(out / RECORD, record)
         replaced = [i for i in layers if i not in record["kept"]]
         network, places = convert(teacher, replaced, conversion.mixer, calibration, conversion.seed)
+        say(f"attention stays in layers {record['kept']} of {layers}")
         matching = matching_loss(teacher, places)
         stages = _train(network, teacher, settings, conversion, batches, held, matching, sft, tokenizer)
         hybrid = Layout(PATTERN, network.config, tuple(pattern_rows(network.config)))
@@ -208,11 +212,15 @@ def _train(
         stage = replace(
             settings, steps=steps, lr=lr, warmup=min(settings.warmup, max(1, steps // 10)), out=settings.out / name
         )
-        if not settings.quiet:
-            print(f"{name}: {steps} steps", file=sys.stderr)
+        _say(settings.quiet, f"{name}: {steps} steps")
         result = fit(network, make(), stage, loss, held_out=None if name == "sft" else evaluation)
         found[name] = start.report(result, stage.out)
     return found
+
+
+def _say(quiet: bool, line: str) -> None:
+    if not quiet:
+        print(line, file=sys.stderr, flush=True)
 
 
 # ── data
@@ -255,13 +263,13 @@ def _read(file: Path, tokenizer: Tokenizer | None) -> Documents:
     return Documents.of([(tokens, [1] * len(tokens))], str(file))
 
 
-def _sampled(model: str | Path, out: Path, count: int, conversion: Conversion) -> list[Path]:
+def _sampled(model: str | Path, out: Path, count: int, conversion: Conversion, device: str) -> list[Path]:
     """A file of rows that the model wrote from nothing, at temperature 1."""
     path = out / SAMPLED
     if count and not path.exists():
         import tiercel
 
-        teacher = tiercel.load(model)
+        teacher = tiercel.load(model, device=device)
         tokenizer = teacher.tokenizer
         first = None if tokenizer is None else tokenizer.bos
         if first is None and tokenizer is not None:
