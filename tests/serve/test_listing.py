@@ -85,6 +85,28 @@ def test_listing_reads_headers_once_and_again_when_a_file_changed(home, monkeypa
     assert len([path for path in calls if "reasoner" not in str(path)]) >= 7
 
 
+def test_a_list_is_made_once_until_a_file_changes(home, monkeypatch):
+    models, made = Models(Settings()), []
+    whole = local_models.list_models
+    monkeypatch.setattr(local_models, "list_models", lambda: made.append(1) or whole())
+    first = models.all()
+    assert models.all() is first and len(made) == 1
+    manifest = local_models.store_folder("plain") / "tiercel.json"
+    for change in (
+        lambda: store.put("another", local_models.find("plain"), {"system": "x", "from": "plain"}),
+        lambda: manifest.write_text(manifest.read_text() + " "),
+        lambda: os.utime(local_models.find("another").path, (5, 5)),
+        lambda: shutil.rmtree(local_models.store_folder("another")),
+        lambda: models.paths.update(here=home / "m.gguf"),
+        lambda: (home / "m.gguf").write_bytes(b"GGUF2"),
+    ):
+        change()
+        before, names = len(made), {served.name for served in models.all()}
+        assert len(made) == before + 1
+        assert names == {model.name for model in whole()} | set(models.paths)
+        assert models.all() is models.all() and len(made) == before + 1
+
+
 def test_a_cache_of_files_keeps_errors_and_sees_changes(tmp_path):
     calls = []
 

@@ -159,8 +159,6 @@ def test_show_and_tags_tell_what_agents_look_for(server):
         ("/api/generate", {"model": "tiny", "prompt": "x", "top_logprobs": 99}, 400, "top_logprobs must be between"),
         ("/api/generate", {"model": "tiny", "prompt": "x", "format": "xml"}, 400, "format"),
         ("/api/chat", {"model": "tiny", "messages": [{"content": "x"}]}, 400, "role is required"),
-        ("/api/chat", {"model": "tiny", "messages": [{"role": "user", "content": "x"}],
-                       "tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "does not support tools"),
         ("/api/embed", {"model": "tiny", "input": 5}, 400, "invalid input type"),
         ("/api/show", {}, 400, "model is required"),
         ("/api/show", {"model": "nobody"}, 404, "not found"),

@@ -13,6 +13,7 @@ become part of a path.  Pickle files and code are never fetched.  No torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -224,6 +225,27 @@ def list_models() -> list[LocalModel]:
             quants = {quant for file in _files(snapshot, ".gguf") if (quant := quant_of(file))}
             found += [_in_hub_cache(repo, quant) for quant in sorted(quants)]
     return sorted((model for model in found if model), key=lambda model: -model.modified)
+
+
+def listing_stamp() -> list[tuple[str, int, int, int]]:
+    """Path, inode, bytes and nanoseconds of what `list_models` reads: equal stamps, equal lists."""
+    found: list[tuple[str, int, int, int]] = []
+    for folder in (models_folder(), bundled_folder(), *hub_cache().glob("models--*--*")):
+        _add_stats(str(folder), found)
+    return found
+
+
+def _add_stats(folder: str, found: list[tuple[str, int, int, int]]) -> None:
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    _add_stats(entry.path, found)
+                with contextlib.suppress(OSError):  # a link without its file, or gone meanwhile
+                    stat = entry.stat()
+                    found.append((entry.path, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    except OSError:
+        return
 
 
 def _exists(text: str) -> bool:

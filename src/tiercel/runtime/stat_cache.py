@@ -25,7 +25,7 @@ class StatCache(Generic[T]):
 
     def __call__(self, path: Path) -> T:
         """Raises what `read` raises, and OSError where the path is gone."""
-        stamp = _stamp(path)
+        stamp = stat_stamp(path)
         kept = self._kept.get(path)
         if kept is None or kept[0] != stamp:
             try:
@@ -40,8 +40,8 @@ class StatCache(Generic[T]):
         return kept[1]
 
 
-def _stamp(path: Path) -> object:
-    """What changes with a file, or with the files of a folder (not with those of folders inside it)."""
+def stat_stamp(path: Path) -> object:
+    """What changes with a file, or with the files of a folder (not with those of folders in it).  Raises OSError."""
     stat = path.stat()
     if not path.is_dir():
         return stat.st_ino, stat.st_size, stat.st_mtime_ns

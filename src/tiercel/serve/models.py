@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiercel.errors import DoesNotFit, ModelNotFound, RequestError
 from tiercel.hub import local_models
+from tiercel.runtime.stat_cache import stat_stamp
 from tiercel.serve.errors import BUSY, APIError, log
 from tiercel.serve.settings import Settings
 
@@ -176,6 +177,7 @@ class Models:
         self.lock = asyncio.Lock()
         self.wake = asyncio.Event()
         self._sweeper: asyncio.Task[None] | None = None
+        self._listed: tuple[object, list[ServedModel]] | None = None
 
     # ── names
 
@@ -199,12 +201,16 @@ class Models:
         return ServedModel(name, local, extras_of(local), local_models.adapter_of(local.name))
 
     def all(self) -> list[ServedModel]:
-        """Every model that a client may name."""
-        here = local_models.list_models()
-        found = [
-            ServedModel(local.name, local, extras_of(local), local_models.adapter_of(local.name)) for local in here
-        ]
-        return [*(self.find(name) for name in (*self.paths, *self.adapters)), *found]
+        """Every model that a client may name; the same list, not to be changed, as long as no file has changed."""
+        named = [*self.paths.items(), *self.adapters.items()]
+        stamp = [named, [stat_stamp(path) for path in self.paths.values()], local_models.listing_stamp()]
+        if self._listed is None or self._listed[0] != stamp:
+            here = local_models.list_models()
+            found = [
+                ServedModel(local.name, local, extras_of(local), local_models.adapter_of(local.name)) for local in here
+            ]
+            self._listed = stamp, [*(self.find(name) for name in (*self.paths, *self.adapters)), *found]
+        return self._listed[1]
 
     # ── memory
 

@@ -12,6 +12,7 @@ from tiercel.errors import ContextOverflow, RequestError
 from tiercel.sampling.params import SamplingParams, Structured
 from tiercel.serve.capabilities import can_reason, template_text, tool_format
 from tiercel.serve.defaults import sampling_params
+from tiercel.serve.generic_tools import with_tools
 from tiercel.serve.models import Lease
 from tiercel.serve.tool_grammar import call_grammar
 from tiercel.serve.types import GenerationRequest, Message, Prompt, Think, Tool
@@ -65,9 +66,9 @@ def prepare(
     """
     model, options, fields = lease.loaded.model, options or PromptOptions(), dict(fields)
     tokenizer, chat = model.tokenizer, is_chat(prompt)
-    form = tool_format(template_text(tokenizer)) if options.tools else None
-    if options.tools and form is None and not options.forced:  # a forced call is read without the template's form
-        raise RequestError(f'"{lease.served.name}" does not support tools')
+    from tiercel.tokenizer.tool_formats import HERMES, LLAMA
+
+    form = (tool_format(template_text(tokenizer)) or HERMES) if options.tools else None  # HERMES: generic_tools.py
     if is_chat(prompt):
         prompt_ids, turn_start = _encode_chat(lease, prompt, fields, options)
     else:
@@ -75,8 +76,6 @@ def prepare(
         check_ids(model, prompt_ids)
     structured = options.structured
     if options.forced and options.tools:  # the call is the form of the answer
-        from tiercel.tokenizer.tool_formats import LLAMA
-
         structured, form = {"grammar": call_grammar(options.tools)}, LLAMA  # that form reads bare objects
     if structured is not None:
         fields["structured"] = Structured(**structured)
@@ -116,6 +115,7 @@ def encode_chat(
 ) -> list[int]:
     """Token ids of a conversation; what the template gets is put into `variables`.  Raises RequestError."""
     tokenizer = lease.tokenizer
+    messages = template_messages(tokenizer, messages, options)
     variables |= options.template
     if options.think is not None and can_reason(template_text(tokenizer)):
         variables.setdefault("enable_thinking", options.think not in (False, "none"))
@@ -152,7 +152,16 @@ def _encode_chat(
         fields.setdefault("thinking_budget", budget)
     # a state whose rollback depth covers the prompt needs no snapshot at a turn
     splits = len(ids) <= max_tokens and 0 < lease.loaded.engine.engine.rollback_tokens < len(ids)
-    return ids, _turn_start(tokenizer, messages, ids, variables) if splits else None
+    return ids, _turn_start(
+        tokenizer, template_messages(tokenizer, messages, options), ids, variables
+    ) if splits else None
+
+
+def template_messages(tokenizer: Tokenizer, messages: list[Message], options: PromptOptions) -> list[Message]:
+    """The messages that the template gets: with tools as text where it takes none."""
+    template = template_text(tokenizer)
+    generic = options.tools and tool_format(template) is None
+    return with_tools(messages, options.tools or (), template) if generic else messages
 
 
 def check_ids(model: Model, ids: Sequence[int]) -> None:

@@ -32,8 +32,7 @@ async def tags(request: Request) -> Response:
     models = service_of(request).models
 
     async def make() -> dict[str, Any]:
-        listed = await asyncio.to_thread(lambda: [_listed(served) for served in models.all()])
-        return {"models": [entry for entry in listed if entry]}
+        return {"models": await asyncio.to_thread(lambda: entries(models.all()))}
 
     return JSONResponse(request, make)
 
@@ -105,6 +104,21 @@ def digest(served: ServedModel) -> str:
         return found
     adapter = _adapter_digest(served.adapter) if served.adapter else ""
     return hashlib.sha256(to_json([found, dict(sorted(added.items())), adapter])).hexdigest()
+
+
+class _Entries:
+    """The entries of /api/tags: made once for each list, which changes with any of its files."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[list[ServedModel], list[dict[str, Any]]] = [], []
+
+    def __call__(self, served: list[ServedModel]) -> list[dict[str, Any]]:
+        if self._kept[0] is not served:
+            self._kept = served, [entry for entry in map(_listed, served) if entry]
+        return self._kept[1]
+
+
+entries = _Entries()
 
 
 def _listed(served: ServedModel) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from tiercel.serve.models import Lease
 from tiercel.serve.openai.formats import call_delta, chat_logprobs, head, timings, usage_fields
 from tiercel.serve.openai.messages import template_messages
 from tiercel.serve.openai.schemas import ChatCompletion, Reasoning, Sampled
-from tiercel.serve.openai.tools import tools_of
+from tiercel.serve.openai.tools import hosted_tools, tools_of
 from tiercel.serve.prompt import REASONING_TOKENS, PromptOptions, prepare
 from tiercel.serve.service import service_of
 from tiercel.serve.settings import Settings
@@ -42,6 +42,7 @@ async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     body = await read(request, ChatCompletion)
     check_chat(body, service_of(request).settings)
+    ignore(request, hosted_tools(body))
     if body.stream:
         return EventSourceResponse(request, _events(request, body))
     return JSONResponse(request, lambda: _complete(request, body))
