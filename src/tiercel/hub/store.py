@@ -12,16 +12,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tiercel.errors import FormatError, ModelNotFound, RequestError
+from tiercel.errors import FormatError, ModelNotFound, RequestError, TiercelError
 from tiercel.hub import local_models
 from tiercel.hub.download import file_digest, read_json
-from tiercel.runtime.atomic import atomic_write
+from tiercel.runtime.atomic import atomic_write, remove_leftovers
 
 DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 EXTRAS = ("parameters", "system", "template", "messages", "license", "from", "adapter")
@@ -54,26 +55,47 @@ def put(target: str, local: local_models.LocalModel, extras: Mapping[str, Any], 
     if not local.path.is_file():
         raise RequestError(f"{local.name} is a folder of several files; export it to one .gguf first: "
                            f"tiercel export {local.name} model.gguf")  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
     file = "model.gguf" if local.path.suffix.lower() != ".gguf" else local.path.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", file):
         file = "model.gguf"
     real = local.path.resolve()
-    if not (folder / file).exists() or not real.samefile(folder / file):
-        part = folder / f".{file}.part"
-        part.unlink(missing_ok=True)
-        try:
-            os.link(real, part)
-        except OSError:  # another file system
-            shutil.copyfile(real, part)
-        part.replace(folder / file)
-    _put_adapter(adapter, folder / "adapter")
     known = read_json(real.parent / "tiercel.json").get("sha256")
-    sha256 = known if isinstance(known, str) else file_digest(folder / file, lambda what, done, total: None)
+    sha256 = known if isinstance(known, str) else file_digest(real, lambda what, done, total: None)
+    try:
+        file = _put_file(real, folder, file, sha256)
+    except OSError as error:
+        raise TiercelError(f"could not write {folder / file}: {error.strerror or error}") from error
+    _put_adapter(adapter, folder / "adapter")
     manifest = {"name": target, "source": local.source or local.name, "file": file, "sha256": sha256,
                 "bytes": (folder / file).stat().st_size, "extras": dict(extras)}  # fmt: skip
     with atomic_write(folder / "tiercel.json") as out:
         out.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace"))
+    for other in folder.glob("*.gguf"):  # what the name stood for before
+        if other.name != file:
+            other.unlink(missing_ok=True)
+
+
+def _put_file(real: Path, folder: Path, file: str, sha256: str) -> str:
+    """Link or copy a file into a folder; its name there, which no other file has: the manifest decides."""
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    here = read_json(folder / "tiercel.json")
+    if here.get("sha256") == sha256 and isinstance(here.get("file"), str) and (folder / here["file"]).is_file():
+        return str(here["file"])
+    if (folder / file).exists() and not real.samefile(folder / file):
+        file = f"{sha256[:12]}-{file[-180:]}"
+    if not (folder / file).exists():
+        part = folder / f".{file}.{secrets.token_hex(4)}.part"
+        try:
+            os.link(real, part)
+        except OSError:  # another file system
+            try:
+                shutil.copyfile(real, part)
+            except OSError:
+                part.unlink(missing_ok=True)
+                raise
+        part.replace(folder / file)
+    return file
 
 
 def _put_adapter(adapter: Path | None, place: Path) -> None:

@@ -12,13 +12,15 @@ the checkpoint's own names.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from tiercel.errors import RequestError, UnsupportedError
+from tiercel.errors import RequestError, TiercelError, UnsupportedError
 from tiercel.families.family import Layout
 from tiercel.hub import local_models
 from tiercel.model.decoder import Decoder
@@ -27,7 +29,7 @@ from tiercel.runtime.atomic import atomic_write
 from tiercel.train import start
 from tiercel.train.causal_lm import CausalLM, coverage
 from tiercel.train.loop import Settings, fit
-from tiercel.weights.adapters import CONFIG, FOLDED, folds, largest_rank, linear_rows
+from tiercel.weights.adapters import CONFIG, FOLDED, TENSORS, folds, largest_rank, linear_rows
 from tiercel.weights.checkpoint import parameter_shapes, read_json
 from tiercel.weights.load import load
 
@@ -145,13 +147,22 @@ def matched(layout: Layout, targets: Sequence[str]) -> list[str]:
 
 
 def save(adapted: Any, out: Path) -> Path:
-    """Write the adapter in PEFT's form."""
-    adapted.save_pretrained(out, save_embedding_layers=False)  # otherwise it asks the hub about the vocabulary
+    """Write the adapter in PEFT's form: each file whole or not at all, the config last.
+
+    Raises TiercelError where a file cannot be written.
+    """
     layout: Layout = adapted.get_base_model().layout
-    config = read_json(out / CONFIG)
-    if folds(layout):  # values of a GGUF file hold the multipliers, and so does this adapter
-        config[FOLDED] = True
+    with tempfile.TemporaryDirectory() as made:
+        try:
+            adapted.save_pretrained(made, save_embedding_layers=False)  # otherwise it asks the hub about the vocabulary
+            out.mkdir(parents=True, exist_ok=True)
+        except (OSError, SafetensorError) as error:
+            raise TiercelError(f"could not write {out}: {error}") from error
+        config = read_json(Path(made) / CONFIG)
+        if folds(layout):  # values of a GGUF file hold the multipliers, and so does this adapter
+            config[FOLDED] = True
+        with atomic_write(out / TENSORS) as file:
+            file.write((Path(made) / TENSORS).read_bytes())
         with atomic_write(out / CONFIG) as file:
             file.write(json.dumps(config, indent=2, sort_keys=True).encode())
-    (out / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a card
     return out
