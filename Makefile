@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help install test slow fuzz isas sanitize lint format docs bench goldens page clients ci
+.PHONY: help install test slow fuzz reliability isas sanitize lint format docs bench goldens page clients ci
 
 help:     ## this list
 	@grep -E '^[a-z]+: ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,9 @@ slow:     ## the slow ones: SmolLM2 against llama.cpp's words (tiercel pull smol
 
 fuzz:     ## 20,000 broken files and configs of each kind instead of 2,000
 	TIERCEL_FUZZ=20000 $(BIN)/pytest tests/weights/test_mutated_files.py tests/families/test_configs.py
+
+reliability: ## every goal of docs/reliability.md at full scale, into its table (hours; continues where it was interrupted)
+	$(BIN)/python tests/reliability/campaign.py
 
 isas:     ## the tests of the kernels and the network on torch alone and on the portable path
 	for isa in torch portable; do TIERCEL_ISA=$$isa $(BIN)/pytest -n 2 --dist loadfile tests/model tests/mixers tests/ops tests/test_generate.py || exit 1; done

@@ -12,7 +12,7 @@ from tiercel.runtime.free_memory import check_free
 from tiercel.tokenizer.control import Added
 
 FILLER = "\U0010fffd"  # begins a token that stands for an id without one
-BYTES_PER_CHAR = 240  # while a text is tokenized: an Encoding of tokenizers 0.22, each character a token
+BYTES_PER_CHAR = 240  # while a text is tokenized: an Encoding of tokenizers 0.23, each character a token
 MAX_GAP = 1 << 16  # ids without a token
 
 
