@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -57,6 +58,9 @@ def test_hostile_names_open_nothing_outside_the_root(tmp_path, monkeypatch, case
         lambda name: local_models.store_folder(name) or _refuse(),
         lambda name: shards_of({"weight_map": {"a": name}}),
     ]  # fmt: skip
+    for take in takers:  # modules are imported now
+        with contextlib.suppress(TiercelError):
+            take("absent")
     for case in range(count):
         name = hostile(random.Random(f"name {case}"))
         for take in takers:
