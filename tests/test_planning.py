@@ -63,7 +63,8 @@ def test_the_7b_in_numbers_everybody_can_check():
         assert row["model"]["cache_bytes"] < 0.5 * row["transformer"]["cache_bytes"]
 
 
-@pytest.mark.parametrize("name", ["falcon-h1:7b", "mamba:2.8b", "mamba2:2.7b", "bamba:9b", "smollm2:135m"])
+@pytest.mark.parametrize("name", ["falcon-h1:7b", "mamba:2.8b", "mamba2:2.7b", "bamba:9b", "smollm2:135m",
+                                  "qwen3.5:27b", "olmo-hybrid:7b"])  # fmt: skip
 def test_every_parameter_has_the_shape_the_network_gives_it(name):
     from tiercel.weights.checkpoint import parameter_shapes
 

@@ -279,6 +279,58 @@ NASTY: dict[str, Nasty] = {
         num_experts_per_tok=2, shared_intermediate_size=30, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 66.0},
     )),
+    "qwen3_5-square": Nasty("qwen3_5_text", dict(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=40, num_hidden_layers=4, rms_norm_eps=1e-5,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=900,
+        linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=16, linear_value_head_dim=16,
+        linear_conv_kernel_dim=4, layer_types=["linear_attention", "linear_attention", "full_attention",
+                                               "linear_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 432.0, "partial_rotary_factor": 0.5},
+    )),
+    "qwen3_5_moe-shared_keys": Nasty("qwen3_5_moe_text", dict(
+        vocab_size=VOCAB, hidden_size=40, num_hidden_layers=4, rms_norm_eps=0.019, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=24, max_position_embeddings=800, linear_num_key_heads=2,
+        linear_num_value_heads=6, linear_key_head_dim=12, linear_value_head_dim=20, linear_conv_kernel_dim=3,
+        full_attention_interval=2, moe_intermediate_size=22, shared_expert_intermediate_size=34, num_experts=7,
+        num_experts_per_tok=3, attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 321.0, "partial_rotary_factor": 0.5},
+    )),
+    "qwen3_5_moe-square": Nasty("qwen3_5_moe_text", dict(
+        vocab_size=VOCAB, hidden_size=48, num_hidden_layers=4, rms_norm_eps=0.027, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=900, linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16, linear_conv_kernel_dim=4,
+        moe_intermediate_size=24, shared_expert_intermediate_size=32, num_experts=6, num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 432.0, "partial_rotary_factor": 0.5},
+    )),
+    "qwen3_next-mixed": Nasty("qwen3_next", dict(
+        vocab_size=VOCAB, hidden_size=40, intermediate_size=46, num_hidden_layers=4, rms_norm_eps=0.019,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=24, max_position_embeddings=800,
+        linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=12, linear_value_head_dim=20,
+        linear_conv_kernel_dim=3, layer_types=["linear_attention", "full_attention"] * 2, decoder_sparse_step=2,
+        mlp_only_layers=[1], moe_intermediate_size=22, shared_expert_intermediate_size=34, num_experts=7,
+        num_experts_per_tok=3, norm_topk_prob=False, attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 321.0, "partial_rotary_factor": 0.5},
+    )),
+    "qwen3_next-square": Nasty("qwen3_next", dict(
+        vocab_size=VOCAB, hidden_size=48, intermediate_size=40, num_hidden_layers=4, rms_norm_eps=0.027,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=900,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+        linear_conv_kernel_dim=4, moe_intermediate_size=24, shared_expert_intermediate_size=32, num_experts=6,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 432.0, "partial_rotary_factor": 0.25},
+    )),
+    "olmo_hybrid-rope": Nasty("olmo_hybrid", dict(
+        vocab_size=VOCAB, hidden_size=40, intermediate_size=54, num_hidden_layers=4, rms_norm_eps=0.019,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=800, attention_bias=True,
+        linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=12, linear_value_head_dim=20,
+        linear_conv_kernel_dim=3, layer_types=["linear_attention", "full_attention"] * 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 234.0},
+    )),
+    "olmo_hybrid-no_positions": Nasty("olmo_hybrid", dict(
+        vocab_size=VOCAB, hidden_size=36, intermediate_size=46, num_hidden_layers=4, rms_norm_eps=0.013,
+        num_attention_heads=3, max_position_embeddings=700, linear_allow_neg_eigval=False, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": None},
+    )),
     "qwen3_moe-renormalized": Nasty("qwen3_moe", dict(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=22, moe_intermediate_size=24, num_hidden_layers=3,
         rms_norm_eps=0.037, num_attention_heads=4, num_key_value_heads=4, head_dim=8, max_position_embeddings=500,
@@ -298,8 +350,15 @@ def make(name: str, folder: Path) -> Any:
     config = AutoConfig.for_model(nasty.family, bos_token_id=1, eos_token_id=2, pad_token_id=0, **nasty.config)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EAGER).eval()
     randomize(model, seed=1000 + list(NASTY).index(name))
-    model.save_pretrained(folder)
+    save(model, folder)
     return model
+
+
+def save(model: Any, folder: Path) -> None:
+    """As `save_pretrained`, in the layout of published files."""
+    model.save_pretrained(folder)
+    if model.config.model_type == "olmo_hybrid":
+        edit_tensors(folder, as_published(model.config))
 
 
 def load_hf(folder: Path) -> Any:
@@ -378,6 +437,25 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
     tensors = load_file(path)
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def as_published(config: Any) -> Callable[[dict[str, torch.Tensor]], None]:
+    """OLMo-Hybrid as on the hub: transformers 5.24 saves convolutions in equal parts, and renames a norm too many."""
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for i, kind in enumerate(config.layer_types):
+            hf = f"model.layers.{i}"
+            if kind == "full_attention":
+                norm = tensors.pop(f"{hf}.feedforward_layer_norm.weight")
+                tensors[f"{hf}.post_attention_layernorm.weight"] = norm
+                continue
+            names = [f"{hf}.linear_attn.{part}_conv1d.weight" for part in "qkv"]
+            whole = torch.cat([tensors[name] for name in names])
+            tensors |= dict(zip(names, whole.split([keys, keys, values]), strict=True))
+
+    return change
 
 
 def spell_old(config: dict[str, Any]) -> None:

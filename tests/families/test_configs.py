@@ -63,6 +63,35 @@ SEEDS = [
 ]
 
 
+def test_olmo_hybrid_without_positions_in_each_spelling() -> None:
+    config = {"model_type": "olmo_hybrid", "num_hidden_layers": 4}
+    for null in ({"rope_theta": None}, {"rope_parameters": None}, {"rope_parameters": {"rope_theta": None}},
+                 {"rope_parameters": {"rope_type": None}}, {"rope_theta": None, "rope_scaling": None}):  # fmt: skip
+        assert from_hf(config | null).config.layers[3].mixers[0].rope is None, null
+    for theta, said in ((1e4, {}), (5e5, {"rope_theta": 5e5, "rope_scaling": None}),
+                        (7e3, {"rope_parameters": {"rope_theta": 7e3}})):  # fmt: skip
+        assert from_hf(config | said).config.layers[3].mixers[0].rope.theta == theta
+
+
+@pytest.mark.parametrize(
+    ("change", "names_it"),
+    [
+        ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act"),
+        ({"layer_types": ["full_attention"]}, "layer_types must name"),
+        ({"layer_types": ["mamba"] * 4}, "layer_types must name"),
+        ({"linear_num_value_heads": 20}, "20 value heads cannot share 16 key heads"),
+        ({"attn_output_gate": False}, "attn_output_gate = False"),
+        ({"num_experts": 8}, "num_experts = 8 is not known"),
+        ({"vision_config": {"depth": 2}, "text_config": 5}, "vision_config"),
+    ],
+)
+def test_a_qwen3_5_config_that_asks_for_more_is_refused_by_name(change, names_it) -> None:
+    config = {"model_type": "qwen3_5_text", "num_hidden_layers": 4, "hidden_size": 64}
+    assert from_hf(config).config.width == 64
+    with pytest.raises(FormatError, match=names_it):
+        from_hf(config | change)
+
+
 def test_the_published_7b_is_what_it_says():
     layout = from_hf(SEVEN_B)
     assert parameter_count(layout.config) == 7_585_648_736

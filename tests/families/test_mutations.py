@@ -7,6 +7,7 @@ mathematics (causal mask, groups of the norm), transformers is made to commit it
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -333,3 +334,52 @@ def test_a_forgotten_attention_factor_is_seen(built: Callable, tmp_path: Path) -
 
 def _first(config: Any, *names: str) -> Any:
     return next(getattr(config, name) for name in names if hasattr(config, name))
+
+
+# -- gated delta rule ------------------------------------------------------------------------------
+
+DELTA = ["qwen3_5-shared_keys", "qwen3_5-square", "qwen3_5_moe-shared_keys", "qwen3_next-mixed", "olmo_hybrid-rope"]
+
+
+@pytest.mark.parametrize("fault", ["beta", "late decay", "head order"])
+@pytest.mark.parametrize("name", DELTA)
+def test_a_wrong_rule_is_seen(name: str, fault: str, differs: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def commit(judge: Any) -> None:
+        module = sys.modules[type(judge).__module__]
+        rule = module.torch_chunk_gated_delta_rule
+
+        def wrong(q: Any, k: Any, v: Any, g: Any, beta: Any, **others: Any) -> Any:
+            heads = torch.arange(v.shape[2])
+            if fault == "beta":
+                beta = torch.ones_like(beta)
+            elif fault == "late decay":
+                g = g.roll(1, 1)
+            else:  # value head h reads key head h mod Hk
+                heads = heads.view(-1, judge.config.linear_num_key_heads).t().flatten()
+            out, state = rule(q, k, v[:, :, heads], g=g[:, :, heads], beta=beta[:, :, heads], **others)
+            return out[:, :, heads.argsort()], state
+
+        monkeypatch.setattr(module, "torch_chunk_gated_delta_rule", wrong)
+
+    differs(name, commit)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5-shared_keys", "qwen3_5-square"])
+def test_a_gate_of_silu_is_seen(name: str, differs: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    differs(name, lambda judge: monkeypatch.setattr(torch, "sigmoid", torch.nn.functional.silu))
+
+
+@pytest.mark.parametrize("name", ["qwen3_5-shared_keys", "qwen3_5-square"])
+def test_norms_of_w_for_1_plus_w_are_seen(name: str, built: Callable, tmp_path: Path) -> None:
+    plus_one = ("layernorm.weight", "q_norm.weight", "k_norm.weight", "model.norm.weight")
+    _each_tensor(built(name), tmp_path, lambda key: key.endswith(plus_one), lambda t: t - 1, at_least=5)
+
+
+@pytest.mark.parametrize("name", DELTA)
+def test_every_tensor_of_a_gated_delta_model_matters(name: str, built: Callable, tmp_path: Path) -> None:
+    _each_tensor(built(name), tmp_path, lambda key: True, lambda t: t.roll(1, 0), at_least=16)
+
+
+@pytest.mark.parametrize("name", DELTA)
+def test_convolution_taps_in_the_other_order_are_seen(name: str, built: Callable, tmp_path: Path) -> None:
+    _each_tensor(built(name), tmp_path, lambda key: "conv1d" in key, lambda t: t.flip(-1), at_least=1)

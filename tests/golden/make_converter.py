@@ -31,6 +31,8 @@ def convert(name: str, folder: Path) -> dict[str, object]:
     source, out = nano.build(name, folder / name), folder / f"{name}.gguf"
     (source / "tokenizer.json").write_text(json.dumps(VOCAB_JSON))
     sys.argv = ["convert_hf_to_gguf.py", str(source), "--outfile", str(out), "--outtype", "f32"]
+    if name.startswith(("qwen35", "qwen3next")):
+        sys.argv.append("--no-mtp")  # else it asks for the tensors of a prediction head
     runpy.run_path(str(LLAMA / "convert_hf_to_gguf.py"), run_name="__main__")
     reader = gguf.GGUFReader(out)
     arch = reader.get_field("general.architecture").contents()

@@ -67,6 +67,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         conv_bias=False, block_auto_adjust_ff_dim=False, block_ffn_dim_multiplier=1.0, block_multiple_of=256,
         tie_word_embeddings=True,
     ),
+    "qwen35": _ATTENTION | dict(
+        model_type="qwen3_5_text", architectures=["Qwen3_5ForCausalLM"], head_dim=24, rms_norm_eps=1e-6,
+        num_hidden_layers=4, full_attention_interval=3, rope_parameters=_ROPE | {"partial_rotary_factor": 0.5},
+        linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=16, linear_value_head_dim=16,
+        linear_conv_kernel_dim=4, attention_bias=False, tie_word_embeddings=True,
+        layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    ),
     "jamba": _ATTENTION | dict(
         model_type="jamba", architectures=["JambaForCausalLM"], rms_norm_eps=1e-6,
         num_hidden_layers=4, attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
@@ -81,12 +88,15 @@ def build(name: str, folder: Path) -> Path:
     config = CONFIGS[name]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    tensors = {key: _weight(i, key, shape) for i, (key, shape) in enumerate(_shapes(config).items())}
+    tensors = {
+        key: _weight(i, key, shape, "qwen3_" in config["model_type"])
+        for i, (key, shape) in enumerate(_shapes(config).items())
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-def _weight(index: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _weight(index: int, name: str, shape: tuple[int, ...], plus_one: bool = False) -> np.ndarray:
     u = _numbers(100 + index, int(np.prod(shape))).reshape(shape)
     last = name.rsplit(".", 1)[-1]
     if last == "A_log":
@@ -95,6 +105,8 @@ def _weight(index: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return u * np.float32(1.5) - np.float32(1.0)
     if last in ("D", "bias") or "conv1d" in name or "conv.conv" in name:
         return u
+    if "norm" in name and plus_one and "linear_attn" not in name:
+        return u * np.float32(0.5)
     if "norm" in name:
         return u * np.float32(0.5) + np.float32(1.0)
     if "embed" in name:
@@ -107,7 +119,9 @@ def _shapes(c: dict[str, Any]) -> Shapes:
         return _mamba2(c)
     shapes: Shapes = {"model.embed_tokens.weight": (c["vocab_size"], c["hidden_size"])}
     for i in range(c["num_hidden_layers"]):
-        layer = {"falcon_h1": _falcon_h1, "jamba": _jamba, "lfm2": _lfm2}.get(c["model_type"], _llama)
+        layer = {"falcon_h1": _falcon_h1, "jamba": _jamba, "lfm2": _lfm2, "qwen3_5_text": _qwen3_5}.get(
+            c["model_type"], _llama
+        )
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer(c, i).items()}
     final = {"falcon_h1": "final_layernorm", "jamba": "final_layernorm", "lfm2": "embedding_norm"}.get(
         c["model_type"], "norm"
@@ -166,6 +180,22 @@ def _mamba2(c: dict[str, Any]) -> Shapes:
         shapes[f"backbone.layers.{i}.norm.weight"] = (d,)
         shapes |= {f"backbone.layers.{i}.mixer.{k}": s for k, s in mixer.items()}
     return shapes | {"backbone.norm_f.weight": (d,), "lm_head.weight": (c["vocab_size"], d)}
+
+
+def _qwen3_5(c: dict[str, Any], i: int) -> Shapes:
+    d, hd = c["hidden_size"], c["head_dim"]
+    shapes = _norms(c, "input_layernorm", "post_attention_layernorm") | _mlp(c, "mlp")
+    if c["layer_types"][i] == "full_attention":
+        q = {"self_attn.q_proj.weight": (2 * c["num_attention_heads"] * hd, d)}
+        return shapes | _attention(c, False) | q | {f"self_attn.{n}_norm.weight": (hd,) for n in "qk"}
+    keys = c["linear_num_key_heads"] * c["linear_key_head_dim"]
+    H, V = c["linear_num_value_heads"], c["linear_value_head_dim"]
+    mixer: Shapes = {
+        "in_proj_qkv.weight": (2 * keys + H * V, d), "in_proj_z.weight": (H * V, d), "in_proj_b.weight": (H, d),
+        "in_proj_a.weight": (H, d), "conv1d.weight": (2 * keys + H * V, 1, c["linear_conv_kernel_dim"]),
+        "dt_bias": (H,), "A_log": (H,), "norm.weight": (V,), "out_proj.weight": (d, H * V),
+    }  # fmt: skip
+    return shapes | {f"linear_attn.{name}": shape for name, shape in mixer.items()}
 
 
 def _lfm2(c: dict[str, Any], i: int) -> Shapes:

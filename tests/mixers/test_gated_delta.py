@@ -102,6 +102,20 @@ def test_a_wrong_rule_is_seen(changed: str) -> None:
     assert error(wrong[0], right) > 1e-2
 
 
+def test_tiled_heads_are_the_same_rule_in_another_order() -> None:
+    q, k, v, g, beta, S = inputs((2, 6, 16, 24), 70)
+    tiled = torch.arange(6).view(2, 3).t().flatten()  # value head j·3 + i becomes i·2 + j
+    right = gated_delta_reference(q, k, v, g, beta, S)
+    heads = v[:, tiled], g[:, tiled], beta[:, tiled]
+    o, last = gated_delta_reference(q, k, *heads, S[tiled], tiled=True)
+    assert torch.equal(o, right[0][:, tiled]) and torch.equal(last, right[1][tiled])
+    chunks = gated_delta(q, k, *heads, v[:0], S[tiled], chunk=64, tiled=True)[0]
+    assert error(chunks, o) < 2e-6
+    document = torch.ones(1, 70, dtype=torch.int64)
+    rows = gated_delta_varlen(q, k, *heads, document, tiled=True)
+    assert error(rows, gated_delta_reference(q, k, *heads, torch.zeros_like(S), tiled=True)[0]) < 2e-6
+
+
 def network(*, bf16: bool = False, **changes) -> Decoder:
     sizes = dict(key_heads=2, value_heads=4, key_dim=24, value_dim=40, beta_max=2.0) | changes
     layers = (LayerConfig(mixers=(GatedDeltaConfig(**sizes),)),) * 2
@@ -116,7 +130,10 @@ def network(*, bf16: bool = False, **changes) -> Decoder:
 
 @pytest.mark.skipif(not native.available, reason="no native kernels in this build")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"conv": 3, "key_dim": 16, "value_dim": 64}, {"chunk": 16, "value_heads": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"conv": 3, "key_dim": 16, "value_dim": 64, "tiled": True}, {"chunk": 16, "value_heads": 2}],
+)
 def test_any_cut_gives_the_same_bits(dtype: torch.dtype, changes) -> None:
     net = network(**changes)
     if dtype == torch.bfloat16:

@@ -9,13 +9,15 @@ import torch.multiprocessing as mp
 
 from tiercel.errors import RequestError
 from tiercel.families.pattern import pattern
+from tiercel.mixers.gated_delta.config import GatedDeltaConfig
 from tiercel.model.decoder import Decoder
 from tiercel.model.initialize import initialize
 from tiercel.model.tensor_parallel import shard
 
 SIZES = dict(width=24, vocab_size=97, heads=6, kv_heads=2, head_dim=10, ffn_width=40, repeat=2, chunk=16, norm_eps=1e-2)
 MAMBA = dict(expand=3.0, mamba_head_dim=9, groups=2, state=7)
-LAYERS = {"falcon_h1": "attention+mamba2", "llama": "attention", "mamba2": "mamba2/-"}
+LAYERS = {"falcon_h1": "attention+mamba2", "llama": "attention", "mamba2": "mamba2/-", "qwen3_5": "gated_delta"}
+DELTA = GatedDeltaConfig(key_heads=2, value_heads=6, key_dim=9, value_dim=10, tiled=True)
 IDS = torch.randint(0, 97, (45,), generator=torch.Generator().manual_seed(3))
 
 
@@ -25,7 +27,9 @@ def network(name, **changes):
         dataclasses.replace(
             layer,
             mixers=tuple(
-                dataclasses.replace(m, out_bias=True, **{"qkv_bias" if m.kind == "attention" else "in_bias": True})
+                DELTA
+                if m.kind == "gated_delta"
+                else dataclasses.replace(m, out_bias=True, **{"qkv_bias" if m.kind == "attention" else "in_bias": True})
                 for m in layer.mixers
             ),
             feed_forward=layer.feed_forward and dataclasses.replace(layer.feed_forward, bias=True),

@@ -15,9 +15,10 @@ from tiercel.families.lfm2 import LFM2
 from tiercel.families.llama import LLAMA, QWEN2
 from tiercel.families.mamba import MAMBA, MAMBA2
 from tiercel.families.nemotron_h import NEMOTRON_H
+from tiercel.families.olmo_hybrid import OLMO_HYBRID
 from tiercel.families.pattern import PATTERN
 from tiercel.families.qwen3 import QWEN3, QWEN3_MOE
-from tiercel.families.qwen3_5 import QWEN3_5
+from tiercel.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 
 FAMILIES: tuple[Family, ...] = (
     FALCON_H1,
@@ -26,6 +27,9 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3,
     QWEN3_MOE,
     QWEN3_5,
+    QWEN3_5_MOE,
+    QWEN3_NEXT,
+    OLMO_HYBRID,
     MAMBA,
     MAMBA2,
     BAMBA,

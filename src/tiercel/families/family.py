@@ -30,7 +30,7 @@ class TensorMapping:
     """One tensor: our name, and its names in a Hugging Face folder and in a GGUF file."""
 
     ours: str
-    hf: str | tuple[str, ...]  # a tuple is stacked along a new first axis (experts)
+    hf: str | tuple[str, ...]  # a tuple is stacked along a new first axis (experts); with hf_rows: see there
     gguf: str | None
     scale: float | Runs = 1.0  # ours = hf × scale
     hf_form: Transform | None = None
@@ -40,6 +40,13 @@ class TensorMapping:
         None  # part k of n along dim 1 of that tensor: in files too where hf is one name
     )
     aliases: tuple[str | tuple[str, ...], ...] = ()  # other names the Hugging Face tensor goes by
+    hf_rows: tuple[int, ...] = ()  # the tensors of `hf` lie one below the other, of this many rows each
+    hf_order: Transform | None = None  # heads change places, before `hf_form`
+
+    @property
+    def hf_forms(self) -> tuple[Transform, ...]:
+        """From ours to the Hugging Face tensor."""
+        return tuple(form for form in (self.hf_order, self.hf_form) if form is not None)
 
 
 @dataclass(frozen=True)
@@ -113,29 +120,32 @@ def module_rows(
     width: int,
     hf: str,
     *,
-    names: Mapping[str, str] = _NOTHING,
+    names: Mapping[str, str | tuple[str, ...]] = _NOTHING,
     scales: Scales = _NOTHING,
     gguf_forms: Mapping[str, tuple[Transform, ...]] = _NOTHING,
     fused: Mapping[str, tuple[str, int, int]] = _NOTHING,
     aliases: Mapping[str, tuple[str | tuple[str, ...], ...]] = _NOTHING,
     hf_forms: Mapping[str, Transform] = _NOTHING,
+    orders: Mapping[str, Transform] = _NOTHING,
 ) -> Iterator[TensorMapping]:
     """The rows of one mixer or feed-forward of layer i, from its `params`.
 
     hf: what its tensors' names begin with in a folder.  The other tables go by `Param.name`:
-    names: below `hf`, where they differ from `Param.hf`
+    names: below `hf`, where they differ from `Param.hf`; a tuple: one for each of `Param.parts`
     scales: multipliers, ours = theirs × scale
     gguf_forms: more changes of form on the way to GGUF
-    fused, aliases: as in `TensorMapping`
+    fused, aliases, orders: as in `TensorMapping`
     hf_forms: changes of form in a folder, where they differ from `Param.hf_form`
     """
     part = f"mixers.{spec.kind}" if isinstance(spec, MixerSpec) else "feed_forward"
     for p in spec.params(width):
-        theirs = f"{hf}.{names.get(p.name, p.hf)}"
-        stacked = tuple(theirs.format(e=e) for e in range(p.shape[0])) if "{e}" in theirs else theirs
+        name = names.get(p.name, p.hf)
+        theirs: str | tuple[str, ...] = f"{hf}.{name}" if isinstance(name, str) else tuple(f"{hf}.{n}" for n in name)
+        if "{e}" in name:
+            theirs = tuple(f"{hf}.{name}".format(e=e) for e in range(p.shape[0]))
         yield TensorMapping(
             f"layers.{i}.{part}.{p.name}",
-            stacked,
+            theirs,
             None if p.gguf is None else f"blk.{i}.{p.gguf}",
             _scale(p, scales.get(p.name, 1.0)),
             hf_forms.get(p.name, p.hf_form),
@@ -143,6 +153,8 @@ def module_rows(
             p.keep_fp32,
             fused.get(p.name),
             aliases.get(p.name, ()),
+            () if isinstance(name, str) else p.parts,
+            orders.get(p.name),
         )
 
 

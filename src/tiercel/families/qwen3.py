@@ -53,7 +53,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     )
     dense = GatedMLPConfig(width=f.size("intermediate_size", 6144 if moe else 22016), activation=activation)
     experts = _experts(f, activation) if moe else None
-    sparse = _sparse(f, depth) if moe else [False] * depth
+    has_experts = sparse(f, depth) if moe else [False] * depth
     if moe:
         window = f.size_or_none("sliding_window", 4096) if f.flag("use_sliding_window", False) else None
         f.ignore("sliding_window", "max_window_layers", "layer_types")
@@ -68,7 +68,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
                 mixers=(replace(attention, window=window) if window else attention,),
                 feed_forward=experts if is_sparse else dense,
             )
-            for window, is_sparse in zip(of_layers, sparse, strict=True)
+            for window, is_sparse in zip(of_layers, has_experts, strict=True)
         ),
         norm_eps=f.number("rms_norm_eps", 1e-6),
         tied=f.flag("tie_word_embeddings", False),
@@ -89,7 +89,7 @@ def _experts(f: Fields, activation: str) -> MoEConfig:
     )
 
 
-def _sparse(f: Fields, depth: int) -> list[bool]:
+def sparse(f: Fields, depth: int) -> list[bool]:
     """Whether each layer has experts."""
     step, dense = f.size("decoder_sparse_step", 1), f.indices("mlp_only_layers", depth)
     return [i not in dense and (i + 1) % step == 0 for i in range(depth)]

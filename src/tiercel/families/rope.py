@@ -8,7 +8,7 @@ the divisors that llama3 scaling amounts to.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
@@ -116,11 +116,13 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
     return out
 
 
-def read_gguf_rope(m: Metadata, tensors: Mapping[str, Any], head_dim: int, *, theta: float = 10_000.0) -> RopeConfig:
+def read_gguf_rope(
+    m: Metadata, tensors: Mapping[str, Any], head_dim: int, *, theta: float = 10_000.0, ignored: Sequence[str] = ()
+) -> RopeConfig:
     """The `rope.*` keys, as llama.cpp's `load_hparams` and `llama_context` read them (commit 0c1e570).
 
     No type is linear; no factor is `rope.scale_linear`, and without that 1; yarn's original length is the context
-    length; attn_factor multiplies cos and sin.
+    length; attn_factor multiplies cos and sin.  ignored: more keys, which do not matter in this architecture.
 
     Raises:
         UnsupportedError: a key or a value that has no equal here, by name.
@@ -129,7 +131,8 @@ def read_gguf_rope(m: Metadata, tensors: Mapping[str, Any], head_dim: int, *, th
     if rotated > head_dim:
         raise FormatError(f"GGUF metadata: {rotated} rotated dims of a head of {head_dim}")
     prefix = f"{m.arch}.rope."
-    unknown = [key for key in m.metadata if key.startswith(prefix) and key.removeprefix(prefix) not in GGUF_ROPE_KEYS]
+    known = GGUF_ROPE_KEYS.union(ignored)
+    unknown = [key for key in m.metadata if key.startswith(prefix) and key.removeprefix(prefix) not in known]
     if unknown:
         raise UnsupportedError(f"GGUF metadata: {unknown[0]:.80} = {m.metadata[unknown[0]]!r:.40} is not supported")
     kind = m.metadata.get(f"{prefix}scaling.type", "linear")
@@ -181,12 +184,12 @@ def write_gguf_rope(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
     return out
 
 
-def gguf_rope_limits(rope: RopeConfig | None) -> list[str]:
-    """Why these settings cannot be said in GGUF metadata."""
+def gguf_rope_limits(rope: RopeConfig | None, *, partial: bool = False) -> list[str]:
+    """Why these settings cannot be said in GGUF metadata; partial: the architecture may rotate part of a head."""
     if rope is None:
         return []
     reasons = []
-    if rope.fraction != 1.0:
+    if rope.fraction != 1.0 and not partial:
         reasons.append("llama.cpp rotates whole heads in this architecture")
     if rope.scaling in ("dynamic", "longrope"):
         reasons.append(f"{rope.scaling} rotary scaling has no equal in llama.cpp")

@@ -140,6 +140,27 @@ def _nemotron_h(pattern: str, width: int, **others: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _qwen3_5(layers: int, width: int, ffn: int, heads: int, kv_heads: int, value_heads: int, **others: Any) -> Any:
+    """Qwen3.5's and Qwen3.6's text configs: attention heads of 256, sixteen key heads of 128 in linear layers."""
+    return {
+        "architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", "vocab_size": 248320,
+        "hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": 256, "linear_num_key_heads": 16,
+        "linear_num_value_heads": value_heads, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4, "full_attention_interval": 4, "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25, "max_position_embeddings": 262144,
+        "tie_word_embeddings": False, **others,
+    }  # fmt: skip
+
+
+def _experts(ffn: int, experts: int, active: int) -> dict[str, Any]:
+    """What `_qwen3_5` needs beside; ffn: width of an expert, and of the one for all tokens."""
+    return {
+        "architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text", "num_experts": experts,
+        "num_experts_per_tok": active, "moe_intermediate_size": ffn, "shared_expert_intermediate_size": ffn,
+    }  # fmt: skip
+
+
 GRANITE_40 = "5 15 25 35"  # layers with attention of the 40-layer models
 NEMOTRON_3_NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 
@@ -204,11 +225,29 @@ SHAPES: dict[str, dict[str, Any]] = {
                                            mamba_num_heads=64, mamba_head_dim=64, n_routed_experts=128,
                                            num_experts_per_tok=6, moe_intermediate_size=1856, n_shared_experts=1,
                                            moe_shared_expert_intermediate_size=3712, routed_scaling_factor=2.5),
+    "qwen3.5:0.8b": _qwen3_5(24, 1024, 3584, 8, 2, 16, tie_word_embeddings=True),
+    "qwen3.5:2b": _qwen3_5(24, 2048, 6144, 8, 2, 16, tie_word_embeddings=True),
+    "qwen3.5:4b": _qwen3_5(32, 2560, 9216, 16, 4, 32, tie_word_embeddings=True),
+    "qwen3.5:9b": _qwen3_5(32, 4096, 12288, 16, 4, 32),
+    "qwen3.5:27b": _qwen3_5(64, 5120, 17408, 24, 4, 48),
+    "qwen3.5:35b-a3b": _qwen3_5(40, 2048, 512, 16, 2, 32, **_experts(512, 256, 8)),
+    "qwen3-next:80b-a3b": _qwen3_5(48, 2048, 512, 16, 2, 32, **_experts(512, 512, 10) | {
+        "vocab_size": 151936, "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next",
+    }),
+    "olmo-hybrid:7b": {
+        "architectures": ["OlmoHybridForCausalLM"], "model_type": "olmo_hybrid", "vocab_size": 100352,
+        "hidden_size": 3840, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 30,
+        "num_key_value_heads": 30, "linear_num_key_heads": 30, "linear_num_value_heads": 30,
+        "linear_key_head_dim": 96, "linear_value_head_dim": 192, "linear_conv_kernel_dim": 4,
+        "linear_allow_neg_eigval": True, "rms_norm_eps": 1e-6, "max_position_embeddings": 65536,
+        "rope_parameters": {"rope_type": "default", "rope_theta": None}, "tie_word_embeddings": False,
+    },
     "llama:7b": _llama(32, 4096, 11008, 32, 32, 32000),
     "smollm2:135m": _llama(30, 576, 1536, 9, 3, 49152, rope_theta=100_000.0, max_position_embeddings=8192,
                            tie_word_embeddings=True),
 }  # fmt: skip
 SHAPES["falcon-h1r:7b"] = SHAPES["falcon-h1:7b"]  # only weights and training differ
+SHAPES |= {f"qwen3.6:{size}": SHAPES[f"qwen3.5:{size}"] for size in ("27b", "35b-a3b")}
 
 
 # Hub ids in lower case, without the endings that name a training or a form (`VARIANTS`).
@@ -219,7 +258,8 @@ HUB_IDS = {f"tiiuae/falcon-h1-{size}": f"falcon-h1:{size}" for size in "0.5b 1.5
     "ibm-ai-platform/bamba-9b-v2": "bamba:9b", "ai21labs/jamba-v0.1": "jamba:mini",
     "ai21labs/ai21-jamba-1.5-mini": "jamba:mini", "ai21labs/ai21-jamba-mini-1.5": "jamba:mini",
     "meta-llama/llama-2-7b": "llama:7b", "huggingfacetb/smollm2-135m": "smollm2:135m",
-} | {f"qwen/qwen3-{size}": f"qwen3:{size}" for size in "0.6b 1.7b 4b 8b 30b-a3b".split()} | {
+    "allenai/olmo-hybrid-7b": "olmo-hybrid:7b", "qwen/qwen3.8-27b": "qwen3.5:27b",
+} | {f"qwen/{name.replace(':', '-')}": name for name in SHAPES if name.startswith("qwen")} | {
     f"liquidai/lfm2-{size}": f"lfm2:{size}" for size in "350m 700m 1.2b 2.6b".split()
 } | {f"ibm-granite/granite-4.0-h-{size}": f"granite-4-h:{size}" for size in "350m 1b micro tiny small".split()} | {
     "nvidia/nvidia-nemotron-3-nano-30b-a3b": "nemotron-3-nano:30b-a3b",

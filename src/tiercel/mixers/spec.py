@@ -40,12 +40,16 @@ class Transform:
     groups      (I) here, (G, I / G) there; n = G
     neg_exp     A_log here, A = −exp(A_log) there
     interleave  rows of q and k: rotate-half here, neighbouring pairs there (llama.cpp's `llama`); n = heads
-    query, gate one half of every head's rows of a tensor that holds both, [q | gate] by head; n = heads
+    runs        there each of n heads has runs of rows of these sizes; here runs `take` of all heads, one after another
+    tiled       value head i·n + j here, j·r + i there (n key heads); sizes: rows of a head, and of what comes before
+    tiled_columns   the same of columns; sizes: columns of a head, and heads of one key head
     plus_one    1 + w here, w there (norms of Gemma and Qwen3.5)
     """
 
     name: str
     n: int = 0
+    sizes: tuple[int, ...] = ()
+    take: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,8 @@ class Param:
     keep_fp32     norms, convolutions, decays, routers: at least float32 where it matters, never packed
     fp32_on_gpu   stays float32 on a GPU too, where norms and convolutions take the matrices' dtype
     decay         weight decay applies in training
-    shard, parts  how tensor parallelism splits it; parts: runs of rows, each split on its own ([z | x | B | C | dt])
+    shard, parts  how tensor parallelism splits it; parts: runs of rows (of columns: row), each split on its own:
+                  [z | x | B | C | dt]
     reads_input   its Linear multiplies the layer's input, so a GPU may compute it together with others that do
     lora          a LoRA target by default
     role          its class in quantization recipes ("attn_v", "ffn_down", …)

@@ -28,8 +28,11 @@ class LayerConfig:
 
     mixers: tuple[MixerSpec, ...]
     feed_forward: FeedForwardSpec | None = None
+    pre_norm: bool = True  # of the inputs of the mixers and of the feed-forward
+    post_norm: bool = False  # of their outputs, before the residual; both: "sandwich"
 
     def __post_init__(self) -> None:
+        check(self.pre_norm or self.post_norm, "a layer needs norms before or after its mixers")
         kinds = [mixer.kind for mixer in self.mixers]
         check(bool(kinds) or self.feed_forward is not None, "a layer needs a mixer or a feed-forward")
         check(len(set(kinds)) == len(kinds), f"a layer holds at most one mixer of a kind, not {kinds}")
@@ -118,19 +121,22 @@ def _layer_to_dict(layer: LayerConfig) -> dict[str, Any]:
     out: dict[str, Any] = {"mixers": [_plain(mixer) for mixer in layer.mixers]}
     if layer.feed_forward is not None:
         out["feed_forward"] = _plain(layer.feed_forward)
-    return out
+    return out | {name: getattr(layer, name) for name in ("pre_norm", "post_norm") if layer.post_norm}
 
 
 def _layer_from_dict(data: dict[str, Any]) -> LayerConfig:
-    unknown = set(data) - {"mixers", "feed_forward"}
+    norms = {name: data[name] for name in ("pre_norm", "post_norm") if name in data}
+    unknown = set(data) - {"mixers", "feed_forward", *norms}
     check(not unknown, f"unknown layer field {sorted(unknown)[:1]}")
     mixers = data.get("mixers")
     check(isinstance(mixers, list), "a layer needs a list of mixers")
     assert isinstance(mixers, list)
+    check(all(isinstance(value, bool) for value in norms.values()), "pre_norm and post_norm must be true or false")
     feed_forward = data.get("feed_forward")
     return LayerConfig(
         mixers=tuple(_part(mixer, MIXERS) for mixer in mixers),
         feed_forward=None if feed_forward is None else _part(feed_forward, FEED_FORWARDS),
+        **norms,
     )
 
 

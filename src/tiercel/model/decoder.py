@@ -333,7 +333,11 @@ class Decoder(nn.Module):
             h = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode() + str(self.dtype).encode())
             ends = torch.tensor([0, self.config.vocab_size - 1], device=self.embed.weight.device)
             sample = [self.embed(ends), self.norm.weight]
-            sample += [p for name, p in self.named_parameters() if name.endswith("mixer_norm.weight")]
+            sample += [
+                p
+                for name, p in self.named_parameters()
+                if "layers." in name and "mixer" in name and name.endswith("norm.weight")
+            ]
             for tensor in sample:
                 h.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
             self._fingerprint = h.hexdigest()

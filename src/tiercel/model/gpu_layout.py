@@ -73,7 +73,7 @@ def fuse(network: Decoder) -> None:
         block.joint = MergedLinear(alike) if len(alike) > 1 else None
         if block.mixer_norm is not None:
             block.mixer_norm.feeds_packed = any(_packed(m) for m in readers)
-        if block.feed_forward is not None and config.feed_forward is not None:
+        if block.ffn_norm is not None and block.feed_forward is not None and config.feed_forward is not None:
             block.ffn_norm.feeds_packed = any(map(_packed, _readers(block.feed_forward, config.feed_forward, width)))
     network.norm.feeds_packed = _packed(network.head)
 

@@ -2,6 +2,7 @@
 
 embed.weight · layers.{i}.mixer_norm.weight · layers.{i}.mixers.{kind}.{name} · layers.{i}.ffn_norm.weight
 layers.{i}.feed_forward.{name} · norm.weight · head.weight (not when tied)
+layers.{i}.mixer_post_norm.weight, layers.{i}.ffn_post_norm.weight where outputs are normalised
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ def output_parameter(config: ModelConfig) -> Param:
 def layer_parameters(layer: LayerConfig, width: int) -> tuple[tuple[str, Param], ...]:
     """Name below the layer and description of every parameter, in the order of the network's modules."""
     norm = Param(name="weight", shape=(width,), hf="", gguf=None, **_NORM)
-    found = [("mixer_norm.weight", norm)] if layer.mixers else []
+    norms = [name for name, there in (("norm", layer.pre_norm), ("post_norm", layer.post_norm)) if there]
+    found = [(f"mixer_{name}.weight", norm) for name in norms if layer.mixers]
     for mixer in layer.mixers:
         found += [(f"mixers.{mixer.kind}.{p.name}", p) for p in _in_module_order(mixer, width)]
     if layer.feed_forward is not None:
-        found.append(("ffn_norm.weight", norm))
+        found += [(f"ffn_{name}.weight", norm) for name in norms]
         found += [(f"feed_forward.{p.name}", p) for p in _in_module_order(layer.feed_forward, width)]
     return tuple(found)
 

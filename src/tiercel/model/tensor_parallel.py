@@ -49,12 +49,12 @@ def shard(network: Decoder, rank: int, size: int, decoder: type[D] = Decoder) ->
         _copy(getattr(network, name), getattr(part, name))
     blocks: Any = zip(config.layers, network.layers, part.layers, strict=True)
     for layer, whole, mine in blocks:
-        if layer.mixers:
-            _copy(whole.mixer_norm, mine.mixer_norm)
+        for name in ("mixer_norm", "mixer_post_norm", "ffn_norm", "ffn_post_norm"):
+            if getattr(whole, name) is not None:
+                _copy(getattr(whole, name), getattr(mine, name))
         for spec in layer.mixers:
             _shard_module(spec, config.width, whole.mixers[spec.kind], mine.mixers[spec.kind], rank, size)
         if layer.feed_forward is not None:
-            _copy(whole.ffn_norm, mine.ffn_norm)
             _shard_module(layer.feed_forward, config.width, whole.feed_forward, mine.feed_forward, rank, size)
     part._tie()
     return part.eval().requires_grad_(False)
@@ -87,7 +87,8 @@ def _part(p: Param, weight: Tensor, rank: int, size: int) -> Tensor:
         return torch.cat([run.chunk(size)[rank] for run in runs])
     if weight.dim() == 1:  # the bias of summed outputs is the first process's
         return weight if rank == 0 else torch.zeros_like(weight)
-    return weight.chunk(size, 1)[rank]
+    runs = weight.split(list(p.parts or [weight.shape[1]]), 1)
+    return torch.cat([run.chunk(size, 1)[rank] for run in runs], 1)
 
 
 def _sum_outputs(module: nn.Module, name: str) -> None:

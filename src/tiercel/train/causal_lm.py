@@ -87,8 +87,12 @@ class CausalLM(Names):
         self.name_or_path = "" if isinstance(model, Decoder) else str(model.name)
         for row in layout.rows:
             # a stack of experts is one parameter, under the first one's name, and no module that PEFT could take
-            stack = "" if isinstance(row.hf, str) else f"{row.hf[0].rsplit('.', 2)[0]}.stacked_"
-            theirs = row.hf if isinstance(row.hf, str) else stack + row.ours.rpartition(".")[2]
+            if isinstance(row.hf, str):
+                theirs = row.hf
+            elif row.hf_rows:
+                theirs = f"{row.hf[0].rsplit('.', 2)[0]}.{row.ours.split('.')[-2]}.{row.ours.rpartition('.')[2]}"
+            else:
+                theirs = f"{row.hf[0].rsplit('.', 2)[0]}.stacked_" + row.ours.rpartition(".")[2]
             self._place(row.ours, theirs, row.scale)
         if network.config.tied and "lm_head" not in self._modules:
             self._place("head.weight", "lm_head.weight", 1.0)

@@ -30,8 +30,8 @@ from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights import packed_folder
 from tiercel.weights.gguf import GGUFFile
 from tiercel.weights.safetensors import open_safetensors
-from tiercel.weights.stored import Stored
-from tiercel.weights.transforms import WHOLE, foreign_shape, scaled, scaled_rows, to_ours
+from tiercel.weights.stored import Concatenated, Stored
+from tiercel.weights.transforms import WHOLE, check_packed, foreign_shape, scaled, scaled_rows, to_ours
 
 MAX_PARAMETERS = 1 << 45
 # Buffers some checkpoints carry along; they follow from the config.
@@ -81,7 +81,7 @@ class Checkpoint:
         """The tensor of a row; for experts one each, or the one that holds them all."""
         if self.gguf is not None:
             names = [row.gguf or ""]
-            if isinstance(row.hf, tuple) and names[0] not in self.tensors:  # files from before April 2024
+            if _experts(row) and names[0] not in self.tensors:  # files from before April 2024
                 each = [names[0].replace("_exps.", f".{e}.") for e in range(len(row.hf))]
                 names = each if each[0] in self.tensors else names
         else:
@@ -94,13 +94,14 @@ class Checkpoint:
         missing = [name for name in names if name not in self.tensors]
         if missing:
             raise FormatError(f"{self.path}: the tensor {missing[0]!r} is missing ({self.layout.family.name})")
-        return [self.tensors[name] for name in names]
+        found = [self.tensors[name] for name in names]
+        return [Concatenated(tuple(found))] if row.hf_rows and len(found) > 1 else found
 
     def _one_per_expert(self, row: TensorMapping, stored: list[Stored]) -> bool:
         """Whether the experts of a row are a tensor each."""
         if self.gguf is not None:
             return stored[0].name != row.gguf
-        return isinstance(row.hf, tuple) and not self._is_fused(row, stored)
+        return _experts(row) and not self._is_fused(row, stored)
 
     def _is_fused(self, row: TensorMapping, stored: list[Stored]) -> bool:
         """Whether the row's experts are a part of a tensor that holds them all."""
@@ -111,7 +112,7 @@ class Checkpoint:
     def _forms(self, row: TensorMapping) -> tuple[Transform, ...]:
         if self.gguf is not None:
             return row.gguf_forms
-        return (row.hf_form,) if row.hf_form else ()
+        return row.hf_forms
 
     def _check(self) -> None:
         """Every tensor of ours is there in the right shape, and none is left over."""
@@ -119,7 +120,8 @@ class Checkpoint:
         used: set[str] = set()
         for row in self.layout.rows:
             stored = self._stored(row)
-            used.update(tensor.name for tensor in stored)
+            for tensor in stored:
+                used.update(tensor.names if isinstance(tensor, Concatenated) else (tensor.name,))
             expected = shapes[row.ours]
             for form in self._forms(row):
                 expected = foreign_shape(form, expected)
@@ -127,6 +129,8 @@ class Checkpoint:
                 expected = (expected[0], expected[1] * row.fused[2], *expected[2:])
             elif self._one_per_expert(row, stored):
                 expected = expected[1:]
+            elif isinstance(stored[0], Concatenated) and row.hf_form is None:  # convolutions are cut in other places,
+                self._check_rows(row, stored[0])  # too: transformers 5.24 saves equal parts
             for tensor in stored:
                 if tensor.shape != expected:
                     raise FormatError(
@@ -137,6 +141,11 @@ class Checkpoint:
         if extra:
             known = self.layout.family.name
             raise FormatError(f"{self.path}: {known} has no tensor {extra[0]!r} ({len(extra)} unknown in all)")
+
+    def _check_rows(self, row: TensorMapping, stored: Concatenated) -> None:
+        for tensor, rows in zip(stored.parts, row.hf_rows, strict=True):
+            if tensor.shape[0] != rows:
+                raise FormatError(f"{self.path}: {tensor.name} has {tensor.shape[0]} rows, the config says {rows}")
 
     def _left_out(self, name: str) -> bool:
         return self.gguf is None and name.startswith(self.layout.family.left_out)
@@ -194,12 +203,15 @@ class Checkpoint:
             return stored[0].raw(start, stop).chunk(parts, 1)[part].contiguous()
         if self._one_per_expert(row, stored):
             return torch.stack([tensor.raw() for tensor in stored[start:stop]])
-        if any(form.name in WHOLE for form in self._forms(row)):
-            x = stored[0].raw()
-            for form in reversed(self._forms(row)):
-                x = to_ours(form, x)  # rows change places; what is in them stays
-            return x[start:stop].contiguous()
-        return scaled_rows(stored[0].type, stored[0].raw(start, stop), self._scale(row, stored[0]), start)
+        x, forms = stored[0], self._forms(row)
+        whole = any(form.name in WHOLE for form in forms)
+        raw = x.raw() if whole else x.raw(start, stop)
+        for form in reversed(forms):
+            check_packed(form, x.type)
+            raw = to_ours(form, raw)  # rows change places, or whole blocks of them; what is in them stays
+        if whole:
+            return raw[start:stop].contiguous()
+        return scaled_rows(x.type, raw, self._scale(row, x), start)
 
     def tokenizer(self) -> Tokenizer | None:
         if self.gguf is not None:
@@ -272,6 +284,11 @@ def read_json(path: Path) -> Any:
         raise FormatError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not JSON: {error}") from error
+
+
+def _experts(row: TensorMapping) -> bool:
+    """Whether it is a stack, and may be a tensor for each expert."""
+    return isinstance(row.hf, tuple) and not row.hf_rows
 
 
 def outline(layout: Layout) -> Decoder:

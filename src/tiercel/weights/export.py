@@ -33,7 +33,7 @@ from tiercel.weights.gguf import Typed, write_gguf
 from tiercel.weights.load import STORED, as_dtype
 from tiercel.weights.safetensors import write_safetensors
 from tiercel.weights.stored import OutTensor
-from tiercel.weights.transforms import WHOLE, foreign_shape, scaled, scaled_rows, to_foreign
+from tiercel.weights.transforms import WHOLE, check_packed, foreign_shape, scaled, scaled_rows, to_foreign
 
 
 @dataclass
@@ -128,6 +128,8 @@ def _reader(
         elif scale:
             x = scaled(x, row.scale, start, inverse=True)
         for form in transforms:
+            if packed:
+                check_packed(form, kind)
             x = to_foreign(form, x)
         return x
 
@@ -211,21 +213,31 @@ def _foreign(
     source: Source, row: TensorMapping, shape: tuple[int, ...], kind: str, *, unfold: bool
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[int, int], Tensor]]]:
     """The Hugging Face tensors of a row: name, shape, rows."""
-    if isinstance(row.hf, tuple):
+    if isinstance(row.hf, tuple) and not row.hf_rows:
         read = source.raw if kind in PACKED_TYPES else source.read
         for e, name in enumerate(row.hf):
             yield name, shape[1:], _once(partial(_expert, read, row, e), shape[1])
         return
-    if row.fused is not None:
+    if row.fused is not None and isinstance(row.hf, str):
         _, part, parts = row.fused
         read = source.raw if kind in PACKED_TYPES else source.read
         yield row.hf, (shape[0], parts * shape[1], shape[2]), partial(_part, read, row, part, parts)
         return
-    transforms = (row.hf_form,) if row.hf_form else ()
     foreign = shape
-    for form in transforms:
+    for form in row.hf_forms:
         foreign = foreign_shape(form, foreign)
-    yield row.hf, foreign, _reader(source, row, shape, transforms, kind, unfold)
+    rows, names = _reader(source, row, shape, row.hf_forms, kind, unfold), row.hf
+    if isinstance(names, str):
+        yield names, foreign, rows
+        return
+    first = 0
+    for name, count in zip(names, row.hf_rows, strict=True):
+        yield name, (count, *foreign[1:]), partial(_from, rows, first)
+        first += count
+
+
+def _from(rows: Callable[[int, int], Tensor], first: int, start: int, stop: int) -> Tensor:
+    return rows(first + start, first + stop)
 
 
 def _expert(read: Callable[[TensorMapping, int, int], Tensor], row: TensorMapping, e: int) -> Tensor:

@@ -224,7 +224,7 @@ def row_blocks(target: nn.Parameter | QTensor | QStack, row: TensorMapping) -> I
     step = max(1, BLOCK_BYTES * count // max(_held(target), 1))
     if isinstance(target, QTensor):
         step = max(16, step // 16 * 16)
-    if any(form.name in WHOLE for form in row.gguf_forms):
+    if any(form.name in WHOLE for form in (*row.gguf_forms, *row.hf_forms)):
         step = count
     for start in range(0, count, step):
         yield start, min(start + step, count)

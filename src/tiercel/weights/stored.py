@@ -119,6 +119,54 @@ class Stored(Protocol):
     def raw(self, start: int = 0, stop: int | None = None) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Concatenated:
+    """Stored tensors, one below the other."""
+
+    parts: tuple[Stored, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(part.name for part in self.parts)
+
+    @property
+    def name(self) -> str:
+        return self.parts[0].name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def type(self) -> str:
+        return self.parts[0].type
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._read("rows", start, stop)
+
+    def raw(self, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._read("raw", start, stop)
+
+    def _read(self, how: str, start: int, stop: int | None) -> Tensor:
+        import torch
+
+        stop, found, first = self.shape[0] if stop is None else stop, [], 0
+        for part in self.parts:
+            a, b = max(start - first, 0), min(stop - first, part.shape[0])
+            if a < b:
+                found.append(getattr(part, how)(a, b))
+            first += part.shape[0]
+        return torch.cat(found)
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor lying in a file, read on demand.

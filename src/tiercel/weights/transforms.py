@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tiercel.errors import UnsupportedError
 from tiercel.families.family import Runs
 from tiercel.mixers.spec import Transform
+from tiercel.quant.types import BLOCKS
 
 WHOLE = (
     "interleave",
@@ -14,10 +16,9 @@ WHOLE = (
     "column",
     "row",
     "neg_exp",
-    "query",
-    "gate",
+    "runs",
+    "tiled",
 )  # forms that cannot be cut into row blocks
-HALVES = ("query", "gate")
 
 
 def foreign_shape(form: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -30,8 +31,8 @@ def foreign_shape(form: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape[1:]
     if form.name == "groups":
         return (form.n, shape[0] // form.n)
-    if form.name in HALVES:
-        return (2 * shape[0], *shape[1:])
+    if form.name == "runs":
+        return (form.n * sum(form.sizes), *shape[1:])
     return shape
 
 
@@ -49,8 +50,15 @@ def to_ours(form: Transform, x: Tensor) -> Tensor:
         return x.double().neg().log()
     if form.name == "plus_one":
         return torch.add(x.double(), 1)
-    if form.name in HALVES:
-        return torch.unflatten(x, 0, (form.n, 2, -1))[:, HALVES.index(form.name)].flatten(0, 1)
+    if form.name == "runs":
+        parts = torch.unflatten(x, 0, (form.n, -1)).split(form.sizes, 1)
+        return torch.cat([parts[i].flatten(0, 1) for i in form.take])
+    if form.name == "tiled":
+        head, before = form.sizes
+        tiled = torch.unflatten(x[before:], 0, (form.n, -1, head)).transpose(0, 1).flatten(0, 2)
+        return torch.cat((x[:before], tiled))
+    if form.name == "tiled_columns":
+        return torch.unflatten(x, -1, (form.n, form.sizes[1], -1)).transpose(-3, -2).flatten(-3)
     assert form.name == "interleave"
     return torch.unflatten(x, 0, (form.n, -1, 2)).transpose(1, 2).flatten(0, 2)
 
@@ -69,10 +77,17 @@ def to_foreign(form: Transform, x: Tensor) -> Tensor:
         return x.double().exp().neg()
     if form.name == "plus_one":
         return torch.sub(x.double(), 1)
-    if form.name in HALVES:  # the other half is zero: mappings of one tensor are added up
-        both = x.new_zeros(form.n, 2, x.shape[0] // form.n, *x.shape[1:])
-        both[:, HALVES.index(form.name)] = torch.unflatten(x, 0, (form.n, -1))
-        return both.flatten(0, 2)
+    if form.name == "runs":  # the other runs are zero: mappings of one tensor are added up
+        whole = x.new_zeros(form.n, sum(form.sizes), *x.shape[1:])
+        for i, part in zip(form.take, x.split([form.n * form.sizes[i] for i in form.take]), strict=True):
+            whole.split(form.sizes, 1)[i].copy_(torch.unflatten(part, 0, (form.n, -1)))
+        return whole.flatten(0, 1)
+    if form.name == "tiled":
+        head, before = form.sizes
+        grouped = torch.unflatten(x[before:], 0, (-1, form.n, head)).transpose(0, 1).flatten(0, 2)
+        return torch.cat((x[:before], grouped))
+    if form.name == "tiled_columns":
+        return torch.unflatten(x, -1, (form.sizes[1], form.n, -1)).transpose(-3, -2).flatten(-3)
     assert form.name == "interleave"
     return torch.unflatten(x, 0, (form.n, 2, -1)).transpose(1, 2).flatten(0, 2)
 
@@ -99,3 +114,11 @@ def scaled_rows(type: str, raw: Tensor, scale: float | Runs, start: int, *, inve
     factors = scaled(fields[..., :4].contiguous().view(torch.float32), scale, start, inverse=inverse).float()
     fields[..., :4] = factors.view(torch.uint8).view(fields[..., :4].shape)
     return fields.view(raw.shape)
+
+
+def check_packed(form: Transform, type: str) -> None:
+    """Raise UnsupportedError where a form would cut the blocks of a packed type."""
+    if form.name == "tiled_columns" and (type not in BLOCKS or form.sizes[0] % BLOCKS[type].values):
+        raise UnsupportedError(
+            f"rows of {type} cannot be put into another order of heads of {form.sizes[0]}: unpack them, or choose GGUF"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+from tiercel.errors import RequestError
 from tiercel.mixers.attention.rope import RopeConfig
 from tiercel.mixers.checks import check, check_sizes
 from tiercel.mixers.spec import Buffer, Cost, MixerSpec, Param, linear
@@ -28,6 +29,7 @@ class AttentionConfig(MixerSpec):
     out_bias: bool = False
     scale: float | None = None  # None: head_dim^-0.5
     qk_norm: bool = False  # RMS norms on each head of q and k, before the rotation
+    norm_all_heads: bool = False  # these norms are over all heads together
     output_gate: bool = False  # σ of a projection of the input times the output, before o
 
     def __post_init__(self) -> None:
@@ -53,8 +55,9 @@ class AttentionConfig(MixerSpec):
             "o", (width, self.heads * self.head_dim), "o_proj", "attn_output", bias=self.out_bias,
             init="residual", shard="row", lora=True, role="attn_output",
         )  # fmt: skip
-        for name in ("q_norm", "k_norm") if self.qk_norm else ():
-            out.append(Param(name=f"{name}.weight", shape=(self.head_dim,), hf=f"{name}.weight",
+        for name, heads in (("q_norm", self.heads), ("k_norm", self.kv_heads)) if self.qk_norm else ():
+            size = self.head_dim * (heads if self.norm_all_heads else 1)
+            out.append(Param(name=f"{name}.weight", shape=(size,), hf=f"{name}.weight",
                              gguf=f"attn_{name}.weight", init="ones", keep_fp32=True, decay=False))  # fmt: skip
         return tuple(out)
 
@@ -87,6 +90,8 @@ class AttentionConfig(MixerSpec):
         return f"attention {self.heads} × {self.head_dim}, {self.kv_heads} key/value{window}"
 
     def shard(self, size: int) -> Self:
+        if self.qk_norm and self.norm_all_heads and size > 1:
+            raise RequestError(f"norms over all heads cannot be split over {size} processes")
         heads = self._divided("heads", self.heads, size)
         return replace(self, heads=heads, kv_heads=self._divided("key/value heads", self.kv_heads, size))
 

@@ -38,7 +38,8 @@ class Attention(nn.Module):
             self.gate = Linear(width, config.heads * P, config.qkv_bias)
         self.o = Linear(config.heads * P, width, config.out_bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(P, eps), RMSNorm(P, eps)
+            heads = (config.heads, config.kv_heads) if config.norm_all_heads else (1, 1)
+            self.q_norm, self.k_norm = (RMSNorm(count * P, eps) for count in heads)
 
     def forward(
         self,
@@ -51,9 +52,8 @@ class Attention(nn.Module):
         if not isinstance(batch, VarlenBatch) and batch.native:
             return self._project(self._natively(h_TD, batch, states, precomputed), h_TD, precomputed)
         P = self.config.head_dim
-        q_THP, k_TKP = self.q(h_TD).unflatten(-1, (-1, P)), self.k(h_TD).unflatten(-1, (-1, P))
-        if self.config.qk_norm:
-            q_THP, k_TKP = self.q_norm(q_THP), self.k_norm(k_TKP)
+        q_TI, k_TM = self._normalized(self.q(h_TD), self.k(h_TD))
+        q_THP, k_TKP = q_TI.unflatten(-1, (-1, P)), k_TM.unflatten(-1, (-1, P))
         q_HTP, k_KTP = q_THP.transpose(0, 1), k_TKP.transpose(0, 1)
         v_KTP = self.v(h_TD).unflatten(-1, (-1, P)).transpose(0, 1)
         if self.config.rope is not None:
@@ -71,6 +71,16 @@ class Attention(nn.Module):
         y_HTP = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
         return self._project(y_HTP.transpose(0, 1).flatten(1), h_TD, precomputed)
 
+    def _normalized(self, q_TI: Tensor, k_TM: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k after their norms, where there are some."""
+        if not self.config.qk_norm:
+            return q_TI, k_TM
+        if self.config.norm_all_heads:
+            return self.q_norm(q_TI), self.k_norm(k_TM)
+        P = self.config.head_dim
+        q_THP, k_TKP = q_TI.unflatten(-1, (-1, P)), k_TM.unflatten(-1, (-1, P))
+        return self.q_norm(q_THP).flatten(1), self.k_norm(k_TKP).flatten(1)
+
     @torch.no_grad()
     def expanded(self) -> list[tuple[Tensor, Tensor]]:
         """Weight (H · P, D) and bias (H · P) of q, k and v, each with H heads; the norms' weights are folded in."""
@@ -80,7 +90,7 @@ class Attention(nn.Module):
             bias = linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias
             both_HPD = torch.cat((linear.weight, bias.unsqueeze(1)), 1).unflatten(0, (heads, c.head_dim))
             if norm is not None:
-                both_HPD = both_HPD * norm.weight.unsqueeze(1)
+                both_HPD = both_HPD * norm.weight.view(-1, c.head_dim, 1)
             both_ID = both_HPD.repeat_interleave(c.heads // heads, 0).flatten(0, 1)
             out.append((both_ID[:, :-1], both_ID[:, -1]))
         return out
@@ -98,9 +108,7 @@ class Attention(nn.Module):
         c = self.config
         assert states[0] is not None
         q_TI, k_TM, v_TM = (precomputed[m] if m in precomputed else m(h_TD) for m in (self.q, self.k, self.v))
-        if c.qk_norm:
-            q_TI = self.q_norm(q_TI.unflatten(-1, (-1, c.head_dim))).flatten(1)
-            k_TM = self.k_norm(k_TM.unflatten(-1, (-1, c.head_dim))).flatten(1)
+        q_TI, k_TM = self._normalized(q_TI, k_TM)
         return attention_op(batch.backend)(
             batch.metadata_for(states[0]),
             q_TI,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tiercel.mixers.gated_delta.reference import normalized
+from tiercel.mixers.gated_delta.reference import for_value_heads, normalized
 from tiercel.mixers.mamba2.chunked import MIN_LOG_DECAY
 
 
@@ -31,6 +31,7 @@ def gated_delta(
     *,
     chunk: int,
     commit: int = 0,
+    tiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs o and pseudo-values u (Q, H, V) float32 of the new tokens, and the state after `commit` inputs.
 
@@ -39,11 +40,12 @@ def gated_delta(
         u_OHV: of the O = L − Q inputs before the new ones.
         S_HKV: the state before input 0, which lies on a chunk boundary.
         commit: a multiple of `chunk`, at most L.
+        tiled: which key head a value head reads.
     """
-    Q, (L, G, K), H = q_QGK.shape[0], k_LGK.shape, v_QHV.shape[1]
-    O, R = L - Q, H // G
-    q_HQK = (normalized(q_QGK.float()) * K**-0.5).repeat_interleave(R, 1).transpose(0, 1)
-    k_HLK = normalized(k_LGK.float()).repeat_interleave(R, 1).transpose(0, 1)
+    Q, (L, _, K), H = q_QGK.shape[0], k_LGK.shape, v_QHV.shape[1]
+    O = L - Q
+    q_HQK = for_value_heads(normalized(q_QGK.float()) * K**-0.5, H, tiled).transpose(0, 1)
+    k_HLK = for_value_heads(normalized(k_LGK.float()), H, tiled).transpose(0, 1)
     v_HQV, beta_HQ, g_HL = v_QHV.float().transpose(0, 1), beta_QH.float().t(), g_LH.double().t()
     outputs, news, committed, S = [], [u_OHV.float().transpose(0, 1)], S_HKV, S_HKV
     for start in range(0, L, chunk):

@@ -14,7 +14,7 @@ from tiercel.mixers.spec import Buffer, Cost, MixerSpec, Param, Transform, linea
 class GatedDeltaConfig(MixerSpec):
     """Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464): scalar decay per value head.
 
-    Value head h reads key head h // (value_heads / key_heads).
+    Value head h reads key head h // (value_heads / key_heads), or where they are tiled h mod key_heads.
     beta_max: 1, or 2 where eigenvalues may be negative.  norm_eps: of the gated norm; None: the model's.
     """
 
@@ -29,6 +29,7 @@ class GatedDeltaConfig(MixerSpec):
     conv: int = 4
     beta_max: float = 1.0
     norm_eps: float | None = None
+    tiled: bool = False
     chunk: int = 64
 
     def __post_init__(self) -> None:
@@ -55,26 +56,31 @@ class GatedDeltaConfig(MixerSpec):
         return 2 * self.keys + self.values
 
     def params(self, width: int) -> tuple[Param, ...]:
-        H, C, I, runs = self.value_heads, self.channels, self.values, (self.keys, self.keys, self.values)
+        H, C, I = self.value_heads, self.channels, self.values
+        # of heads that read each key head once: a shard has part of every run
+        tiles = (self.key_heads,) * (H // self.key_heads) if self.tiled else (H,)
+        values = tuple(count * self.value_dim for count in tiles)
+        runs = (self.keys, self.keys, *values)
         reads: dict[str, Any] = {"bias": False, "shard": "column", "reads_input": True}
         exact: dict[str, Any] = {"keep_fp32": True, "decay": False, "shard": "column"}
         return (
             *linear("qkv", (C, width), "in_proj_qkv", "attn_qkv", parts=runs, lora=True, **reads),
-            *linear("z", (I, width), "in_proj_z", "attn_gate", lora=True, **reads),
+            *linear("z", (I, width), "in_proj_z", "attn_gate", parts=values, lora=True, **reads),
             *(
                 Param(name=f"{name}.weight", shape=(H, width), hf=f"in_proj_{name}.weight", gguf=gguf, keep_fp32=True,
-                      shard="column", reads_input=True)
+                      shard="column", parts=tiles, reads_input=True)
                 for name, gguf in (("b", "ssm_beta.weight"), ("a", "ssm_alpha.weight"))
             ),
             Param(name="conv", shape=(C, self.conv), hf="conv1d.weight", gguf="ssm_conv1d.weight",
                   hf_form=Transform("conv"), parts=runs, **exact),
             Param(name="dt_bias", shape=(H,), hf="dt_bias", gguf="ssm_dt.bias", init="dt_bias", fp32_on_gpu=True,
-                  **exact),
+                  parts=tiles, **exact),
             Param(name="A_log", shape=(H,), hf="A_log", gguf="ssm_a", gguf_forms=(Transform("neg_exp"),), init="A_log",
-                  fp32_on_gpu=True, **exact),
+                  fp32_on_gpu=True, parts=tiles, **exact),
             Param(name="out_norm", shape=(self.value_dim,), hf="norm.weight", gguf="ssm_norm.weight", init="ones",
                   keep_fp32=True, decay=False),
-            *linear("out", (width, I), "out_proj", "ssm_out", bias=False, init="residual", shard="row", lora=True),
+            *linear("out", (width, I), "out_proj", "ssm_out", bias=False, init="residual", shard="row", parts=values,
+                    lora=True),
         )  # fmt: skip
 
     def buffers(self) -> tuple[Buffer, ...]:

@@ -21,6 +21,7 @@ struct GatedDelta {  // o (T, H · V) from q | k | v as CausalConv1d left them; 
     float *o, *u;
     i64 stride, key_heads, value_heads, key_dim, value_dim, taps, chunk;
     float beta_max;
+    bool tiled;  // value head h reads key head h mod key_heads, else h / (value_heads / key_heads)
 };
 
 }  // namespace tiercel
@@ -36,12 +37,13 @@ static KernelHandle gated_delta{"gated_delta"};
 BINDINGS(m) {
     m.def("gated_delta", [](const MetadataTuple& t, Address qkv, Address b, Address dt, Address dt_bias, Address A,
                             Address conv_in, Address o, Address u, i64 stride, i64 G, i64 H, i64 K, i64 V, i64 taps,
-                            i64 chunk, float beta_max) {
+                            i64 chunk, float beta_max, bool tiled) {
         const i64 T = tokens_of(t), C = 2 * G * K + H * V;
         const BatchMetadata batch = metadata(t);
         launch(gated_delta,
                GatedDelta{batch, ptr<float>(qkv), ptr<float>(b), ptr<float>(dt), ptr<float>(dt_bias), ptr<float>(A),
-                          ptr<float>(conv_in), ptr<float>(o), ptr<float>(u), stride, G, H, K, V, taps, chunk, beta_max},
+                          ptr<float>(conv_in), ptr<float>(o), ptr<float>(u), stride, G, H, K, V, taps, chunk, beta_max,
+                          tiled},
                H * K * V < SMALL,
                {values(qkv, T, C), values(b, T, H), values(dt, T, H), values(conv_in, T, C, stride)},
                {state_of(batch), values(o, T, H * V), values(u, T, H * V)});
@@ -149,7 +151,7 @@ template <class T> INLINE void gated_delta_as(const GatedDelta& a, Worker& worke
         GatedDeltaBuffers& buffers = state.buffers<GatedDeltaBuffers>();
         const i64 length = length_of(seq), pending = length - state.committed_pos, all = pending + seq.tokens, rows = 2 * chunk;
         const i64 commit = next_committed_pos(state.committed_pos, length, seq.tokens, chunk) - state.committed_pos;
-        const i64 g = h / R;
+        const i64 g = a.tiled ? h % G : h / R;
         const auto added = [&](i64 j) { return a.qkv + (seq.first + j - pending) * channels; };
         const auto at = [&](i64 j) { return (seq.first + j - pending) * H + h; };  // of a new token, in (T, H)
         const auto log_decay = [&](i64 j) {

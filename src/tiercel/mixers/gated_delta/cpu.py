@@ -26,6 +26,7 @@ def gated_delta(
     value_dim: int,
     chunk: int,
     beta_max: float,
+    tiled: bool,
 ) -> Tensor:
     """As `GatedDeltaOp`."""
     qkv_TC, H = qkv_TC.float(), A_H.shape[0]
@@ -35,6 +36,6 @@ def gated_delta(
     native.extension.gated_delta(
         batch, address(mixed_TC), address(b_TH), address(dt_TH), address(dt_bias_H), address(A_H), address(qkv_TC),
         address(o_TI), address(u_TI), qkv_TC.stride(0), key_heads, H, key_dim, value_dim, weight_JC.shape[0], chunk,
-        beta_max,
+        beta_max, tiled,
     )  # fmt: skip
     return o_TI

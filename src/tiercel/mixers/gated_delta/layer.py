@@ -70,7 +70,7 @@ class GatedDelta(nn.Module):
             )
             o_TI = gated_delta_op(batch.backend)(
                 batch.metadata_for(state), qkv_TC, b_TH, a_TH, weight_JC, dt_bias_H, A_H, key_heads=c.key_heads,
-                key_dim=c.key_dim, value_dim=c.value_dim, chunk=state.chunk, beta_max=c.beta_max,
+                key_dim=c.key_dim, value_dim=c.value_dim, chunk=state.chunk, beta_max=c.beta_max, tiled=c.tiled,
             )  # fmt: skip
             norm = gated_norm_op(batch.backend)
             y_TI = norm(o_TI, z_TI, norm_I, self.eps, c.value_heads, False, round=quantizes_input(self.out))
@@ -80,7 +80,7 @@ class GatedDelta(nn.Module):
         beta_TH = c.beta_max * b_TH.to(wide).sigmoid()
         if isinstance(batch, VarlenBatch):
             q, k, v = self._heads(batch.conv1d(qkv_TC, self.conv, None))
-            o_TI = gated_delta_varlen(q, k, v, g_TH, beta_TH, batch.document_BL).flatten(1)
+            o_TI = gated_delta_varlen(q, k, v, g_TH, beta_TH, batch.document_BL, tiled=c.tiled).flatten(1)
         else:
             rows = [
                 self._rule(qkv_TC[span], g_TH[span], beta_TH[span], state)
@@ -122,13 +122,13 @@ class GatedDelta(nn.Module):
         q, k, v = self._heads(F.silu(conv1d(window, self.conv, None)).to(qkv_LC.dtype))
         if state is None:
             S_HKV = torch.zeros(c.value_heads, c.key_dim, c.value_dim, device=q.device)
-            o_LHV, _, _ = gated_delta(q, k, v, g_LH, beta_LH, v[:0].float(), S_HKV, chunk=c.chunk)
+            o_LHV, _, _ = gated_delta(q, k, v, g_LH, beta_LH, v[:0].float(), S_HKV, chunk=c.chunk, tiled=c.tiled)
             return o_LHV.flatten(1)
         added, earlier = len(q), state.buffers["u"][: state.pending]
         commit = state.committed_pos_after(added) - state.committed_pos
         o_LHV, u_LHV, S_HKV = gated_delta(
             q, state.append("k", k), v, state.append("g", g_LH), beta_LH, earlier, state.buffers["ssm_state"],
-            chunk=state.chunk, commit=commit,
+            chunk=state.chunk, commit=commit, tiled=c.tiled,
         )  # fmt: skip
         state.append("u", u_LHV)
         state.commit(added, ssm_state=S_HKV)

@@ -26,6 +26,7 @@ class GatedDeltaOp(Protocol):
         value_dim: int,
         chunk: int,
         beta_max: float,
+        tiled: bool,
     ) -> Tensor:
         """Convolution and gated delta rule, one row a token → (T, H · V) float32.
 
@@ -35,6 +36,7 @@ class GatedDeltaOp(Protocol):
             weight_JC: J taps of the convolution.
             A_H: −exp(A_log), float32, as all parameters here.
             chunk: tokens of a chunk, at whose ends the state is committed.
+            tiled: value head h reads key head h mod G, else h // (H / G).
         """
 
 

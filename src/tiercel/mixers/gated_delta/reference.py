@@ -3,7 +3,8 @@
     S_t = exp(g_t) S_{t−1} + k_t ⊗ u_t        u_t = β_t (v_t − (exp(g_t) S_{t−1})ᵀ k_t)        o_t = S_tᵀ q_t
 
 The decay comes first, the erase reads the decayed state, the output the updated one (arXiv 2412.06464, eq. 10).
-Letters: L tokens, G key heads, H value heads (head h reads key head h // (H / G)), K key and V value width.
+Letters: L tokens, G key heads, H value heads (head h reads key head h // (H / G); tiled: h mod G), K key and V value
+width.
 """
 
 from __future__ import annotations
@@ -19,8 +20,14 @@ def normalized(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 
 
+def for_value_heads(x: Tensor, heads: int, tiled: bool, dim: int = 1) -> Tensor:
+    """Keys or queries (…, G, …) as the `heads` value heads read them."""
+    copies = heads // x.shape[dim]
+    return torch.cat([x] * copies, dim) if tiled else x.repeat_interleave(copies, dim)
+
+
 def gated_delta_reference(
-    q_LGK: Tensor, k_LGK: Tensor, v_LHV: Tensor, g_LH: Tensor, beta_LH: Tensor, S_HKV: Tensor
+    q_LGK: Tensor, k_LGK: Tensor, v_LHV: Tensor, g_LH: Tensor, beta_LH: Tensor, S_HKV: Tensor, *, tiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Outputs (L, H, V) and the last state (H, K, V), float64.
 
@@ -30,9 +37,9 @@ def gated_delta_reference(
         beta_LH: strength of the write, 0 to `beta_max`.
         S_HKV: the state before the first token.
     """
-    R, K = v_LHV.shape[1] // k_LGK.shape[1], k_LGK.shape[2]
-    q = normalized(q_LGK.double()).repeat_interleave(R, 1) * K**-0.5
-    k = normalized(k_LGK.double()).repeat_interleave(R, 1)
+    H, K = v_LHV.shape[1], k_LGK.shape[2]
+    q = for_value_heads(normalized(q_LGK.double()), H, tiled) * K**-0.5
+    k = for_value_heads(normalized(k_LGK.double()), H, tiled)
     S, outputs = S_HKV.double(), []
     for q_HK, k_HK, v_HV, g_H, beta_H in zip(q, k, v_LHV.double(), g_LH.double(), beta_LH.double(), strict=True):
         S = S * g_H.exp().view(-1, 1, 1)

@@ -10,13 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiercel.mixers.gated_delta.reference import normalized
+from tiercel.mixers.gated_delta.reference import for_value_heads, normalized
 
 CHUNK = 64
 
 
 def gated_delta_varlen(
-    q_TGK: Tensor, k_TGK: Tensor, v_THV: Tensor, g_TH: Tensor, beta_TH: Tensor, document_BL: Tensor
+    q_TGK: Tensor,
+    k_TGK: Tensor,
+    v_THV: Tensor,
+    g_TH: Tensor,
+    beta_TH: Tensor,
+    document_BL: Tensor,
+    *,
+    tiled: bool = False,
 ) -> Tensor:
     """Outputs (T, H, V), T = B · L, in the inputs' float type, float32 at least.
 
@@ -24,10 +31,11 @@ def gated_delta_varlen(
         q_TGK, k_TGK, v_THV: as the convolution leaves them.
         g_TH, beta_TH: log decay and write strength.
         document_BL: number of each token's document, rising along a row.
+        tiled: which key head a value head reads.
     """
     B, L = document_BL.shape
     H, K = v_THV.shape[1], k_TGK.shape[2]
-    R, pad = H // k_TGK.shape[1], -L % CHUNK
+    pad = -L % CHUNK
     wide = torch.promote_types(v_THV.dtype, torch.float32)
 
     def rows(x: Tensor) -> Tensor:  # (T, H, …) → (B, H, C, Q, …)
@@ -36,8 +44,8 @@ def gated_delta_varlen(
         chunks: Tensor = x.unflatten(2, (-1, CHUNK))
         return chunks
 
-    q = rows((normalized(q_TGK.to(wide)) * K**-0.5).repeat_interleave(R, 1))
-    k = rows(normalized(k_TGK.to(wide)).repeat_interleave(R, 1))
+    q = rows(for_value_heads(normalized(q_TGK.to(wide)) * K**-0.5, H, tiled))
+    k = rows(for_value_heads(normalized(k_TGK.to(wide)), H, tiled))
     v, beta, a = rows(v_THV.to(wide)), rows(beta_TH.to(wide)), rows(g_TH.double()).cumsum(3)
     document = F.pad(document_BL, (0, pad), value=-1).unflatten(1, (-1, CHUNK)).unsqueeze(1)  # (B, 1, C, Q)
     same = document.unsqueeze(4) == document.unsqueeze(3)
