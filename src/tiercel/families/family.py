@@ -173,7 +173,7 @@ def paired(heads: int, kv_heads: int) -> dict[str, tuple[Transform, ...]]:
 
 def halves(*names: str) -> dict[str, Transform]:
     """hf_forms of matrices that a folder keeps in one tensor, the first above the second."""
-    return {f"{name}.weight": Transform(form, 1) for name, form in zip(names, ("query", "gate"), strict=True)}
+    return {f"{name}.weight": Transform("runs", 1, (1, 1), (half,)) for half, name in enumerate(names)}
 
 
 def fused_experts(hf: str) -> dict[str, tuple[str, int, int]]:

@@ -218,13 +218,12 @@ def delta_rows(i: int, c: GatedDeltaConfig, width: int, hf: str, *, by_head: boo
 def attention_rows(i: int, mixer: AttentionConfig, width: int, hf: str) -> Iterator[TensorMapping]:
     """q_proj and attn_q hold query and gate, head by head."""
     both = {f"gate.{leaf}": f"q_proj.{leaf}" for leaf in ("weight", "bias")}
-    heads = (mixer.head_dim,) * 2
     for row in module_rows(i, mixer, width, hf, names=both):
         name = row.ours.rpartition(".mixers.attention.")[2].partition(".")[0]
         if name in ("q_norm", "k_norm"):
             yield replace(row, hf_form=PLUS_ONE)
         elif name in ("q", "gate"):
-            half = Transform("runs", mixer.heads, heads, (("q", "gate").index(name),))
+            half = Transform("runs", mixer.heads, (1, 1), (("q", "gate").index(name),))
             yield replace(row, hf_form=half, gguf=f"blk.{i}.attn_q.{row.ours.rpartition('.')[2]}", gguf_forms=(half,))
         else:
             yield row

@@ -40,7 +40,7 @@ class Transform:
     groups      (I) here, (G, I / G) there; n = G
     neg_exp     A_log here, A = −exp(A_log) there
     interleave  rows of q and k: rotate-half here, neighbouring pairs there (llama.cpp's `llama`); n = heads
-    runs        there each of n heads has runs of rows of these sizes; here runs `take` of all heads, one after another
+    runs        there each of n heads has runs of rows, of lengths like `sizes`; here runs `take` of all heads
     tiled       value head i·n + j here, j·r + i there (n key heads); sizes: rows of a head, and of what comes before
     tiled_columns   the same of columns; sizes: columns of a head, and heads of one key head
     plus_one    1 + w here, w there (norms of Gemma and Qwen3.5)

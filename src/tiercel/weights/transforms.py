@@ -32,7 +32,7 @@ def foreign_shape(form: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
     if form.name == "groups":
         return (form.n, shape[0] // form.n)
     if form.name == "runs":
-        return (form.n * sum(form.sizes), *shape[1:])
+        return (shape[0] // sum(form.sizes[i] for i in form.take) * sum(form.sizes), *shape[1:])
     return shape
 
 
@@ -51,7 +51,7 @@ def to_ours(form: Transform, x: Tensor) -> Tensor:
     if form.name == "plus_one":
         return torch.add(x.double(), 1)
     if form.name == "runs":
-        parts = torch.unflatten(x, 0, (form.n, -1)).split(form.sizes, 1)
+        parts = torch.unflatten(x, 0, (form.n, -1)).split(_run_lengths(form, len(x)), 1)
         return torch.cat([parts[i].flatten(0, 1) for i in form.take])
     if form.name == "tiled":
         head, before = form.sizes
@@ -78,10 +78,12 @@ def to_foreign(form: Transform, x: Tensor) -> Tensor:
     if form.name == "plus_one":
         return torch.sub(x.double(), 1)
     if form.name == "runs":  # the other runs are zero: mappings of one tensor are added up
-        whole = x.new_zeros(form.n, sum(form.sizes), *x.shape[1:])
-        for i, part in zip(form.take, x.split([form.n * form.sizes[i] for i in form.take]), strict=True):
-            whole.split(form.sizes, 1)[i].copy_(torch.unflatten(part, 0, (form.n, -1)))
-        return whole.flatten(0, 1)
+        whole = x.new_zeros(foreign_shape(form, tuple(x.shape)))
+        lengths = _run_lengths(form, len(whole))
+        runs = torch.unflatten(whole, 0, (form.n, -1)).split(lengths, 1)
+        for i, part in zip(form.take, x.split([form.n * lengths[i] for i in form.take]), strict=True):
+            runs[i].copy_(torch.unflatten(part, 0, (form.n, -1)))
+        return whole
     if form.name == "tiled":
         head, before = form.sizes
         grouped = torch.unflatten(x[before:], 0, (-1, form.n, head)).transpose(0, 1).flatten(0, 2)
@@ -90,6 +92,11 @@ def to_foreign(form: Transform, x: Tensor) -> Tensor:
         return torch.unflatten(x, -1, (form.sizes[1], form.n, -1)).transpose(-3, -2).flatten(-3)
     assert form.name == "interleave"
     return torch.unflatten(x, 0, (form.n, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _run_lengths(form: Transform, rows: int) -> list[int]:
+    """Rows of each run of a head in a file's tensor of so many rows."""
+    return [size * (rows // form.n) // sum(form.sizes) for size in form.sizes]
 
 
 def scaled(x: Tensor, scale: float | Runs, start: int, *, inverse: bool = False) -> Tensor:
