@@ -219,6 +219,19 @@ NASTY: dict[str, Nasty] = {
         layer_types=["conv", "full_attention", "conv", "conv", "full_attention"],
         tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 432.0},
     )),
+    "lfm2_moe-scaled": Nasty("lfm2_moe", dict(
+        vocab_size=VOCAB, hidden_size=36, intermediate_size=50, moe_intermediate_size=22, num_hidden_layers=4,
+        norm_eps=0.023, num_attention_heads=6, num_key_value_heads=3, max_position_embeddings=800, conv_bias=True,
+        conv_L_cache=4, num_dense_layers=1, num_experts=7, num_experts_per_tok=3, routed_scaling_factor=1.7,
+        norm_topk_prob=False, layer_types=["conv", "full_attention", "conv", "conv"], tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 234.0},
+    )),
+    "lfm2_moe-renormalized": Nasty("lfm2_moe", dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=46, moe_intermediate_size=26, num_hidden_layers=3,
+        norm_eps=0.017, num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=600, num_experts=5,
+        num_experts_per_tok=2, num_dense_layers=2, layer_types=["full_attention", "conv", "conv"],
+        rope_parameters={"rope_type": "default", "rope_theta": 77.0},
+    )),
     "lfm2-tied": Nasty("lfm2", dict(
         vocab_size=VOCAB, hidden_size=48, intermediate_size=58, num_hidden_layers=3, norm_eps=0.031,
         num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=700, conv_L_cache=3,
@@ -479,8 +492,9 @@ def spell_old(config: dict[str, Any]) -> None:
             config.pop("intermediate_size"),
             config.pop("tie_word_embeddings"),
         )
-    for derived in () if linear or config["model_type"] == "granitemoehybrid" else ("layer_types", "layers_block_type"):
-        config.pop(derived, None)
+    if not linear and config["model_type"] not in ("granitemoehybrid", "lfm2_moe"):
+        for derived in ("layer_types", "layers_block_type"):
+            config.pop(derived, None)
     rope = config.pop("rope_parameters", None)
     if rope is not None:
         config["rope_theta"] = rope.pop("rope_theta")

@@ -22,8 +22,10 @@ import conversion.base  # noqa: E402
 import gguf  # noqa: E402
 import nano  # noqa: E402
 
-conversion.base.TextModel.set_vocab = lambda self: None
-VOCAB_JSON = {"model": {"vocab": {str(i): i for i in range(nano.VOCAB)}}, "added_tokens": []}
+for name in ("set_vocab", "_set_vocab_gpt2", "_set_vocab_sentencepiece"):
+    setattr(conversion.base.TextModel, name, lambda self: None)
+WORDS = {str(i): i for i in range(nano.VOCAB)}
+VOCAB_JSON = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": WORDS, "unk_token": "0"}}
 
 
 def convert(name: str, folder: Path) -> dict[str, object]:
@@ -49,7 +51,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             known[name] = convert(name, Path(folder))
-    path.write_text(json.dumps(known))
+    lines = (f"{json.dumps(name)}: {json.dumps(found)}" for name, found in known.items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

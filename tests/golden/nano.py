@@ -74,6 +74,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         linear_conv_kernel_dim=4, attention_bias=False, tie_word_embeddings=True,
         layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
     ),
+    "lfm2moe": {key: value for key, value in _ATTENTION.items() if key != "hidden_act"} | dict(
+        model_type="lfm2_moe", architectures=["Lfm2MoeForCausalLM"], norm_eps=1e-4, rope_parameters=_ROPE,
+        num_hidden_layers=4, layer_types=["conv", "full_attention", "conv", "conv"], conv_L_cache=3, conv_bias=False,
+        moe_intermediate_size=48, num_dense_layers=1, num_experts=6, num_experts_per_tok=2, use_expert_bias=True,
+        norm_topk_prob=True, routed_scaling_factor=1.0, tie_word_embeddings=True,
+    ),
     "jamba": _ATTENTION | dict(
         model_type="jamba", architectures=["JambaForCausalLM"], rms_norm_eps=1e-6,
         num_hidden_layers=4, attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
@@ -103,7 +109,7 @@ def _weight(index: int, name: str, shape: tuple[int, ...], plus_one: bool = Fals
         return u * np.float32(1.5) - np.float32(0.5)
     if last == "dt_bias" or name.endswith("dt_proj.bias"):
         return u * np.float32(1.5) - np.float32(1.0)
-    if last in ("D", "bias") or "conv1d" in name or "conv.conv" in name:
+    if last in ("D", "bias", "expert_bias") or "conv1d" in name or "conv.conv" in name:
         return u
     if "norm" in name and plus_one and "linear_attn" not in name:
         return u * np.float32(0.5)
@@ -119,13 +125,20 @@ def _shapes(c: dict[str, Any]) -> Shapes:
         return _mamba2(c)
     shapes: Shapes = {"model.embed_tokens.weight": (c["vocab_size"], c["hidden_size"])}
     for i in range(c["num_hidden_layers"]):
-        layer = {"falcon_h1": _falcon_h1, "jamba": _jamba, "lfm2": _lfm2, "qwen3_5_text": _qwen3_5}.get(
-            c["model_type"], _llama
-        )
+        layer = {
+            "falcon_h1": _falcon_h1,
+            "jamba": _jamba,
+            "lfm2": _lfm2,
+            "lfm2_moe": _lfm2,
+            "qwen3_5_text": _qwen3_5,
+        }.get(c["model_type"], _llama)
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer(c, i).items()}
-    final = {"falcon_h1": "final_layernorm", "jamba": "final_layernorm", "lfm2": "embedding_norm"}.get(
-        c["model_type"], "norm"
-    )
+    final = {
+        "falcon_h1": "final_layernorm",
+        "jamba": "final_layernorm",
+        "lfm2": "embedding_norm",
+        "lfm2_moe": "embedding_norm",
+    }.get(c["model_type"], "norm")
     shapes[f"model.{final}.weight"] = (c["hidden_size"],)
     if not c["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (c["vocab_size"], c["hidden_size"])
@@ -200,7 +213,12 @@ def _qwen3_5(c: dict[str, Any], i: int) -> Shapes:
 
 def _lfm2(c: dict[str, Any], i: int) -> Shapes:
     d, f, norms = c["hidden_size"], c["intermediate_size"], _norms(c, "operator_norm", "ffn_norm")
-    shapes = norms | {f"feed_forward.{n}.weight": (d, f) if n == "w2" else (f, d) for n in ("w1", "w3", "w2")}
+    moe = i >= c.get("num_dense_layers", c["num_hidden_layers"])
+    f = c["moe_intermediate_size"] if moe else f
+    places = [f"feed_forward.experts.{e}" for e in range(c["num_experts"])] if moe else ["feed_forward"]
+    shapes = norms | {f"{p}.{n}.weight": (d, f) if n == "w2" else (f, d) for p in places for n in ("w1", "w3", "w2")}
+    if moe:
+        shapes |= {"feed_forward.gate.weight": (c["num_experts"], d), "feed_forward.expert_bias": (c["num_experts"],)}
     if c["layer_types"][i] == "conv":
         return shapes | {"conv.in_proj.weight": (3 * d, d), "conv.conv.weight": (d, 1, c["conv_L_cache"]),
                          "conv.out_proj.weight": (d, d)}  # fmt: skip

@@ -11,7 +11,7 @@ from tiercel.families.falcon_h1 import FALCON_H1
 from tiercel.families.family import Family, Layout
 from tiercel.families.granite import GRANITE
 from tiercel.families.jamba import JAMBA
-from tiercel.families.lfm2 import LFM2
+from tiercel.families.lfm2 import LFM2, LFM2_MOE
 from tiercel.families.llama import LLAMA, QWEN2
 from tiercel.families.mamba import MAMBA, MAMBA2
 from tiercel.families.nemotron_h import NEMOTRON_H
@@ -35,6 +35,7 @@ FAMILIES: tuple[Family, ...] = (
     BAMBA,
     JAMBA,
     LFM2,
+    LFM2_MOE,
     NEMOTRON_H,
     GRANITE,
     PATTERN,

@@ -210,6 +210,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3:8b": _qwen3(36, 4096, 12288, 32, 8),
     "qwen3:30b-a3b": _qwen3(48, 2048, 6144, 32, 4, architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe",
                             moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True),
+    "lfm2:8b-a1b": _lfm2(
+        24, 2048, 7168, 32, "2 6 10 14 18 21", architectures=["Lfm2MoeForCausalLM"], model_type="lfm2_moe",
+        moe_intermediate_size=1792, num_experts=32, num_experts_per_tok=4, num_dense_layers=2, norm_topk_prob=True,
+        use_expert_bias=True, routed_scaling_factor=1.0,
+    ),
     "lfm2:350m": _lfm2(16, 1024, 6656, 16),
     "lfm2:700m": _lfm2(16, 1536, 10240, 24),
     "lfm2:1.2b": _lfm2(16, 2048, 12288, 32),
@@ -260,7 +265,7 @@ HUB_IDS = {f"tiiuae/falcon-h1-{size}": f"falcon-h1:{size}" for size in "0.5b 1.5
     "meta-llama/llama-2-7b": "llama:7b", "huggingfacetb/smollm2-135m": "smollm2:135m",
     "allenai/olmo-hybrid-7b": "olmo-hybrid:7b", "qwen/qwen3.8-27b": "qwen3.5:27b",
 } | {f"qwen/{name.replace(':', '-')}": name for name in SHAPES if name.startswith("qwen")} | {
-    f"liquidai/lfm2-{size}": f"lfm2:{size}" for size in "350m 700m 1.2b 2.6b".split()
+    f"liquidai/lfm2-{size}": f"lfm2:{size}" for size in "350m 700m 1.2b 2.6b 8b-a1b".split()
 } | {f"ibm-granite/granite-4.0-h-{size}": f"granite-4-h:{size}" for size in "350m 1b micro tiny small".split()} | {
     "nvidia/nvidia-nemotron-3-nano-30b-a3b": "nemotron-3-nano:30b-a3b",
     "nvidia/nvidia-nemotron-3-nano-30b-a3b-bf16": "nemotron-3-nano:30b-a3b",

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from tiercel.mixers.checks import check_sizes
 from tiercel.mixers.spec import Buffer, Cost, MixerSpec, Param, Transform, linear
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +17,7 @@ class ShortConvConfig(MixerSpec):
     """
 
     kind: ClassVar[str] = "short_conv"
+    layer: ClassVar[str] = "tiercel.mixers.short_conv.layer:ShortConv"
     word: ClassVar[str | None] = "short_conv"
     report_class: ClassVar[str | None] = "short_conv"
     channels: int
@@ -60,11 +58,6 @@ class ShortConvConfig(MixerSpec):
 
     def shard(self, size: int) -> Self:
         return replace(self, channels=self._divided("channels", self.channels, size))
-
-    def build(self, width: int, eps: float) -> nn.Module:
-        from tiercel.mixers.short_conv.layer import ShortConv
-
-        return ShortConv(self, width)
 
     @classmethod
     def from_pattern(cls, width: int, **sizes: Any) -> Self:

@@ -40,7 +40,7 @@ def short_conv_reference(B_LC: Tensor, C_LC: Tensor, x_LC: Tensor, weight_CK: Te
 
 
 class ShortConv(nn.Module):
-    def __init__(self, config: ShortConvConfig, width: int) -> None:
+    def __init__(self, config: ShortConvConfig, width: int, eps: float = 0.0) -> None:
         super().__init__()
         self.config = config
         self.in_proj = Linear(width, 3 * config.channels, config.bias)
