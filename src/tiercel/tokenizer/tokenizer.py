@@ -149,7 +149,8 @@ class Tokenizer:
         tokenizer = self._tokenizer if prefix else self._inner
         if len(text) >= UNLOCKED_CHARS:
             (fast,) = ask(tokenizer.encode_batch_fast, [text], add_special_tokens=False)  # other threads run meanwhile
-            if self._controls.ids.isdisjoint(ids := fast.ids):
+            ids: list[int] = fast.ids
+            if self._controls.ids.isdisjoint(ids):
                 return ids
         encoding = ask(tokenizer.encode, text, add_special_tokens=False)
         ids = list(encoding.ids)
