@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -202,12 +203,13 @@ def test_memory_is_flat_over_ten_thousand_forks() -> None:
         fork = state.fork()
         fork.reserve(1)  # its own last page
         kept = [*kept[-7:], fork.snapshot(), fork]
-        if i in (2000, 9999):
+        if i in (2000, 6000, 9999):
             gc.collect()
             sizes.append((process.memory_info().rss, pool.nbytes))
     page = state.pages[0].nbytes
-    assert sizes[0][1] == sizes[1][1] <= 2 * page
-    assert sizes[1][0] - sizes[0][0] < 2 << 20
+    assert sizes[0][1] == sizes[1][1] == sizes[2][1] <= 2 * page
+    # a leak grows in both halves; what else a process takes once comes in one
+    assert min(later[0] - earlier[0] for earlier, later in pairwise(sizes)) < 1 << 20
     assert nbytes_together([state, *kept]) <= state.nbytes + 5 * page + sum(one.own_nbytes for one in kept)
 
 

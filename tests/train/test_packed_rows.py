@@ -160,12 +160,12 @@ def test_the_scan_of_any_length_is_the_recurrence(length):
 
 
 def test_a_compiled_block_has_the_same_gradients():
-    tokens, grads = torch.tensor([tiny.ids(90, row) for row in range(3)]), []
+    tokens, grads = torch.tensor([tiny.ids(12)]), []
     for compiled in (False, True):
         net = tiny.network("attention+mamba2", native=False).train().requires_grad_(True)
         for block in net.layers if compiled else []:
             block.compile(backend="aot_eager")
-        net.hidden_states(tokens, VarlenBatch(starts(LENGTHS))).square().sum().backward()
+        net.hidden_states(tokens, VarlenBatch(starts([[5, 7]]))).square().sum().backward()
         grads.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
     for name, grad in grads[0].items():
         assert (grads[1][name] - grad).norm() <= 1e-5 * grad.norm() + 1e-6, name

@@ -96,7 +96,8 @@ class ModelConfig:
         for run in runs:
             check(isinstance(run, dict), "each layer must be a table of fields")
             repeat = run.get("repeat", 1)
-            check(type(repeat) is int and 0 < repeat <= MAX_LAYERS, f"repeat must be a whole number, not {repeat!r}")
+            known = type(repeat) is int and 0 < repeat <= MAX_LAYERS
+            check(known, f"repeat must be a whole number from 1 to {MAX_LAYERS}, not {repeat!r}")
             layers += [_layer_from_dict({k: v for k, v in run.items() if k != "repeat"})] * repeat
             check(len(layers) <= MAX_LAYERS, f"a model has at most {MAX_LAYERS} layers")
         found: ModelConfig = _build(cls, data | {"layers": tuple(layers)})

@@ -75,10 +75,10 @@ def test_gate(activation):
 @pytest.mark.parametrize("C, K", [(3, 4), (300, 2), (5, 1)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_convolution_of_a_prompt_in_pieces_and_in_steps(C, K, bias):
-    L, R = 83, 20 + K
+    L, R = 43, 20 + K
     x, w, b = rand(L, C), rand(K, C), rand(C) if bias else None
     expected = F.silu(conv1d_reference(F.pad(x, (0, 0, K - 1, 0)), w.t(), b)).float()
-    for lengths in ([83], [1] * 83, [70, 1, 1, 9, 2], [3, 80]):
+    for lengths in ([43], [1] * 43, [30, 1, 1, 9, 2], [3, 40]):
         ring, parts, at = torch.full((2, R, C), math.nan, device=DEVICE), [], 0
         for n in lengths:
             y = rand(n, C)
@@ -155,7 +155,7 @@ def test_extreme_decays_stay_finite_and_true(dt, decay):
     assert ((y - expected).norm() / expected.norm()).item() < 1e-5
 
 
-@pytest.mark.parametrize("H, P, G, N", [(2, 3, 1, 4), (6, 40, 3, 7), (4, 16, 2, 70)])
+@pytest.mark.parametrize("H, P, G, N", [(2, 3, 1, 4), (3, 40, 3, 7), (4, 16, 2, 70)])
 def test_steps_of_several_texts_are_the_recurrence(H, P, G, N):
     """Three slots at different places, one row of nobody; every chunk is committed on the way."""
     c = Mamba2Config(heads=H, head_dim=P, groups=G, state=N, chunk=8)
@@ -164,7 +164,7 @@ def test_steps_of_several_texts_are_the_recurrence(H, P, G, N):
         t.fill_(math.nan)
     A, D, bias = -torch.rand(H, device=DEVICE), rand(H), rand(H)
     length, base = whole(0, 0, 0), whole(0, 0, 0)
-    L, texts = 27, {0: [], 2: []}
+    L, texts = 19, {0: [], 2: []}
     streams = {slot: inputs(L, H, P, G, N)[0] for slot in texts}
     raw = {slot: rand(L, H) for slot in texts}
     for i in range(L):
@@ -193,16 +193,15 @@ def test_steps_of_several_texts_are_the_recurrence(H, P, G, N):
 # ── attention
 
 
-@pytest.mark.parametrize("H, K, P", [(1, 1, 4), (6, 2, 10), (5, 1, 16)])
+@pytest.mark.parametrize("H, K, P, R", [(1, 1, 4, 2), (6, 2, 10, 1), (5, 1, 16, 0)])
 @pytest.mark.parametrize("window", [None, 1, 70])
-@pytest.mark.parametrize("R", [0, 1, 2])
-def test_attention_over_pages(H, K, P, window, R):
+def test_attention_over_pages(H, K, P, R, window):
     """A prompt is remembered in scattered pages, then one token of each of two texts looks at all of its own."""
     c = AttentionConfig(heads=H, kv_heads=K, head_dim=P)
     memory = PagedSlots(c, 12, F32, torch.device(DEVICE))
     memory["k"].fill_(math.nan), memory["v"].fill_(math.nan)
     table = torch.tensor([[7, 2, 9, 4], [0, 0, 0, 0], [3, 8, 1, 0]], dtype=torch.int32, device=DEVICE)
-    lengths = {0: 200, 2: 65}
+    lengths = {0: 130, 2: 65}
     texts = {}
     for slot, L in lengths.items():
         q, k, v = rand(L + 1, H * P), rand(L + 1, K * P), rand(L + 1, K * P)
@@ -215,12 +214,12 @@ def test_attention_over_pages(H, K, P, window, R):
         )
         past = None if turn is None else tuple(t[:L].contiguous() for t in turn)
         attention_kernels.store_kv(q[:L], k[:L], v[:L], past, memory, table, *places)
-    slots, length = whole(2, -1, 0), whole(200, 0, 65)
-    newest = [torch.stack([texts[2][i][65], rand(texts[0][i].shape[1]), texts[0][i][200]]) for i in range(3)]
+    slots, length = whole(2, -1, 0), whole(130, 0, 65)
+    newest = [torch.stack([texts[2][i][65], rand(texts[0][i].shape[1]), texts[0][i][130]]) for i in range(3)]
     turn = None
     if R:
-        turn = tuple(torch.stack([texts[2][3][i][65], rand(R), texts[0][3][i][200]]) for i in range(2))
-    q = attention_kernels.store_kv(*newest, turn, memory, table, slots, whole(65, 0, 200))
+        turn = tuple(torch.stack([texts[2][3][i][65], rand(R), texts[0][3][i][130]]) for i in range(2))
+    q = attention_kernels.store_kv(*newest, turn, memory, table, slots, whole(65, 0, 130))
     y = attention_kernels.attention_step(q, memory, table, slots, length, scale=0.4, window=window)
     for row, slot in ((0, 2), (2, 0)):
         q, k, v, turn = texts[slot]

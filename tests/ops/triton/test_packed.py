@@ -50,9 +50,10 @@ def test_odd_widths(type, K, T):
     assert (there.multiply(x.to(DEVICE)).cpu() - expected).norm() <= 2e-2 * expected.norm()
 
 
-@pytest.mark.parametrize("type", TYPES)
 @pytest.mark.parametrize(
-    "by", [Tile(16, 1, 4, 2), Tile(32, 4, 4, 3, 5), Tile(64, 2, 4, 2, 2), Tile(128, 4, 8, 2, 16, 8)]
+    "type, by",
+    [(type, by) for type in TYPES for by in (Tile(16, 1, 4, 2), Tile(128, 4, 8, 2, 16, 8))]
+    + [("Q4_K", Tile(32, 4, 4, 3, 5)), ("Q8_0", Tile(64, 2, 4, 2, 2))],
 )
 def test_tiles_and_pieces_of_some_rows(type, by):
     q, there = pair(type, 133, 2304)
