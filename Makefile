@@ -54,6 +54,9 @@ docs:     ## the documentation site in site/ (make docs, then open site/index.ht
 bench:    ## the table of the README: against llama.cpp and transformers, in turn (an hour)
 	$(BIN)/python benchmarks/cpu.py
 
+clients:  ## programs of others against the server, each installed beside; writes docs/clients.md (needs the registries)
+	PYTHONPATH=tests $(BIN)/pytest -m slow tests/clients
+
 page:     ## the libraries of the chat page again, from web/package-lock.json (needs node and npm)
 	cd web && npm ci --ignore-scripts --no-audit --no-fund && node build.mjs
 

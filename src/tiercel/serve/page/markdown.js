@@ -18,6 +18,7 @@ const ALLOWED = {
     "p", "pre", "span", "strong", "sub", "sup", "table", "tbody", "td", "th", "thead", "tr", "ul"],
   ALLOWED_ATTR: ["href", "class", "start", "align", "type", "checked", "disabled", "data-display"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+  ADD_URI_SAFE_ATTR: ["align", "checked", "disabled", "start", "type"], // their values are no addresses
   RETURN_DOM_FRAGMENT: true,
 };
 const SAFE_TAG = /^<\/?(?:br|sub|sup|kbd) ?\/?>$/i;
