@@ -87,6 +87,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
         mamba_conv_bias=True, mamba_proj_bias=False,
     ),
 }  # fmt: skip
+_NEMOTRON = _ATTENTION | dict(
+    model_type="nemotron_h", architectures=["NemotronHForCausalLM"], layer_norm_epsilon=1e-4, head_dim=24,
+    layers_block_type=["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"], ssm_state_size=16,
+    mamba_num_heads=6, mamba_head_dim=8, n_groups=2, conv_kernel=4, chunk_size=64, mlp_hidden_act="relu2",
+)  # fmt: skip
+_NEMOTRON_MOE = dict(
+    layers_block_type=["linear_attention", "moe", "full_attention", "linear_attention", "moe"], n_routed_experts=8,
+    num_experts_per_tok=3, moe_intermediate_size=32, moe_shared_expert_intermediate_size=48, routed_scaling_factor=2.5,
+)  # fmt: skip
+_GRANITE = _ATTENTION | dict(
+    model_type="granitemoehybrid", architectures=["GraniteMoeHybridForCausalLM"], rms_norm_eps=1e-4,
+    embedding_multiplier=6.0, residual_multiplier=0.4, attention_multiplier=0.2, logits_scaling=1.5,
+    position_embedding_type=None, layer_types=["linear_attention", "full_attention", "linear_attention"],
+    mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2,
+    num_local_experts=5, num_experts_per_tok=2, intermediate_size=32, shared_intermediate_size=48,
+)  # fmt: skip
+CONFIGS |= {
+    "nemotron_h": _NEMOTRON,
+    "nemotron_h_moe": _NEMOTRON | _NEMOTRON_MOE,
+    "nemotron_h_moe-latent": _NEMOTRON | _NEMOTRON_MOE | dict(moe_latent_size=32, norm_topk_prob=False),
+    "granitehybrid": _GRANITE,
+    "granitehybrid-dense": _GRANITE | dict(num_local_experts=0, num_experts_per_tok=0),
+    "granite": _GRANITE | dict(layer_types=["full_attention"] * 3, position_embedding_type="rope",
+                               rope_parameters=_ROPE, num_local_experts=0, num_experts_per_tok=0),
+}  # fmt: skip
 
 
 def build(name: str, folder: Path) -> Path:
@@ -120,7 +145,28 @@ def _weight(index: int, name: str, shape: tuple[int, ...], plus_one: bool = Fals
     return u * np.float32(2.0 / np.sqrt(shape[-1]))
 
 
+def _by_table(c: dict[str, Any]) -> Shapes:
+    """Names and shapes as the family's weight table has them."""
+    from tiercel.families import from_hf
+    from tiercel.weights.checkpoint import parameter_shapes
+    from tiercel.weights.transforms import foreign_shape
+
+    layout = from_hf(c)
+    ours, shapes = parameter_shapes(layout), {}
+    for row in layout.rows:
+        shape = ours[row.ours]
+        if isinstance(row.hf, tuple):
+            shapes |= dict.fromkeys(row.hf, shape[1:])
+        elif row.fused:
+            shapes[row.hf] = (shape[0], row.fused[2] * shape[1], shape[2])
+        else:
+            shapes[row.hf] = foreign_shape(row.hf_form, shape) if row.hf_form else shape
+    return shapes
+
+
 def _shapes(c: dict[str, Any]) -> Shapes:
+    if c["model_type"] in ("nemotron_h", "granitemoehybrid"):
+        return _by_table(c)
     if c["model_type"] == "mamba2":
         return _mamba2(c)
     shapes: Shapes = {"model.embed_tokens.weight": (c["vocab_size"], c["hidden_size"])}
