@@ -264,7 +264,7 @@ NASTY: dict[str, Nasty] = {
     "granite-experts": Nasty("granitemoehybrid", dict(
         vocab_size=VOCAB, hidden_size=36, intermediate_size=22, shared_intermediate_size=26, num_hidden_layers=4,
         rms_norm_eps=0.023, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=900,
-        attention_bias=True, embedding_multiplier=3.7, logits_scaling=0.9, residual_multiplier=0.43,
+        embedding_multiplier=3.7, logits_scaling=0.9, residual_multiplier=0.43,
         attention_multiplier=0.31, num_local_experts=5, num_experts_per_tok=3, position_embedding_type=None,
         layer_types=["linear_attention", "full_attention", "linear_attention", "linear_attention"], mamba_n_heads=6,
         mamba_d_head=18, mamba_n_groups=2, mamba_d_state=9, mamba_d_conv=3, mamba_expand=3, mamba_chunk_size=24,

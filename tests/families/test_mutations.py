@@ -146,7 +146,7 @@ def test_windows_on_the_wrong_layers_are_seen(built: Callable, tmp_path: Path) -
 
 WITH_BIASES = ["h1-gate_first", "h1-norm_first", "llama-biases", "qwen2-mixed_window", "mamba-biases",
                "mamba2-groups2", "bamba-biases", "jamba-experts", "lfm2-biases", "nemotron_h-experts",
-               "granite-experts"]  # fmt: skip
+               "granite-dense"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WITH_BIASES)
