@@ -139,9 +139,10 @@ void route(const void* args, Worker& worker) {
 // ── pairs by expert ──
 
 struct Sorted {
-    int32_t *starts, *pairs;  // (E + 1) where an expert's pairs begin; (pairs) the number of each, token · K + k
+    int32_t *starts = nullptr, *pairs = nullptr;  // (E + 1) where an expert's pairs begin; (pairs) each one's number, token · K + k
 
     static i64 bytes(i64 pairs, i64 experts) { return lines((experts + 1) * 4) + lines(pairs * 4); }
+    Sorted() = default;
     Sorted(const int32_t* chosen, i64 count, i64 experts, void* room)
         : starts((int32_t*)room), pairs((int32_t*)((char*)room + lines((experts + 1) * 4))) {
         memset(starts, 0, (experts + 1) * 4);
@@ -151,6 +152,7 @@ struct Sorted {
         for (i64 e = experts; e > 0; e--) starts[e] = starts[e - 1];  // each stands at its end
         starts[0] = 0;
     }
+    i64 parts(i64 e) const { return ceil_div(starts[e + 1] - starts[e], TOKENS); }  // of its tokens
 };
 
 // ── products ──
@@ -184,48 +186,51 @@ INLINE void activate_rows(const Experts& a, i64 begin, i64 end, i64 from, i64 to
 
 void experts(const void* args, Worker& worker) {
     const Experts& a = *(const Experts*)args;
-    const i64 pairs = a.tokens * a.active, panels = ceil_div(a.outputs, 16);
+    const i64 pairs = a.tokens * a.active, panels = ceil_div(a.outputs, 16), most = min(a.experts, pairs);
     const ExpertMatrix* matrices[2] = {a.gate ? a.gate : a.up, a.gate ? a.up : nullptr};
-    const int each_inputs = a.gate && a.gate->format != a.up->format ? 2 : 1;
+    const bool alike = !a.gate || a.gate->format == a.up->format;  // both read the same inputs
     Inputs inputs[2];
-    i64 row_bytes[2], room = 0;
+    i64 row_bytes[2] = {0, 0}, room = 0;
     Linear one{nullptr, nullptr, nullptr, nullptr, nullptr, a.inputs, a.outputs, TOKENS + 1, 1.0f, 0};
-    for (int i = 0; i < (a.gate ? 2 : 1); i++) {
+    for (int i = 0; i < (alike ? 1 : 2); i++) {
         one.format = matrices[i]->format == FORMAT_BF16 ? FORMAT_BF16_12 : matrices[i]->format;  // some of a stack may be
         inputs[i].method = &method_of(one.format, a.exact);
         row_bytes[i] = inputs[i].method->row_bytes(one);
         room = max(room, inputs[i].method->room(one));
     }
-    char* memory = (char*)worker.scratch(Sorted::bytes(pairs, a.experts) + TOKENS * sizeof(float*) + lines(room) +
-                                         (row_bytes[0] + (each_inputs > 1 ? row_bytes[1] : 0) + 128) * TOKENS);
-    const Sorted sorted(a.chosen, pairs, a.experts, memory);
-    const float** rows = (const float**)(memory += Sorted::bytes(pairs, a.experts));
-    void* own = memory += TOKENS * sizeof(float*);
-    inputs[0].memory = memory += lines(room);
-    inputs[1].memory = memory + lines(row_bytes[0] * TOKENS);
-
-    i64 active = 0, all = 0;
-    for (i64 e = 0; e < a.experts; e++) active += sorted.starts[e + 1] > sorted.starts[e];
-    const i64 each = max(1, min(panels, active * panels / (8 * worker.size))), groups = ceil_div(panels, each);
-    for (i64 e = 0; e < a.experts; e++) all += ceil_div(sorted.starts[e + 1] - sorted.starts[e], TOKENS) * groups;
-
+    // As many tiles as there could be: what was chosen may be read with a tile in hand only, since a thread that comes
+    // late to an op finds the memory of those before it in use again.
+    const i64 each = max(1, min(panels, most * panels / (8 * worker.size))), groups = ceil_div(panels, each);
+    Sorted sorted;
+    const float** rows = nullptr;
+    void* own = nullptr;
     i64 e = -1, before = 0, count = 0;  // tiles before those of expert e, and its own
-    for (i64 tile; (tile = worker.next_tile(all)) >= 0;) {
-        for (; tile >= before + count; count = ceil_div(sorted.starts[e + 1] - sorted.starts[e], TOKENS) * groups) {
+    for (i64 tile; (tile = worker.next_tile((most + pairs / TOKENS) * groups)) >= 0;) {
+        if (rows == nullptr) {
+            char* memory = (char*)worker.scratch(Sorted::bytes(pairs, a.experts) + TOKENS * sizeof(float*) + lines(room) +
+                                                 (row_bytes[0] + row_bytes[1]) * TOKENS + 128);
+            sorted = Sorted(a.chosen, pairs, a.experts, memory);
+            rows = (const float**)(memory += Sorted::bytes(pairs, a.experts));
+            own = memory += TOKENS * sizeof(float*);
+            inputs[0].memory = memory += lines(room);
+            inputs[1].memory = memory + lines(row_bytes[0] * TOKENS);
+        }
+        for (; e < a.experts && tile >= before + count; count = e < a.experts ? sorted.parts(e) * groups : 0) {
             before += count;
             e++;
         }
+        if (e == a.experts) continue;
         const i64 tokens = sorted.starts[e + 1] - sorted.starts[e], start = sorted.starts[e];
         const i64 begin = (tile - before) / groups * TOKENS, end = min(tokens, begin + TOKENS);
         const i64 first = (tile - before) % groups * each, last = min(panels, first + each);
         one.tokens = tokens;
         for (int i = 0; i < 2 && matrices[i]; i++) {
-            Inputs& in = inputs[each_inputs > 1 ? i : 0];
+            Inputs& in = inputs[alike ? 0 : i];
             one.weight = matrices[i][e].weight;
             one.format = matrices[i][e].format;
             one.y = (i == 0 ? a.y : a.u) + start * a.outputs;
             in.prepare(a, one, sorted, e, begin, end, rows);
-            one.quantized = (const uint8_t*)in.memory - begin * row_bytes[each_inputs > 1 ? i : 0];
+            one.quantized = (const uint8_t*)in.memory - begin * row_bytes[alike ? 0 : i];
             in.method->product(one, begin, end, first, last, own);
         }
         if (a.activation >= 0) activate_rows(a, start + begin, start + end, first * 16, min(a.outputs, last * 16));
