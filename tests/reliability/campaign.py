@@ -100,7 +100,7 @@ GOALS = [
     Goal("R35", "every changed byte of a saved session is noticed", ("tests/engine/test_session.py",), SLOW),
     Goal("R36", "a download is right or absent", ("tests/weights/test_hub.py",)),
     Goal("R37", "a fault at any file operation: the old file or the new one, and one line",
-         ("tests/reliability/test_r37_faults.py", "tests/test_atomic.py")),
+         ("tests/reliability/test_r37_faults.py", "tests/test_atomic.py"), SLOW),
     Goal("R38", "killed training resumes bit for bit", ("tests/train/test_resume.py",), SLOW, {"TIERCEL_KILLS": "50"}),
     Goal("R39", "a damaged checkpoint is named and the one before it taken", ("tests/train/test_checkpoint.py",)),
     Goal("R40", "the wheel is reproducible; each known failure of others has a test",

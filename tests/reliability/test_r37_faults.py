@@ -13,7 +13,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="preloads a shim built here")
 HERE = Path(__file__).parent
-WRITERS = ("export", "quantize", "adapter", "checkpoint", "session", "manifest")
+WRITERS = ["export", "quantize", "session", "manifest",
+           *(pytest.param(name, marks=pytest.mark.slow) for name in ("adapter", "checkpoint"))]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_old_file_or_new_one_whatever_fails(writer, shim, tmp_path, cases, figur
         pytest.importorskip("peft")
     root = tmp_path / "faults"
     environment = os.environ | {"LD_PRELOAD": str(shim), "FAULT_ROOT": str(root), "OMP_NUM_THREADS": "1"}
-    step = cases(5, 1)
+    step = cases(40 if writer == "checkpoint" else 11, 1)
     done = subprocess.run([sys.executable, HERE / "faults.py", writer, root, str(step)], capture_output=True, text=True,
                           env=environment)  # fmt: skip
     found = [json.loads(line) for line in done.stdout.splitlines()]
