@@ -212,6 +212,21 @@ NASTY: dict[str, Nasty] = {
         linear_conv_kernel_dim=4, attention_bias=True, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 77.0, "partial_rotary_factor": 0.25},
     )),
+    "gemma3-biases": Nasty("gemma3_text", dict(
+        vocab_size=VOCAB, hidden_size=40, intermediate_size=54, num_hidden_layers=4, rms_norm_eps=0.018,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=14, max_position_embeddings=900, attention_bias=True,
+        query_pre_attn_scalar=23, sliding_window=13, hidden_activation="gelu", tie_word_embeddings=False,
+        layer_types=["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        rope_parameters={"full_attention": {"rope_type": "linear", "rope_theta": 543.0, "factor": 2.4},
+                         "sliding_attention": {"rope_type": "default", "rope_theta": 67.0}},
+    )),
+    "gemma3-tied": Nasty("gemma3_text", dict(
+        vocab_size=VOCAB, hidden_size=36, intermediate_size=42, num_hidden_layers=4, rms_norm_eps=0.028,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=10, max_position_embeddings=700,
+        query_pre_attn_scalar=10, sliding_window=17, sliding_window_pattern=3,
+        rope_parameters={"full_attention": {"rope_type": "linear", "rope_theta": 432.0, "factor": 1.8},
+                         "sliding_attention": {"rope_type": "default", "rope_theta": 55.0}},
+    )),
     "lfm2-biases": Nasty("lfm2", dict(
         vocab_size=VOCAB, hidden_size=40, intermediate_size=70, num_hidden_layers=5, norm_eps=0.019,
         num_attention_heads=5, num_key_value_heads=1, max_position_embeddings=900, conv_bias=True, conv_L_cache=5,
@@ -231,6 +246,34 @@ NASTY: dict[str, Nasty] = {
         norm_eps=0.017, num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=600, num_experts=5,
         num_experts_per_tok=2, num_dense_layers=2, layer_types=["full_attention", "conv", "conv"],
         rope_parameters={"rope_type": "default", "rope_theta": 77.0},
+    )),
+    "lfm3-all": Nasty("lfm3", dict(
+        vocab_size=VOCAB, hidden_size=36, intermediate_size=50, num_hidden_layers=5, norm_eps=0.027,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=800, conv_bias=True,
+        conv_L_cache=5, attention_bias=True, sliding_window=15, tie_word_embeddings=False,
+        layer_types=["conv", "sliding_attention", "full_attention", "conv", "conv"],
+        rope_parameters={
+            "full_attention": {"rope_type": "proportional", "rope_theta": 321.0, "partial_rotary_factor": 0.7},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 45.0},
+        },
+    )),
+    "lfm3-plain": Nasty("lfm3", dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=44, num_hidden_layers=5, norm_eps=0.021,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=16, max_position_embeddings=600, sliding_window=19,
+        use_sandwich_norm=False, use_attention_gate=False,
+    )),
+    "phi3-partial": Nasty("phi3", dict(
+        vocab_size=VOCAB, hidden_size=40, intermediate_size=54, num_hidden_layers=3, rms_norm_eps=0.019,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=700, sliding_window=21,
+        rope_parameters={"rope_type": "default", "rope_theta": 543.0, "partial_rotary_factor": 0.6},
+        original_max_position_embeddings=700,
+    )),
+    "phi3-longrope": Nasty("phi3", dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=38, num_hidden_layers=2, rms_norm_eps=0.031,
+        num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=True,
+        original_max_position_embeddings=512,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 321.0, "partial_rotary_factor": 0.75,
+                         "short_factor": [1.0, 1.2, 1.5], "long_factor": [1.3, 2.2, 4.0]},
     )),
     "lfm2-tied": Nasty("lfm2", dict(
         vocab_size=VOCAB, hidden_size=48, intermediate_size=58, num_hidden_layers=3, norm_eps=0.031,
@@ -401,6 +444,8 @@ def randomize(model: Any, seed: int) -> None:
     biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("bias")}  # of routers
     for name, parameter in sorted({**dict(model.named_parameters()), **biases}.items()):
         parameter.copy_(_draw(name, parameter.shape, tied, generator))
+        if "norm" in name and model.config.model_type.startswith("gemma"):
+            parameter -= 1  # 1 + w is what multiplies; larger ones sharpen attention until float32 is not enough
 
 
 def _draw(name: str, shape: torch.Size, tied: bool, generator: torch.Generator) -> torch.Tensor:
@@ -492,14 +537,21 @@ def spell_old(config: dict[str, Any]) -> None:
             config.pop("intermediate_size"),
             config.pop("tie_word_embeddings"),
         )
-    if not linear and config["model_type"] not in ("granitemoehybrid", "lfm2_moe"):
+    rope = config.pop("rope_parameters", None)
+    if config["model_type"] == "lfm3":  # is younger
+        config["rope_parameters"] = rope
+        return
+    by_kind = rope is not None and "full_attention" in rope  # the theta of windows had a field of its own
+    if by_kind:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if not (linear or by_kind or config["model_type"] in ("granitemoehybrid", "lfm2_moe")):
         for derived in ("layer_types", "layers_block_type"):
             config.pop(derived, None)
-    rope = config.pop("rope_parameters", None)
     if rope is not None:
         config["rope_theta"] = rope.pop("rope_theta")
         fraction = rope.pop("partial_rotary_factor", None)
-        if linear:
+        if linear or config["model_type"] == "phi3":
             config["partial_rotary_factor"] = fraction
         kind = rope.pop("rope_type")
         config["rope_scaling"] = (

@@ -25,6 +25,7 @@ from tiercel.weights.export import export
 
 GOLDEN = Path(nano.__file__).parent
 BOUND = 1e-4
+BOUNDS = {"gemma3": 5e-3}  # ggml takes gelu from a table of float16 numbers (ggml-cpu/vec.h, GGML_GELU_FP16)
 ROUNDING = 2e-3  # of float32 through 30 layers, on logits up to 30
 
 
@@ -37,11 +38,11 @@ def test_logits_of_our_gguf_equal_llama_cpps(name: str, tmp_path: Path) -> None:
     logits = network(torch.tensor(nano.TOKENS))[golden["positions"]]
     expected = torch.from_numpy(golden["logits"])
     assert logits.shape == expected.shape and 0.5 < expected.std() < 3
-    assert float((logits - expected).abs().max()) < BOUND
+    assert float((logits - expected).abs().max()) < BOUNDS.get(name, BOUND)
     step_by_step, state = [], network.new_state()
     for token in nano.TOKENS:
         step_by_step += network([torch.tensor([token])], [state])
-    assert float((torch.cat(step_by_step)[golden["positions"]] - expected).abs().max()) < BOUND
+    assert float((torch.cat(step_by_step)[golden["positions"]] - expected).abs().max()) < BOUNDS.get(name, BOUND)
 
 
 @pytest.fixture(scope="module")

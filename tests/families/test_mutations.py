@@ -114,6 +114,11 @@ FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("granite-hybrid", {"embedding_multiplier": 1.0}),
     ("granite-hybrid", {"logits_scaling": 1.0}),
     ("granite-hybrid", {"position_embedding_type": None}),
+    ("gemma3-tied", {"query_pre_attn_scalar": 11}),
+    ("gemma3-tied", {"sliding_window": 18}),
+    ("lfm3-all", {"sliding_window": 16}),
+    ("phi3-partial", {"sliding_window": 20}),
+    ("gemma3-biases", {"hidden_activation": "gelu_pytorch_tanh"}),
     ("lfm2-tied", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
 ]
 
@@ -145,7 +150,7 @@ def test_windows_on_the_wrong_layers_are_seen(built: Callable, tmp_path: Path) -
 # -- tensors ---------------------------------------------------------------------------------------
 
 WITH_BIASES = ["h1-gate_first", "h1-norm_first", "llama-biases", "qwen2-mixed_window", "mamba-biases",
-               "mamba2-groups2", "bamba-biases", "jamba-experts", "lfm2-biases", "nemotron_h-experts",
+               "mamba2-groups2", "bamba-biases", "jamba-experts", "lfm2-biases", "gemma3-biases", "nemotron_h-experts",
                "granite-dense"]  # fmt: skip
 
 
@@ -156,7 +161,8 @@ def test_a_forgotten_bias_is_seen(name: str, built: Callable, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["h1-gate_first", "mixtral-top3", "mamba-biases", "mamba2-groups3", "bamba-biases",
-                                  "jamba-experts", "qwen2-tied", "mistral-full", "lfm2-tied", "nemotron_h-latent",
+                                  "jamba-experts", "qwen2-tied", "mistral-full", "lfm2-tied", "gemma3-tied",
+                                  "lfm3-all", "phi3-partial", "nemotron_h-latent",
                                   "granite-experts"])  # fmt: skip
 def test_every_tensor_matters_row_by_row(name: str, built: Callable, tmp_path: Path) -> None:
     """Each kind of tensor with its rows shifted by one; k_proj.bias too: rotary makes it matter."""
@@ -202,6 +208,64 @@ def test_b_and_c_swapped_is_seen(name: str, built: Callable, tmp_path: Path) -> 
             tensors[key] = torch.cat([rows[:b], rows[c:end], rows[b:c], rows[end:]])
 
     nasty.edit_tensors(wrong, swap)
+    assert apart(ours(wrong, tokens), model.logits(tokens)) > SEEN
+
+
+GEMMA3_ROPES = {
+    "bases exchanged": lambda full, local: (full | {"rope_theta": 55.0}, {"rope_theta": 432.0}),
+    "windows scaled": lambda full, local: (full, full | local | {"rope_type": "linear"}),
+    "not scaled": lambda full, local: ({"rope_theta": full["rope_theta"]}, local),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", GEMMA3_ROPES)
+def test_the_two_rotations_of_gemma3_taken_otherwise_are_seen(changed: str, built: Callable, tmp_path: Path) -> None:
+    model, tokens = built("gemma3-tied"), nasty.tokens(60)
+    ropes = nasty.NASTY["gemma3-tied"].config["rope_parameters"]
+    full, local = GEMMA3_ROPES[changed](ropes["full_attention"], ropes["sliding_attention"])
+    tables = {"full_attention": {"rope_type": "default"} | full, "sliding_attention": {"rope_type": "default"} | local}
+    wrong = changed_config(model, tmp_path / "wrong", rope_parameters=tables)
+    assert apart(ours(wrong, tokens), model.logits(tokens)) > SEEN
+
+
+@pytest.mark.parametrize("changed", ["whole heads", "partial from the front", "one base"])
+def test_the_rotation_of_lfm3_taken_otherwise_is_seen(changed: str, built: Callable, tmp_path: Path) -> None:
+    model, tokens = built("lfm3-all"), nasty.tokens(60)
+    ropes = nasty.NASTY["lfm3-all"].config["rope_parameters"]
+    full = dict(ropes["full_attention"])
+    full |= {"whole heads": {"rope_type": "default", "partial_rotary_factor": 1.0}, "one base": {"rope_theta": 45.0},
+             "partial from the front": {"rope_type": "default"}}[changed]  # fmt: skip
+    wrong = changed_config(model, tmp_path / "wrong", rope_parameters=ropes | {"full_attention": full})
+    assert apart(ours(wrong, tokens), model.logits(tokens)) > SEEN
+
+
+@pytest.mark.parametrize("part", ["qkv_proj", "gate_up_proj"])
+def test_another_order_in_a_joined_matrix_is_seen(part: str, built: Callable, tmp_path: Path) -> None:
+    """gate and up, q and k of one size, exchanged."""
+    model, tokens = built("phi3-partial"), nasty.tokens(60)
+    wrong = nasty.copy(model.folder, tmp_path / "wrong")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if part in key]:
+            half = len(tensors[key]) // 2
+            tensors[key] = torch.cat((tensors[key][half:], tensors[key][:half]))
+
+    nasty.edit_tensors(wrong, change)
+    assert apart(ours(wrong, tokens), model.logits(tokens)) > SEEN
+
+
+@pytest.mark.parametrize("name", ["gemma3-tied"])
+def test_norms_of_w_for_those_of_1_plus_w_are_seen(name: str, built: Callable, tmp_path: Path) -> None:
+    _each_tensor(built(name), tmp_path, lambda key: "norm" in key, lambda t: t + 1, at_least=7)
+
+
+def test_an_embedding_that_is_not_scaled_is_seen(built: Callable, tmp_path: Path) -> None:
+    """Of an untied model: its table divided by √width, as if the network multiplied by 1."""
+    model, tokens = built("gemma3-biases"), nasty.tokens(60)
+    wrong = nasty.copy(model.folder, tmp_path / "wrong")
+    nasty.edit_tensors(
+        wrong, lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"] / 40**0.5})
+    )
     assert apart(ours(wrong, tokens), model.logits(tokens)) > SEEN
 
 

@@ -25,7 +25,8 @@ H1 = [name for name in nasty.NASTY if name.startswith("h1-")]
 #: what llama.cpp's files can say; every other nasty model has a switch that they cannot
 IN_GGUF = ["h1-no_norm", "llama-biases", "llama-tied", "llama-linear", "llama-llama3", "llama-yarn",
            "llama-yarn_factor", "mistral-full", "qwen2-tied", "falcon_mamba-tied", "qwen3-tied",
-           "qwen3_moe-renormalized", "mixtral-top2", "lfm2-tied", "lfm2_moe-renormalized", "qwen3_5-square",
+           "qwen3_moe-renormalized", "mixtral-top2", "lfm2-tied", "gemma3-tied", "phi3-longrope",
+           "lfm2_moe-renormalized", "qwen3_5-square",
            "qwen3_5_moe-square", "qwen3_next-square", "nemotron_h-dense", "nemotron_h-latent",
            "granite-hybrid", "granite-moe"]  # fmt: skip
 NOT_IN_GGUF = [name for name in nasty.NASTY if name not in IN_GGUF]

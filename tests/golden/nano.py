@@ -80,6 +80,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         moe_intermediate_size=48, num_dense_layers=1, num_experts=6, num_experts_per_tok=2, use_expert_bias=True,
         norm_topk_prob=True, routed_scaling_factor=1.0, tie_word_embeddings=True,
     ),
+    "gemma3": {key: value for key, value in _ATTENTION.items() if key != "hidden_act"} | dict(
+        model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], rms_norm_eps=1e-5, num_hidden_layers=7,
+        head_dim=20, query_pre_attn_scalar=20, sliding_window=11, sliding_window_pattern=6,
+        hidden_activation="gelu_pytorch_tanh", rope_theta=5000.0, rope_local_base_freq=300.0,
+        rope_scaling={"rope_type": "linear", "factor": 2.5}, attention_bias=False, tie_word_embeddings=True,
+    ),
+    "phi3": _ATTENTION | dict(
+        model_type="phi3", architectures=["Phi3ForCausalLM"], rms_norm_eps=1e-4, sliding_window=None,
+        original_max_position_embeddings=512, rope_parameters=_ROPE | {
+            "rope_type": "longrope", "partial_rotary_factor": 0.75, "original_max_position_embeddings": 512,
+            "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.2, 1.5, 2.0, 3.0, 4.0, 6.0],
+        },
+    ),
     "jamba": _ATTENTION | dict(
         model_type="jamba", architectures=["JambaForCausalLM"], rms_norm_eps=1e-6,
         num_hidden_layers=4, attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
@@ -120,7 +133,7 @@ def build(name: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     tensors = {
-        key: _weight(i, key, shape, "qwen3_" in config["model_type"])
+        key: _weight(i, key, shape, config["model_type"].startswith(("qwen3_", "gemma")))
         for i, (key, shape) in enumerate(_shapes(config).items())
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -177,6 +190,8 @@ def _shapes(c: dict[str, Any]) -> Shapes:
             "lfm2": _lfm2,
             "lfm2_moe": _lfm2,
             "qwen3_5_text": _qwen3_5,
+            "gemma3_text": _gemma3,
+            "phi3": _phi3,
         }.get(c["model_type"], _llama)
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer(c, i).items()}
     final = {
@@ -255,6 +270,23 @@ def _qwen3_5(c: dict[str, Any], i: int) -> Shapes:
         "dt_bias": (H,), "A_log": (H,), "norm.weight": (V,), "out_proj.weight": (d, H * V),
     }  # fmt: skip
     return shapes | {f"linear_attn.{name}": shape for name, shape in mixer.items()}
+
+
+def _phi3(c: dict[str, Any], i: int) -> Shapes:
+    d, f, hd = c["hidden_size"], c["intermediate_size"], c["hidden_size"] // c["num_attention_heads"]
+    shapes: Shapes = {
+        "self_attn.qkv_proj.weight": ((c["num_attention_heads"] + 2 * c["num_key_value_heads"]) * hd, d),
+        "self_attn.o_proj.weight": (d, d), "mlp.gate_up_proj.weight": (2 * f, d), "mlp.down_proj.weight": (d, f),
+    }  # fmt: skip
+    return _norms(c, "input_layernorm", "post_attention_layernorm") | shapes
+
+
+def _gemma3(c: dict[str, Any], i: int) -> Shapes:
+    norms = _norms(c, "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+                   "post_feedforward_layernorm")  # fmt: skip
+    return (
+        norms | _attention(c, False) | {f"self_attn.{n}_norm.weight": (c["head_dim"],) for n in "qk"} | _mlp(c, "mlp")
+    )
 
 
 def _lfm2(c: dict[str, Any], i: int) -> Shapes:

@@ -9,19 +9,23 @@ from tiercel.errors import FormatError, UnsupportedError
 from tiercel.families.bamba import BAMBA
 from tiercel.families.falcon_h1 import FALCON_H1
 from tiercel.families.family import Family, Layout
+from tiercel.families.gemma3 import GEMMA3
 from tiercel.families.granite import GRANITE
 from tiercel.families.jamba import JAMBA
-from tiercel.families.lfm2 import LFM2, LFM2_MOE
+from tiercel.families.lfm2 import LFM2, LFM2_MOE, LFM3
 from tiercel.families.llama import LLAMA, QWEN2
+from tiercel.families.llava import LLAVA
 from tiercel.families.mamba import MAMBA, MAMBA2
 from tiercel.families.nemotron_h import NEMOTRON_H
 from tiercel.families.olmo_hybrid import OLMO_HYBRID
 from tiercel.families.pattern import PATTERN
+from tiercel.families.phi3 import PHI3
 from tiercel.families.qwen3 import QWEN3, QWEN3_MOE
 from tiercel.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 
 FAMILIES: tuple[Family, ...] = (
     FALCON_H1,
+    LLAVA,  # its GGUF form is that of llama, which a file's architecture names
     LLAMA,
     QWEN2,
     QWEN3,
@@ -36,8 +40,11 @@ FAMILIES: tuple[Family, ...] = (
     JAMBA,
     LFM2,
     LFM2_MOE,
+    LFM3,
     NEMOTRON_H,
     GRANITE,
+    GEMMA3,
+    PHI3,
     PATTERN,
 )
 BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}

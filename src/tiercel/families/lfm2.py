@@ -3,9 +3,10 @@
     lfm2      attention with an RMS norm on every head of q and k, before the rotation; gated MLP, whose width a config
               may give before the rule of two thirds (`block_auto_adjust_ff_dim`)
     lfm2_moe  after `num_dense_layers` experts instead: sigmoid scores, a bias for the choice, renormalised weights
+    lfm3      norms after mixers and MLPs, too; windows in some layers, a rotation for each kind; a gate on every head
 
-transformers `modeling_lfm2.py`, `modeling_lfm2_moe.py`; llama.cpp architectures `lfm2` and `lfm2moe`, whose final norm
-is `token_embd_norm`.
+transformers `modeling_lfm2.py`, `modeling_lfm2_moe.py`, `modeling_lfm3.py`; llama.cpp architectures `lfm2` and
+`lfm2moe`, whose final norm is `token_embd_norm`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from tiercel.families.family import (
     top_rows,
 )
 from tiercel.families.fields import Fields
-from tiercel.families.rope import fixed_length, gguf_rope_limits, read_gguf_rope, read_rope, write_gguf_rope, write_rope
+from tiercel.families.rope import (
+    fixed_length,
+    gguf_rope_limits,
+    read_gguf_rope,
+    read_rope,
+    read_ropes,
+    write_gguf_rope,
+    write_rope,
+)
 from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
 from tiercel.feed_forward.moe.config import MoEConfig
 from tiercel.mixers.attention.config import AttentionConfig
@@ -82,6 +91,53 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     return config, rows(config)
 
 
+def read_lfm3(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
+    f = Fields(dict(hf_config))
+    width, depth = f.size("hidden_size", 2048), f.size("num_hidden_layers", 24, largest=100_000)
+    context, types = f.size("max_position_embeddings", 128_000), f.data.get("layer_types")
+    if f.data.get("rope_parameters") is None:
+        half = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
+        f.data["rope_parameters"] = {"full_attention": half}
+    ropes = read_ropes(f, {"full_attention": 1e6, "sliding_attention": 1e4}, max_length=context)
+    bias, gated = f.flag("attention_bias", False), f.flag("use_attention_gate", True)
+    attention = AttentionConfig(
+        heads=f.size("num_attention_heads", 16),
+        kv_heads=f.size("num_key_value_heads", 4),
+        head_dim=f.size("head_dim", 128),
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+        output_gate=gated,
+        gate_heads=gated,
+    )
+    kinds: dict[str, AttentionConfig | ShortConvConfig] = {
+        kind: replace(attention, rope=rope) for kind, rope in ropes.items()
+    }
+    kinds["conv"] = read_conv(f, width, taps=7)
+    window = f.size_or_none("sliding_window", 256)
+    kinds["sliding_attention"] = replace(attention, rope=ropes["sliding_attention"], window=window)
+    if types is None:
+        types = ["full_attention" if i % 4 == 2 else "conv" if i % 4 or not i else "sliding_attention"
+                 for i in range(depth)]  # fmt: skip
+    if not isinstance(types, list) or len(types) != depth or not all(isinstance(t, str) and t in kinds for t in types):
+        raise UnsupportedError(f"{f.where}: layer_types must name {', '.join(kinds)} for each layer")
+    if window is None and "sliding_attention" in types:
+        raise FormatError(f"{f.where}: sliding_window is null, but there are layers of sliding_attention")
+    mlp, sandwich = GatedMLPConfig(width=f.size("intermediate_size", 7680)), f.flag("use_sandwich_norm", True)
+    f.only("hidden_act", "silu", "swish")
+    f.ignore("layer_types")
+    config = ModelConfig(
+        vocab_size=f.size("vocab_size", 128_000),
+        width=width,
+        layers=tuple(LayerConfig(mixers=(kinds[kind],), feed_forward=mlp, post_norm=sandwich) for kind in types),
+        norm_eps=f.number("norm_eps", f.number("rms_norm_eps", 1e-5)),
+        tied=f.flag("tie_word_embeddings", True),
+        max_length=fixed_length(ropes["full_attention"], context),
+    )
+    f.done()
+    return config, rows(config, names={"gate.weight": "g_proj.weight"})
+
+
 def read_conv(f: Fields, width: int, *, taps: int) -> ShortConvConfig:
     return ShortConvConfig(
         channels=width, conv=f.size("conv_L_cache", taps, largest=256), bias=f.flag("conv_bias", False)
@@ -126,14 +182,20 @@ def _attends(f: Fields, depth: int) -> list[bool]:
     return [known[t] for t in types]
 
 
-def rows(config: ModelConfig) -> Iterator[TensorMapping]:
+def rows(config: ModelConfig, names: Mapping[str, str] = ATTENTION_NAMES) -> Iterator[TensorMapping]:
+    """names: of the parts of attention."""
     for row in top_rows(config, embed="model.embed_tokens.weight", norm="model.embedding_norm.weight"):
         yield replace(row, gguf="token_embd_norm.weight") if row.ours == "norm.weight" else row
     for i, layer in enumerate(config.layers):
         hf, mixer = f"model.layers.{i}", layer.mixers[0]
         yield from norm_rows(i, f"{hf}.operator_norm.weight", f"{hf}.ffn_norm.weight")
+        if layer.post_norm:
+            for ours, theirs in ("mixer", "operator"), ("ffn", "ffn"):
+                name = f"{hf}.post_{theirs}_norm.weight"
+                yield TensorMapping(f"layers.{i}.{ours}_post_norm.weight", name, None, keep_fp32=True)
         if isinstance(mixer, AttentionConfig):
-            yield from module_rows(i, mixer, config.width, f"{hf}.self_attn", names=ATTENTION_NAMES)
+            other = {"gate.weight": (f"{hf}.self_attn.gate_proj.weight",)}  # in published files
+            yield from module_rows(i, mixer, config.width, f"{hf}.self_attn", names=names, aliases=other)
         else:
             yield from module_rows(i, mixer, config.width, f"{hf}.conv")
         assert layer.feed_forward is not None
@@ -286,3 +348,4 @@ LFM2_MOE = Family(
     "lfm2_moe", ("lfm2_moe",), read, gguf="lfm2moe", read_gguf=read_gguf, write_gguf=write_gguf, write=write,
     limits=limits,
 )  # fmt: skip
+LFM3 = Family("lfm3", ("lfm3",), read_lfm3)

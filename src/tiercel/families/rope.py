@@ -16,8 +16,9 @@ from tiercel.families.family import Metadata
 from tiercel.families.fields import Fields
 from tiercel.mixers.attention.rope import RopeConfig
 
-TYPES = {name: name for name in ("none", "linear", "dynamic", "llama3", "yarn", "longrope")}
+TYPES = {name: name for name in ("none", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")}
 TYPES |= {"default": "none", "su": "longrope"}
+LONGROPE = "rope_factors_short.weight", "rope_factors_long.weight"  # tensors of divisors in GGUF
 GGUF_ROPE_KEYS = frozenset(
     "dimension_count freq_base scale_linear scaling.type scaling.factor scaling.attn_factor scaling.finetuned "
     "scaling.original_context_length scaling.yarn_ext_factor scaling.yarn_attn_factor scaling.yarn_beta_fast "
@@ -55,6 +56,8 @@ def read_rope(f: Fields, *, theta: float, max_length: int, fraction: float = 1.0
         scaling = {"scaling": kind, "original_length": original}
     if kind in ("linear", "dynamic", "llama3", "yarn"):
         scaling["factor"] = r.number("factor", positive=True)
+    if kind == "proportional":
+        scaling["factor"] = r.number("factor", 1.0, positive=True)
     if kind == "llama3":
         scaling["low_freq_factor"] = r.number("low_freq_factor", positive=True)
         scaling["high_freq_factor"] = r.number("high_freq_factor", positive=True)
@@ -75,15 +78,46 @@ def read_rope(f: Fields, *, theta: float, max_length: int, fraction: float = 1.0
     return RopeConfig(theta=base, fraction=fraction, **scaling)
 
 
+def read_ropes(
+    f: Fields, thetas: Mapping[str, float], *, max_length: int, old: Sequence[str] = ()
+) -> dict[str, RopeConfig]:
+    """A rotary setting for each kind of layer.
+
+    Args:
+        thetas: what each kind of layer uses where the file is silent.
+        old: where transformers 4 kept the theta of each kind; its `rope_scaling` is that of the first one.
+    """
+    tables = f.data.get("rope_parameters")
+    f.ignore("rope_parameters")
+    tables = {} if tables is None else tables
+    if not isinstance(tables, dict) or not set(tables) <= set(thetas):
+        raise UnsupportedError(f"{f.where}: rope_parameters must be a table for each of {', '.join(thetas)}")
+    tables = {kind: dict(Fields(tables.get(kind) or {}, f"{f.where}: {kind}").data) for kind in thetas}
+    if old and (scaling := f.table("rope_scaling")) is not None:
+        tables[next(iter(thetas))] |= scaling.data
+    usual = {kind: f.number(name, thetas[kind], positive=True) for kind, name in zip(thetas, old, strict=False)}
+    return {
+        kind: read_rope(
+            Fields({"rope_parameters": table}, f"{f.where}: {kind}"), theta=usual.get(kind, thetas[kind]),
+            max_length=max_length,
+        )
+        for kind, table in tables.items()
+    }  # fmt: skip
+
+
 def _longrope(r: Fields, original: int, max_length: int) -> dict[str, Any]:
     """The factors for texts up to the original length; see `mixers.attention.rotary`."""
     short = r.numbers("short_factor")
-    r.numbers("long_factor", ())
+    long = r.numbers("long_factor", ())
     if not short or not all(value > 0 for value in short):
         raise FormatError(f"{r.where}: short_factor must be positive numbers")
     factor = r.number("factor", max_length / original, positive=True)
     grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
-    return {"factors": short, "attention_factor": r.number("attention_factor", grown, positive=True)}
+    return {
+        "factors": short,
+        "long_factors": long or None,
+        "attention_factor": r.number("attention_factor", grown, positive=True),
+    }
 
 
 def fixed_length(rope: RopeConfig | None, max_length: int) -> int:
@@ -95,7 +129,7 @@ def fixed_length(rope: RopeConfig | None, max_length: int) -> int:
 
 def write_rope(rope: RopeConfig) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, which both generations of transformers read."""
-    if rope.factors is not None:
+    if rope.factors is not None and rope.scaling != "longrope":
         raise UnsupportedError("rotary divisors from a GGUF file have no place in a Hugging Face config")
     if rope.attention_factor is not None and rope.scaling not in ("yarn", "longrope"):
         raise UnsupportedError("an attention factor without yarn has no place in a Hugging Face config")
@@ -112,6 +146,10 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
             scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
             if rope.attention_factor is not None:
                 scaling["attention_factor"] = rope.attention_factor
+        if rope.scaling == "longrope":
+            factors = rope.factors or ()
+            scaling |= {"short_factor": [*factors], "long_factor": [*(rope.long_factors or factors)]}
+            scaling["attention_factor"] = rope.attention_factor or 1.0
         out["rope_scaling"] = scaling
     return out
 
@@ -157,14 +195,25 @@ def read_gguf_rope(
         if grown <= 0:
             raise FormatError(f"GGUF metadata: {prefix}scaling.attn_factor must be positive, not {grown!r:.40}")
         scaling["attention_factor"] = grown * _yarn_growth(scaling.get("scaling", "none"), factor)
-    if (freqs := tensors.get("rope_freqs.weight")) is not None:
-        if tuple(freqs.shape) != (rotated // 2,):
-            raise FormatError(f"rope_freqs.weight must hold {rotated // 2} divisors")
-        factors = tuple(freqs.rows().tolist())
-        if not all(math.isfinite(value) and value > 0 for value in factors):
-            raise FormatError("rope_freqs.weight must hold positive divisors")
+    if (factors := _divisors(tensors, "rope_freqs.weight", rotated)) is not None:
         scaling["factors"] = factors
+    if (short := _divisors(tensors, LONGROPE[0], rotated)) is not None:
+        long, length = _divisors(tensors, LONGROPE[1], rotated), m.size("rope.scaling.original_context_length")
+        scaling |= {"scaling": "longrope", "factors": short, "long_factors": long, "original_length": length}
+        scaling.setdefault("attention_factor", 1.0)
     return RopeConfig(theta=m.number("rope.freq_base", theta), fraction=rotated / head_dim, **scaling)
+
+
+def _divisors(tensors: Mapping[str, Any], name: str, rotated: int) -> tuple[float, ...] | None:
+    """A tensor of divisors of the frequencies, where the file has it."""
+    if (stored := tensors.get(name)) is None:
+        return None
+    if tuple(stored.shape) != (rotated // 2,):
+        raise FormatError(f"{name} must hold {rotated // 2} divisors")
+    found = tuple(stored.rows().tolist())
+    if not all(math.isfinite(value) and value > 0 for value in found):
+        raise FormatError(f"{name} must hold positive divisors")
+    return found
 
 
 def _yarn_growth(scaling: str, factor: float) -> float:
@@ -179,19 +228,21 @@ def write_gguf_rope(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
     if rope.scaling == "yarn":
         out["rope.scaling.original_context_length"] = rope.original_length
         out |= {"rope.scaling.yarn_beta_fast": rope.beta_fast, "rope.scaling.yarn_beta_slow": rope.beta_slow}
+    if rope.scaling == "longrope":
+        out["rope.scaling.original_context_length"] = rope.original_length
     if rope.attention_factor is not None:
         out["rope.scaling.attn_factor"] = rope.attention_factor / _yarn_growth(rope.scaling, rope.factor)
     return out
 
 
-def gguf_rope_limits(rope: RopeConfig | None, *, partial: bool = False) -> list[str]:
-    """Why these settings cannot be said in GGUF metadata; partial: the architecture may rotate part of a head."""
+def gguf_rope_limits(rope: RopeConfig | None, *, partial: bool = False, longrope: bool = False) -> list[str]:
+    """Why these settings cannot be said in GGUF; partial, longrope: what the architecture can have."""
     if rope is None:
         return []
     reasons = []
     if rope.fraction != 1.0 and not partial:
         reasons.append("llama.cpp rotates whole heads in this architecture")
-    if rope.scaling in ("dynamic", "longrope"):
+    if rope.scaling in ("dynamic", "proportional") or (rope.scaling == "longrope" and not longrope):
         reasons.append(f"{rope.scaling} rotary scaling has no equal in llama.cpp")
     if rope.mscale is not None or not rope.truncate:
         reasons.append("this yarn setting (mscale or truncate) has no equal in llama.cpp")

@@ -42,13 +42,17 @@ def _more(base: str, better: str) -> Rule:
 
 
 class Recipe(NamedTuple):
-    """file_type: general.file_type of a GGUF file · v, down, o: rules for these roles, None for the base type."""
+    """file_type: general.file_type of a GGUF file · v, down, o: rules for these roles, None for the base type.
+
+    qkv: the type of q, k and v where files hold them in one matrix.
+    """
 
     base: str
     file_type: int | None
     v: Rule | None = None
     down: Rule | None = None
     o: Rule | None = None
+    qkv: str | None = None
 
 
 RECIPES: dict[str, Recipe] = {
@@ -65,15 +69,16 @@ RECIPES: dict[str, Recipe] = {
     "q3_k_m": Recipe(
         "Q3_K", 12, v=lambda at: "Q5_K" if at.i < 2 else "Q4_K",
         down=lambda at: "Q5_K" if at.i < at.n // 16 else "Q4_K", o=lambda at: "Q4_K",
+        qkv="Q4_K",
     ),
-    "q3_k_l": Recipe("Q3_K", 13, v=lambda at: "Q5_K", down=lambda at: "Q5_K", o=lambda at: "Q5_K"),
+    "q3_k_l": Recipe("Q3_K", 13, v=lambda at: "Q5_K", down=lambda at: "Q5_K", o=lambda at: "Q5_K", qkv="Q4_K"),
     "q4_k_s": Recipe(
         "Q4_K", 14, v=lambda at: "Q5_K" if at.i < 4 else "Q4_K",
         down=lambda at: "Q5_K" if at.i < at.n // 8 else "Q4_K",
     ),
-    "q4_k_m": Recipe("Q4_K", 15, v=_more("Q4_K", "Q6_K"), down=_more("Q4_K", "Q6_K")),
+    "q4_k_m": Recipe("Q4_K", 15, v=_more("Q4_K", "Q6_K"), down=_more("Q4_K", "Q6_K"), qkv="Q5_K"),
     "q5_k_s": Recipe("Q5_K", 16),
-    "q5_k_m": Recipe("Q5_K", 17, v=_more("Q5_K", "Q6_K"), down=_more("Q5_K", "Q6_K")),
+    "q5_k_m": Recipe("Q5_K", 17, v=_more("Q5_K", "Q6_K"), down=_more("Q5_K", "Q6_K"), qkv="Q6_K"),
     "q6_k": Recipe("Q6_K", 18),
     "int8": Recipe("INT8", None),  # every matrix, one scale per row
     "nf4": Recipe("NF4", None),  # as bitsandbytes: embedding and output stay as they are
@@ -123,6 +128,8 @@ def quant_types(params: Mapping[str, Param], recipe: str, *, importance: bool = 
             quant_type = None if chosen.base == "NF4" else chosen.base
         elif chosen.file_type is None:
             pass  # our own recipes know one type
+        elif role == "attn_qkv":
+            quant_type = chosen.qkv or chosen.base
         elif role == "attn_v":
             place = Place(seen[role], attentions, shared)
             quant_type = chosen.v(place) if chosen.v else chosen.base

@@ -21,6 +21,7 @@ from torch import Tensor
 from tiercel.errors import FormatError, ModelNotFound
 from tiercel.families import from_gguf, from_hf
 from tiercel.families.family import Layout, Runs, TensorMapping
+from tiercel.families.rope import LONGROPE
 from tiercel.mixers.spec import Transform
 from tiercel.model.decoder import Decoder
 from tiercel.model.parameters import parameters
@@ -157,7 +158,7 @@ class Checkpoint:
 
     def _derived(self, name: str) -> bool:
         tied = self.layout.config.tied and name in ("lm_head.weight", "output.weight")
-        return tied or self._left_out(name) or name == "rope_freqs.weight" or name.endswith(DERIVED)
+        return tied or self._left_out(name) or name in ("rope_freqs.weight", *LONGROPE) or name.endswith(DERIVED)
 
     # ── Source ──
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tiercel.errors import RequestError, UnsupportedError
 from tiercel.families.family import Layout, TensorMapping, refuse
+from tiercel.families.rope import LONGROPE
 from tiercel.mixers.attention.rotary import frequencies
 from tiercel.mixers.spec import Transform
 from tiercel.model.decoder import Decoder
@@ -322,11 +323,19 @@ def _extra_gguf(source: Source, tensors: Iterable[OutTensor]) -> Iterator[OutTen
         yield replace(embed, name="output.weight", type=kind, rows=partial(_scaled_embedding, source, row))
     attention: Any = next((m for layer in config.layers for m in layer.mixers if getattr(m, "rope", None)), None)
     rope = getattr(attention, "rope", None)
-    if rope is not None and (rope.factors is not None or rope.scaling == "llama3"):
+    if rope is not None and rope.scaling == "longrope":
+        for name, factors in zip(LONGROPE, (rope.factors, rope.long_factors or rope.factors), strict=True):
+            divisors = torch.tensor(factors)
+            yield OutTensor(name, tuple(divisors.shape), "F32", partial(_rows_of, divisors))
+    elif rope is not None and (rope.factors is not None or rope.scaling == "llama3"):
         head_dim = attention.head_dim
         plain, _ = frequencies(replace(rope, scaling="none", factors=None), head_dim)
         divisors = plain / frequencies(rope, head_dim)[0]
         yield OutTensor("rope_freqs.weight", tuple(divisors.shape), "F32", lambda a, b: divisors[a:b])
+
+
+def _rows_of(x: Tensor, start: int, stop: int) -> Tensor:
+    return x[start:stop]
 
 
 def _scaled_embedding(source: Source, row: TensorMapping, start: int, stop: int) -> Tensor:

@@ -31,6 +31,8 @@ class AttentionConfig(MixerSpec):
     qk_norm: bool = False  # RMS norms on each head of q and k, before the rotation
     norm_all_heads: bool = False  # these norms are over all heads together
     output_gate: bool = False  # σ of a projection of the input times the output, before o
+    gate_heads: bool = False  # one number for each head instead, where there is an output gate
+    joined: bool = False  # files hold q, k and v in one matrix: quantized alike
 
     def __post_init__(self) -> None:
         check_sizes(self, "heads", "kv_heads", "head_dim")
@@ -44,11 +46,12 @@ class AttentionConfig(MixerSpec):
         for name, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads)):
             out += linear(
                 name, (heads * self.head_dim, width), f"{name}_proj", f"attn_{name}", bias=self.qkv_bias,
-                shard="column", reads_input=True, lora=True, role=f"attn_{name}",
+                shard="column", reads_input=True, lora=True, role="attn_qkv" if self.joined else f"attn_{name}",
             )  # fmt: skip
         if self.output_gate:
+            rows = self.heads * (1 if self.gate_heads else self.head_dim)
             out += linear(
-                "gate", (self.heads * self.head_dim, width), "gate_proj", "attn_gate", bias=self.qkv_bias,
+                "gate", (rows, width), "gate_proj", "attn_gate", bias=self.qkv_bias and not self.gate_heads,
                 shard="column", reads_input=True, lora=True, role="attn_q",
             )  # fmt: skip
         out += linear(

@@ -35,7 +35,8 @@ class Attention(nn.Module):
         self.k = Linear(width, config.kv_heads * P, config.qkv_bias)
         self.v = Linear(width, config.kv_heads * P, config.qkv_bias)
         if config.output_gate:
-            self.gate = Linear(width, config.heads * P, config.qkv_bias)
+            each = 1 if config.gate_heads else P
+            self.gate = Linear(width, config.heads * each, config.qkv_bias and not config.gate_heads)
         self.o = Linear(config.heads * P, width, config.out_bias)
         if config.qk_norm:
             heads = (config.heads, config.kv_heads) if config.norm_all_heads else (1, 1)
@@ -99,6 +100,8 @@ class Attention(nn.Module):
         """The output projection, after the gate where there is one."""
         if self.config.output_gate:
             gate_TI = precomputed[self.gate] if self.gate in precomputed else self.gate(h_TD)
+            if self.config.gate_heads:
+                gate_TI = gate_TI.repeat_interleave(self.config.head_dim, -1)
             y_TI = gate(gate_TI, y_TI, "sigmoid")
         return self.o(y_TI)
 

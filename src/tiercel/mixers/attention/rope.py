@@ -12,12 +12,12 @@ from tiercel.mixers.checks import check
 class RopeConfig:
     """Rotary position embedding (Su et al. 2021), rotate-half pairing.
 
-    scaling: none · linear · dynamic · llama3 · yarn · longrope  (names and formulas of transformers' rope_utils)
+    scaling: none · linear · dynamic · llama3 · yarn · longrope · proportional  (as in transformers)
     factors: per-frequency divisors where the file gives them (longrope, GGUF `rope_freqs.weight`)
     """
 
     theta: float = 10_000.0
-    fraction: float = 1.0  # share of the head dim that is rotated, from the front
+    fraction: float = 1.0  # share of the head dim that is rotated, from the front; proportional: of its frequencies
     scaling: str = "none"
     factor: float = 1.0
     original_length: int | None = None

@@ -26,7 +26,10 @@ def frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     scale = 1.0 if rope.attention_factor is None else rope.attention_factor
     if rope.factors is not None:
         f = f / torch.tensor(rope.factors, dtype=torch.float64)
-    if rope.scaling == "linear":
+    if rope.scaling == "proportional":  # pairs across the whole head, of which the slower ones stay
+        f = f / rope.factor
+        f[int(rope.fraction * head_dim // 2) :] = 0
+    elif rope.scaling == "linear":
         f = f / rope.factor
     elif rope.scaling == "llama3":
         f = _llama3(f, rope)
@@ -40,6 +43,8 @@ frequencies_of = lru_cache(maxsize=None)(frequencies)  # also keeps alive what a
 
 def rotated_dims(rope: RopeConfig, head_dim: int) -> int:
     """How many dims of a head turn, from the front; an even number."""
+    if rope.scaling == "proportional":
+        return head_dim // 2 * 2
     return int(head_dim * rope.fraction) // 2 * 2
 
 
