@@ -100,7 +100,8 @@ MIXERS = {"falcon_h1": "attention+mamba2", "llama": "attention", "qwen2": "atten
           "qwen3_5_moe": "gated_delta attention", "qwen3_next": "gated_delta attention",
           "olmo_hybrid": "gated_delta attention", "mamba": "mamba1/-",
           "mamba2": "mamba2/-", "bamba": "mamba2 attention", "jamba": "mamba1 attention",
-          "lfm2": "short_conv attention", "lfm2_moe": "short_conv/moe attention/moe",
+          "lfm2": "short_conv attention", "lfm3": "short_conv attention", "gemma3": "attention",
+          "phi3": "attention", "llava": "attention", "lfm2_moe": "short_conv/moe attention/moe",
           "nemotron_h": "mamba2/- attention/-", "granite": "mamba2/moe attention/moe",
           "pattern": "attention mamba2"}  # fmt: skip
 

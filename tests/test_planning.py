@@ -18,6 +18,7 @@ from tiercel.plan.machines import MACHINES, PROBES, Machine, from_probe, machine
 
 PUBLISHED = {  # reference: the makers' model cards and configs
     "lfm2:350m": 354_483_968, "lfm2:700m": 742_489_344, "lfm2:1.2b": 1_170_340_608, "lfm2-2.6b": 2_569_272_320,
+    "gemma3-270m": 268_098_176, "gemma3:1b": 999_885_952, "phi-4:14b": 14_659_507_200,
     "lfm2:8b-a1b": 8_339_929_856 + 22 * 32,  # and the biases of 22 routers
     "granite-4-h:350m": 340_332_224, "granite-4-h:1b": 1_461_538_368, "nemotron-3-nano:30b-a3b": 31_577_940_288,
     "falcon-mamba:7b": 7_272_665_088, "qwen3:0.6b": 596_049_920, "qwen3:4b": 4_022_468_096,

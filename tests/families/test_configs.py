@@ -361,3 +361,36 @@ def test_a_config_survives_its_own_json():
     for data in SEEDS:
         config = from_hf(data).config
         assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+GEMMA3 = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 7, "intermediate_size": 96}
+PHI3 = {"model_type": "phi3", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+LFM2 = {"model_type": "lfm2", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+LFM3 = {"model_type": "lfm3", "hidden_size": 64, "num_hidden_layers": 3}
+
+
+@pytest.mark.parametrize(
+    "config, change, names_it",
+    [
+        (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        (GEMMA3, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "a table for each of"),
+        (GEMMA3, {"sliding_window": None}, "sliding_window is null"),
+        (GEMMA3, {"layer_types": ["chunked_attention"] * 7}, "layer_types must name"),
+        (PHI3, {"rope_scaling": {"type": "ntk", "factor": 2}}, "'ntk'"),
+        (PHI3, {"mlp_bias": True}, "mlp_bias = True"),
+        (LFM2, {"block_use_swiglu": False}, "block_use_swiglu = False"),
+        (LFM2, {"conv_dim": 32}, "conv_dim = 32"),
+        (LFM2, {"layer_types": ["conv", "sliding_attention"]}, "layer_types must name"),
+        (LFM2, {"model_type": "lfm2_moe"}, "'layer_types' is missing"),
+        (LFM3, {"rope_theta": 1e6}, "rope_theta = 1000000.0"),
+        (LFM3, {"num_experts": 8}, "num_experts = 8"),
+        ({"model_type": "llava", "text_config": {"model_type": "opt"}}, {}, "'opt' is not supported in llava"),
+    ],
+)
+def test_what_these_families_do_not_have_is_refused_by_name(config, change, names_it):
+    from_hf(config) if change else None
+    with pytest.raises(FormatError) as error:
+        from_hf(config | change)
+    assert names_it in str(error.value) and "\n" not in str(error.value)

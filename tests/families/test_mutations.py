@@ -118,7 +118,7 @@ FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("gemma3-tied", {"sliding_window": 18}),
     ("lfm3-all", {"sliding_window": 16}),
     ("phi3-partial", {"sliding_window": 20}),
-    ("gemma3-biases", {"hidden_activation": "gelu_pytorch_tanh"}),
+    ("gemma3-biases", {"hidden_activation": "silu"}),
     ("lfm2-tied", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
 ]
 

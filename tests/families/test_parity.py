@@ -194,3 +194,28 @@ def test_the_text_part_of_a_checkpoint_with_a_vision_tower(built: Callable, tmp_
     with pytest.warns(UserWarning, match=r"2 tensors are left out, they are not read: model\.visual\.\*, mtp\.\*"):
         network = tiercel.load(folder, dtype="float32").network
     assert apart(network(tokens), model.logits(tokens)) < PARITY
+
+
+@pytest.mark.parametrize("name, outer", [("gemma3-tied", "gemma3"), ("mistral-full", "llava")])
+@pytest.mark.parametrize("new", [False, True], ids=["4.x", "5.x"])
+@torch.no_grad()
+def test_the_text_part_of_a_vision_checkpoint_loads_alike(
+    name: str, outer: str, new: bool, built: Callable, tmp_path: Path
+) -> None:
+    model, tokens = built(name), nasty.tokens(60, seed=8)
+    folder = nasty.copy(model.folder, tmp_path / "vision")
+
+    def inside(config: dict[str, Any]) -> None:
+        text = dict(config)
+        config.clear()
+        config.update(model_type=outer, text_config=text, vision_config={"hidden_size": 8}, tie_word_embeddings=True)
+
+    def prefixed(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            inner = key.replace("model.", "model.language_model.", 1) if new else f"language_model.{key}"
+            tensors[inner] = tensors.pop(key)
+        tensors["vision_tower.patch.weight"] = torch.ones(2, 2)
+
+    nasty.edit_config(folder, inside)
+    nasty.edit_tensors(folder, prefixed)
+    assert apart(tiercel.load(folder, dtype="float32").network(tokens), model.logits(tokens)) < PARITY

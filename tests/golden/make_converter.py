@@ -32,6 +32,7 @@ def convert(name: str, folder: Path) -> dict[str, object]:
     """Names, shapes and types of the tensors and the metadata in the converter's file."""
     source, out = nano.build(name, folder / name), folder / f"{name}.gguf"
     (source / "tokenizer.json").write_text(json.dumps(VOCAB_JSON))
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
     sys.argv = ["convert_hf_to_gguf.py", str(source), "--outfile", str(out), "--outtype", "f32"]
     if name.startswith(("qwen35", "qwen3next")):
         sys.argv.append("--no-mtp")  # else it asks for the tensors of a prediction head

@@ -87,7 +87,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         rope_scaling={"rope_type": "linear", "factor": 2.5}, attention_bias=False, tie_word_embeddings=True,
     ),
     "phi3": _ATTENTION | dict(
-        model_type="phi3", architectures=["Phi3ForCausalLM"], rms_norm_eps=1e-4, sliding_window=None,
+        model_type="phi3", architectures=["Phi3ForCausalLM"], rms_norm_eps=1e-4, sliding_window=None, pad_token_id=0,
         original_max_position_embeddings=512, rope_parameters=_ROPE | {
             "rope_type": "longrope", "partial_rotary_factor": 0.75, "original_max_position_embeddings": 512,
             "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5], "long_factor": [1.2, 1.5, 2.0, 3.0, 4.0, 6.0],

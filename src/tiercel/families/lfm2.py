@@ -135,7 +135,7 @@ def read_lfm3(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Tenso
         max_length=fixed_length(ropes["full_attention"], context),
     )
     f.done()
-    return config, rows(config, names={"gate.weight": "g_proj.weight"})
+    return config, rows(config, names={})
 
 
 def read_conv(f: Fields, width: int, *, taps: int) -> ShortConvConfig:
@@ -194,7 +194,7 @@ def rows(config: ModelConfig, names: Mapping[str, str] = ATTENTION_NAMES) -> Ite
                 name = f"{hf}.post_{theirs}_norm.weight"
                 yield TensorMapping(f"layers.{i}.{ours}_post_norm.weight", name, None, keep_fp32=True)
         if isinstance(mixer, AttentionConfig):
-            other = {"gate.weight": (f"{hf}.self_attn.gate_proj.weight",)}  # in published files
+            other = {"gate.weight": (f"{hf}.self_attn.g_proj.weight",)}  # the module's name
             yield from module_rows(i, mixer, config.width, f"{hf}.self_attn", names=names, aliases=other)
         else:
             yield from module_rows(i, mixer, config.width, f"{hf}.conv")

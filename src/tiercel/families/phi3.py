@@ -157,6 +157,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "original_max_position_embeddings": attention.rope.original_length or config.max_length,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
+        "pad_token_id": None,  # else transformers pads with 32000, whatever the vocabulary
     } | write_rope(attention.rope)
 
 

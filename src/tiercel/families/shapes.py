@@ -164,6 +164,16 @@ def _experts(ffn: int, experts: int, active: int) -> dict[str, Any]:
 GRANITE_40 = "5 15 25 35"  # layers with attention of the 40-layer models
 NEMOTRON_3_NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 
+
+def _gemma3(layers: int, width: int, ffn: int, heads: int, kv_heads: int, window: int, **others: Any) -> dict[str, Any]:
+    """Gemma 3's text configs; what they leave out has the class's own value."""
+    return {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": width,
+        "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "sliding_window": window, "rope_theta": 1_000_000.0, **others,
+    }  # fmt: skip
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "falcon-h1:90m": _falcon_h1(24, 512, 768, 8, 64, (24, 32, 64), 32768, 262144, False, tie_word_embeddings=True,
                                 embedding_multiplier=0.11083984375, lm_head_multiplier=0.078125, key_multiplier=1.0,
@@ -215,6 +225,21 @@ SHAPES: dict[str, dict[str, Any]] = {
         moe_intermediate_size=1792, num_experts=32, num_experts_per_tok=4, num_dense_layers=2, norm_topk_prob=True,
         use_expert_bias=True, routed_scaling_factor=1.0,
     ),
+    "lfm3:1.7b": {"architectures": ["Lfm3ForCausalLM"], "model_type": "lfm3"},  # the class's own defaults
+    "gemma3:270m": _gemma3(18, 640, 2048, 4, 1, 512, vocab_size=262144, max_position_embeddings=32768),
+    "gemma3:1b": _gemma3(26, 1152, 6912, 4, 1, 512, vocab_size=262144, max_position_embeddings=32768),
+    "gemma3:4b": _gemma3(34, 2560, 10240, 8, 4, 1024, rope_scaling={"rope_type": "linear", "factor": 8.0}),
+    "gemma3:12b": _gemma3(48, 3840, 15360, 16, 8, 1024, rope_scaling={"rope_type": "linear", "factor": 8.0}),
+    "gemma3:27b": _gemma3(62, 5376, 21504, 32, 16, 1024, rope_scaling={"rope_type": "linear", "factor": 8.0},
+                          head_dim=128, query_pre_attn_scalar=168),
+    "phi-4:14b": {
+        "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "vocab_size": 100352, "hidden_size": 5120,
+        "intermediate_size": 17920, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 10,
+        "rms_norm_eps": 1e-5, "rope_theta": 250_000.0, "max_position_embeddings": 16384, "tie_word_embeddings": False,
+        "original_max_position_embeddings": 16384,
+    },
+    "apriel-1.5:15b": _llama(48, 5120, 14336, 32, 8, 131072, architectures=["MistralForCausalLM"], model_type="mistral",
+                             head_dim=128, rope_theta=1e9, max_position_embeddings=131072, sliding_window=None),
     "lfm2:350m": _lfm2(16, 1024, 6656, 16),
     "lfm2:700m": _lfm2(16, 1536, 10240, 24),
     "lfm2:1.2b": _lfm2(16, 2048, 12288, 32),
@@ -266,12 +291,15 @@ HUB_IDS = {f"tiiuae/falcon-h1-{size}": f"falcon-h1:{size}" for size in "0.5b 1.5
     "allenai/olmo-hybrid-7b": "olmo-hybrid:7b", "qwen/qwen3.8-27b": "qwen3.5:27b",
 } | {f"qwen/{name.replace(':', '-')}": name for name in SHAPES if name.startswith("qwen")} | {
     f"liquidai/lfm2-{size}": f"lfm2:{size}" for size in "350m 700m 1.2b 2.6b 8b-a1b".split()
+} | {f"google/gemma-3-{size}": f"gemma3:{size}" for size in "270m 1b 4b 12b 27b".split()} | {
+    "liquidai/lfm3-1.7b": "lfm3:1.7b", "microsoft/phi-4": "phi-4:14b",
+    "servicenow-ai/apriel-1.5-15b-thinker": "apriel-1.5:15b",
 } | {f"ibm-granite/granite-4.0-h-{size}": f"granite-4-h:{size}" for size in "350m 1b micro tiny small".split()} | {
     "nvidia/nvidia-nemotron-3-nano-30b-a3b": "nemotron-3-nano:30b-a3b",
     "nvidia/nvidia-nemotron-3-nano-30b-a3b-bf16": "nemotron-3-nano:30b-a3b",
 }  # fmt: skip
 HUB_IDS |= {name.replace(":", "-"): name for name in SHAPES}
-VARIANTS = ("-gguf", "-instruct", "-base", "-chat", "-hf")
+VARIANTS = ("-gguf", "-it", "-instruct", "-base", "-chat", "-hf")
 
 
 def find(name: str) -> dict[str, Any] | None:
