@@ -365,7 +365,7 @@ def test_a_config_survives_its_own_json():
 
 GEMMA3 = {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 7, "intermediate_size": 96}
 PHI3 = {"model_type": "phi3", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
-LFM2 = {"model_type": "lfm2", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+LFM2 = {"model_type": "lfm2", "hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 2}
 LFM3 = {"model_type": "lfm3", "hidden_size": 64, "num_hidden_layers": 3}
 
 

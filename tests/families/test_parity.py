@@ -218,4 +218,6 @@ def test_the_text_part_of_a_vision_checkpoint_loads_alike(
 
     nasty.edit_config(folder, inside)
     nasty.edit_tensors(folder, prefixed)
-    assert apart(tiercel.load(folder, dtype="float32").network(tokens), model.logits(tokens)) < PARITY
+    with pytest.warns(UserWarning, match="left out"):
+        network = tiercel.load(folder, dtype="float32").network
+    assert apart(network(tokens), model.logits(tokens)) < PARITY
