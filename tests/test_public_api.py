@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +56,21 @@ def test_the_modules_that_users_import_are_there():
     from tiercel.llm import LLM, Model, load
 
     assert (LLM, Model, load) == (tiercel.LLM, tiercel.Model, tiercel.load)
+
+
+def public_functions():
+    """Functions of `tiercel.__all__`, and the public methods of its classes but exceptions."""
+    for name in tiercel.__all__:
+        thing = getattr(tiercel, name)
+        if inspect.isfunction(thing):
+            yield name, thing
+        elif not issubclass(thing, Exception):
+            yield from ((f"{name}.{n}", f) for n, f in vars(thing).items() if inspect.isfunction(f) and n[0] != "_")
+
+
+@pytest.mark.parametrize("name, function", public_functions(), ids=lambda value: value if type(value) is str else "")
+def test_a_docstring_names_every_argument_and_what_is_returned(name, function):
+    doc, signature = inspect.getdoc(function) or "", inspect.signature(function)
+    arguments = [argument for argument in signature.parameters if argument != "self"]
+    assert [a for a in arguments if not re.search(rf"^    {a}: ", doc.partition("Args:")[2], re.M)] == []
+    assert signature.return_annotation == "None" or "Returns:\n" in doc or (not arguments and doc.startswith("Return "))

@@ -103,7 +103,7 @@ class Model:
 
     @property
     def text(self) -> Tokenizer | None:
-        """Alias of `tokenizer`, its name in version 0.1."""
+        """Return `tokenizer`, by its name in version 0.1."""
         return self.tokenizer
 
     @text.setter
@@ -112,6 +112,7 @@ class Model:
 
     @property
     def config(self) -> ModelConfig:
+        """Return the network as data."""
         return self.network.config
 
     @cached_property
@@ -121,9 +122,18 @@ class Model:
         return Engine(self, drafter=drafter, num_speculative_tokens=self.num_speculative_tokens)
 
     def load_adapter(self, name: str, path: str | Path, *, lock: AbstractContextManager[Any] | None = None) -> None:
-        """Hold a LoRA adapter (a folder in PEFT's form) under a name, to be named by `generate(…, adapter=name)`.
+        """Load a LoRA adapter, to be named by `generate(…, adapter=name)`.
 
-        lock: of an engine that is not the model's own.  Raises ModelNotFound, FormatError, UnsupportedError.
+        Args:
+            name: what requests call it.
+            path: a folder in PEFT's form.
+            lock: held while it is put in; of an engine that is not the model's own.
+
+        Raises:
+            ModelNotFound: there is no such folder.
+            FormatError: it is no LoRA adapter, or of another model.
+            UnsupportedError: it holds what is not understood, by name.
+            RequestError: another adapter has that name, or the model is tensor-parallel.
         """
         from tiercel.weights.adapters import read
 
@@ -135,7 +145,14 @@ class Model:
             held[name] = adapter
 
     def unload_adapter(self, name: str) -> None:
-        """Unload an adapter.  RequestError when there is none of that name, or a running request uses it."""
+        """Unload an adapter.
+
+        Args:
+            name: as given to `load_adapter`.
+
+        Raises:
+            RequestError: there is none of that name, or a running request uses it.
+        """
         with self.engine.between_steps():
             if name in self.network.adapters and self.engine.adapter_in_use(name):
                 raise RequestError(f"the adapter {name!r} is in use by a running request")
@@ -147,7 +164,18 @@ class Model:
         return list(self.network.adapters)
 
     def logits(self, ids: Sequence[int] | Tensor, *, adapter: str | None = None) -> Tensor:
-        """Token ids (L,) → logits of every next token (L, V), float32, no gradients."""
+        """Compute the logits of every next token, without gradients.
+
+        Args:
+            ids: token ids (L,).
+            adapter: name of a loaded LoRA adapter.
+
+        Returns:
+            (L, V) float32.
+
+        Raises:
+            RequestError: an id outside the vocabulary, or no such adapter.
+        """
         adapter = adapter or self.adapter
         with torch.no_grad():
             tokens = torch.as_tensor(ids, dtype=torch.long, device=self.network.embed.weight.device)
@@ -156,13 +184,29 @@ class Model:
             return logits_LV
 
     def session(self, *, adapter: str | None = None) -> Session:
-        """A conversation's memory; see `engine.session.Session`."""
+        """Begin a conversation whose state is kept between turns.
+
+        Args:
+            adapter: name of a loaded LoRA adapter.
+
+        Returns:
+            A session of this model's engine (`engine.session.Session`).
+        """
         return Session(self.engine, adapter=adapter or self.adapter)
 
     def encode(self, prompt: Prompt, *, raw: bool = False, **template: Any) -> list[int]:
-        """Token ids of a prompt: messages, or text put as a user's message where the model has a chat template.
+        """Tokenize a prompt; text becomes a user's message where the model has a chat template.
 
-        raw: text as it is.  Token ids stay what they are.  Further arguments go to the template.
+        Args:
+            prompt: text, messages, or token ids, which stay what they are.
+            raw: leave the chat template out.
+            template: variables of the template (enable_thinking, tools, …).
+
+        Returns:
+            Token ids.
+
+        Raises:
+            RequestError: the model has no tokenizer, or messages that its template refuses.
         """
         if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
             return list(prompt)  # type: ignore[arg-type]
@@ -179,7 +223,7 @@ class Model:
         return f" ({Tokenizer.why_none(path)})" if path is not None and path.is_dir() else ""
 
     def default_params(self) -> SamplingParams:
-        """What the checkpoint's generation_config.json recommends, else temperature 0.8, top_p 0.9, top_k 40."""
+        """Return what generation_config.json recommends, else temperature 0.8, top_p 0.9, top_k 40."""
         return SamplingParams(max_tokens=None, **(self.defaults or {"temperature": 0.8, "top_p": 0.9, "top_k": 40}))
 
     def pieces(
@@ -193,9 +237,23 @@ class Model:
         adapter: str | None = None,
         **more: Any,
     ) -> tuple[Iterator[Piece], Session]:
-        """The answer as it comes, reasoning apart, and the session; its `last` describes the answer.
+        """Stream an answer in pieces, reasoning apart.
 
-        think: asks the template for reasoning, or for none (`enable_thinking`, the name templates use).
+        Args:
+            prompt: text, messages for the chat template, or token ids.
+            params: sampling parameters; the model's defaults without.
+            raw: leave the chat template out.
+            think: ask the template for reasoning, or for none (`enable_thinking`, the name templates use).
+            session: the conversation to go on with; a new one without.
+            adapter: name of a loaded LoRA adapter, of a new session.
+            more: further arguments of `Session.generate`.
+
+        Returns:
+            The pieces, and the session, whose `last` describes the answer.
+
+        Raises:
+            RequestError: parameters or a prompt that cannot be served.
+            ContextOverflow: a prompt longer than the context.
         """
         ids = self.encode(prompt, raw=raw, **({} if think is None else {"enable_thinking": think}))
         chat = not raw and self.tokenizer is not None and self.tokenizer.has_template and not _is_ids(prompt)
@@ -209,7 +267,21 @@ class Model:
     def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, adapter: str | None = None
     ) -> Answer:
-        """The whole answer: a string with its reasoning, tokens, times and finish reason."""
+        """Generate a whole answer.
+
+        Args:
+            prompt: text, messages for the chat template, or token ids.
+            params: sampling parameters; the model's defaults without.
+            raw: leave the chat template out.
+            adapter: name of a loaded LoRA adapter.
+
+        Returns:
+            The text, with its reasoning, tokens, times and finish reason.
+
+        Raises:
+            RequestError: parameters or a prompt that cannot be served.
+            ContextOverflow: a prompt longer than the context.
+        """
         pieces, session = self.pieces(prompt, params, raw=raw, adapter=adapter)
         for _ in pieces:
             pass
@@ -219,7 +291,21 @@ class Model:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, raw: bool = False, adapter: str | None = None
     ) -> Iterator[str]:
-        """The answer's text as it comes (without the reasoning: `pieces` has both)."""
+        """Stream an answer's text, without the reasoning (`pieces` has both).
+
+        Args:
+            prompt: text, messages for the chat template, or token ids.
+            params: sampling parameters; the model's defaults without.
+            raw: leave the chat template out.
+            adapter: name of a loaded LoRA adapter.
+
+        Returns:
+            Parts of the text, never half a character.
+
+        Raises:
+            RequestError: parameters or a prompt that cannot be served.
+            ContextOverflow: a prompt longer than the context.
+        """
         pieces, _ = self.pieces(prompt, params, raw=raw, adapter=adapter)
         return (piece.text for piece in pieces if piece.kind == "text")
 
@@ -233,7 +319,22 @@ class Model:
         think: bool | None = None,
         **more: Any,
     ) -> Vote:
-        """Many answers to one prompt, and the one that they agree on; see `voting.vote` for the further arguments."""
+        """Sample several answers to one prompt and choose by vote.
+
+        Args:
+            prompt: text, messages for the chat template, or token ids.
+            settings: how many answers, and how they are weighed.
+            params: sampling parameters; the model's defaults without.
+            raw: leave the chat template out.
+            think: ask the template for reasoning, or for none.
+            more: further arguments of `voting.vote`.
+
+        Returns:
+            The answer that wins, the table of the others, and what each cost.
+
+        Raises:
+            RequestError: parameters or a prompt that cannot be served.
+        """
         ids = self.encode(prompt, raw=raw, **({} if think is None else {"enable_thinking": think}))
         chat = not raw and self.tokenizer is not None and self.tokenizer.has_template and not _is_ids(prompt)
         starts = chat and self.tokenizer is not None and self.tokenizer.opens_thinking(ids)
@@ -241,7 +342,19 @@ class Model:
         return vote(self, ids, settings, params, thinking="auto" if chat else "off", starts_in_thinking=starts, **more)
 
     def export(self, out: str | Path, *, dtype: str | None = None) -> Path:
-        """Write the network as it is now: a .gguf file or a Hugging Face folder."""
+        """Write the network as it is now.
+
+        Args:
+            out: a name that ends in .gguf, or a Hugging Face folder.
+            dtype: of the matrices; as they are held without.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            UnsupportedError: the format cannot express the model.
+            RequestError: the model is tensor-parallel, or `out` is what it was loaded from.
+        """
         self._check_whole("cannot be written")
         return export(NetworkSource(self.network, self.layout, self.tokenizer), out, dtype=dtype, name=self.name)
 
@@ -269,20 +382,34 @@ def load(
     tensor_parallel: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """A model by path, short name or hub name; the small reasoner that comes with this package without one.
+    """Load a model by path, short name or hub name; without one the small reasoner of this package.
 
-    name: a folder with config.json and safetensors, a .gguf file, a pattern file (.json, .toml: fresh weights), a
-    short name such as "smollm2" (pulled when missing) or "org/repo".
-    dtype: "auto" as stored, or float32, bfloat16, float16.  max_length: a smaller context than the model's.
-    quantize: "q4_k_m", "q8_0", "int8", "nf4", …: packed while it is read, so that little more memory is needed;
-        "fp8", on a GPU alone: e4m3 with a scale for each output, and inputs with one for each token.
-    adapters: LoRA adapters to hold beside it, name → folder in PEFT's form; see `Model.load_adapter`.
-    exact: inputs of packed matrices are not rounded to eight bits: slower, and as if the weights were unpacked.
-    device: "cpu", or "cuda" for one GPU.
-    draft_model: a smaller model of the same vocabulary, by any such name: it proposes tokens that this one verifies;
-    no token of an answer changes.  num_speculative_tokens: proposed at once, 1 to 7; by default as many as pay.
-    tensor_parallel: processes of this machine that share each layer of an unquantized model on the CPU, by torch.
-    Raises ModelNotFound, FormatError, UnsupportedError, RequestError, DoesNotFit, Offline.
+    Args:
+        name: a folder with config.json and safetensors, a .gguf file, a pattern file (.json, .toml: fresh weights), a
+            short name such as "smollm2" (pulled when missing) or "org/repo".
+        dtype: "auto" as stored, or float32, bfloat16, float16.
+        quantize: "q4_k_m", "q8_0", "int8", "nf4", …: packed while it is read, so that little more memory is needed;
+            "fp8", on a GPU alone: e4m3 with a scale for each output, and inputs with one for each token.
+        exact: inputs of packed matrices are not rounded to eight bits: slower, and as if the weights were unpacked.
+        max_length: a smaller context than the model's, in tokens.
+        device: "cpu", or "cuda" for one GPU.
+        adapters: LoRA adapters to hold beside it, name → folder in PEFT's form; see `Model.load_adapter`.
+        draft_model: a smaller model of the same vocabulary, by any such name: it proposes tokens that this one
+            verifies; no token of an answer changes.
+        num_speculative_tokens: proposed at once, 1 to 7; by default as many as pay.
+        tensor_parallel: processes of this machine that share each layer of an unquantized model on the CPU, by torch.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        The network and its tokenizer, ready to run.
+
+    Raises:
+        ModelNotFound: there is no such path or name.
+        Offline: it must be pulled, and there is no network.
+        FormatError: a file is damaged or no model.
+        UnsupportedError: a model or field that is not understood, by name.
+        RequestError: arguments that do not go together.
+        DoesNotFit: there is less free memory than it takes.
     """
     fp8 = quantize == "fp8"
     if fp8 and device == "cpu":

@@ -148,9 +148,11 @@ class LLM:
         self.seed, self._count = seed, 0
 
     def get_tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer; None without one."""
         return self.model.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
+        """Return what the checkpoint recommends."""
         return self.model.default_params()
 
     def generate(
@@ -161,9 +163,19 @@ class LLM:
         use_tqdm: bool = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
-        """prompts: one or a list of: text (as it is, no template), {"prompt": …}, {"prompt_token_ids": […]}.
+        """Complete prompts, all at once.
 
-        lora_request: the adapter of all prompts, or one for each.
+        Args:
+            prompts: one or a list of: text (as it is, no template), {"prompt": …}, {"prompt_token_ids": […]}.
+            sampling_params: of all prompts, or one for each; vLLM's defaults without.
+            use_tqdm: show a progress bar.
+            lora_request: the adapter of all prompts, or one for each.
+
+        Returns:
+            One output for each prompt, in their order.
+
+        Raises:
+            RequestError: a prompt or parameters that cannot be served.
         """
         if isinstance(prompts, (str, dict)):
             prompts = [prompts]
@@ -177,7 +189,21 @@ class LLM:
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         **template: Any,
     ) -> list[RequestOutput]:
-        """messages: one conversation or a list of them; rendered with the model's chat template."""
+        """Answer conversations, all at once.
+
+        Args:
+            messages: one conversation or a list of them; rendered with the model's chat template.
+            sampling_params: of all conversations, or one for each; vLLM's defaults without.
+            use_tqdm: show a progress bar.
+            lora_request: the adapter of all conversations, or one for each.
+            template: variables of the template (tools, enable_thinking, …).
+
+        Returns:
+            One output for each conversation, in their order.
+
+        Raises:
+            RequestError: no tokenizer, or messages or parameters that cannot be served.
+        """
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         tokenizer = self.model.tokenizer
         if tokenizer is None:

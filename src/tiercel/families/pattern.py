@@ -48,10 +48,36 @@ def pattern(
     norm_eps: float = 1e-5,
     chunk: int = 128,
 ) -> ModelConfig:
-    """A ModelConfig from a list of layer words, repeated.  Sizes that are not given follow the width.
+    """Describe a network by a list of layer words, repeated.  Sizes that are not given follow the width.
 
-    rope_theta None: attention without positions (recurrent layers carry the order).
-    Raises RequestError for a word that is not known and FormatError for sizes that cannot be.
+    Args:
+        layers: words: "mamba2", "attention+mamba2" (side by side), "attention/moe", "mamba2/-" (no feed-forward), …
+        width: of the residual stream.
+        vocab_size: tokens.
+        repeat: how often the words follow each other.
+        heads: of attention.
+        kv_heads: heads of keys and values; as many as `heads` without.
+        head_dim: channels of an attention head.
+        window: tokens that attention sees; all without.
+        rope_theta: base of the rotary embedding; None: no positions (recurrent layers carry the order).
+        state: state size of recurrent layers.
+        groups: of Mamba-2's B and C.
+        expand: inner width of recurrent layers over the width.
+        mamba_head_dim: channels of a Mamba-2 head.
+        ffn_width: hidden channels of a feed-forward or an expert; four times the width without.
+        experts: of a mixture.
+        active: experts of a token.
+        tied: whether the embedding is the head, too.
+        max_length: the context in tokens.
+        norm_eps: of all norms.
+        chunk: tokens after which a recurrent state is committed at the latest.
+
+    Returns:
+        The network as data, for a pattern file or `Decoder`.
+
+    Raises:
+        RequestError: a word that is not known.
+        FormatError: sizes that cannot be.
     """
     words = layers.split() if isinstance(layers, str) else [str(word) for word in layers]
     if not words or not 0 < repeat * len(words) <= MAX_LAYERS:

@@ -217,7 +217,11 @@ class SamplingParams:
         self.verify()
 
     def verify(self) -> None:
-        """Check every field again (they may be assigned) and convert each to its plain type.  Raises RequestError."""
+        """Check every field again (they may be assigned) and convert each to its plain type.
+
+        Raises:
+            RequestError: a value out of its range, by name.
+        """
         for part in dataclasses.fields(self):
             value = getattr(self, part.name)
             if part.name == "max_tokens" and value is None:
