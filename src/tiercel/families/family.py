@@ -44,6 +44,11 @@ class TensorMapping:
     hf_order: Transform | None = None  # heads change places, before `hf_form`
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All names of the Hugging Face tensor where it is one."""
+        return tuple(name for name in (self.hf, *self.aliases) if isinstance(name, str))
+
+    @property
     def hf_forms(self) -> tuple[Transform, ...]:
         """From ours to the Hugging Face tensor."""
         return tuple(form for form in (self.hf_order, self.hf_form) if form is not None)

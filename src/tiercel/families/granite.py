@@ -309,7 +309,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
     if c is not None:
         kinds = {AttentionConfig: "full_attention", Mamba2Config: "linear_attention"}
         out |= {
-            "layer_types": [kinds[type(layer.mixers[0])] for layer in config.layers],  # type: ignore[index]
+            "layer_types": [kinds[type(layer.mixers[0])] for layer in config.layers],
             "position_embedding_type": "rope" if attention.rope else None,
             "mamba_n_heads": c.heads,
             "mamba_d_head": c.head_dim,

@@ -300,7 +300,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "model_type": "nemotron_h",
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
-        "layers_block_type": [names[type(layer.parts[0])] for layer in config.layers],  # type: ignore[index]
+        "layers_block_type": [names[type(layer.parts[0])] for layer in config.layers],
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads,
         "head_dim": attention.head_dim,

@@ -55,7 +55,7 @@ def linear_rows(layout: Layout) -> dict[str, TensorMapping]:
     found: dict[str, TensorMapping] = {}
     for row in layout.rows:
         if isinstance(row.hf, str) and row.ours in matrices and row.ours.endswith(".weight"):
-            for name in (row.hf, *row.aliases):
+            for name in row.names:
                 found[name.removesuffix(".weight")] = row
     if layout.config.tied:
         found.pop("lm_head", None)

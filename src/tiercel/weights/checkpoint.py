@@ -266,8 +266,7 @@ def _has_another_head(layout: Layout, tensors: Mapping[str, Stored]) -> bool:
     if head is None:
         return False
     row = next(row for row in layout.rows if row.ours == "embed.weight")
-    assert isinstance(row.hf, str)
-    embed = next((tensors[name] for name in (row.hf, *row.aliases) if name in tensors), None)
+    embed = next((tensors[name] for name in row.names if name in tensors), None)
     if embed is None or head.shape != embed.shape:
         return embed is not None
     step = max(1, COMPARED_VALUES // math.prod(head.shape[1:]))
