@@ -315,6 +315,7 @@ def test_shares_that_cannot_be(keep, layers, words):
         ({"keep": "1"}, "--keep-attention is a share from 0 to less than 1, not 1"),
         ({"choose": "best"}, "--choose 'best' is not known; choose from even, measured"),
         ({"length": 1}, "length must be at least 2, not 1"),
+        ({"match_lr": 0.0}, "match_lr must be positive, not 0.0"),
     ],
 )
 def test_settings_that_cannot_be(changes, words):
@@ -334,6 +335,9 @@ def test_other_refusals(folder, data, tmp_path):
         run(files=())
     with pytest.raises(FormatError, match=r"missing\.jsonl cannot be read"):
         run(files=[tmp_path / "missing.jsonl"])
+    with pytest.raises(FormatError, match=r"absent\.jsonl cannot be read"):  # before anything is measured or trained
+        hybridize(folder, [data], settings(tmp_path / "p"), conversion(), sft=tmp_path / "absent.jsonl", checks=CHECKS)
+    assert not (tmp_path / "p" / "hybridize.json").exists()
     none = tiny.checkpoint(tmp_path / "none", "mamba2 mamba1")
     with pytest.raises(RequestError, match="has no attention to replace"):
         run(none)

@@ -14,7 +14,7 @@ from tiercel.errors import RequestError
 
 
 @takes_options(
-    "epochs", "compile", lr=(Annotated[float, typer.Option(help="The highest learning rate of distilling.")], 5e-4),
+    "epochs", "compile", lr=(Annotated[float, typer.Option(help="The highest learning rate of distilling.")], 3e-4),
     steps=(Annotated[int, typer.Option(help="Steps of distilling.")], 1000),
     seed=(Annotated[int, typer.Option(help="Of new parameters, sampled text and the order of the data.")], 0),
     save_every=(Annotated[int, typer.Option(help="Steps between checkpoints to resume from; 0: at the end.")], 100),

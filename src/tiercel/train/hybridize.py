@@ -16,6 +16,7 @@ with its log and checkpoints; a stage that is done is not done again.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -85,6 +86,9 @@ class Conversion:
         for name, least in (("match_steps", 0), ("sft_steps", 1), ("calibration", 1), ("rows", 1), ("length", 2)):
             if getattr(self, name) < least:
                 raise RequestError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("match_lr", "sft_lr"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise RequestError(f"{name} must be positive, not {getattr(self, name)}")
 
     def kept(self, layers: int, model: str) -> int:
         """How many of so many layers with attention keep it.
@@ -154,6 +158,7 @@ def hybridize(
         say(f"reading {len(data)} files" + (f", writing {sample} rows" if sample else ""))
         files = [*data, *_sampled(model, out, sample, conversion, settings.device)]
         learned, held = _documents(files, held_out, tokenizer, conversion)
+        talks = None if sft is None else read_documents(sft, tokenizer).fit_rows(conversion.length, cut=False)
         batches = partial(Batches, learned, rows=conversion.rows, length=conversion.length, seed=conversion.seed)
         stream = batches()
         calibration = [next(stream).to(settings.device) for _ in range(conversion.calibration)]
@@ -167,7 +172,7 @@ def hybridize(
         network, places = convert(teacher, replaced, conversion.mixer, calibration, conversion.seed)
         say(f"attention stays in layers {record['kept']} of {layers}")
         matching = matching_loss(teacher, places)
-        stages = _train(network, teacher, settings, conversion, batches, held, matching, sft, tokenizer)
+        stages = _train(network, teacher, settings, conversion, batches, held, matching, talks)
         hybrid = Layout(PATTERN, network.config, tuple(pattern_rows(network.config)))
         after = measure(network, held, settings, checks)
         start.finish(network, tokenizer, hybrid, out)
@@ -187,8 +192,7 @@ def _train(
     batches: Any,
     held: Documents,
     matching: Loss,
-    sft: Path | None,
-    tokenizer: Tokenizer | None,
+    talks: Documents | None,
 ) -> dict[str, dict[str, Any]]:
     """Run the stages; name → what `start.report` has of each."""
     assert settings.out is not None
@@ -199,8 +203,7 @@ def _train(
         ("match", c.match_steps, c.match_lr, matching, batches),
         ("distil", settings.steps, settings.lr, distilling, batches),
     ]
-    if sft is not None:
-        talks = read_documents(sft, tokenizer).fit_rows(c.length, cut=False)
+    if talks is not None:
         talk = partial(Batches, talks, rows=c.rows, length=c.length, seed=c.seed)
         plans.append(("sft", c.sft_steps, c.sft_lr, next_token_loss, talk))
     copied = {name for name, _ in teacher.named_parameters()}
