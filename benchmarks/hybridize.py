@@ -1,6 +1,6 @@
 """The reasoner as a 3 : 1 hybrid, made on this machine by `tiercel hybridize`: what it keeps of its accuracy.
 
-    python benchmarks/hybridize.py OUT [--each 40] [--steps 250] [--keep 1/4] [--mixer gated_delta]
+    python benchmarks/hybridize.py OUT [--each 20] [--steps 70] [--sft-steps 60] [--keep 1/4]
 
 Six of its eight attention mixers become a gated delta rule, beside the Mamba-2 that every layer has.  It learns from
 conversations of `tiercel.problems`, none of which is in a test set; killed, the same command goes on.  Accuracy is that
@@ -30,7 +30,7 @@ from tiercel.train.hybrid_report import Checks  # noqa: E402
 from tiercel.train.hybridize import Conversion, hybridize  # noqa: E402
 from tiercel.train.loop import Settings  # noqa: E402
 
-LENGTH = 256
+LENGTH, TOKENS = 256, 614_400  # of a row; of the data
 
 
 def learned(path: Path, seed: int, tokens: int) -> None:
@@ -53,11 +53,12 @@ def accuracy(model: Any, each: int) -> dict[str, float]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path)
-    p.add_argument("--each", type=int, default=40, help="problems of a family")
+    p.add_argument("--each", type=int, default=20, help="problems of a family")
     p.add_argument("--rows", type=int, default=8, help=f"rows of {LENGTH} tokens in a step")
     p.add_argument("--match-steps", type=int, default=50)
-    p.add_argument("--steps", type=int, default=250)
-    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--steps", type=int, default=70)
+    p.add_argument("--sft-steps", type=int, default=60, help="on the same conversations; 0: none")
+    p.add_argument("--lr", type=float, default=3e-4, help="of these two")
     p.add_argument("--keep", type=Fraction, default=Fraction(1, 4))
     p.add_argument("--mixer", default="gated_delta")
     p.add_argument("--seed", type=int, default=7)
@@ -65,14 +66,14 @@ def main() -> None:
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "learn.jsonl"
-    learned(file, args.seed, (args.match_steps + args.steps) * args.rows * LENGTH)
+    learned(file, args.seed, TOKENS)
     began = time.perf_counter()
     settings = Settings(steps=args.steps, lr=args.lr, warmup=20, weight_decay=0.0, save_every=25, resume=True,
                         out=args.out / "hybrid", quiet=not sys.stderr.isatty())  # fmt: skip
     conversion = Conversion(args.keep, args.mixer, match_steps=args.match_steps, rows=args.rows, length=LENGTH,
-                            calibration=4)  # fmt: skip
+                            calibration=4, sft_steps=max(1, args.sft_steps), sft_lr=args.lr)  # fmt: skip
     checks = Checks(needles=(256, 512), contexts=(512, 2048), tasks=())
-    made = hybridize("reasoner", [file], settings, conversion, checks=checks)
+    made = hybridize("reasoner", [file], settings, conversion, sft=file if args.sft_steps else None, checks=checks)
     seconds = time.perf_counter() - began
     cpu = resource.getrusage(resource.RUSAGE_SELF)
     before, after = accuracy("reasoner", args.each), accuracy(args.out / "hybrid", args.each)
