@@ -11,6 +11,7 @@ both files the same tokens: a first difference must lie at a step with a gap bel
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,28 @@ def test_logits_of_our_gguf_equal_llama_cpps(name: str, tmp_path: Path) -> None:
     for token in nano.TOKENS:
         step_by_step += network([torch.tensor([token])], [state])
     assert float((torch.cat(step_by_step)[golden["positions"]] - expected).abs().max()) < BOUNDS.get(name, BOUND)
+
+
+@torch.no_grad()
+def test_a_gate_without_its_axis_of_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older converters squeeze (1, D), and llama.cpp reads either."""
+    folder = nano.build("qwen3next", tmp_path / "folder")
+    right = tiercel.load(folder, dtype="float32").network(torch.tensor(nano.TOKENS))
+    write = tiercel.weights.export.write_gguf
+
+    def squeezed(path: Path, metadata: Any, tensors: Any) -> None:
+        flat = [
+            dataclasses.replace(t, shape=t.shape[1:], rows=lambda a, b, t=t: t.rows(0, 1)[0][a:b])
+            if t.name.endswith("ffn_gate_inp_shexp.weight")
+            else t
+            for t in tensors
+        ]
+        assert sum(t.name.endswith("_shexp.weight") and len(t.shape) == 1 for t in flat) == 4
+        write(path, metadata, flat)
+
+    monkeypatch.setattr(tiercel.weights.export, "write_gguf", squeezed)
+    path = export(folder, tmp_path / "model.gguf")
+    assert float((tiercel.load(path, dtype="float32").network(torch.tensor(nano.TOKENS)) - right).abs().max()) < 1e-5
 
 
 @pytest.fixture(scope="module")

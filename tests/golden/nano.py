@@ -44,6 +44,18 @@ _H1 = _ATTENTION | dict(
     ssm_multipliers=[0.9, 1.1, 0.8, 1.3, 0.7],
 )  # fmt: skip
 
+_QWEN3_5 = _ATTENTION | dict(
+    model_type="qwen3_5_text", architectures=["Qwen3_5ForCausalLM"], rms_norm_eps=1e-6,
+    num_attention_heads=2, num_key_value_heads=1, head_dim=128,
+    num_hidden_layers=4, full_attention_interval=3, rope_parameters=_ROPE | {"partial_rotary_factor": 0.5},
+    linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=16, linear_value_head_dim=16,
+    linear_conv_kernel_dim=4, attention_bias=False, tie_word_embeddings=True,
+    layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+)  # fmt: skip
+_EXPERTS = dict(
+    intermediate_size=80, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40, shared_expert_intermediate_size=56,
+)  # fmt: skip
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "falcon-h1": _H1,
     "falcon-h1-no-norm": _H1 | {"mamba_rms_norm": False, "mamba_n_groups": 1},
@@ -67,12 +79,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         conv_bias=False, block_auto_adjust_ff_dim=False, block_ffn_dim_multiplier=1.0, block_multiple_of=256,
         tie_word_embeddings=True,
     ),
-    "qwen35": _ATTENTION | dict(
-        model_type="qwen3_5_text", architectures=["Qwen3_5ForCausalLM"], head_dim=24, rms_norm_eps=1e-6,
-        num_hidden_layers=4, full_attention_interval=3, rope_parameters=_ROPE | {"partial_rotary_factor": 0.5},
-        linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=16, linear_value_head_dim=16,
-        linear_conv_kernel_dim=4, attention_bias=False, tie_word_embeddings=True,
-        layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "qwen35": _QWEN3_5,
+    "qwen35moe": _QWEN3_5 | _EXPERTS | dict(
+        model_type="qwen3_5_moe_text", architectures=["Qwen3_5MoeForCausalLM"], tie_word_embeddings=False,
+    ),
+    "qwen3next": _QWEN3_5 | _EXPERTS | dict(
+        model_type="qwen3_next", architectures=["Qwen3NextForCausalLM"], norm_topk_prob=True, decoder_sparse_step=1,
+        mlp_only_layers=[],
     ),
     "lfm2moe": {key: value for key, value in _ATTENTION.items() if key != "hidden_act"} | dict(
         model_type="lfm2_moe", architectures=["Lfm2MoeForCausalLM"], norm_eps=1e-4, rope_parameters=_ROPE,
@@ -189,10 +202,9 @@ def _shapes(c: dict[str, Any]) -> Shapes:
             "jamba": _jamba,
             "lfm2": _lfm2,
             "lfm2_moe": _lfm2,
-            "qwen3_5_text": _qwen3_5,
             "gemma3_text": _gemma3,
             "phi3": _phi3,
-        }.get(c["model_type"], _llama)
+        }.get(c["model_type"], _qwen3_5 if "linear_num_key_heads" in c else _llama)
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer(c, i).items()}
     final = {
         "falcon_h1": "final_layernorm",
@@ -258,7 +270,9 @@ def _mamba2(c: dict[str, Any]) -> Shapes:
 
 def _qwen3_5(c: dict[str, Any], i: int) -> Shapes:
     d, hd = c["hidden_size"], c["head_dim"]
-    shapes = _norms(c, "input_layernorm", "post_attention_layernorm") | _mlp(c, "mlp")
+    shapes = _norms(c, "input_layernorm", "post_attention_layernorm") | (
+        _experts(c) if "num_experts" in c else _mlp(c, "mlp")
+    )
     if c["layer_types"][i] == "full_attention":
         q = {"self_attn.q_proj.weight": (2 * c["num_attention_heads"] * hd, d)}
         return shapes | _attention(c, False) | q | {f"self_attn.{n}_norm.weight": (hd,) for n in "qk"}
@@ -269,6 +283,10 @@ def _qwen3_5(c: dict[str, Any], i: int) -> Shapes:
         "in_proj_a.weight": (H, d), "conv1d.weight": (2 * keys + H * V, 1, c["linear_conv_kernel_dim"]),
         "dt_bias": (H,), "A_log": (H,), "norm.weight": (V,), "out_proj.weight": (d, H * V),
     }  # fmt: skip
+    if c["model_type"] == "qwen3_next":
+        for name in ("qkv", "z", "b", "a"):
+            del mixer[f"in_proj_{name}.weight"]
+        mixer |= {"in_proj_qkvz.weight": (2 * keys + 2 * H * V, d), "in_proj_ba.weight": (2 * H, d)}
     return shapes | {f"linear_attn.{name}": shape for name, shape in mixer.items()}
 
 
@@ -287,6 +305,16 @@ def _gemma3(c: dict[str, Any], i: int) -> Shapes:
     return (
         norms | _attention(c, False) | {f"self_attn.{n}_norm.weight": (c["head_dim"],) for n in "qk"} | _mlp(c, "mlp")
     )
+
+
+def _experts(c: dict[str, Any]) -> Shapes:
+    d, routed = c["hidden_size"], c | {"intermediate_size": c["moe_intermediate_size"]}
+    shared = c | {"intermediate_size": c["shared_expert_intermediate_size"]}
+    shapes: Shapes = {"mlp.gate.weight": (c["num_experts"], d), "mlp.shared_expert_gate.weight": (1, d)}
+    shapes |= _mlp(shared, "mlp.shared_expert")
+    for e in range(c["num_experts"]):
+        shapes |= _mlp(routed, f"mlp.experts.{e}")
+    return shapes
 
 
 def _lfm2(c: dict[str, Any], i: int) -> Shapes:

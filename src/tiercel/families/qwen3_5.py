@@ -320,7 +320,9 @@ def write_gguf(config: ModelConfig) -> dict[str, Any]:
         "ssm.inner_size": delta.values,
     } | write_gguf_rope(attention.rope, attention.head_dim)  # fmt: skip
     if delta.tiled:
-        out["rope.dimension_sections"] = [11, 11, 10, 0]  # of images: text has one position on all axes
+        pairs = int(attention.head_dim * attention.rope.fraction) // 2
+        # pairs for each axis of an image's positions; text has the same position on all
+        out["rope.dimension_sections"] = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0]
     if isinstance(feed_forward, MoEConfig):
         return out | {
             "feed_forward_length": feed_forward.active * feed_forward.width,

@@ -11,7 +11,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,6 +68,7 @@ class Checkpoint:
     tensors: Mapping[str, Stored]
     gguf: Mapping[str, Any] | None = None  # its metadata, for a GGUF file
     folded: frozenset[str] = frozenset()  # tensors of a folder that hold our values: no multiplier is applied
+    flat: set[str] = field(default_factory=set)  # ours, (1, D), of which a GGUF file has (D): older converters squeeze
 
     def __post_init__(self) -> None:
         if len(self.layout.config.layers) > len(self.tensors):
@@ -112,7 +113,7 @@ class Checkpoint:
 
     def _forms(self, row: TensorMapping) -> tuple[Transform, ...]:
         if self.gguf is not None:
-            return row.gguf_forms
+            return (Transform("row"),) if row.ours in self.flat else row.gguf_forms
         return row.hf_forms
 
     def _check(self) -> None:
@@ -124,6 +125,8 @@ class Checkpoint:
             for tensor in stored:
                 used.update(tensor.names if isinstance(tensor, Concatenated) else (tensor.name,))
             expected = shapes[row.ours]
+            if self.gguf is not None and len(stored[0].shape) == 1 < len(expected) and expected[0] == 1:
+                self.flat.add(row.ours)
             for form in self._forms(row):
                 expected = foreign_shape(form, expected)
             if row.fused and self._is_fused(row, stored):

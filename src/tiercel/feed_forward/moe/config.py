@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 from tiercel.errors import RequestError
 from tiercel.feed_forward.gated_mlp.config import ACTIVATIONS, GatedMLPConfig, matrices
 from tiercel.mixers.checks import check, check_sizes
-from tiercel.mixers.spec import Cost, FeedForwardSpec, Param, Transform, linear
+from tiercel.mixers.spec import Cost, FeedForwardSpec, Param, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class MoEConfig(FeedForwardSpec):
             out.append(
                 Param(
                     name="shared_gate.weight", shape=(1, width), hf="shared_expert_gate.weight", keep_fp32=True,
-                    gguf="ffn_gate_inp_shexp.weight", gguf_forms=(Transform("row"),),
+                    gguf="ffn_gate_inp_shexp.weight",
                 )
             )  # fmt: skip
         return tuple(out)
