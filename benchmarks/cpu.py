@@ -103,6 +103,12 @@ ROWS = {
                           lambda r: r["theirs"]["median"], unit="s", lower=True),
     "0.5b-prefill": versus("0.5b", L, P, "Falcon-H1 0.5B Q4_K_M prefill 512, over llama.cpp", 1.8, 3.0),
     "0.5b-decode": versus("0.5b", L, D, "0.5B Q4_K_M decode, over llama.cpp", 1.2, 1.6),
+    "qwen3.5-prefill": versus("qwen3.5", L, P, "Qwen3.5 0.8B Q4_K_M prefill 512, over llama.cpp", 1.8, 2.5),
+    "qwen3.5-decode": versus("qwen3.5", L, D, "Qwen3.5 0.8B Q4_K_M decode, over llama.cpp", 1.1, 1.4),
+    "qwen3.5-16k": TableRow("qwen3.5-16k", "Qwen3.5 0.8B decode after 16,384 tokens: time over bytes / bandwidth",
+                       lambda r: 1 / r["read_share"],
+                       lambda r: f"{r['decode_tok_s']:.1f} tok/s, {r['bytes_per_token'] / 1e6:.0f} MB each",
+                       1.4, 1.2, lower=True),
     "smollm2-prefill": versus("smollm2", L, P, "SmolLM2-135M Q4_1 prefill 512, over llama.cpp", 1.5, 3.0),
     "smollm2-decode": versus("smollm2", L, D, "SmolLM2-135M Q4_1 decode, over llama.cpp", 1.0, 1.6),
     "bf16-prefill": versus("bf16", T, P, "0.5B bf16 prefill 512, over transformers", None, None),
@@ -152,6 +158,9 @@ class Bench:
     def half(self) -> Result:
         return self.case(str(self.packed("falcon-h1:0.5b")), "llama.cpp", "0.5b")
 
+    def qwen(self) -> Result:
+        return self.case(str(self.packed("qwen3.5:0.8b")), "llama.cpp", "qwen3.5")
+
     def smollm2(self) -> Result:
         return self.case("smollm2", "llama.cpp", "smollm2")
 
@@ -159,8 +168,8 @@ class Bench:
         folder = self._written("falcon-h1:0.5b", "bf16", "falcon-h1-0.5b-bf16")
         return self.case(str(folder), "transformers", "bf16")
 
-    def long(self) -> Result:
-        path = self.packed("falcon-h1:0.5b")
+    def long(self, shape: str = "falcon-h1:0.5b") -> Result:
+        path = self.packed(shape)
         return self._run(Case(str(path), (0,), 32, context=16384, repeat=self.repeat, threads=self.threads))
 
     def rows(self) -> Result:
@@ -198,12 +207,14 @@ CASES: dict[str, Callable[[Bench], Result]] = {
     "7b": Bench.seven,
     "first-token": Bench.first_token,
     "0.5b": Bench.half,
+    "qwen3.5": Bench.qwen,
+    "qwen3.5-16k": lambda bench: bench.long("qwen3.5:0.8b"),
     "smollm2": Bench.smollm2,
     "bf16": Bench.bf16,
     "8-rows": Bench.rows,
     "16k": Bench.long,
 }
-PEERS = {"7b": L, "first-token": L, "0.5b": L, "smollm2": L, "bf16": T}
+PEERS = {"7b": L, "first-token": L, "0.5b": L, "qwen3.5": L, "smollm2": L, "bf16": T}
 
 
 # ── the table

@@ -68,6 +68,28 @@ def test_a_gate_without_its_axis_of_one_is_read(tmp_path: Path, monkeypatch: pyt
     assert float((tiercel.load(path, dtype="float32").network(torch.tensor(nano.TOKENS)) - right).abs().max()) < 1e-5
 
 
+@torch.no_grad()
+def test_prediction_heads_of_a_gguf_file_are_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp's converter appends them as layers, which `block_count` counts."""
+    folder = nano.build("qwen35", tmp_path / "folder")
+    right = tiercel.load(folder, dtype="float32").network(torch.tensor(nano.TOKENS))
+    write = tiercel.weights.export.write_gguf
+
+    def with_head(path: Path, metadata: Any, tensors: Any) -> None:
+        norm = next(t for t in tensors if t.name == "output_norm.weight")
+        names = ("blk.4.nextn.enorm.weight", "blk.4.attn_norm.weight")
+        more = [dataclasses.replace(norm, name=name) for name in names]
+        metadata |= {"qwen35.block_count": 5, "qwen35.nextn_predict_layers": 1}
+        metadata["qwen35.attention.recurrent_layers"] = [*metadata["qwen35.attention.recurrent_layers"], False]
+        write(path, metadata, [*tensors, *more])
+
+    monkeypatch.setattr(tiercel.weights.export, "write_gguf", with_head)
+    path = export(folder, tmp_path / "model.gguf")
+    with pytest.warns(UserWarning, match=r"2 tensors are left out, they are not read: blk\.4\.\*"):
+        network = tiercel.load(path, dtype="float32").network
+    assert float((network(torch.tensor(nano.TOKENS)) - right).abs().max()) < 1e-5
+
+
 @pytest.fixture(scope="module")
 def greedy(smollm2: Path) -> list[dict[str, Any]]:
     """Each golden run with our 64 greedy ids beside it."""

@@ -53,7 +53,8 @@ _QWEN3_5 = _ATTENTION | dict(
     layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
 )  # fmt: skip
 _EXPERTS = dict(
-    intermediate_size=80, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40, shared_expert_intermediate_size=56,
+    intermediate_size=80, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40,
+    shared_expert_intermediate_size=56,
 )  # fmt: skip
 
 CONFIGS: dict[str, dict[str, Any]] = {

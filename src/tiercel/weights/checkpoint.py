@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -152,11 +153,19 @@ class Checkpoint:
                 raise FormatError(f"{self.path}: {tensor.name} has {tensor.shape[0]} rows, the config says {rows}")
 
     def _left_out(self, name: str) -> bool:
-        return self.gguf is None and name.startswith(self.layout.family.left_out)
+        return name.startswith(self._not_read)
+
+    @cached_property
+    def _not_read(self) -> tuple[str, ...]:
+        """What names of tensors begin with that are no part of the text model; in a GGUF file prediction heads."""
+        if self.gguf is None:
+            return self.layout.family.left_out
+        depth, heads = len(self.layout.config.layers), self.gguf.get(f"{self.layout.family.gguf}.nextn_predict_layers")
+        return tuple(f"blk.{depth + i}." for i in range(heads)) if type(heads) is int and 0 < heads < 100 else ()
 
     def _name_left_out(self) -> None:
         if found := [name for name in self.tensors if self._left_out(name)]:
-            parts = ", ".join(f"{p}*" for p in self.layout.family.left_out if any(n.startswith(p) for n in found))
+            parts = ", ".join(f"{p}*" for p in self._not_read if any(n.startswith(p) for n in found))
             warnings.warn(f"{self.path}: {len(found)} tensors are left out, they are not read: {parts}", stacklevel=6)
 
     def _derived(self, name: str) -> bool:
