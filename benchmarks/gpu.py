@@ -29,10 +29,9 @@ from tiercel.families import from_hf
 from tiercel.families.pattern import pattern
 from tiercel.families.shapes import shape
 from tiercel.model.config import ModelConfig
-from tiercel.model.cuda_graphs import CapturedCUDAStep, CUDAGraphRunner
+from tiercel.model.cuda_graphs import CUDAGraphRunner
 from tiercel.model.cuda_graphs import prefill as read
 from tiercel.model.decoder import Decoder
-from tiercel.model.device_sampler import DeviceSampler
 from tiercel.model.gpu_layout import fuse
 from tiercel.model.initialize import deviation, fresh, initialize
 from tiercel.model.layers import Embedding, Linear, set_weight
@@ -43,6 +42,7 @@ from tiercel.ops.triton.linear import DeviceQTensor, gated
 from tiercel.ops.triton.tiled import Tile, tile
 from tiercel.ops.triton.tiled import product as tiled_product
 from tiercel.sampling.params import SamplingParams
+from tiercel.sampling.sampler import Draw
 
 MODEL = "falcon-h1r:7b"
 # about as many parameters and the context of today: 32 layers, eight key/value heads
@@ -160,6 +160,7 @@ def filled(net: Decoder, rows: int, context: int, room: int, pages: int | None =
     for slot in numbers:
         slots.reserve(slot, context + room)
         slots.set_position(slot, context, (context - 1) // slots.chunk * slots.chunk)
+    slots.publish()
     return slots, numbers
 
 
@@ -178,12 +179,13 @@ def decode(net: Decoder, rows: int, context: int, steps: int, pages: int | None 
 def decode_sampled(net: Decoder, rows: int, context: int, steps: int) -> float:
     """Seconds of a step whose tokens are drawn on the device: temperature 0.8, top_k 40, top_p 0.9."""
     slots, numbers = filled(net, rows, context, steps + 8)
-    draws = DeviceSampler(rows, slots.device)
-    for slot in numbers:
-        draws.set(slot, SamplingParams(temperature=0.8, top_k=40, top_p=0.9), slot, 0, 0)
-    graph = CapturedCUDAStep(net, slots, rows, sampler=draws)
-    graph.slot_B.copy_(torch.tensor(numbers, dtype=torch.int32))
-    return seconds(graph.run, steps)
+    graphs = CUDAGraphRunner(net, slots, (rows,))
+    draws = [Draw(0.8, 0.0, 40, 0.9, 0.5)] * rows
+
+    def step() -> None:
+        graphs.launch(numbers, [-1] * rows).sampler(numbers, draws, net.config.vocab_size)
+
+    return seconds(step, steps)
 
 
 def decode_in_engine(net: Decoder, rows: int, steps: int) -> float:

@@ -118,16 +118,40 @@ def test_a_forward_that_fails_ahead_is_made_again(net, monkeypatch):
     e = engine(net)
     request = e.add(ids(3), greedy(3))
     e.step()
-    real, fails = GPURunner.forward, [True]
+    real, fails = GPURunner.launch, [True]
 
     def call(self, *given, **more):
         if fails and fails.pop():
             raise RuntimeError("out of memory")
         return real(self, *given, **more)
 
-    monkeypatch.setattr(GPURunner, "forward", call)
+    monkeypatch.setattr(GPURunner, "launch", call)
     run(e)
     assert not fails and answer(request) == expected(net, ids(3), greedy(3))
+
+
+def test_a_long_prompt_is_read_ahead_beside_texts_that_go_on(net):
+    e = engine(net, max_num_batched_tokens=24, cache_bytes=0)
+    first = e.add(ids(9), greedy(6))
+    e.step()
+    second = e.add(ids(60, 1), greedy(3))
+    ahead = []
+    while not e.idle:
+        e.step()
+        rows = e.steps.in_flight.rows if e.steps.in_flight is not None else []
+        ahead.append(any(row.num_scheduled_tokens > 1 for row in rows))
+    assert sum(ahead) >= 2  # pieces of the prompt were started before the tokens beside them were on the host
+    assert answer(first) == expected(net, ids(9), greedy(6))
+    assert answer(second) == expected(net, ids(60, 1), greedy(3))
+
+
+def test_tokens_that_the_host_must_sample_share_steps_with_others(net):
+    e = engine(net)
+    both = [e.add(ids(9), greedy(4)), e.add(ids(21, 1), greedy(4, logprobs=1))]
+    run(e)
+    for prompt, request in zip((ids(9), ids(21, 1)), both, strict=True):
+        assert answer(request) == expected(net, prompt, greedy(4))
+    assert len(both[1].sequences[0].logprobs) == 4
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """Tokens chosen for many rows at once are those that `Sampler` chooses for each alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from tiercel.model.device_sampler import DeviceSampler
+from tiercel.model.device_sampler import GREEDY, sample, way_of
 from tiercel.ops.sampling import MAX_TOP_K, choose, choose_few
 from tiercel.sampling.params import SamplingParams
 from tiercel.sampling.sampler import Sampler
@@ -23,22 +25,32 @@ PARAMS = [
 
 def test_rows_together_are_the_samplers_of_each():
     g = torch.Generator().manual_seed(0)
-    draws = DeviceSampler(len(PARAMS) + 1, torch.device("cpu"))
     samplers = [Sampler(params, [], V) for params in PARAMS]
-    for slot, sampler in enumerate(samplers):
-        draws.set(slot, sampler.params, sampler.seed, 0, 0)
-    slots = torch.tensor([*range(len(PARAMS)), -1], dtype=torch.int32)
+    count = len(PARAMS) + 1
+    slots = SimpleNamespace(
+        sampled_S=torch.full((count + 1,), -7),
+        indices=lambda slot: torch.where(slot < 0, count, slot).long(),
+    )
+    numbers = [*range(len(PARAMS)), -1]
     for step in range(70):
-        if step == 64:
-            for slot, sampler in enumerate(samplers):
-                draws.refill(slot, sampler.seed, 0, step)
-        logits = 3 * torch.randn(len(slots), V, generator=g)
+        logits = 3 * torch.randn(len(numbers), V, generator=g)
         logits[:3, ::7] = logits[:3, :1]  # ties; among those that top_p parts any may stay
-        got = draws.choose(logits, slots)
+        draws = [*(sampler.draw_at(step) for sampler in samplers), GREEDY]
+        table = torch.tensor([(slot, *draw) for slot, draw in zip(numbers, draws, strict=True)], dtype=torch.float64)
+        got = sample(logits, table.t(), slots, way_of(draws), V)
         for row, sampler in enumerate(samplers):
             token = sampler.sample(logits[row])
-            assert int(got[row]) == token
+            assert int(got[row]) == token == int(slots.sampled_S[row])
             sampler.accept(token)
+    assert slots.sampled_S[len(PARAMS)] == -7  # the row without a slot
+
+
+def test_a_row_without_a_finite_logit_is_reported():
+    slots = SimpleNamespace(sampled_S=torch.zeros(3, dtype=torch.int64), indices=lambda slot: slot.long())
+    logits = torch.randn(2, V)
+    logits[0, 5] = torch.nan
+    table = torch.tensor([(0, *GREEDY), (1, *GREEDY)], dtype=torch.float64).t()
+    assert sample(logits, table, slots, "greedy", V).tolist() == [-1, int(logits[1].argmax())]
 
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (4, 1.0), (0, 0.8)])

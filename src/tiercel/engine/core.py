@@ -100,7 +100,7 @@ class EngineCore:
         request, tokens = sequence.request, sequence.tokens
         request.mark_started()
         state: SequenceState = self.runner.new_state(request.adapter)
-        sequence.state = state
+        sequence.state, sequence.num_in_flight = state, 0
         hit = self.cache.find(request.key, tokens, len(tokens) - 1)
         if hit.snapshot is not None:
             state.restore(hit.snapshot)
@@ -172,7 +172,7 @@ class EngineCore:
 
     def _release(self, sequence: Sequence) -> None:
         """Give up the state of a sequence, and its drafter's."""
-        sequence.state = None
+        sequence.state, sequence.num_in_flight = None, 0
         if sequence.speculation is not None:
             sequence.speculation.drafter.release()
 

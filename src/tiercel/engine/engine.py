@@ -94,7 +94,7 @@ class Engine(EngineCore):
         super().__init__(runner, scheduler, cache, drafter, draft_lengths(num_speculative_tokens))
         self.model, self.max_queue = model, max_queue
         self.state_bytes = runner.state_bytes if state_bytes is None else state_bytes
-        self.steps = StepRunner(self)
+        self.steps = StepRunner(self, self._schedule)
         self._arrival_index = itertools.count()
         self._lock = threading.RLock()
 
@@ -108,6 +108,7 @@ class Engine(EngineCore):
             step = self.steps.claim() or self._schedule()
             if step is not None and (logits := self.steps.run(step)) is not None:
                 process_outputs(self, step, logits)
+                self.steps.release_finished()
             return self._take_updates()
 
     def _admit(self) -> None:

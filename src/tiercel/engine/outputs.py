@@ -23,8 +23,9 @@ def process_outputs(core: EngineCore, step: ScheduledStep, logits: GenericSequen
 
 def _process_row(core: EngineCore, row: ScheduledSequence, logits_LV: Tensor) -> None:
     sequence = row.sequence
-    if sequence.finish_reason is not None or sequence.num_computed_tokens < len(sequence.tokens):
-        return  # another sequence of its vote has decided it, or the prompt goes on
+    if not row.valid or not row.samples:
+        return  # it has ended or begun again since the step was started, or the prompt goes on
+    sequence.num_in_flight = max(sequence.num_in_flight - 1, 0)
     sequence.isolated = False
     sequence.request.mark_first_token()
     forked = fork_sequences(core, sequence)

@@ -123,6 +123,7 @@ class Sequence(OutputProcessor):
     """One answer of a request while it runs.
 
     tokens: prompt and output · state: holds the first `num_computed_tokens` of them; None without a slot
+    num_in_flight: tokens sampled on a device that are not on the host yet
     isolated: runs in a step of its own, because a forward failed that it was part of
     aging_credit: prompt tokens of other sequences that were computed while this one's prompt waited
     snapshot_positions: lengths that a snapshot should be able to restore, and none can yet
@@ -137,6 +138,7 @@ class Sequence(OutputProcessor):
         self.tokens = list(request.prompt_ids)
         self.state: SequenceState | None = None
         self._status = SequenceStatus.WAITING_FOR_PREFIX if self.index else SequenceStatus.WAITING
+        self.num_in_flight = 0
         self.isolated = False
         self.aging_credit = 0
         self.snapshot_positions: list[int] = []
@@ -172,7 +174,12 @@ class Sequence(OutputProcessor):
     @property
     def num_pending_tokens(self) -> int:
         """Tokens to compute before the next can be sampled: 1 while the sequence decodes."""
-        return len(self.tokens) - self.num_computed_tokens
+        return len(self.tokens) + self.num_in_flight - self.num_computed_tokens
+
+    @property
+    def ends_in_flight(self) -> bool:
+        """Whether the last token it may have is sampled and not on the host yet."""
+        return bool(self.num_in_flight) and self.num_output_tokens + self.num_in_flight >= self.max_output_tokens
 
     @property
     def num_output_tokens(self) -> int:

@@ -9,13 +9,17 @@ Prefills run shortest-first with aging: a prompt is delayed by at most as many t
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from tiercel.engine.request import Sequence, SequenceStatus
+from tiercel.sampling.sampler import Draw
+
+if TYPE_CHECKING:
+    from tiercel.model.runner import LaunchedStep, SequenceState
 
 MIN_PREFILL_TOKENS = 64  # prompt tokens that a step may always compute beside decodes: fewer take hardly less time
 MAX_DECODE_DELAY_SECONDS = 0.2
@@ -23,15 +27,22 @@ MAX_DECODE_DELAY_SECONDS = 0.2
 
 @dataclass
 class ScheduledSequence:
-    """A sequence's part of a step: `num_scheduled_tokens` of its tokens, and the draft tokens after them."""
+    """A sequence's part of a step: `num_scheduled_tokens` of its tokens, and the draft tokens after them.
+
+    state: what it runs on, once it has begun · samples: its last token is followed by one to sample
+    draw: how the device samples that; None: the host does
+    """
 
     sequence: Sequence
     num_scheduled_tokens: int
     draft_tokens: list[int] = field(default_factory=list)
+    state: SequenceState | None = None
+    samples: bool = False
+    draw: Draw | None = None
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens of the forward, draft tokens included."""
+        """Tokens of the forward, draft tokens included; [] for one that only the device has yet."""
         start = self.sequence.num_computed_tokens
         return self.sequence.tokens[start : start + self.num_scheduled_tokens] + self.draft_tokens
 
@@ -40,13 +51,28 @@ class ScheduledSequence:
         """Tokens of the forward, draft tokens included."""
         return self.num_scheduled_tokens + len(self.draft_tokens)
 
+    @property
+    def valid(self) -> bool:
+        """Whether its sequence goes on with the state that it has begun with."""
+        sequence = self.sequence
+        return self.state is not None and sequence.state is self.state and sequence.finish_reason is None
+
+    def begin(self) -> None:
+        """Note what the forward runs on and what follows it."""
+        sequence = self.sequence
+        self.state = sequence.state
+        self.samples = self.num_scheduled_tokens == sequence.num_pending_tokens
+        if self.samples:
+            self.draw = sequence.sampler.draw_at(sequence.num_output_tokens + sequence.num_in_flight)
+
 
 @dataclass
 class ScheduledStep:
-    """One forward.  logits: of each sequence, where the step was launched ahead; None: it is still to run."""
+    """One forward.  launched: where it was started, and the device samples · began: when, by time.perf_counter"""
 
     rows: list[ScheduledSequence]
-    logits: list[Tensor] | None = None
+    launched: LaunchedStep | None = None
+    began: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -70,7 +96,7 @@ class Scheduler:
     Args:
         slots: sequences that run at once.
         max_num_batched_tokens: tokens of one step.
-        max_decode_delay: seconds that decoding sequences may wait for a step that also computes prompts.
+        max_decode_delay: seconds that decoding sequences may wait for a step that also computes prompts; inf: any.
 
     Attributes:
         prefill_budget: prompt tokens of a step beside decodes, adapted to the measured speed.
@@ -81,7 +107,7 @@ class Scheduler:
         self, slots: int, max_num_batched_tokens: int, max_decode_delay: float = MAX_DECODE_DELAY_SECONDS
     ) -> None:
         self.slots, self.max_num_batched_tokens, self.max_decode_delay = slots, max_num_batched_tokens, max_decode_delay
-        self.prefill_budget = MIN_PREFILL_TOKENS
+        self.prefill_budget = MIN_PREFILL_TOKENS if max_decode_delay < math.inf else max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.admission_paused = False
@@ -140,7 +166,7 @@ class Scheduler:
     def record_prefill(self, num_tokens: int, seconds: float) -> None:
         """Adapt the prefill budget to a step that computed `num_tokens` of prompts."""
         if num_tokens >= MIN_PREFILL_TOKENS:
-            affordable = int(self.max_decode_delay * num_tokens / seconds)
+            affordable = int(min(self.max_decode_delay * num_tokens / seconds, self.max_num_batched_tokens))
             self.prefill_budget = max(MIN_PREFILL_TOKENS, (self.prefill_budget + affordable) // 2)
 
     def schedule(self, boundary: Callable[[Sequence], int]) -> list[ScheduledSequence]:
@@ -152,7 +178,11 @@ class Scheduler:
         if single := next((sequence for sequence in self.running if sequence.isolated), None):
             count = min(boundary(single) - single.num_computed_tokens, self.max_num_batched_tokens)
             return [ScheduledSequence(single, count)]
-        rows = [ScheduledSequence(sequence, 1) for sequence in self.running if sequence.num_pending_tokens == 1]
+        rows = [
+            ScheduledSequence(sequence, 1)
+            for sequence in self.running
+            if sequence.num_pending_tokens == 1 and not sequence.ends_in_flight
+        ]
         budget = max(self.max_num_batched_tokens - len(rows), 1)
         if rows:
             budget = min(budget, self.prefill_budget)

@@ -58,7 +58,7 @@ def next_boundary(sequence: Sequence) -> int:
 
 def take_due(rows: GenericSequence[ScheduledSequence], cache: PrefixCache) -> None:
     """Take the snapshots that are not possible any more after this step."""
-    for row in rows:
+    for row in rows if cache.budget else ():
         sequence, state = row.sequence, row.sequence.state
         assert state is not None
         at, min_pos = state.length, state.min_pos_after(row.num_tokens)

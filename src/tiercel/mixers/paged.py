@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,6 +137,7 @@ class PageGroup:
     table     (slots, most pages of a sequence) int32: page i of a slot has its tokens i · PAGE …; 0: none
     numbers   the same for each slot on the host
     first     how many of a slot's pages were released, as no later token sees them
+    new       (slot, page, number) of pages that the table does not have yet
     free      numbers of free pages; number 0 is no sequence's
     """
 
@@ -145,9 +147,10 @@ class PageGroup:
         self.free = list(range(1, pages + 1))[::-1]
         self.numbers: list[list[int]] = [[] for _ in range(count)]
         self.first = [0] * count
+        self.new: list[tuple[int, int, int]] = []
         self.layers: list[PagedSlots] = []
 
-    @property
+    @cached_property
     def page_nbytes(self) -> int:
         """Bytes of one page."""
         return sum(layer.nbytes // (self.count + 1) for layer in self.layers)
@@ -174,9 +177,17 @@ class PageGroup:
     def _grow(self, slot: int, length: int) -> None:
         numbers = self.numbers[slot]
         if (count := -(-length // PAGE) - len(numbers)) > 0:
-            new, first = [self.free.pop() for _ in range(count)], len(numbers)
-            numbers += new
-            self.table[slot, first : first + count] = torch.tensor(new, dtype=torch.int32, device=self.table.device)
+            for page in range(len(numbers), len(numbers) + count):
+                numbers.append(self.free.pop())
+                self.new.append((slot, page, numbers[-1]))
+
+    def publish(self) -> None:
+        """Write new pages into the table, in one copy; before a forward."""
+        if self.new:
+            host = on_host(np.array(self.new, dtype=np.int64).T, self.table.device)
+            slot_N, page_N, number_N = host.to(self.table.device, non_blocking=True)
+            self.table[slot_N, page_N] = number_N.int()
+            self.new = []
 
     def begin(self, slot: int, first: int, length: int) -> None:
         """Give an empty slot pages for the tokens up to `length`, none before number `first`."""
@@ -195,6 +206,12 @@ class PageGroup:
     def on_device(self, numbers: Sequence[int]) -> Tensor:
         """Page numbers, to index a layer's buffers with."""
         return torch.tensor(numbers, device=self.table.device)
+
+
+def on_host(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor that can be copied to a device without waiting for it."""
+    t = torch.from_numpy(np.ascontiguousarray(array))
+    return t.pin_memory() if device.type == "cuda" else t
 
 
 class PagedSlots:

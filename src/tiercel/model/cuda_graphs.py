@@ -1,8 +1,8 @@
-"""Decode on a device: a step of B sequences captured as a CUDA graph and replayed, for some sizes B.
+"""Forwards on a device, captured as CUDA graphs and replayed: steps of B sequences, and prompts, for some sizes.
 
-What changes from step to step is read on the device: tokens and slot numbers from two buffers, lengths, committed
+What changes from one to the next is read on the device: tokens and slot numbers from tables, lengths, committed
 positions and pages through those numbers.  A step of fewer rows than its graph is padded with slot −1, which kernels
-ignore.  Nothing waits for the host: the next tokens may be written into `tokens` by the device itself.
+ignore.  Nothing waits for the host: a token of −1 stands for the one that was sampled last for its slot.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tiercel.model.device_sampler import DeviceSampler
+from tiercel.mixers.paged import on_host
+from tiercel.model.device_sampler import LogitsSampler
 from tiercel.model.ragged import Capacity, Piece, RaggedPlan
 from tiercel.model.state_cache import DeviceBatch, StateCache
 
 if TYPE_CHECKING:
     from tiercel.model.decoder import Decoder
+
+Ids = Sequence[Sequence[int]]  # of each row, on the host
 
 CAPTURE_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 PREFILL_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)  # tokens; longer ones keep the device busy anyway
@@ -29,93 +33,100 @@ TOKENS_PER_ROW = 32  # of a captured prefill, the number of rows it has room for
 class CapturedCUDAStep:
     """One captured step: tokens (B) and slot_B in, logits (B, V) out; all three stay where they are.
 
-    sampler: chooses the next tokens; they are left in `tokens`, so the step may be replayed at once.
+    tokens: −1: the slot's `sampled_S`
     """
 
-    def __init__(
-        self, network: Decoder, slots: StateCache, rows: int, pool: Any = None, sampler: DeviceSampler | None = None
-    ) -> None:
-        self.network, self.slots, self.sampler = network, slots, sampler
-        self.tokens = torch.zeros(rows, dtype=torch.int64, device=slots.device)
-        self.slot_B = torch.full((rows,), -1, dtype=torch.int32, device=slots.device)
-        self.graph = _captured(network, slots, self._forward, pool)
+    def __init__(self, network: Decoder, slots: StateCache, rows: int, pool: Any = None) -> None:
+        self.network, self.slots = network, slots
+        self.table = torch.full((2, rows), -1, dtype=torch.int64, device=slots.device)
+        self.tokens, self.slot_B = self.table
+        self.run_forward = captured(network, slots, self._forward, pool)
+        self.sampler = LogitsSampler(lambda: self.logits, rows, slots, lambda run: captured(network, slots, run, pool))
 
     def _forward(self) -> None:
-        batch = DeviceBatch.for_step(self.slots, self.slot_B)
-        self.logits = self.network.compute(self.tokens, batch, [self.slots])
-        self.slots.advance(self.slot_B)
-        if self.sampler is not None:
-            self.tokens.copy_(self.sampler.choose(self.logits, self.slot_B))
+        slot_B = self.slot_B.int()
+        tokens_B = torch.where(self.tokens < 0, self.slots.sampled_S[self.slots.indices(slot_B)], self.tokens)
+        self.logits = self.network.compute(tokens_B, DeviceBatch.for_step(self.slots, slot_B), [self.slots])
+        self.slots.advance(slot_B)
 
     def run(self) -> Tensor:
         """Run the step on the contents of the buffers; its logits."""
-        if self.graph is None:
-            with torch.no_grad():
-                self._forward()
-        else:
-            self.graph.replay()
+        self.run_forward()
         return self.logits
 
 
 class CapturedPrefill:
-    """New tokens of several sequences recorded as a forward: `read` fills its buffers and tables and runs it."""
+    """New tokens of several sequences recorded as a forward: `read` fills its tables and runs it."""
 
     def __init__(self, network: Decoder, slots: StateCache, tokens: int, pool: Any = None) -> None:
         self.network, self.slots = network, slots
         rows = min(slots.count, max(4, tokens // TOKENS_PER_ROW))
         self.plan = RaggedPlan(Capacity.of(tokens, rows, slots.chunk), slots.device)
-        self.tokens = torch.zeros(tokens, dtype=torch.int64, device=slots.device)
-        self.graph = _captured(network, slots, self._forward, pool)
+        self.plan.id_T.zero_()
+        self.run_forward = captured(network, slots, self._forward, pool)
 
     def _forward(self) -> None:
         batch = DeviceBatch.for_plan(self.slots, self.plan)
-        self.logits = self.network.compute(self.tokens, batch, [self.slots], 1)
+        self.logits = self.network.compute(self.plan.id_T.long(), batch, [self.slots], 1)
+        self.slots.move(self.plan)
 
-    def read(self, tokens_T: Tensor, pieces: Sequence[Piece]) -> Tensor:
+    def read(self, ids: Ids, pieces: Sequence[Piece]) -> Tensor:
         """Logits of each row's last token (B, V), valid until the next prefill."""
-        self.plan.fill(pieces)
-        self.tokens[: len(tokens_T)] = tokens_T
-        if self.graph is None:
-            with torch.no_grad():
-                self._forward()
-        else:
-            self.graph.replay()
+        self.plan.fill(pieces, ids)
+        self.run_forward()
         return self.logits[: len(pieces)]
 
 
-def _captured(
-    network: Decoder, slots: StateCache, forward: Callable[[], None], pool: Any
-) -> torch.cuda.CUDAGraph | None:
-    """The forward as a graph; None where there are none."""
+class Replay:
+    """A captured function; calling it runs it again."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph) -> None:
+        self.graph = graph
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def captured(network: Decoder, slots: StateCache, run: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """The function as a graph; where there are none, itself without gradients."""
     if slots.device.type != "cuda" or not all(m.captured for layer in network.config.layers for m in layer.parts):
-        return None
+        return torch.no_grad()(run)
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside), torch.no_grad():
         for _ in range(2):  # kernels are compiled and workspaces made before the recording
-            forward()
+            run()
     torch.cuda.current_stream().wait_stream(beside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool), torch.no_grad():
-        forward()
-    return graph
+        run()
+    return Replay(graph)
 
 
 def prefill(
-    network: Decoder, slots: StateCache, numbers: Sequence[int], tokens: Sequence[Tensor], logits_to_keep: int = 1
-) -> Tensor:
+    network: Decoder, slots: StateCache, numbers: Sequence[int], tokens: Sequence[Sequence[int] | Tensor],
+    logits_to_keep: int = 1,
+) -> Tensor:  # fmt: skip
     """Add tokens to some slots; logits of the last `logits_to_keep` of each, one slot after another, (·, V) float32.
 
     Raises:
         RequestError: a sequence becomes too long, or there are not enough pages.
     """
-    lengths = [len(row) for row in tokens]
-    for slot, length in zip(numbers, lengths, strict=True):
-        slots.reserve(slot, slots.length[slot] + length)
-    pieces, batch = slots.pieces(numbers, lengths), DeviceBatch(slots, numbers, lengths)
-    logits_TV = network.compute(torch.cat(list(tokens)), batch, [slots], logits_to_keep)
+    ids = [row.tolist() if isinstance(row, Tensor) else row for row in tokens]
+    pieces = _begin(slots, numbers, ids)
+    batch = DeviceBatch(slots, pieces, ids)
+    logits_TV = network.compute(batch.plan.id_T.long(), batch, [slots], logits_to_keep)
+    slots.move(batch.plan)
     slots.count_pieces(pieces)
     return logits_TV
+
+
+def _begin(slots: StateCache, numbers: Sequence[int], ids: Ids) -> list[Piece]:
+    """Pages for new tokens, and the parts of their forward."""
+    for slot, row in zip(numbers, ids, strict=True):
+        slots.reserve(slot, slots.length[slot] + len(row))
+    slots.publish()
+    return slots.pieces(numbers, [len(row) for row in ids])
 
 
 class PrefillRunner:
@@ -126,16 +137,13 @@ class PrefillRunner:
         self.graphs: dict[int, CapturedPrefill] = {}
         self.pool = torch.cuda.graph_pool_handle() if slots.device.type == "cuda" else None
 
-    def read(self, slots: Sequence[int], rows: Sequence[Tensor]) -> Tensor:
+    def read(self, slots: Sequence[int], ids: Ids) -> Tensor:
         """Add tokens to some slots → logits of the last of each (B, V), valid until the next prefill."""
-        lengths = [len(row) for row in rows]
-        graph = self._of(self.slots.pieces(slots, lengths))
+        graph = self._of(self.slots.pieces(slots, [len(row) for row in ids]))
         if graph is None:
-            return prefill(self.network, self.slots, slots, rows)
-        for slot, length in zip(slots, lengths, strict=True):
-            self.slots.reserve(slot, self.slots.length[slot] + length)
-        pieces = self.slots.pieces(slots, lengths)
-        logits_BV = graph.read(torch.cat(list(rows)), pieces)
+            return prefill(self.network, self.slots, slots, ids)
+        pieces = _begin(self.slots, slots, ids)
+        logits_BV = graph.read(ids, pieces)
         self.slots.count_pieces(pieces)
         return logits_BV
 
@@ -170,10 +178,15 @@ class CUDAGraphRunner:
 
     def step(self, numbers: Sequence[int], tokens: Tensor) -> Tensor:
         """One token more for each of these slots → logits (B, V), valid until the next step of this size."""
-        graph, B = self.of(len(numbers)), len(numbers)
+        return self.launch(numbers, tokens.tolist()).logits[: len(numbers)]
+
+    def launch(self, numbers: Sequence[int], tokens: Sequence[int]) -> CapturedCUDAStep:
+        """The same, with tokens on the host; −1: the slot's `sampled_S`.  The step that was run."""
+        graph = self.of(len(numbers))
         self.slots.begin_step(numbers)
-        graph.tokens[:B] = tokens
-        graph.slot_B.fill_(-1)[:B] = torch.tensor(numbers, dtype=torch.int32).to(self.slots.device, non_blocking=True)
-        logits = graph.run()
+        table = np.full(graph.table.shape, -1)
+        table[:, : len(numbers)] = tokens, numbers
+        graph.table.copy_(on_host(table, self.slots.device), non_blocking=True)
+        graph.run()
         self.slots.count_step(numbers)
-        return logits[:B]
+        return graph

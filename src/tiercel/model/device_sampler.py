@@ -1,47 +1,84 @@
-"""Sampling on a device for the sequences in slots, so that a step's token is the next one's input.
+"""Sampling on a device, so that a step's token is the next one's input before the host has seen it.
 
-A draw is a function of (seed, index of the sample, position) as on the CPU: the host computes the uniform numbers in
-advance, UNIFORM_NUMBERS of them at a time, and the device takes one for each token.
+A draw is a function of (seed, index of the sample, position) as on the CPU: the host computes the uniform number of
+each row (`Sampler.draw_at`) and uploads it with the row's parameters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from tiercel.ops.sampling import choose
-from tiercel.sampling.params import SamplingParams
-from tiercel.sampling.sampler import uniform
+from tiercel.mixers.paged import on_host
+from tiercel.model.state_cache import StateCache
+from tiercel.ops.sampling import MAX_TOP_K, choose, choose_few
+from tiercel.sampling.sampler import Draw
 
-UNIFORM_NUMBERS = 64  # that a slot has; `refill` before they are used up
+Run = Callable[[], None]
+GREEDY = Draw(0.0, 0.0, 0, 1.0, 0.0)
 
 
-class DeviceSampler:
-    """Sampling parameters of every slot, its uniform numbers and how many of them were used."""
+def greedy(logits_BV: Tensor, *_: Tensor) -> Tensor:
+    """The likeliest token of each row."""
+    return logits_BV.argmax(1)
 
-    def __init__(self, count: int, device: torch.device) -> None:
-        self.temperature_S, self.min_p_S = torch.zeros(count, device=device), torch.zeros(count, device=device)
-        self.top_k_S = torch.zeros(count, dtype=torch.int64, device=device)
-        self.top_p_S = torch.ones(count, dtype=torch.float64, device=device)
-        self.u_SA = torch.zeros(count, UNIFORM_NUMBERS, dtype=torch.float64, device=device)
-        self.used_S = torch.zeros(count, dtype=torch.int64, device=device)
 
-    def set(self, slot: int, params: SamplingParams, seed: int, index: int, position: int) -> None:
-        """Set a slot's parameters from output token `position` on; penalties and bans are not applied here."""
-        self.temperature_S[slot] = 0.0 if params.greedy else params.temperature
-        self.min_p_S[slot], self.top_p_S[slot] = params.min_p, params.top_p
-        self.top_k_S[slot] = max(params.top_k, 0)
-        self.refill(slot, seed, index, position)
+WAYS: dict[str, Callable[..., Tensor]] = {"greedy": greedy, "few": choose_few, "any": choose}
 
-    def refill(self, slot: int, seed: int, index: int, position: int) -> None:
-        """UNIFORM_NUMBERS more, from output token `position` on."""
-        numbers = [uniform(seed, index, position + i) for i in range(UNIFORM_NUMBERS)]
-        self.u_SA[slot] = torch.tensor(numbers, dtype=torch.float64).to(self.u_SA.device, non_blocking=True)
-        self.used_S[slot] = 0
 
-    def choose(self, logits_BV: Tensor, slot_B: Tensor) -> Tensor:
-        """(B) int64, without the host.  Rows without a sequence (slot −1) draw with slot 0's numbers and use none."""
-        S = slot_B.clamp(min=0).long()
-        u_B = self.u_SA[S, self.used_S[S] % UNIFORM_NUMBERS]
-        self.used_S.index_put_((S,), (slot_B >= 0).long(), accumulate=True)
-        return choose(logits_BV, self.temperature_S[S], self.min_p_S[S], self.top_k_S[S], self.top_p_S[S], u_B)
+def way_of(draws: Sequence[Draw]) -> str:
+    """The fastest of WAYS that serves all these."""
+    if not any(draw.temperature for draw in draws):
+        return "greedy"
+    return "few" if all(not draw.temperature or 0 < draw.top_k <= MAX_TOP_K for draw in draws) else "any"
+
+
+def sample(logits_BV: Tensor, table_6B: Tensor, slots: StateCache, way: str, num_tokens: int) -> Tensor:
+    """Sample a token of each row (B,) int64, −1 where no logit is finite; it becomes its slot's `sampled_S`.
+
+    Args:
+        table_6B: float64: slot (−1: none), temperature, min_p, top_k, top_p and uniform number of each row.
+        num_tokens: rows of the vocabulary that may be sampled.
+    """
+    slot_B, t_B, min_p_B, k_B, top_p_B, u_B = table_6B
+    logits_BV = logits_BV[:, :num_tokens]
+    token_B = WAYS[way](logits_BV, t_B.float(), min_p_B, k_B.long(), top_p_B, u_B)
+    slots.sampled_S[slots.indices(slot_B)] = token_B
+    return torch.where(logits_BV.amax(1).isfinite(), token_B, -1)
+
+
+class LogitsSampler:
+    """Samples the rows of the logits that a forward leaves; captured where that is.
+
+    logits: (B, V), always the same tensor where runs are captured · captured: makes a run of a function
+    """
+
+    def __init__(
+        self, logits: Callable[[], Tensor], rows: int, slots: StateCache, captured: Callable[[Run], Run]
+    ) -> None:
+        self.logits, self.rows, self.slots, self.captured = logits, rows, slots, captured
+        self.table_6B = torch.zeros(6, rows, dtype=torch.float64, device=slots.device)
+        self.token_B = torch.zeros(rows, dtype=torch.int64, device=slots.device)
+        self.runs: dict[tuple[str, int], Run] = {}
+
+    def __call__(self, numbers: Sequence[int], draws: Sequence[Draw], num_tokens: int) -> Tensor:
+        """The tokens of the first rows, valid until the next call."""
+        key = way_of(draws), num_tokens
+        if key not in self.runs:
+            self.table_6B[0] = -1
+            run = partial(self._sample, *key)
+            self.runs[key] = run if key[0] == "any" else self.captured(run)  # it takes much memory
+        table = np.zeros((6, self.rows))
+        table[0] = -1
+        table[0, : len(numbers)] = numbers
+        table[1:, : len(numbers)] = np.array(draws).T
+        self.table_6B.copy_(on_host(table, self.slots.device), non_blocking=True)
+        self.runs[key]()
+        return self.token_B[: len(numbers)]
+
+    def _sample(self, way: str, num_tokens: int) -> None:
+        self.token_B.copy_(sample(self.logits(), self.table_6B, self.slots, way, num_tokens))

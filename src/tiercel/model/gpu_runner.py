@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tiercel.errors import RequestError
-from tiercel.mixers.paged import PageGroup
+from tiercel.mixers.paged import PageGroup, on_host
 from tiercel.model.cuda_graphs import CAPTURE_SIZES, CUDAGraphRunner, PrefillRunner, prefill
 from tiercel.model.decoder import Decoder
+from tiercel.model.device_sampler import GREEDY, sample, way_of
 from tiercel.model.gpu_layout import fuse
 from tiercel.model.pages import PAGE, Page, PageRun
 from tiercel.model.state import Snapshot, State
 from tiercel.model.state_cache import MAX_PREFILL, StateCache
 from tiercel.runtime.allocator import CachingAllocator
+from tiercel.sampling.sampler import Draw
 
 EXTRA_SLOTS = 2  # for short-lived states: restarts, snapshots that are read from files
 MEMORY_SHARE = 0.85  # of the free memory that slots may take
@@ -94,30 +97,103 @@ class GPURunner:
         self, tokens: Sequence[Tensor], states: Sequence[SlotHandle], *, logits_to_keep: int = 1
     ) -> list[Tensor]:
         """See `Runner.forward`."""
-        out: list[Tensor | None] = [None] * len(tokens)
-        steps = [i for i, row in enumerate(tokens) if len(row) == 1]
+        launched = LaunchedStep(len(tokens))
+        self._launch(launched, [row.tolist() for row in tokens], states, logits_to_keep)
+        return launched.logits
+
+    def launch(
+        self, tokens: Sequence[Sequence[int] | None], states: Sequence[SlotHandle], draws: Sequence[Draw | None],
+        num_tokens: int,
+    ) -> LaunchedStep:  # fmt: skip
+        """Start a forward and sample a token of each state; nothing waits for the device.
+
+        Args:
+            tokens: of each state, on the host; None: the one that was sampled last for it.
+            states: each grows by its tokens.
+            draws: how each state's next token is sampled; None: it is not used.
+            num_tokens: tokens of the vocabulary that may be sampled.
+        """
+        launched = LaunchedStep(len(tokens))
+        self._launch(launched, tokens, states, 1, [draw or GREEDY for draw in draws], num_tokens)
+        launched.record()
+        return launched
+
+    def _launch(
+        self, launched: LaunchedStep, tokens: Sequence[Sequence[int] | None], states: Sequence[SlotHandle],
+        logits_to_keep: int, draws: Sequence[Draw] | None = None, num_tokens: int = 0,
+    ) -> None:  # fmt: skip
+        """Rows of one token in a captured step, the others in another forward."""
+        numbers = [state.slot for state in states]
+        steps = [i for i, row in enumerate(tokens) if row is None or len(row) == 1]
+        prompts = [i for i, row in enumerate(tokens) if row is not None and len(row) > 1]
         with torch.no_grad():
             if steps:
-                logits_BV = self.graphs.step([states[i].slot for i in steps], torch.cat([tokens[i] for i in steps]))
-                for i, logits_V in zip(steps, logits_BV.clone(), strict=True):
-                    out[i] = logits_V.unsqueeze(0)
-            prompts = [i for i, row in enumerate(tokens) if len(row) > 1]
+                slots = [numbers[i] for i in steps]
+                graph = self.graphs.launch(slots, [-1 if (row := tokens[i]) is None else row[0] for i in steps])
+                sampled = None if draws is None else graph.sampler(slots, [draws[i] for i in steps], num_tokens)
+                launched.add(steps, graph.logits[: len(steps)].clone().unsqueeze(1).unbind(), sampled)
             if prompts:
-                rows = self._prefill([states[i].slot for i in prompts], [tokens[i] for i in prompts], logits_to_keep)
-                for i, logits_LV in zip(prompts, rows, strict=True):
-                    out[i] = logits_LV
-        return [logits for logits in out if logits is not None]
+                slots, ids = [numbers[i] for i in prompts], [tokens[i] or () for i in prompts]
+                logits = self._prefill(slots, ids, logits_to_keep).clone()
+                sampled = None
+                if draws is not None:
+                    table = np.array([(slot, *draws[i]) for slot, i in zip(slots, prompts, strict=True)]).T
+                    way = way_of([draws[i] for i in prompts])
+                    sampled = sample(
+                        logits,
+                        on_host(table, self.device).to(self.device, non_blocking=True),
+                        self.slots,
+                        way,
+                        num_tokens,
+                    )
+                launched.add(prompts, logits.split([min(logits_to_keep, len(row)) for row in ids]), sampled)
 
-    def _prefill(self, slots: list[int], rows: list[Tensor], logits_to_keep: int) -> list[Tensor]:
+    def _prefill(self, slots: list[int], ids: list[Sequence[int]], logits_to_keep: int) -> Tensor:
         """Logits of the last tokens of each row; rows of more than MAX_PREFILL are read in parts."""
-        for i, row in enumerate(rows):
-            for piece in row[:-MAX_PREFILL].split(MAX_PREFILL):
-                self.prefills.read([slots[i]], [piece])
-            rows[i] = row[-MAX_PREFILL:]
+        for i, row in enumerate(ids):
+            stop = len(row) - MAX_PREFILL
+            for at in range(0, stop, MAX_PREFILL):
+                self.prefills.read([slots[i]], [row[at : min(at + MAX_PREFILL, stop)]])
+        ids = [row[-MAX_PREFILL:] for row in ids]
         if logits_to_keep == 1:
-            return list(torch.split(self.prefills.read(slots, rows), 1))
-        kept = [min(logits_to_keep, len(row)) for row in rows]
-        return list(torch.split(prefill(self.network, self.slots, slots, rows, logits_to_keep), kept))
+            return self.prefills.read(slots, ids)
+        return prefill(self.network, self.slots, slots, ids, logits_to_keep)
+
+
+class LaunchedStep:
+    """A forward that was started on a device, and the tokens sampled there.
+
+    logits: (L, V) float32 of each state, as `Runner.forward` returns them
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.logits: list[Tensor] = [torch.empty(0)] * rows
+        self._parts: list[tuple[list[int], Tensor]] = []
+        self._done: torch.cuda.Event | None = None
+
+    def add(self, rows: list[int], logits: Sequence[Tensor], sampled_B: Tensor | None) -> None:
+        """Add the results of some rows, and start the copy of their tokens to the host."""
+        for i, each in zip(rows, logits, strict=True):
+            self.logits[i] = each
+        if sampled_B is not None:
+            host_B = torch.empty(len(rows), dtype=torch.int64, pin_memory=sampled_B.is_cuda)
+            self._parts.append((rows, host_B.copy_(sampled_B, non_blocking=True)))
+
+    def record(self) -> None:
+        """Note that all was added."""
+        if self._parts[0][1].is_pinned():
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> list[int]:
+        """Wait for the tokens of all states; −1: no logit was finite."""
+        if self._done is not None:
+            self._done.synchronize()
+        tokens = [-1] * len(self.logits)
+        for rows, host_B in self._parts:
+            for i, token in zip(rows, host_B.tolist(), strict=True):
+                tokens[i] = token
+        return tokens
 
 
 class SlotHandle:
@@ -158,7 +234,8 @@ class SlotHandle:
     @property
     def own_nbytes(self) -> int:
         """Bytes of the slot and its pages."""
-        pages = sum(len(group.held(self.slot)) * group.page_nbytes for group in self.slots.groups)
+        slot, groups = self.slot, self.slots.groups
+        pages = sum((len(group.numbers[slot]) - group.first[slot]) * group.page_nbytes for group in groups)
         return self.runner.own_nbytes + pages
 
     nbytes = own_nbytes

@@ -3,7 +3,7 @@
 A forward adds `length` tokens to each row's sequence.  Its scan begins at the row's committed state, `base` ≤ `start`,
 so the inputs are the pending ones, base … start − 1, and the new ones; they lie one row after another.
 
-    tokens   the new ones of all rows; position and slot of each
+    tokens   the new ones of all rows; id, position and slot of each
     inputs   pending and new; each has its row
     chunks   of inputs, cut where positions are multiples of CHUNK and at the row's next base: those before it join the
              committed state, the last of a row stays pending
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,11 +75,11 @@ class RaggedPlan:
     def __init__(self, capacity: Capacity, device: torch.device) -> None:
         self.capacity, self.device = capacity, device
         c = capacity
-        sizes = [c.tokens, c.tokens, c.inputs, 3 * c.chunks, 2 * c.tiles, 9 * c.rows]
-        self._all = torch.full((sum(sizes),), -1, dtype=torch.int32, device=device)
-        tables = self._all.split(sizes)
-        self.slot_T, self.position_T, self.row_I = tables[:3]
-        self.chunks, self.tiles, self.rows = (t.view(n, -1) for t, n in zip(tables[3:], (3, 2, 9), strict=True))
+        self._sizes = [c.tokens, c.tokens, c.tokens, c.inputs, 3 * c.chunks, 2 * c.tiles, 9 * c.rows]
+        self._all = torch.full((sum(self._sizes),), -1, dtype=torch.int32, device=device)
+        tables = self._all.split(self._sizes)
+        self.id_T, self.slot_T, self.position_T, self.row_I = tables[:4]
+        self.chunks, self.tiles, self.rows = (t.view(n, -1) for t, n in zip(tables[4:], (3, 2, 9), strict=True))
 
     @property
     def last_B(self) -> Tensor:
@@ -87,39 +88,37 @@ class RaggedPlan:
         return last_B.clamp(min=0).long()
 
     @classmethod
-    def exact(cls, pieces: Sequence[Piece], device: torch.device) -> RaggedPlan:
+    def exact(
+        cls, pieces: Sequence[Piece], device: torch.device, ids: Sequence[Sequence[int]] | None = None
+    ) -> RaggedPlan:
         plan = cls(Capacity.needed(pieces), device)
-        plan.fill(pieces)
+        plan.fill(pieces, ids)
         return plan
 
-    def fill(self, pieces: Sequence[Piece]) -> None:
-        """Write the tables, in one copy to the device."""
-        c = self.capacity
-        rows = torch.full((9, c.rows), -1, dtype=torch.int32)
-        chunks, tiles = (
-            torch.full((3, c.chunks), -1, dtype=torch.int32),
-            torch.full((2, c.tiles), -1, dtype=torch.int32),
-        )
-        slot_T, position_T, row_I = (torch.full((n,), -1, dtype=torch.int32) for n in (c.tokens, c.tokens, c.inputs))
-        token = input_ = chunk = tile = 0
-        for r, p in enumerate(pieces):
-            length, count = p.end - p.start, p.end - p.base
-            slot_T[token : token + length] = p.slot
-            position_T[token : token + length] = torch.arange(p.start, p.end, dtype=torch.int32)
-            row_I[input_ : input_ + count] = r
-            cuts = _chunks(p)
-            table = torch.tensor(cuts, dtype=torch.int32).t() - p.base + input_
-            chunks[0, chunk : chunk + len(cuts)] = r
-            chunks[1:, chunk : chunk + len(cuts)] = table
-            n = -(-length // QUERIES)
-            tiles[0, tile : tile + n] = r
-            tiles[1, tile : tile + n] = torch.arange(n, dtype=torch.int32) * QUERIES
-            rows[:, r] = torch.tensor(
-                [p.slot, p.start, p.base, p.next_base, p.end, token, input_, chunk, len(cuts) - 1], dtype=torch.int32
-            )
-            token, input_, chunk, tile = token + length, input_ + count, chunk + len(cuts), tile + n
-        position_T[token:] = 0
-        flat = torch.cat([t.flatten() for t in (slot_T, position_T, row_I, chunks, tiles, rows)])
-        if self.device.type == "cuda":
-            flat = flat.pin_memory()
+    def fill(self, pieces: Sequence[Piece], ids: Sequence[Sequence[int]] | None = None) -> None:
+        """Write the tables, in one copy to the device.  ids: of each row's new tokens."""
+        flat = torch.full((len(self._all),), -1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        tables = [t.numpy() for t in flat.split(self._sizes)]
+        id_T, slot_T, position_T, row_I = tables[:4]
+        chunks, tiles, rows = (t.reshape(n, -1) for t, n in zip(tables[4:], (3, 2, 9), strict=True))
+        slot, start, end, base, next_ = np.array(pieces, dtype=np.int32).T
+        length, count, row = end - start, end - base, np.arange(len(pieces))
+        cuts = [_chunks(piece) for piece in pieces]
+        whole = np.array([len(each) for each in cuts])
+        tile = -(-length // QUERIES)
+        token, input_, first, first_tile = (np.cumsum(n) - n for n in (length, count, whole, tile))
+        T, I = int(length.sum()), int(count.sum())
+        id_T[:], position_T[:] = 0, 0
+        if ids is not None:
+            id_T[:T] = np.concatenate([np.asarray(each, dtype=np.int32) for each in ids])
+        slot_T[:T] = slot.repeat(length)
+        position_T[:T] = np.arange(T) + (start - token).repeat(length)
+        row_I[:I] = row.repeat(count)
+        owner = row.repeat(whole)
+        chunks[0, : len(owner)] = owner
+        chunks[1:, : len(owner)] = np.concatenate(cuts).T + (input_ - base)[owner]
+        owner = row.repeat(tile)
+        tiles[0, : len(owner)] = owner
+        tiles[1, : len(owner)] = (np.arange(len(owner)) - first_tile[owner]) * QUERIES
+        rows[:, : len(pieces)] = slot, start, base, next_, end, token, input_, first, whole - 1
         self._all.copy_(flat, non_blocking=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tiercel.model.pages import Page
     from tiercel.model.state import Snapshot, State
     from tiercel.runtime.allocator import CachingAllocator
+    from tiercel.sampling.sampler import Draw
 
 
 class SequenceState(Protocol):
@@ -111,6 +112,35 @@ class Runner(Protocol):
 
         Returns:
             Float32 (min(L, logits_to_keep), V) for each sequence.
+        """
+
+
+class LaunchedStep(Protocol):
+    """A forward that was started on a device, and the tokens sampled there.
+
+    logits: (L, V) float32 of each state, as `Runner.forward` returns them
+    """
+
+    logits: list[Tensor]
+
+    def wait(self) -> list[int]:
+        """Wait for the tokens of all states; −1: no logit was finite."""
+
+
+class AsyncRunner(Runner, Protocol):
+    """A runner whose device samples."""
+
+    def launch(
+        self, tokens: Sequence[Sequence[int] | None], states: Sequence[Any], draws: Sequence[Draw | None],
+        num_tokens: int,
+    ) -> LaunchedStep:  # fmt: skip
+        """Start a forward and sample a token of each state; nothing waits for the device.
+
+        Args:
+            tokens: of each state, on the host; None: the one that was sampled last for it.
+            states: each grows by its tokens.
+            draws: how each state's next token is sampled; None: it is not used.
+            num_tokens: tokens of the vocabulary that may be sampled.
         """
 
 

@@ -5,6 +5,7 @@ a step can be captured as a graph: it finds lengths, committed positions and pag
 
     length_S, committed_S   tokens of a slot, and where its pending inputs begin (the same in every layer)
     scratch_S               the position that a slot's scratch buffers stand at (the same in every layer)
+    sampled_S               the token sampled last for a slot, which the next step may take from there
     groups                  which pages hold a slot's keys and values, for each attention window
     layers                  `mixers.paged.PagedSlots` and `mixers.recurrent.RecurrentSlots`
 
@@ -30,7 +31,7 @@ from tiercel.mixers.recurrent import RecurrentSlots
 from tiercel.mixers.spec import MixerSpec
 from tiercel.model.config import ModelConfig
 from tiercel.model.pages import PAGE, min_pos, released_pages
-from tiercel.model.ragged import Piece, RaggedPlan
+from tiercel.model.ragged import END, NEXT, SLOT, Piece, RaggedPlan
 
 MAX_PREFILL = 8192  # tokens of one sequence in one forward, at most
 
@@ -68,8 +69,11 @@ class StateCache:
         self.max_length, self.count = max_length, count
         pages = count * most_pages if pages is None else pages
         self.length, self.committed, self.scratch = [0] * count, [0] * count, [-1] * count
-        self.length_S, self.committed_S = (torch.zeros(count, dtype=torch.int32, device=self.device) for _ in range(2))
-        self.scratch_S = torch.full((count,), -1, dtype=torch.int32, device=self.device)
+        # of one slot more, which stands for rows without a sequence
+        self._positions = torch.zeros(3, count + 1, dtype=torch.int32, device=self.device)
+        self.length_S, self.committed_S, self.scratch_S = self._positions[:, :count]
+        self.scratch_S.fill_(-1)
+        self.sampled_S = torch.zeros(count + 1, dtype=torch.int64, device=self.device)
         self._frequencies: dict[tuple[RopeConfig, int], tuple[Tensor, float]] = {}
         self.free = list(range(count))[::-1]
         self._groups: dict[int | None, PageGroup] = {}
@@ -84,6 +88,7 @@ class StateCache:
         if len(chunks) > 1:
             raise RequestError(f"all layers must have one chunk to run on a GPU, not {sorted(chunks)}")
         self.chunk = chunks.pop() if chunks else 1
+        self._windows = any(window is not None for window in self._groups)
         self.side_stream = torch.cuda.Stream() if self.device.type == "cuda" else None
 
     def _slots(self, spec: MixerSpec) -> LayerSlots:
@@ -201,29 +206,41 @@ class StateCache:
 
     # ── forwards
 
+    def publish(self) -> None:
+        """Write what `reserve` changed to the device; before a forward."""
+        for group in self.groups:
+            group.publish()
+
     def begin_step(self, slots: Sequence[int]) -> None:
         """Before a step of these slots: have room for its tokens."""
         for slot in slots:
-            if slot >= 0:
-                self.reserve(slot, self.length[slot] + 1)
+            length = self.length[slot]
+            if length % PAGE == 0 or length >= self.max_length or self._windows:  # else its last page has room
+                self.reserve(slot, length + 1)
+        self.publish()
 
     def count_step(self, slots: Sequence[int]) -> None:
         """After it: what `advance` has done on the device."""
         for slot in slots:
-            if slot >= 0:
-                self.committed[slot] = self.committed_after(slot, 1)
-                self.length[slot] += 1
-                self.scratch[slot] = self.length[slot]
+            self.committed[slot] = self.committed_after(slot, 1)
+            self.length[slot] += 1
+            self.scratch[slot] = self.length[slot]
 
     def advance(self, slot_B: Tensor) -> None:
         """One token more in each of these slots; on the device, −1: no sequence."""
-        B = slot_B.clamp(min=0).long()
-        real = (slot_B >= 0).to(torch.int32)
-        length, committed, scratch = self.length_S[B], self.committed_S[B], self.scratch_S[B]
+        B = self.indices(slot_B)
+        length, committed, _ = self._positions[:, B]
         moved = torch.maximum(committed, length // self.chunk * self.chunk)
-        self.committed_S.index_put_((B,), (moved - committed) * real, accumulate=True)
-        self.scratch_S.index_put_((B,), (length + 1 - scratch) * real, accumulate=True)
-        self.length_S.index_put_((B,), real, accumulate=True)
+        self._positions[:, B] = torch.stack((length + 1, moved, length + 1))
+
+    def indices(self, slot_B: Tensor) -> Tensor:
+        """Slots, to index what has one more of them: the last for −1."""
+        return torch.where(slot_B < 0, self.count, slot_B).long()
+
+    def move(self, plan: RaggedPlan) -> None:
+        """On the device, after a forward of a plan: the lengths and committed positions of its rows."""
+        end_B, next_B = plan.rows[END], plan.rows[NEXT]
+        self._positions[:, self.indices(plan.rows[SLOT])] = torch.stack((end_B, next_B, end_B))
 
     def pieces(self, slots: Sequence[int], lengths: Sequence[int]) -> list[Piece]:
         """The parts of a forward that adds `lengths` tokens to `slots`."""
@@ -233,16 +250,10 @@ class StateCache:
         ]
 
     def count_pieces(self, pieces: Sequence[Piece]) -> None:
-        """After a forward of these."""
+        """After a forward of these: what `move` has done on the device."""
         for piece in pieces:
             self.length[piece.slot], self.committed[piece.slot] = piece.end, piece.next_base
             self.scratch[piece.slot] = piece.end
-        table = torch.tensor([(p.slot, p.end, p.next_base) for p in pieces], dtype=torch.int32).t().contiguous()
-        if self.device.type == "cuda":
-            table = table.pin_memory()
-        slot_B, end_B, committed_B = table.to(self.device, non_blocking=True)
-        slot_B = slot_B.long()
-        self.length_S[slot_B], self.committed_S[slot_B], self.scratch_S[slot_B] = end_B, committed_B, end_B
 
     def committed_after(self, slot: int, added: int) -> int:
         """The committed position after adding tokens: as late as it may be while one of them can still be cut."""
@@ -267,11 +278,11 @@ class DeviceBatch:
     adapters: Sequence[str | None] = ()
     last_B: Tensor | None = None  # the tokens whose logits are wanted, where they are found on the device
 
-    def __init__(self, slots: StateCache, rows: Sequence[int], lengths: Sequence[int]) -> None:
-        self.lengths = list(lengths)
+    def __init__(self, slots: StateCache, pieces: Sequence[Piece], ids: Sequence[Sequence[int]] | None = None) -> None:
+        self.lengths = lengths = [piece.end - piece.start for piece in pieces]
         ends = list(accumulate(lengths))
         self.spans = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-        self._read(slots, RaggedPlan.exact(slots.pieces(rows, lengths), slots.device))
+        self._read(slots, RaggedPlan.exact(pieces, slots.device, ids))
 
     def _read(self, slots: StateCache, plan: RaggedPlan) -> None:
         self.slots, self.plan, self.step = slots, plan, False

@@ -19,7 +19,8 @@ import hashlib
 import math
 import secrets
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 from tiercel.errors import RequestError, TiercelError
 from tiercel.sampling.fields import refuse
@@ -93,6 +94,16 @@ def draw(logits_V: Tensor, u: float) -> int:
     total = cumulative_V[-1:]
     token = int(torch.searchsorted(cumulative_V, u * total, right=True))
     return min(token, int(torch.searchsorted(cumulative_V, total)))  # u · total may round up to total
+
+
+class Draw(NamedTuple):
+    """How one token is sampled from its logits.  temperature: 0: the likeliest · top_k: 0: all · u: in [0, 1)"""
+
+    temperature: float
+    min_p: float
+    top_k: int
+    top_p: float
+    u: float
 
 
 class Sampler:
@@ -197,17 +208,19 @@ class Sampler:
             self.last_logprobs = top_logprobs(raw_V, token, self.params.logprobs)
         return token
 
-    @property
-    def device_sampled(self) -> bool:
-        """Whether the next token is a function of logits, temperature, min_p, top_k, top_p and the draw alone."""
-        p = self.params
-        masked = self.constraints is not None or self._penalized or self._allowed or self._bad_words or p.logit_bias
-        return not masked and p.logprobs is None and len(self.output_ids) >= p.min_tokens
+    @cached_property
+    def _masked(self) -> bool:
+        """Whether a token depends on more than logits, temperature, min_p, top_k, top_p and the draw."""
+        masked = self.constraints is not None or self._penalized or self._allowed or self._bad_words
+        return bool(masked or self.params.logit_bias or self.params.logprobs is not None)
 
-    @property
-    def next_uniform(self) -> float:
-        """The number in [0, 1) that the next draw uses."""
-        return uniform(self.seed, self.index, len(self.output_ids))
+    def draw_at(self, position: int) -> Draw | None:
+        """Return what a device needs to sample output token `position`; None where `sample` must do it."""
+        p = self.params
+        if self._masked or position < p.min_tokens:
+            return None
+        u = 0.0 if p.greedy else uniform(self.seed, self.index, position)
+        return Draw(0.0 if p.greedy else p.temperature, p.min_p, max(p.top_k, 0), p.top_p, u)
 
     def accept(self, token: int) -> None:
         """Append a token to the output."""
@@ -267,4 +280,4 @@ class Sampler:
             logits_V = keep_top_k(logits_V, params.top_k)
         if params.top_p < 1:
             logits_V = keep_top_p(logits_V, params.top_p)
-        return draw(logits_V, self.next_uniform)
+        return draw(logits_V, uniform(self.seed, self.index, len(self.output_ids)))

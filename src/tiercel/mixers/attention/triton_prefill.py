@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiercel.model.ragged import QUERIES, RaggedPlan
-from tiercel.ops.triton.launch import early, others_done
+from tiercel.ops.triton.launch import early, others_done, output
 
 SLOT, START, END, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(4), tl.constexpr(5)
 EXACT_QUERIES = 32  # that a program has where float32 counts in full: larger products take minutes to compile
@@ -98,7 +98,7 @@ def attention_prefill(
     k_pages, v_pages = memory["k"], memory["v"]
     T, H, P = q_THP.shape
     K, page = k_pages.shape[1:3]
-    y_TI = torch.empty(T, H * P, dtype=q_THP.dtype, device=q_THP.device)
+    y_TI = output(T, H * P, dtype=q_THP.dtype, device=q_THP.device)
     c, exact = plan.capacity, k_pages.dtype == torch.float32
     queries = EXACT_QUERIES if exact else QUERIES
     _attend[(H, c.tiles, QUERIES // queries)](

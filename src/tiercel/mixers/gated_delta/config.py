@@ -19,6 +19,7 @@ class GatedDeltaConfig(MixerSpec):
     """
 
     kind: ClassVar[str] = "gated_delta"
+    has_gpu_kernels: ClassVar[bool] = True
     layer: ClassVar[str] = "tiercel.mixers.gated_delta.layer:GatedDelta"
     word: ClassVar[str | None] = "gated_delta"
     report_class: ClassVar[str | None] = "gated_delta"

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from tiercel.errors import RequestError
 from tiercel.mixers.backend import Backend
 
 
@@ -42,7 +41,9 @@ class GatedDeltaOp(Protocol):
 
 def gated_delta_op(backend: Backend) -> GatedDeltaOp:
     if backend == "triton":
-        raise RequestError("gated_delta layers have no kernel for GPUs yet: load the model with device='cpu'")
+        from tiercel.mixers.gated_delta.gpu import gated_delta as on_gpu
+
+        return on_gpu
     from tiercel.mixers.gated_delta.cpu import gated_delta
 
     return gated_delta

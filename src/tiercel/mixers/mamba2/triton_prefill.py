@@ -25,7 +25,7 @@ from torch import Tensor
 from tiercel.mixers.mamba2.triton_step import MIN_LOG_DECAY, softplus
 from tiercel.model.ragged import CHUNK, Piece, RaggedPlan
 from tiercel.ops.triton import interpreted
-from tiercel.ops.triton.launch import early, others_done
+from tiercel.ops.triton.launch import early, others_done, output
 
 STATES_TILE = 128, 128, 32, 8, 3  # of N, P and inputs, warps, loads under way
 OUTPUTS_TILE = 64, 64, 128, 64, 4, 3  # of outputs, inputs, P and N, warps, loads under way
@@ -37,7 +37,7 @@ END, TOKEN, INPUT, FIRST, WHOLE = (tl.constexpr(i) for i in range(4, 9))
 
 
 @triton.jit
-def _dot(a, b, HALF: tl.constexpr):
+def dot(a, b, HALF: tl.constexpr):
     if HALF:
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     else:
@@ -136,7 +136,7 @@ def _scores(
                         xBC + j[:, None].to(tl.int64) * stride + H * P + g * N + n[None, :],
                         (j < stop)[:, None] & real[None, :], 0.0,
                     )  # fmt: skip
-                    sum_ += _dot(C_IN, tl.trans(B_JN), HALF)
+                    sum_ += dot(C_IN, tl.trans(B_JN), HALF)
                 q, s = row + tl.arange(0, BI), column + tl.arange(0, BI)
                 at = scores + ((c * G + g).to(tl.int64) * CH + q[:, None]) * CH + s[None, :]
                 tl.store(at, sum_.to(scores.dtype.element_ty))
@@ -169,7 +169,7 @@ def _states(
             row = xBC + j.to(tl.int64) * stride
             B_JN = tl.load(row[:, None] + H * P + g * N + n[None, :], real[:, None] & (n < N)[None, :], 0.0)
             x_JP = tl.load(row[:, None] + h * P + p[None, :], real[:, None] & (p < P)[None, :], 0.0)
-            sum_ += _dot(tl.trans(B_JN), x_JP.to(tl.float32) * w[:, None], HALF)
+            sum_ += dot(tl.trans(B_JN), x_JP.to(tl.float32) * w[:, None], HALF)
         at = out + ((c * H + h).to(tl.int64) * N + n[:, None]) * P + p[None, :]
         tl.store(at, sum_, (n < N)[:, None] & (p < P)[None, :])
 
@@ -236,7 +236,7 @@ def _outputs(
                     before + ((c * H + h).to(tl.int64) * N + n[:, None]) * P + p[None, :],
                     (n < N)[:, None] & inside, 0.0,
                 )  # fmt: skip
-                sum_ += _dot(C_IN, S_NP, HALF)
+                sum_ += dot(C_IN, S_NP, HALF)
             sum_ = sum_ * since_start
             w_row = scores + ((c * G + g).to(tl.int64) * CH + q[:, None]) * CH
             for s0 in range(0, row, BQ):
@@ -246,7 +246,7 @@ def _outputs(
                 w_J = tl.exp(tl.maximum(lag, MIN_LOG_DECAY)) * tl.load(dt + j * H + h)
                 w = tl.load(w_row + s[None, :]).to(tl.float32) * w_J[None, :]
                 x_JP = tl.load(xBC + j[:, None].to(tl.int64) * stride + h * P + p[None, :], inside, 0.0)
-                sum_ += _dot(w, x_JP, HALF)
+                sum_ += dot(w, x_JP, HALF)
             sum_ = sum_ * tl.exp(tl.maximum(since_I, MIN_LOG_DECAY))[:, None]
             for s0 in range(row, row + BI, BQ):
                 s = s0 + tl.arange(0, BQ)
@@ -260,7 +260,7 @@ def _outputs(
                 x_JP = tl.load(
                     xBC + j[:, None].to(tl.int64) * stride + h * P + p[None, :], known[:, None] & inside, 0.0
                 )  # fmt: skip
-                sum_ += _dot(w, x_JP, HALF)
+                sum_ += dot(w, x_JP, HALF)
             x_IP = tl.load(xBC + i[:, None].to(tl.int64) * stride + h * P + p[None, :], real[:, None] & inside, 0.0)
             sum_ += tl.load(D + h) * x_IP.to(tl.float32)
             token = (tl.load(rows + TOKEN * B + r) + i - old).to(tl.int64)
@@ -323,7 +323,7 @@ def scan(
     scores = torch.empty(c.chunks, G, CHUNK, CHUNK, dtype=xBC_IC.dtype, device=device)
     states = torch.empty(c.chunks, H, N, P, device=device)
     before = torch.empty(c.chunks, H, N, P, dtype=xBC_IC.dtype, device=device)
-    y_TI = torch.empty(c.tokens, H * P, device=device)
+    y_TI = output(c.tokens, H * P, device=device)
     stride, tables, same = xBC_IC.stride(0), (plan.chunks, plan.rows), dict(HALF=half, **early())
     _scores[(c.chunks, H + G * (CHUNK // 64) ** 2)](
         xBC_IC, dt_IH, A_H, plan.chunks, scores, a_HI, stride, c.chunks, c.inputs, H, P, N, G,

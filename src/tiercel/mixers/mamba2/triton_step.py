@@ -36,7 +36,7 @@ def softplus(x):
 
 
 @triton.jit
-def _columns(ring, weight, bias, c, real, position, size, C, K: tl.constexpr, BIAS: tl.constexpr):
+def older_columns(ring, weight, bias, c, real, position, size, C, K: tl.constexpr, BIAS: tl.constexpr):
     """What the columns before `position` add to the convolution of channels c."""
     sum_ = tl.load(bias + c, real, 0.0).to(tl.float32) if BIAS else c.to(tl.float32) * 0.0
     for k in tl.static_range(K - 1):
@@ -47,7 +47,7 @@ def _columns(ring, weight, bias, c, real, position, size, C, K: tl.constexpr, BI
 
 
 @triton.jit
-def _convolved(row, ring, weight, older, c, real, C, K: tl.constexpr):
+def convolved(row, ring, weight, older, c, real, C, K: tl.constexpr):
     """silu of the convolution of the newest column, and that column as the ring holds it."""
     new = tl.load(row + c, real, 0.0).to(ring.dtype.element_ty)
     sum_ = older + tl.load(weight + (K - 1) * C + c, real, 0.0).to(tl.float32) * new.to(tl.float32)
@@ -117,13 +117,13 @@ def _prepare(
             )
             a_H = tl.load(A + h, mine, 0.0)
             if K > 0:
-                older_B = _columns(ring, weight, bias, of_B, real, length, size, C, K, BIAS)
-                older_C = _columns(ring, weight, bias, of_C, real, length, size, C, K, BIAS)
+                older_B = older_columns(ring, weight, bias, of_B, real, length, size, C, K, BIAS)
+                older_C = older_columns(ring, weight, bias, of_C, real, length, size, C, K, BIAS)
             others_done(EARLY)
             row = xBC + t * stride_xBC
             if K > 0:
-                B_N, raw_B = _convolved(row, ring, weight, older_B, of_B, real, C, K)
-                C_N, raw_C = _convolved(row, ring, weight, older_C, of_C, real, C, K)
+                B_N, raw_B = convolved(row, ring, weight, older_B, of_B, real, C, K)
+                C_N, raw_C = convolved(row, ring, weight, older_C, of_C, real, C, K)
                 newest = ring + (length % size) * C
                 tl.store(newest + of_B, raw_B, real)
                 tl.store(newest + of_C, raw_C, real)
@@ -192,12 +192,12 @@ def _read(
         C = H * P + 2 * G * N
         ring, c = columns + slot * size * C, h * P + p
         if K > 0:
-            older = _columns(ring, weight, bias, c, inside, length, size, C, K, BIAS)
+            older = older_columns(ring, weight, bias, c, inside, length, size, C, K, BIAS)
         others_done(EARLY)
         S_NP = tl.load(at, there & full, S_NP).to(tl.float32)
         row = xBC + t * stride_xBC
         if K > 0:
-            x_P, raw = _convolved(row, ring, weight, older, c, inside, C, K)
+            x_P, raw = convolved(row, ring, weight, older, c, inside, C, K)
             tl.store(ring + (length % size) * C + c, raw, inside)
         else:
             x_P = tl.load(row + c, inside, 0.0).to(tl.float32)

@@ -31,3 +31,9 @@ def early() -> dict[str, Any]:
     """What to give a launch whose kernel calls `others_done`."""
     there = not interpreted and torch.cuda.get_device_capability() >= (9, 0)
     return {"EARLY": True, "launch_pdl": True} if there else {"EARLY": False}
+
+
+def output(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> torch.Tensor:
+    """A tensor for results, of which padding rows are not written; zero in the interpreter, as NumPy warns of overflow
+    in what they hold."""
+    return (torch.zeros if interpreted else torch.empty)(*shape, dtype=dtype, device=device)
