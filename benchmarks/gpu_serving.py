@@ -48,12 +48,11 @@ def sampling(count: int) -> Any:
     return SamplingParams(temperature=0.8, top_k=40, max_tokens=count, ignore_eos=True)
 
 
-def engine_of(net: Any, slots: int, max_length: int) -> Any:
+def engine_of(net: Any, slots: int, max_length: int, delay: float | None = None) -> Any:
     from tiercel.engine.engine import Engine
 
-    return Engine(
-        SimpleNamespace(network=net, tokenizer=None, text=None, max_length=max_length), slots=slots, cache_bytes=0
-    )  # type: ignore[arg-type]
+    model: Any = SimpleNamespace(network=net, tokenizer=None, text=None, max_length=max_length)
+    return Engine(model, slots=slots, cache_bytes=0, max_decode_delay=delay)
 
 
 def parse(load: str) -> tuple[int, int, int, int]:
@@ -95,12 +94,12 @@ def limit_seconds(bench: Any, net: Any, load: tuple[int, int, int, int], rates: 
     return prompts + math.ceil(count / slots) * outputs * step / (rates["copy_GBps"] * 1e9)
 
 
-def offline(bench: Any, net: Any, loads: list[str], limit: float) -> dict[str, Any]:
+def offline(bench: Any, net: Any, loads: list[str], limit: float, delay: float | None) -> dict[str, Any]:
     out: dict[str, Any] = {}
     V, g = net.config.vocab_size, random.Random(0)
     for text in loads:
         count, inputs, outputs, slots = parse(text)
-        engine = engine_of(net, slots, inputs + outputs + 8)
+        engine = engine_of(net, slots, inputs + outputs + 8, delay)
         warm = [[g.randrange(V) for _ in range(inputs)] for _ in range(slots)]
         run(engine, warm[:slots], [3] * slots, limit)
         run(engine, warm[:1], [3], limit)
@@ -188,6 +187,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals at each rate")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds of one offline load at most")
     parser.add_argument("--beside", default="", help="another checkout, whose engine runs the offline loads too")
+    parser.add_argument("--decode-delay", type=float, default=math.inf, help="seconds that prompts may delay the next "
+                        "tokens of other texts, offline; −1: the engine's own, as online")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", default="gpu_serving.json")
     parser.add_argument("--plot", default="")
@@ -198,7 +199,8 @@ def main() -> None:
         net = bench.network(options.model, options.kind)
         result["device"], result["torch"] = torch.cuda.get_device_name(), torch.__version__
         if loads:
-            result["offline"] = offline(bench, net, loads, options.limit)
+            delay = None if options.decode_delay < 0 else options.decode_delay
+            result["offline"] = offline(bench, net, loads, options.limit, delay)
             bench.roofline()
             for load in loads:
                 share = limit_seconds(bench, net, parse(load), bench.RESULT) / result["offline"][load]["seconds"]
@@ -213,7 +215,8 @@ def main() -> None:
         there = Path(options.beside).resolve()
         path = Path(options.json).with_suffix(".beside.json")
         command = [sys.executable, __file__, "--model", options.model, "--kind", options.kind, "--limit",
-                   str(options.limit), "--offline", options.offline, "--json", str(path)]  # fmt: skip
+                   str(options.limit), "--offline", options.offline, "--json", str(path),
+                   "--decode-delay", "-1"]  # fmt: skip
         environment = os.environ | {"PYTHONPATH": str(there / "src"), "GPU_BENCHMARKS": str(there / "benchmarks")}
         subprocess.run(command, env=environment, check=False)
         if path.exists():

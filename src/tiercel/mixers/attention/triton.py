@@ -21,7 +21,7 @@ from tiercel.ops.triton.rounded import Rounded, keep_rounded
 PROGRAMS = 264  # as many pieces are made of the work where there are few sequences: two for each processor of an H100
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _store_kv(
     q, k, v, cos, sin, q_out, k_pages, v_pages, table, slot_T, position_T, T,
     stride_q, stride_k, stride_v, stride_table, H, K, P, R, PAGE: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
@@ -91,14 +91,18 @@ def store_kv(
 
 @triton.jit
 def _attend(
-    q, k_pages, v_pages, table, slot_T, length_S, sums, most, total, stride_table, scale, window, H, K, P,
-    SPLITS: tl.constexpr, PAGE: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
+    q, k_pages, v_pages, table, slot_T, length_S, sums, most, total, y, stride_table, scale, window, H, K, P,
+    SPLITS: tl.constexpr, WHOLE: tl.constexpr, PAGE: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of one sequence's keys against the queries that share them."""
+    """A stretch of one sequence's keys against the queries that share them.  WHOLE: it is all of them, for y."""
     others_done(EARLY)
     t, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slot = tl.load(slot_T + t).to(tl.int64)
+    r, p = tl.arange(0, BR), tl.arange(0, BP)
+    group = H // K
+    heads = (t * H + kv * group + r)[:, None]
+    mine, inside = (r < group)[:, None], (p < P)[None, :]
     if slot >= 0:
         stop = tl.load(length_S + slot) + 1  # the new token's key is there already
         oldest = tl.maximum(stop - window, 0)
@@ -106,10 +110,6 @@ def _attend(
         pages = tl.cdiv(stop, PAGE) - first
         each = tl.cdiv(pages, SPLITS)
         start, end = first + split * each, first + tl.minimum(split * each + each, pages)
-        r, p = tl.arange(0, BR), tl.arange(0, BP)
-        group = H // K
-        heads = (t * H + kv * group + r)[:, None]
-        mine, inside = (r < group)[:, None], (p < P)[None, :]
         q_RP = tl.load(q + heads * P + p[None, :], mine & inside, 0.0)
         top, sum_ = tl.full((BR,), -1e30, tl.float32), tl.zeros((BR,), tl.float32)
         y_RP = tl.zeros((BR, BP), tl.float32)
@@ -129,10 +129,15 @@ def _attend(
             sum_ = sum_ * shrink + tl.sum(w_RT, 1)
             y_RP = y_RP * shrink[:, None] + tl.dot(w_RT.to(v_TP.dtype), v_TP, input_precision=PRECISION)
             top = higher
-        part = heads * SPLITS + split
-        tl.store(sums + part * P + p[None, :], y_RP, mine & inside)
-        tl.store(most + part, top[:, None], mine)
-        tl.store(total + part, sum_[:, None], mine)
+        if WHOLE:
+            tl.store(y + heads * P + p[None, :], (y_RP / sum_[:, None]).to(y.dtype.element_ty), mine & inside)
+        else:
+            part = heads * SPLITS + split
+            tl.store(sums + part * P + p[None, :], y_RP, mine & inside)
+            tl.store(most + part, top[:, None], mine)
+            tl.store(total + part, sum_[:, None], mine)
+    elif WHOLE:
+        tl.store(y + heads * P + p[None, :], tl.zeros((BR, BP), y.dtype.element_ty), mine & inside)
 
 
 @triton.jit
@@ -169,16 +174,18 @@ def attention_step(
     most_pages = table.shape[1] if window is None else min(table.shape[1], window // page + 2)
     splits = max(1, min(PROGRAMS // (T * K), most_pages, 64))
     device = q_THP.device
-    sums = torch.empty(T, H, splits, P, device=device)
-    most, total = torch.empty(T, H, splits, device=device), torch.empty(T, H, splits, device=device)
-    y_THP, BP = torch.empty_like(q_THP), max(16, triton.next_power_of_2(P))
+    r = Rounded(T, H * P, device) if round and P % 32 == 0 else None
+    whole, y_THP, BP = splits == 1 and r is None, torch.empty_like(q_THP), max(16, triton.next_power_of_2(P))
+    sums = torch.empty(0 if whole else T, H, splits, P, device=device)
+    most, total = (torch.empty(0 if whole else T, H, splits, device=device) for _ in range(2))
     _attend[(T, K, splits)](
-        q_THP, k_pages, v_pages, table, slot_T, length_S, sums, most, total, table.stride(0), scale,
-        (1 << 30) if window is None else window, H, K, P, SPLITS=splits, PAGE=page,
+        q_THP, k_pages, v_pages, table, slot_T, length_S, sums, most, total, y_THP, table.stride(0), scale,
+        (1 << 30) if window is None else window, H, K, P, SPLITS=splits, WHOLE=whole, PAGE=page,
         BR=max(16, triton.next_power_of_2(H // K)), BP=BP, num_stages=3, num_warps=4,
         PRECISION="ieee" if k_pages.dtype == torch.float32 else "tf32", **early(),
     )  # fmt: skip
-    r = Rounded(T, H * P, device) if round and P % 32 == 0 else None
+    if whole:
+        return y_THP.flatten(1)
     _join[(T, H)](
         sums, most, total, slot_T, y_THP, *(r.planes if r else (y_THP,) * 3), H, P, SPLITS=splits,
         ROUND=r is not None, BS=triton.next_power_of_2(splits), BP=BP, **early(),

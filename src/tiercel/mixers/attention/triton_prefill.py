@@ -52,7 +52,7 @@ def _add_page(
     return higher, sum_ * shrink + tl.sum(w_QI, 1), y_QP
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "B"])
 def _attend(
     q, k_pages, v_pages, table, tiles, rows, y, M, B, stride_table, scale, window, H, K, P,
     WINDOW: tl.constexpr, PAGE: tl.constexpr, BQ: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,

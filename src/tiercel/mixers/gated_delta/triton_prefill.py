@@ -1,7 +1,7 @@
 """Convolution and gated delta rule of new tokens of several sequences in one forward: prompts, and more of them.
 
     _gather    inputs q | k | v after convolution and silu, g and β: k and g of pending ones from the rings
-    _solve     of TILE inputs and a head: (1 + A)⁻¹ by forward substitution, and what u is for any state S that the tile
+    _solve     of TILE inputs and a head: (1 + A)⁻¹, and what u is for any state S that the tile
                begins with: u = W − Y S
     _carry     tile after tile: u, and the states that tiles begin with; u of what stays pending into its ring
     _outputs   o of the new tokens
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tiercel.mixers.gated_delta.triton_step import L2_EPS
-from tiercel.mixers.mamba2.triton_prefill import BASE, END, FIRST, INPUT, NEXT, SLOT, START, TOKEN, WHOLE, dot
+from tiercel.mixers.mamba2.triton_prefill import BASE, END, FIRST, INPUT, NEXT, SLOT, START, TOKEN, WHOLE, counted, dot
 from tiercel.mixers.mamba2.triton_step import MIN_LOG_DECAY, softplus
 from tiercel.model.ragged import CHUNK, RaggedPlan
 from tiercel.ops.triton import interpreted
@@ -32,7 +32,7 @@ from tiercel.ops.triton.launch import early, others_done, output
 TILE = 64  # inputs whose system is solved at once
 
 
-@triton.jit
+@counted
 def _gather(
     qkv, b_in, dt_in, dt_bias, A, k_ring, g_ring, columns, weight, row_I, rows, out, g_out, beta_out,
     stride_qkv, stride_b, stride_dt, beta_max, I, B, H, G, K, V, R, size, C,
@@ -49,14 +49,14 @@ def _gather(
     new, pending = live & (position >= start), live & (position < start)
     if tl.program_id(1) == tl.num_programs(1) - 1:
         h = tl.arange(0, BH)[None, :]
-        ours, at = h < H, i[:, None].to(tl.int64) * H + h
+        ours, place = h < H, i[:, None].to(tl.int64) * H + h
         both = new[:, None] & ours
         raw = tl.load(dt_in + token[:, None] * stride_dt + h, both, 0.0).to(tl.float32)
         g = tl.load(A + h, ours, 0.0) * softplus(raw + tl.load(dt_bias + h, ours, 0.0))
         kept = tl.load(g_ring + (slot[:, None] * R + (position % R)[:, None]) * H + h, pending[:, None] & ours, 0.0)
-        tl.store(g_out + at, tl.where(new[:, None], g, kept), live[:, None] & ours)
+        tl.store(g_out + place, tl.where(new[:, None], g, kept), live[:, None] & ours)
         beta = beta_max * tl.sigmoid(tl.load(b_in + token[:, None] * stride_b + h, both, 0.0).to(tl.float32))
-        tl.store(beta_out + at, beta, live[:, None] & ours)
+        tl.store(beta_out + place, beta, live[:, None] & ours)
     else:
         c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
         real = c < C
@@ -95,6 +95,34 @@ def _bounds(chunks, rows, M, B, CH: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _wide(a, b, EXACT: tl.constexpr):
+    if EXACT:
+        return tl.dot(a, b, input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision="tf32")
+
+
+@triton.jit
+def _inverse(A, TILE: tl.constexpr, EXACT: tl.constexpr):
+    """(1 + A)⁻¹ of a strictly lower triangular A: blocks of sixteen on the diagonal row by row; then, with these as T
+    and the rest of A as B, N = T B has no fourth power, and (1 + N)⁻¹ T = (1 − N)(1 + N²) T."""
+    n: tl.constexpr = TILE // 16
+    b, p = tl.arange(0, n), tl.arange(0, 16)
+    same = b[:, None, None, None] == b[None, None, :, None]
+    blocks = tl.sum(tl.where(same, tl.reshape(A, (n, 16, n, 16)), 0.0), 2)
+    T = tl.where(p[None, :, None] == p[None, None, :], 1.0, 0.0) + tl.zeros((n, 16, 16), tl.float32)
+    for row in range(1, 16):
+        here = (p == row)[None, :, None]
+        A_BJ = tl.sum(tl.where(here, blocks, 0.0), 1)
+        T = tl.where(here, T - tl.sum(A_BJ[:, :, None] * T, 1)[:, None, :], T)
+    T = tl.reshape(tl.where(same, T[:, :, None, :], 0.0), (TILE, TILE))
+    q = tl.arange(0, TILE) // 16
+    N = _wide(T, tl.where(q[:, None] == q[None, :], 0.0, A), EXACT)
+    T += _wide(_wide(N, N, EXACT), T, EXACT)
+    return T - _wide(N, T, EXACT)
+
+
+@counted
 def _solve(
     qkv, g, beta, u_ring, chunks, rows, a, norm, W, Y, stride, M, I, B, H, G, K, V, R,
     CH: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
@@ -122,11 +150,7 @@ def _solve(
         below = (q[:, None] > q[None, :]) & new[:, None] & real[None, :]
         lag = tl.where(below, a_I[:, None] - a_I[None, :], 0.0).to(tl.float32)
         A = tl.where(below, kk * (beta_I * n_I)[:, None] * n_I[None, :] * tl.exp(tl.maximum(lag, MIN_LOG_DECAY)), 0.0)
-        T = tl.where(q[:, None] == q[None, :], 1.0, 0.0)
-        for p in range(1, TILE):
-            A_J = tl.sum(tl.where((q == p)[:, None], A, 0.0), 0)
-            T_J = tl.sum(A_J[:, None] * T, 0)
-            T = tl.where((q == p)[:, None], T - T_J[None, :], T)
+        T = _inverse(A, TILE, EXACT)
         slot = tl.load(rows + SLOT * B + r).to(tl.int64)
         position = tl.load(rows + BASE * B + r) + i - tl.load(rows + INPUT * B + r)
         for v0 in range(0, V, BK):
@@ -135,28 +159,22 @@ def _solve(
             held = (real & (i < first_new))[:, None] & (v < V)[None, :]
             u_IV = tl.load(u_ring + ((slot * H + h) * R + position % R)[:, None] * V + v[None, :], held, 0.0)
             right = v_IV * beta_I[:, None] + u_IV
-            if EXACT:
-                W_IV = tl.dot(T, right, input_precision="ieee")
-            else:
-                W_IV = tl.dot(T, right, input_precision="tf32")
-            W_IV = tl.where(held, u_IV, W_IV)
+            W_IV = tl.where(held, u_IV, _wide(T, right, EXACT))
             tl.store(W + (i[:, None].to(tl.int64) * H + h) * V + v[None, :], W_IV, real[:, None] & (v < V)[None, :])
         w_I = tl.where(new, beta_I * n_I * tl.exp(tl.maximum(a_I.to(tl.float32), MIN_LOG_DECAY)), 0.0)
         for k0 in range(0, K, BK):
             k = k0 + b
             inside = real[:, None] & (k < K)[None, :]
             right = tl.load(x + key + k[None, :], inside, 0.0).to(tl.float32) * w_I[:, None]
-            if EXACT:
-                Y_IK = tl.dot(T, right, input_precision="ieee")
-            else:
-                Y_IK = tl.dot(T, right, input_precision="tf32")
+            Y_IK = _wide(T, right, EXACT)
             tl.store(Y + (i[:, None].to(tl.int64) * H + h) * K + k[None, :], Y_IK.to(Y.dtype.element_ty), inside)
 
 
-@triton.jit
+@counted
 def _carry(
     qkv, a, norm, W, Y, S, u_ring, chunks, rows, u_out, before, stride, M, I, B, H, G, K, V, R,
-    CH: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
+    CH: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
+    EXACT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """before (tiles, H, K, V): the state that each tile begins with · u_out (I, H, V)."""
     others_done(EARLY)
@@ -172,47 +190,35 @@ def _carry(
         S_KV = tl.load(at_S, there & (base > 0), 0.0)  # at 0 the state is zero, whatever the slot holds
         key = (G + h // (H // G)) * K
         tiles: tl.constexpr = CH // TILE
-        for c in range(first, first + whole + 1):
-            stop = tl.load(chunks + 2 * M + c)
-            start = tl.load(chunks + M + c)
-            number = c * tiles
-            while start < stop:
-                tl.store(
-                    before + ((number.to(tl.int64) * H + h) * K + k[:, None]) * V + v[None, :],
-                    S_KV.to(before.dtype.element_ty), there,
-                )  # fmt: skip
-                i = start + q
-                end = tl.minimum(stop, start + TILE)
-                real = i < end
-                token = i[:, None].to(tl.int64)
-                ik = real[:, None] & (k < K)[None, :]
-                Y_IK = tl.load(Y + (token * H + h) * K + k[None, :], ik, 0.0)
-                k_IK = tl.load(qkv + token * stride + key + k[None, :], ik, 0.0)
-                W_IV = tl.load(W + (token * H + h) * V + v[None, :], real[:, None] & inside, 0.0)
-                u_IV = W_IV - dot(Y_IK, S_KV, not EXACT)
-                tl.store(
-                    u_out + (token * H + h) * V + v[None, :], u_IV.to(u_out.dtype.element_ty), real[:, None] & inside
-                )
-                if c == first + whole:  # it stays pending
-                    position = base + i - first_input
-                    tl.store(
-                        u_ring + ((slot * H + h) * R + position % R)[:, None] * V + v[None, :], u_IV,
-                        real[:, None] & inside,
-                    )  # fmt: skip
-                else:
-                    a_h = a + h.to(tl.int64) * I
-                    last = tl.load(a_h + end - 1)
-                    lag = tl.where(real, last - tl.load(a_h + i, real, 0.0), 0.0).to(tl.float32)
-                    n_I = tl.load(norm + h.to(tl.int64) * I + i, real, 0.0)
-                    w_I = tl.exp(tl.maximum(lag, MIN_LOG_DECAY)) * n_I
-                    S_KV = S_KV * tl.exp(tl.maximum(last.to(tl.float32), MIN_LOG_DECAY))
-                    S_KV += dot(tl.trans(k_IK), u_IV * w_I[:, None], not EXACT)
-                start += TILE
-                number += 1
+        a_h, norm_h = a + h.to(tl.int64) * I, norm + h.to(tl.int64) * I
+        for number in tl.range(first * tiles, (first + whole + 1) * tiles, num_stages=STAGES):
+            c = number // tiles
+            start = tl.load(chunks + M + c) + number % tiles * TILE
+            end = tl.minimum(tl.load(chunks + 2 * M + c), start + TILE)  # not after start: nothing is left of the chunk
+            stays = c == first + whole
+            i = start + q
+            real, token = i < end, i[:, None].to(tl.int64)
+            ik, iv = real[:, None] & (k < K)[None, :], real[:, None] & inside
+            Y_IK = tl.load(Y + (token * H + h) * K + k[None, :], ik, 0.0)
+            k_IK = tl.load(qkv + token * stride + key + k[None, :], ik, 0.0)
+            W_IV = tl.load(W + (token * H + h) * V + v[None, :], iv, 0.0)
+            last = tl.load(a_h + end - 1, (start < end) & (end > 0), 0.0)
+            a_I, n_I = tl.load(a_h + i, real, 0.0), tl.load(norm_h + i, real, 0.0)
+            at = before + ((number * H + h.to(tl.int64)) * K + k[:, None]) * V + v[None, :]
+            tl.store(at, S_KV.to(before.dtype.element_ty), there & (start < end))
+            u_IV = W_IV - dot(Y_IK, S_KV, not EXACT)
+            tl.store(u_out + (token * H + h) * V + v[None, :], u_IV.to(u_out.dtype.element_ty), iv)
+            position = base + i - first_input
+            at_ring = u_ring + ((slot * H + h) * R + position % R)[:, None] * V + v[None, :]
+            tl.store(at_ring, u_IV, iv & stays)
+            lag = tl.where(real, last - a_I, 0.0).to(tl.float32)
+            w_I = tl.where(stays, 0.0, tl.exp(tl.maximum(lag, MIN_LOG_DECAY)) * n_I)
+            S_KV = S_KV * tl.where(stays, 1.0, tl.exp(tl.maximum(last.to(tl.float32), MIN_LOG_DECAY)))
+            S_KV += dot(tl.trans(k_IK), u_IV * w_I[:, None], not EXACT)
         tl.store(at_S, S_KV, there & (whole > 0))
 
 
-@triton.jit
+@counted
 def _outputs(
     qkv, a, norm, u, before, chunks, rows, o, stride, stride_o, scale, M, I, B, H, G, K, V,
     CH: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
@@ -252,7 +258,7 @@ def _outputs(
         tl.store(at, sum_, (real & (i >= first_new))[:, None] & inside)
 
 
-@triton.jit
+@counted
 def _keep(
     qkv, out, g, k_ring, g_ring, columns, rows, stride_qkv, B, H, G, K, R, size, C,
     TAPS: tl.constexpr, BI: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, EARLY: tl.constexpr,
@@ -312,7 +318,7 @@ def rule(
     BV = min(32 if whole <= 128 else 16, BV)
     _carry[(triton.cdiv(V, BV), H, c.rows)](
         qkv_IC, a_HI, norm_HI, W_IHV, Y_IHK, S, u_ring, *tables, u_IHV, before, stride, *sizes, R,
-        BK=whole, BV=BV, num_warps=4, **same,
+        BK=whole, BV=BV, STAGES=2, num_warps=4, **same,
     )  # fmt: skip
     BV = min(64, max(16, triton.next_power_of_2(V)))
     _outputs[(tiles, H, triton.cdiv(V, BV))](

@@ -27,7 +27,7 @@ from tiercel.mixers.mamba2.triton_step import MIN_LOG_DECAY, convolved, older_co
 from tiercel.ops.triton.launch import early, others_done
 
 L2_EPS = tl.constexpr(1e-6)  # under the root of a key's or query's norm
-READ_COLUMNS, READ_WARPS, PREPARE_WARPS = 32, 4, 8
+READ_COLUMNS, READ_ROWS, READ_STAGES, READ_WARPS, PREPARE_WARPS = 64, 32, 4, 4, 8
 COMMIT_ROWS, COMMIT_STATES = 8, 32  # rows that a program looks through, rows K of S that it takes at a time
 
 
@@ -143,22 +143,19 @@ def _prepare(
 def _read(
     qkv, S, u_ring, columns, weight, slot_T, length_S, base_S, k_in, q_in, weight_k, weight_q, decay_in, beta_in,
     score_in, o, stride_qkv, stride_o, H, G, K, V, R, size,
-    TAPS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EARLY: tl.constexpr,
+    TAPS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, CK: tl.constexpr, BV: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """S is asked for before `_prepare` is done, but where that writes it; before the first commit it is zero."""
-    tile, h, t = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    v = tile * BV + tl.arange(0, BV)
+    """S is read CK rows at a time, some of them asked for ahead; before the first commit it is zero."""
+    t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    v = tl.program_id(2) * BV + tl.arange(0, BV)
     inside = v < V
     slot = tl.load(slot_T + t).to(tl.int64)
     if slot >= 0:
         length, base = tl.load(length_S + slot), tl.load(base_S + slot)
         full = length - base >= CHUNK
         pending = tl.where(full, 0, length - base)
-        n, j = tl.arange(0, BK), tl.arange(0, BJ)
-        head = slot * H + h
-        at = S + (head * K + n)[:, None] * V + v[None, :]
-        there = (n < K)[:, None] & inside[None, :]
-        S_KV = tl.load(at, there & (length - base < CHUNK) & (base > 0), 0.0)
+        j, head = tl.arange(0, BJ), slot * H + h
         number = (base + j) % R
         u_JV = tl.load(
             u_ring + (head * R + number)[:, None] * V + v[None, :], (j < pending)[:, None] & inside[None, :], 0.0
@@ -167,17 +164,22 @@ def _read(
         ring, c = columns + slot * size * C, 2 * G * K + h * V + v
         older = older_columns(ring, weight, weight, c, inside, length, size, C, TAPS, False)
         others_done(EARLY)
-        S_KV = tl.load(at, there & full, S_KV)
+        group = t * G + h // (H // G)
+        Sk_KV, Sq_KV = tl.zeros((CK, BV), tl.float32), tl.zeros((CK, BV), tl.float32)
+        rows = tl.where(full | (base > 0), K, 0)
+        for k0 in tl.range(0, rows, CK, num_stages=STAGES):
+            k = k0 + tl.arange(0, CK)
+            S_KV = tl.load(S + (head * K + k)[:, None] * V + v[None, :], (k < K)[:, None] & inside[None, :], 0.0)
+            Sk_KV += S_KV * tl.load(k_in + group * K + k, k < K, 0.0)[:, None]
+            Sq_KV += S_KV * tl.load(q_in + group * K + k, k < K, 0.0)[:, None]
         v_V, raw = convolved(qkv + t * stride_qkv, ring, weight, older, c, inside, C, TAPS)
         tl.store(ring + (length % size) * C + c, raw, inside)
-        group = t * G + h // (H // G)
-        k_K, q_K = tl.load(k_in + group * K + n, n < K, 0.0), tl.load(q_in + group * K + n, n < K, 0.0)
         wk_J, wq_J = tl.load(weight_k + (t * H + h) * BJ + j), tl.load(weight_q + (t * H + h) * BJ + j)
         decay = tl.load(decay_in + t * H + h)
-        held_V = tl.sum(S_KV * k_K[:, None], 0) * decay + tl.sum(u_JV * wk_J[:, None], 0)
+        held_V = tl.sum(Sk_KV, 0) * decay + tl.sum(u_JV * wk_J[:, None], 0)
         u_V = tl.load(beta_in + t * H + h) * (v_V - held_V)
         tl.store(u_ring + (head * R + length % R) * V + v, u_V, inside)
-        o_V = tl.sum(S_KV * q_K[:, None], 0) * decay + tl.sum(u_JV * wq_J[:, None], 0)
+        o_V = tl.sum(Sq_KV, 0) * decay + tl.sum(u_JV * wq_J[:, None], 0)
         tl.store(o + t * stride_o + h * V + v, o_V + tl.load(score_in + group) * u_V, inside)
     else:
         others_done(EARLY)
@@ -223,8 +225,8 @@ def gated_delta_step(
         num_warps=PREPARE_WARPS, **same,
     )  # fmt: skip
     BV = min(READ_COLUMNS, BV)
-    _read[(triton.cdiv(V, BV), H, T)](
+    _read[(T, H, triton.cdiv(V, BV))](
         qkv_TC, S, u, columns, weight_JC, slot_T, length_S, base_S, *between, o_TI, qkv_TC.stride(0), o_TI.stride(0),
-        H, G, K, V, R, columns.shape[1], BV=BV, num_warps=READ_WARPS, **same,
+        H, G, K, V, R, columns.shape[1], CK=min(READ_ROWS, BK), BV=BV, STAGES=READ_STAGES, num_warps=READ_WARPS, **same,
     )  # fmt: skip
     return o_TI

@@ -27,6 +27,7 @@ from tiercel.model.ragged import CHUNK, Piece, RaggedPlan
 from tiercel.ops.triton import interpreted
 from tiercel.ops.triton.launch import early, others_done, output
 
+counted = triton.jit(do_not_specialize=["M", "I", "B"])  # they differ from forward to forward
 STATES_TILE = 128, 128, 32, 8, 3  # of N, P and inputs, warps, loads under way
 OUTPUTS_TILE = 64, 64, 128, 64, 4, 3  # of outputs, inputs, P and N, warps, loads under way
 # of float32 values, which count in full
@@ -44,7 +45,7 @@ def dot(a, b, HALF: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
 
 
-@triton.jit
+@counted
 def _gather(
     xBC, dt_in, dt_bias, x_ring, B_ring, dt_ring, columns, weight, bias, row_I, rows, out, dt_out,
     stride_xBC, stride_dt, low, high, I, B, H, P, N, G, R, size, C,
@@ -104,7 +105,7 @@ def _gather(
             tl.store(at_out, tl.where(new[:, None], y, tl.where(of_x, old_x, old_B)), both)
 
 
-@triton.jit
+@counted
 def _scores(
     xBC, dt, A, chunks, scores, a, stride, M, I, H, P, N, G,
     CH: tl.constexpr, BI: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
@@ -142,7 +143,7 @@ def _scores(
                 tl.store(at, sum_.to(scores.dtype.element_ty))
 
 
-@triton.jit
+@counted
 def _states(
     xBC, dt, a, chunks, rows, out, stride, M, I, B, H, P, N, G,
     BJ: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
@@ -174,7 +175,7 @@ def _states(
         tl.store(at, sum_, (n < N)[:, None] & (p < P)[None, :])
 
 
-@triton.jit
+@counted
 def _carry(
     states, before, a, S, chunks, rows, M, I, B, H, NP, FROM_S: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
 ):
@@ -200,7 +201,7 @@ def _carry(
         tl.store(at_S, now.to(S.dtype.element_ty), real & (whole > 0))
 
 
-@triton.jit
+@counted
 def _outputs(
     xBC, dt, a, scores, before, D, chunks, rows, y, stride, stride_y, M, I, B, H, P, N, G,
     CH: tl.constexpr, BI: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, HALF: tl.constexpr,
@@ -268,7 +269,7 @@ def _outputs(
             tl.store(at, sum_.to(y.dtype.element_ty), (real & (i >= old))[:, None] & inside)
 
 
-@triton.jit
+@counted
 def _keep(
     xBC, out, dt, x_ring, B_ring, dt_ring, columns, rows, stride_xBC, B, H, P, N, G, R, size, C,
     K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, EARLY: tl.constexpr,

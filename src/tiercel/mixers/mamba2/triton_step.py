@@ -26,7 +26,7 @@ from torch import Tensor
 from tiercel.ops.triton.launch import early, others_done
 
 MIN_LOG_DECAY = tl.constexpr(-87.0)  # e to the power of less is no normal float32
-READ_COLUMNS, READ_WARPS, PREPARE_WARPS = 32, 4, 8
+READ_COLUMNS, READ_ROWS, READ_STAGES, READ_WARPS, PREPARE_WARPS = 64, 32, 4, 4, 8
 COMMIT_ROWS, COMMIT_STATES = 8, 32  # rows that a program looks through, numbers N of S that it takes at a time
 
 
@@ -168,10 +168,10 @@ def _prepare(
 def _read(
     xBC, S, x_ring, columns, weight, bias, slot_T, length_S, base_S, C_in, weight_in, decay_in, new_in, y,
     stride_xBC, stride_y, H, P, N, G, R, size,
-    K: tl.constexpr, BIAS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr,
-    EARLY: tl.constexpr,
+    K: tl.constexpr, BIAS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, BN: tl.constexpr, CN: tl.constexpr,
+    BP: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """S is asked for before `_prepare` is done, but where that writes it; before the first commit it is zero."""
+    """S is read CN rows at a time, some of them asked for ahead; before the first commit it is zero."""
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p = tl.program_id(2) * BP + tl.arange(0, BP)
     inside = p < P
@@ -180,11 +180,7 @@ def _read(
         length, base = tl.load(length_S + slot), tl.load(base_S + slot)
         full = length - base >= CHUNK
         pending = tl.where(full, 0, length - base)
-        n, j = tl.arange(0, BN), tl.arange(0, BJ)
-        head = slot * H + h
-        at = S + (head * N + n)[:, None] * P + p[None, :]
-        there = (n < N)[:, None] & inside[None, :]
-        S_NP = tl.load(at, there & (length - base < CHUNK) & (base > 0), 0.0)
+        j, head = tl.arange(0, BJ), slot * H + h
         number = (base + j) % R
         x_JP = tl.load(
             x_ring + (head * R + number)[:, None] * P + p[None, :], (j < pending)[:, None] & inside[None, :], 0.0
@@ -194,7 +190,13 @@ def _read(
         if K > 0:
             older = older_columns(ring, weight, bias, c, inside, length, size, C, K, BIAS)
         others_done(EARLY)
-        S_NP = tl.load(at, there & full, S_NP).to(tl.float32)
+        C_row = C_in + (t * G + h // (H // G)) * N
+        sum_NP = tl.zeros((CN, BP), tl.float32)
+        rows = tl.where(full | (base > 0), N, 0)
+        for n0 in tl.range(0, rows, CN, num_stages=STAGES):
+            n = n0 + tl.arange(0, CN)
+            S_NP = tl.load(S + (head * N + n)[:, None] * P + p[None, :], (n < N)[:, None] & inside[None, :], 0.0)
+            sum_NP += S_NP.to(tl.float32) * tl.load(C_row + n, n < N, 0.0)[:, None]
         row = xBC + t * stride_xBC
         if K > 0:
             x_P, raw = convolved(row, ring, weight, older, c, inside, C, K)
@@ -202,9 +204,8 @@ def _read(
         else:
             x_P = tl.load(row + c, inside, 0.0).to(tl.float32)
         tl.store(x_ring + (head * R + length % R) * P + p, x_P.to(x_ring.dtype.element_ty), inside)
-        C_N = tl.load(C_in + (t * G + h // (H // G)) * N + n, n < N, 0.0)
         w_J = tl.load(weight_in + (t * H + h) * BJ + j)
-        y_P = tl.sum(S_NP * C_N[:, None], 0) * tl.load(decay_in + t * H + h)
+        y_P = tl.sum(sum_NP, 0) * tl.load(decay_in + t * H + h)
         y_P += tl.sum(x_JP * w_J[:, None], 0) + tl.load(new_in + t * H + h) * x_P
         tl.store(y + t * stride_y + h * P + p, y_P.to(y.dtype.element_ty), inside)
     else:
@@ -255,7 +256,8 @@ def ssd_step(
     )  # fmt: skip
     _read[(T, H, triton.cdiv(P, BP))](
         xBC_TC, S, x, columns, weight_KC, bias, slot_T, length_S, base_S, C_TGN, w_THJ, decay_TH,
-        new_TH, y_TI, xBC_TC.stride(0), y_TI.stride(0), H, P, N, G, R, size, BP=BP, num_warps=READ_WARPS, **same,
+        new_TH, y_TI, xBC_TC.stride(0), y_TI.stride(0), H, P, N, G, R, size,
+        CN=min(READ_ROWS, BN), BP=BP, STAGES=READ_STAGES, num_warps=READ_WARPS, **same,
     )  # fmt: skip
     return y_TI
 
