@@ -52,7 +52,9 @@ def engine_of(net: Any, slots: int, max_length: int, delay: float | None = None)
     from tiercel.engine.engine import Engine
 
     model: Any = SimpleNamespace(network=net, tokenizer=None, text=None, max_length=max_length)
-    return Engine(model, slots=slots, cache_bytes=0, max_decode_delay=delay)
+    engine = Engine(model, slots=slots, cache_bytes=0, max_decode_delay=delay)
+    engine.warm_up()
+    return engine
 
 
 def parse(load: str) -> tuple[int, int, int, int]:

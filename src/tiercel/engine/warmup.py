@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+from typing import cast
 
 import torch
 
 from tiercel.engine.core import EngineCore
 from tiercel.engine.speculative import UNCAPTURED_STEPS
-from tiercel.model.runner import SequenceState
+from tiercel.model.runner import AsyncRunner, SequenceState
 
 PREFAULT_SECONDS = 3.0  # at start-up; the rest is prefaulted while the engine is idle
 CAPTURE_SECONDS = 2.0
@@ -34,6 +35,8 @@ def prefault(core: EngineCore) -> bool:
 def capture_graphs(core: EngineCore) -> None:
     """Capture and time the steps of one sequence with draft tokens, then of two to all slots."""
     runner = core.runner
+    if runner.supports_async:
+        cast(AsyncRunner, runner).capture()
     draft_lengths = () if core.drafter is None else core.draft_lengths
     steps = [[1 + length] for length in (0, *draft_lengths)]
     steps += [[1] * count for count in range(2, min(core.scheduler.slots, runner.max_captured_tokens) + 1)]

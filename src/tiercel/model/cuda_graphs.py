@@ -157,9 +157,18 @@ class PrefillRunner:
         rows = min(self.slots.count, max(4, size // TOKENS_PER_ROW))
         if any(n > most for n, most in zip(need, Capacity.of(size, rows, self.slots.chunk), strict=True)):
             return None
+        return self._captured(size)
+
+    def _captured(self, size: int) -> CapturedPrefill:
         if size not in self.graphs:
             self.graphs[size] = CapturedPrefill(self.network, self.slots, size, self.pool)
         return self.graphs[size]
+
+    def capture(self) -> None:
+        """Capture every size of the ladder that a sequence can have."""
+        for size in self.ladder:
+            if size <= self.slots.max_length:
+                self._captured(size)
 
 
 class CUDAGraphRunner:

@@ -93,6 +93,14 @@ class GPURunner:
         mixers = [layer.mixers for layer in self.config.layers]
         return State(mixers, self.slots.dtype, torch.device("cpu"), self.network.fingerprint, self.allocator)
 
+    def capture(self) -> None:
+        """Capture steps and prefills of every size, and the sampling of steps, before the first request."""
+        for size in self.graphs.sizes:
+            graph = self.graphs.of(size)
+            for draw in (GREEDY, GREEDY._replace(temperature=1.0, top_k=1)):
+                graph.sampler([-1] * size, [draw] * size, self.config.vocab_size)
+        self.prefills.capture()
+
     def forward(
         self, tokens: Sequence[Tensor], states: Sequence[SlotHandle], *, logits_to_keep: int = 1
     ) -> list[Tensor]:

@@ -130,6 +130,9 @@ class LaunchedStep(Protocol):
 class AsyncRunner(Runner, Protocol):
     """A runner whose device samples."""
 
+    def capture(self) -> None:
+        """Capture what it can, before the first request."""
+
     def launch(
         self, tokens: Sequence[Sequence[int] | None], states: Sequence[Any], draws: Sequence[Draw | None],
         num_tokens: int,

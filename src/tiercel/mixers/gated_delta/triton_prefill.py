@@ -95,6 +95,16 @@ def _bounds(chunks, rows, M, B, CH: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _lags(a_I, seen, EXACT: tl.constexpr):
+    """a_i − a_j where seen, float32; its sums are float64, as differences of long ones are taken."""
+    if EXACT:
+        return tl.where(seen, a_I[:, None] - a_I[None, :], 0.0).to(tl.float32)
+    else:
+        a = a_I.to(tl.float32)
+        return tl.where(seen, a[:, None] - a[None, :], 0.0)
+
+
+@triton.jit
 def _wide(a, b, EXACT: tl.constexpr):
     if EXACT:
         return tl.dot(a, b, input_precision="ieee")
@@ -148,7 +158,7 @@ def _solve(
         tl.store(norm + h.to(tl.int64) * I + i, n_I, real)
         beta_I = tl.load(beta + i.to(tl.int64) * H + h, new, 0.0)
         below = (q[:, None] > q[None, :]) & new[:, None] & real[None, :]
-        lag = tl.where(below, a_I[:, None] - a_I[None, :], 0.0).to(tl.float32)
+        lag = _lags(a_I, below, EXACT)
         A = tl.where(below, kk * (beta_I * n_I)[:, None] * n_I[None, :] * tl.exp(tl.maximum(lag, MIN_LOG_DECAY)), 0.0)
         T = _inverse(A, TILE, EXACT)
         slot = tl.load(rows + SLOT * B + r).to(tl.int64)
@@ -248,7 +258,7 @@ def _outputs(
         n_I = tl.load(norm + h.to(tl.int64) * I + i, real, 0.0)
         sum_ = sum_ * tl.exp(tl.maximum(a_I.to(tl.float32), MIN_LOG_DECAY))[:, None]
         seen = (t[:, None] >= t[None, :]) & real[:, None] & real[None, :]
-        lag = tl.where(seen, a_I[:, None] - a_I[None, :], 0.0).to(tl.float32)
+        lag = _lags(a_I, seen, EXACT)
         w = tl.where(seen, qk * n_I[None, :] * tl.exp(tl.maximum(lag, MIN_LOG_DECAY)), 0.0)
         u_IV = tl.load(u + (i[:, None].to(tl.int64) * H + h) * V + v[None, :], real[:, None] & inside, 0.0)
         sum_ += dot(w, u_IV, not EXACT)
@@ -323,7 +333,7 @@ def rule(
     BV = min(64, max(16, triton.next_power_of_2(V)))
     _outputs[(tiles, H, triton.cdiv(V, BV))](
         qkv_IC, a_HI, norm_HI, u_IHV, before, *tables, o_TI, stride, o_TI.stride(0), K**-0.5, *sizes,
-        BK=min(64, BK), BV=BV, num_warps=4, **same,
+        BK=min(64, BK), BV=BV, num_warps=8, **same,
     )  # fmt: skip
     return o_TI
 
