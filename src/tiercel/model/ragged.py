@@ -76,10 +76,14 @@ class RaggedPlan:
         self.capacity, self.device = capacity, device
         c = capacity
         self._sizes = [c.tokens, c.tokens, c.tokens, c.inputs, 3 * c.chunks, 2 * c.tiles, 9 * c.rows]
-        self._all = torch.full((sum(self._sizes),), -1, dtype=torch.int32, device=device)
-        tables = self._all.split(self._sizes)
+        # each begins at 16 bytes: kernels are compiled anew for addresses that do not
+        self._all = torch.full((sum(-(-n // 4) * 4 for n in self._sizes),), -1, dtype=torch.int32, device=device)
+        tables = self._parts(self._all)
         self.id_T, self.slot_T, self.position_T, self.row_I = tables[:4]
         self.chunks, self.tiles, self.rows = (t.view(n, -1) for t, n in zip(tables[4:], (3, 2, 9), strict=True))
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        return [t[:n] for t, n in zip(flat.split([-(-n // 4) * 4 for n in self._sizes]), self._sizes, strict=True)]
 
     @property
     def last_B(self) -> Tensor:
@@ -98,7 +102,7 @@ class RaggedPlan:
     def fill(self, pieces: Sequence[Piece], ids: Sequence[Sequence[int]] | None = None) -> None:
         """Write the tables, in one copy to the device.  ids: of each row's new tokens."""
         flat = torch.full((len(self._all),), -1, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        tables = [t.numpy() for t in flat.split(self._sizes)]
+        tables = [t.numpy() for t in self._parts(flat)]
         id_T, slot_T, position_T, row_I = tables[:4]
         chunks, tiles, rows = (t.reshape(n, -1) for t, n in zip(tables[4:], (3, 2, 9), strict=True))
         slot, start, end, base, next_ = np.array(pieces, dtype=np.int32).T

@@ -29,6 +29,8 @@ from tiercel.model.ragged import CHUNK, RaggedPlan
 from tiercel.ops.triton import interpreted
 from tiercel.ops.triton.launch import early, others_done, output
 
+# with four or more the products become wgmma, and Triton 3.6 gives wrong sums or reads outside for some of these tiles
+WARPS = {False: 2, True: 8}
 TILE = 64  # inputs whose system is solved at once
 
 
@@ -39,7 +41,7 @@ def _gather(
     TAPS: tl.constexpr, BI: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     others_done(EARLY)
-    i = tl.program_id(0) * BI + tl.arange(0, BI)
+    i = (tl.program_id(0) * BI + tl.arange(0, BI))[:, None]
     r = tl.load(row_I + i, i < I, -1)
     live = r >= 0
     slot = tl.load(rows + SLOT * B + r, live, 0).to(tl.int64)
@@ -49,36 +51,32 @@ def _gather(
     new, pending = live & (position >= start), live & (position < start)
     if tl.program_id(1) == tl.num_programs(1) - 1:
         h = tl.arange(0, BH)[None, :]
-        ours, place = h < H, i[:, None].to(tl.int64) * H + h
-        both = new[:, None] & ours
-        raw = tl.load(dt_in + token[:, None] * stride_dt + h, both, 0.0).to(tl.float32)
+        ours, place = h < H, i.to(tl.int64) * H + h
+        raw = tl.load(dt_in + token * stride_dt + h, new & ours, 0.0).to(tl.float32)
         g = tl.load(A + h, ours, 0.0) * softplus(raw + tl.load(dt_bias + h, ours, 0.0))
-        kept = tl.load(g_ring + (slot[:, None] * R + (position % R)[:, None]) * H + h, pending[:, None] & ours, 0.0)
-        tl.store(g_out + place, tl.where(new[:, None], g, kept), live[:, None] & ours)
-        beta = beta_max * tl.sigmoid(tl.load(b_in + token[:, None] * stride_b + h, both, 0.0).to(tl.float32))
-        tl.store(beta_out + place, beta, live[:, None] & ours)
+        kept = tl.load(g_ring + (slot * R + position % R) * H + h, pending & ours, 0.0)
+        tl.store(g_out + place, tl.where(new, g, kept), live & ours)
+        beta = beta_max * tl.sigmoid(tl.load(b_in + token * stride_b + h, new & ours, 0.0).to(tl.float32))
+        tl.store(beta_out + place, beta, live & ours)
     else:
         c = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
         real = c < C
-        ring = columns + slot[:, None] * size * C + c
+        ring = columns + slot * size * C + c
         sum_ = tl.zeros((BI, BC), tl.float32)
         for tap in tl.static_range(TAPS):
             before = position - (TAPS - 1 - tap)
-            here = new & (before >= start)
-            there = new & (before < start) & (before >= 0)
-            at = qkv + (token - (TAPS - 1 - tap))[:, None] * stride_qkv + c
-            fresh = tl.load(at, here[:, None] & real, 0.0).to(columns.dtype.element_ty)
-            old = tl.load(ring + (tl.maximum(before, 0) % size)[:, None] * C, there[:, None] & real, 0.0)
+            at = qkv + (token - (TAPS - 1 - tap)) * stride_qkv + c
+            fresh = tl.load(at, new & (before >= start) & real, 0.0).to(columns.dtype.element_ty)
+            held = new & (before < start) & (before >= 0)
+            old = tl.load(ring + (tl.maximum(before, 0) % size) * C, held & real, 0.0)
             w = tl.load(weight + tap * C + c, real, 0.0).to(tl.float32)
-            sum_ += w * tl.where(here[:, None], fresh, old).to(tl.float32)
+            sum_ += w * tl.where(before >= start, fresh, old).to(tl.float32)
         y = (sum_ * tl.sigmoid(sum_)).to(out.dtype.element_ty)
         key = tl.maximum(c - G * K, 0)
         of_k = (c >= G * K) & (c < 2 * G * K)
-        old_k = tl.load(
-            k_ring + ((slot[:, None] * G + key // K) * R + (position % R)[:, None]) * K + key % K,
-            pending[:, None] & of_k, 0.0,
-        )  # fmt: skip
-        tl.store(out + i[:, None].to(tl.int64) * C + c, tl.where(new[:, None], y, old_k), live[:, None] & real)
+        at_k = k_ring + ((slot * G + key // K) * R + position % R) * K + key % K
+        old_k = tl.load(at_k, pending & of_k, 0.0)
+        tl.store(out + i.to(tl.int64) * C + c, tl.where(new, y, old_k), live & real)
 
 
 @triton.jit
@@ -186,18 +184,18 @@ def _carry(
     CH: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
     EXACT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """before (tiles, H, K, V): the state that each tile begins with · u_out (I, H, V)."""
+    """before (tiles, H, K, V): the state that each tile begins with · u_out (I, H, V).  S and u are transposed here."""
     others_done(EARLY)
     r, h = tl.program_id(2), tl.program_id(1)
     slot = tl.load(rows + SLOT * B + r).to(tl.int64)
     if slot >= 0:
-        v, k, q = tl.program_id(0) * BV + tl.arange(0, BV), tl.arange(0, BK), tl.arange(0, TILE)
-        inside = (v < V)[None, :]
+        v, k = (tl.program_id(0) * BV + tl.arange(0, BV))[:, None], tl.arange(0, BK)[None, :]
+        q = tl.arange(0, TILE)
         first, whole = tl.load(rows + FIRST * B + r), tl.load(rows + WHOLE * B + r)
         first_input, base = tl.load(rows + INPUT * B + r), tl.load(rows + BASE * B + r)
-        at_S = S + ((slot * H + h) * K + k[:, None]) * V + v[None, :]
-        there = (k < K)[:, None] & inside
-        S_KV = tl.load(at_S, there & (base > 0), 0.0)  # at 0 the state is zero, whatever the slot holds
+        at_S = S + ((slot * H + h) * K + k) * V + v
+        there = (k < K) & (v < V)
+        S_VK = tl.load(at_S, there & (base > 0), 0.0)  # at 0 the state is zero, whatever the slot holds
         key = (G + h // (H // G)) * K
         tiles: tl.constexpr = CH // TILE
         a_h, norm_h = a + h.to(tl.int64) * I, norm + h.to(tl.int64) * I
@@ -207,25 +205,25 @@ def _carry(
             end = tl.minimum(tl.load(chunks + 2 * M + c), start + TILE)  # not after start: nothing is left of the chunk
             stays = c == first + whole
             i = start + q
-            real, token = i < end, i[:, None].to(tl.int64)
-            ik, iv = real[:, None] & (k < K)[None, :], real[:, None] & inside
-            Y_IK = tl.load(Y + (token * H + h) * K + k[None, :], ik, 0.0)
-            k_IK = tl.load(qkv + token * stride + key + k[None, :], ik, 0.0)
-            W_IV = tl.load(W + (token * H + h) * V + v[None, :], iv, 0.0)
+            real, token = i < end, i.to(tl.int64)
+            ik, vi = real[:, None] & (k < K), (v < V) & real[None, :]
+            Y_IK = tl.load(Y + (token[:, None] * H + h) * K + k, ik, 0.0)
+            k_IK = tl.load(qkv + token[:, None] * stride + key + k, ik, 0.0)
+            at_VI = (token[None, :] * H + h) * V + v
+            W_VI = tl.load(W + at_VI, vi, 0.0)
             last = tl.load(a_h + end - 1, (start < end) & (end > 0), 0.0)
             a_I, n_I = tl.load(a_h + i, real, 0.0), tl.load(norm_h + i, real, 0.0)
-            at = before + ((number * H + h.to(tl.int64)) * K + k[:, None]) * V + v[None, :]
-            tl.store(at, S_KV.to(before.dtype.element_ty), there & (start < end))
-            u_IV = W_IV - dot(Y_IK, S_KV, not EXACT)
-            tl.store(u_out + (token * H + h) * V + v[None, :], u_IV.to(u_out.dtype.element_ty), iv)
+            at = before + ((number * H + h.to(tl.int64)) * K + k) * V + v
+            tl.store(at, S_VK.to(before.dtype.element_ty), there & (start < end))
+            u_VI = W_VI - dot(S_VK, tl.trans(Y_IK), not EXACT)
+            tl.store(u_out + at_VI, u_VI.to(u_out.dtype.element_ty), vi)
             position = base + i - first_input
-            at_ring = u_ring + ((slot * H + h) * R + position % R)[:, None] * V + v[None, :]
-            tl.store(at_ring, u_IV, iv & stays)
+            tl.store(u_ring + ((slot * H + h) * R + position % R)[None, :] * V + v, u_VI, vi & stays)
             lag = tl.where(real, last - a_I, 0.0).to(tl.float32)
             w_I = tl.where(stays, 0.0, tl.exp(tl.maximum(lag, MIN_LOG_DECAY)) * n_I)
-            S_KV = S_KV * tl.where(stays, 1.0, tl.exp(tl.maximum(last.to(tl.float32), MIN_LOG_DECAY)))
-            S_KV += dot(tl.trans(k_IK), u_IV * w_I[:, None], not EXACT)
-        tl.store(at_S, S_KV, there & (whole > 0))
+            S_VK = S_VK * tl.where(stays, 1.0, tl.exp(tl.maximum(last.to(tl.float32), MIN_LOG_DECAY)))
+            S_VK += dot(u_VI * w_I[None, :], k_IK, not EXACT)
+        tl.store(at_S, S_VK, there & (whole > 0))
 
 
 @counted
@@ -295,9 +293,9 @@ def _keep(
             at = columns + (slot * size + (position % size)[:, None]) * C + c
             tl.store(at, raw.to(columns.dtype.element_ty), new & (c < C))
             key = tl.maximum(c - G * K, 0)
-            both = pending & (c >= G * K) & (c < 2 * G * K)
-            at = k_ring + ((slot * G + key // K) * R + in_ring) * K + key % K
-            tl.store(at, tl.load(out + i * C + c, both, 0.0), both)
+            of_k = pending & (c >= G * K) & (c < 2 * G * K)
+            at_k = k_ring + ((slot * G + key // K) * R + in_ring) * K + key % K
+            tl.store(at_k, tl.load(out + i * C + c, of_k, 0.0), of_k)
 
 
 def rule(
@@ -323,17 +321,16 @@ def rule(
     same = dict(CH=CHUNK, TILE=TILE, EXACT=exact, **early())
     _solve[(tiles, H)](
         qkv_IC, g_IH, beta_IH, u_ring, *tables, a_HI, norm_HI, W_IHV, Y_IHK, stride, *sizes, R,
-        BK=min(64, BK), num_warps=4, **same,
+        BK=min(32, BK), num_warps=WARPS[exact], **same,
     )  # fmt: skip
-    BV = min(32 if whole <= 128 else 16, BV)
+    BV = min(32, BV)  # rows of a product: of fewer than 64 there is no wgmma
     _carry[(triton.cdiv(V, BV), H, c.rows)](
         qkv_IC, a_HI, norm_HI, W_IHV, Y_IHK, S, u_ring, *tables, u_IHV, before, stride, *sizes, R,
         BK=whole, BV=BV, STAGES=2, num_warps=4, **same,
     )  # fmt: skip
-    BV = min(64, max(16, triton.next_power_of_2(V)))
     _outputs[(tiles, H, triton.cdiv(V, BV))](
         qkv_IC, a_HI, norm_HI, u_IHV, before, *tables, o_TI, stride, o_TI.stride(0), K**-0.5, *sizes,
-        BK=min(64, BK), BV=BV, num_warps=8, **same,
+        BK=min(64, BK), BV=BV, num_warps=WARPS[exact], **same,
     )  # fmt: skip
     return o_TI
 
@@ -361,7 +358,7 @@ def gated_delta_prefill(
     size, c, device = columns.shape[1], plan.capacity, qkv_TC.device
     qkv_IC = torch.empty(c.inputs, C, dtype=k.dtype, device=device)
     g_IH, beta_IH = (torch.empty(c.inputs, H, device=device) for _ in range(2))
-    BC, BH, BI = 128, triton.next_power_of_2(H), 32
+    BC, BH, BI = 128, max(16, triton.next_power_of_2(H)), 32
     _gather[(triton.cdiv(c.inputs, BI), triton.cdiv(C, BC) + 1)](
         qkv_TC, b_TH, dt_TH, dt_bias_H, A_H, k, g, columns, weight_JC, plan.row_I, plan.rows, qkv_IC, g_IH, beta_IH,
         qkv_TC.stride(0), b_TH.stride(0), dt_TH.stride(0), beta_max, c.inputs, c.rows, H, G, K, V, R, size, C,

@@ -28,7 +28,7 @@ from tiercel.ops.triton.launch import early, others_done
 
 L2_EPS = tl.constexpr(1e-6)  # under the root of a key's or query's norm
 READ_COLUMNS, READ_ROWS, READ_STAGES, READ_WARPS, PREPARE_WARPS = 64, 16, 4, 2, 2
-COMMIT_ROWS, COMMIT_STATES = 8, 32  # rows that a program looks through, rows K of S that it takes at a time
+COMMIT_ROWS, COMMIT_STATES = 2, 32  # rows that a program looks through, rows K of S that it takes at a time
 
 
 @triton.jit

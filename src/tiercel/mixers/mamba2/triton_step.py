@@ -27,7 +27,7 @@ from tiercel.ops.triton.launch import early, others_done
 
 MIN_LOG_DECAY = tl.constexpr(-87.0)  # e to the power of less is no normal float32
 READ_COLUMNS, READ_ROWS, READ_STAGES, READ_WARPS, PREPARE_WARPS = 64, 16, 4, 2, 4
-COMMIT_ROWS, COMMIT_STATES = 8, 32  # rows that a program looks through, numbers N of S that it takes at a time
+COMMIT_ROWS, COMMIT_STATES = 2, 32  # rows that a program looks through, numbers N of S that it takes at a time
 
 
 @triton.jit
