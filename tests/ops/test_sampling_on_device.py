@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tiercel.model.device_sampler import GREEDY, sample, way_of
-from tiercel.ops.sampling import MAX_TOP_K, choose, choose_few
+from tiercel.ops.sampling import CANDIDATES, MAX_TOP_K, RUN, choose, choose_few, likeliest
 from tiercel.sampling.params import SamplingParams
 from tiercel.sampling.sampler import Sampler
 
@@ -66,6 +66,15 @@ def test_draws_are_spread_as_the_probabilities(top_k, top_p):
     kept = order[(before < top_p) & (torch.arange(6) < (top_k or 6))]
     expected = torch.zeros(6).index_copy_(0, kept, probs[kept] / probs[kept].sum())
     assert (torch.bincount(got, minlength=6) / B - expected).abs().max() < 0.015
+
+
+def test_the_likeliest_are_found_run_by_run():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 2 * CANDIDATES * RUN + 1003, generator=g)
+    logits[1] = logits[1].round()  # ties everywhere
+    logits[2, -5:] = 20.0  # in the rest after the last whole run
+    got, at = likeliest(logits)
+    assert torch.equal(got, logits.topk(CANDIDATES, 1).values) and torch.equal(got, logits.gather(1, at))
 
 
 def test_few_kept_tokens_are_drawn_as_from_the_whole_vocabulary():

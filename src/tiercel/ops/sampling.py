@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 MAX_TOP_K, CANDIDATES = 64, 256  # of `choose_few`: the most that top_k may keep, and the likeliest that are looked at
+RUN = 16  # tokens whose maximum is looked at first
 
 
 def choose_few(
@@ -23,8 +24,8 @@ def choose_few(
 
     Of more than CANDIDATES tokens that tie with the last that is kept, some are left out.
     """
-    count = min(CANDIDATES, logits_BV.shape[1])
-    top_BC, ids_BC = logits_BV.float().topk(count, 1)
+    top_BC, ids_BC = likeliest(logits_BV.float())
+    count = top_BC.shape[1]
     l_BC = (top_BC - top_BC[:, :1]) / torch.where(temperature_B > 0, temperature_B, 1.0).unsqueeze(1)
     l_BC = l_BC.masked_fill(l_BC < min_p_B.double().log().float().unsqueeze(1), -math.inf)
     k_B1 = top_k_B.clamp(1, count).unsqueeze(1)
@@ -34,6 +35,7 @@ def choose_few(
     before_BC = probs_BC.double().cumsum(1) - probs_BC
     out_BC |= (before_BC >= top_p_B.unsqueeze(1)) & (top_p_B < 1).unsqueeze(1)
     out_BC[:, 0] = False
+    first_B = torch.where(top_BC == top_BC[:, :1], ids_BC, logits_BV.shape[1]).amin(1)
     ids_BC, order_BC = ids_BC.sort(1)
     kept_BC = l_BC.masked_fill(out_BC, -math.inf).gather(1, order_BC)
     cumulative_BC = torch.softmax(kept_BC, 1).double().cumsum(1)
@@ -41,7 +43,25 @@ def choose_few(
     drawn_B1 = (cumulative_BC <= u_B.unsqueeze(1) * total_B1).sum(1, keepdim=True)
     drawn_B1 = torch.minimum(drawn_B1, (cumulative_BC < total_B1).sum(1, keepdim=True))
     drawn_B = ids_BC.gather(1, drawn_B1).squeeze(1)
-    return torch.where(temperature_B > 0, drawn_B, logits_BV.argmax(1))
+    return torch.where(temperature_B > 0, drawn_B, first_B)
+
+
+def likeliest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """The CANDIDATES largest of each row, from the largest on, and where they are.
+
+    They lie in the CANDIDATES runs of RUN tokens with the largest maxima; so all but these are read once.
+    """
+    B, V = logits_BV.shape
+    if V <= 2 * CANDIDATES * RUN:
+        return logits_BV.topk(min(CANDIDATES, V), 1)
+    whole = V // RUN * RUN
+    runs_BNR = logits_BV[:, :whole].unflatten(1, (-1, RUN))
+    best_BC = runs_BNR.amax(2).topk(CANDIDATES, 1, sorted=False).indices
+    at_BM = (best_BC.unsqueeze(2) * RUN + torch.arange(RUN, device=logits_BV.device)).flatten(1)
+    rest_BM = torch.arange(whole, V, device=logits_BV.device).expand(B, -1)
+    at_BM = torch.cat((at_BM, rest_BM), 1)
+    top_BC, order_BC = logits_BV.gather(1, at_BM).topk(CANDIDATES, 1)
+    return top_BC, at_BM.gather(1, order_BC)
 
 
 def choose(
