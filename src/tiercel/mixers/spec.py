@@ -163,7 +163,6 @@ class ModuleSpec(ABC):
     kind: ClassVar[str]  # its name in config files: "attention", "mamba2", "gated_mlp"
     layer: ClassVar[str]  # where its module is, "tiercel.mixers.mamba2.layer:Mamba2"; imported when it is built
     word: ClassVar[str | None] = None  # its name in a pattern ("mamba2 attention/moe"); None: it has none
-    captured: ClassVar[bool] = True  # a step of it may be recorded in a CUDA graph
     tables: ClassVar[Mapping[str, type]] = {}  # fields that hold a dataclass of their own in a config file
 
     @abstractmethod

@@ -40,8 +40,8 @@ class CapturedCUDAStep:
         self.network, self.slots = network, slots
         self.table = torch.full((2, rows), -1, dtype=torch.int64, device=slots.device)
         self.tokens, self.slot_B = self.table
-        self.run_forward = captured(network, slots, self._forward, pool)
-        self.sampler = LogitsSampler(lambda: self.logits, rows, slots, lambda run: captured(network, slots, run, pool))
+        self.run_forward = captured(slots, self._forward, pool)
+        self.sampler = LogitsSampler(lambda: self.logits, rows, slots, lambda run: captured(slots, run, pool))
 
     def _forward(self) -> None:
         slot_B = self.slot_B.int()
@@ -63,7 +63,7 @@ class CapturedPrefill:
         rows = min(slots.count, max(4, tokens // TOKENS_PER_ROW))
         self.plan = RaggedPlan(Capacity.of(tokens, rows, slots.chunk), slots.device)
         self.plan.id_T.zero_()
-        self.run_forward = captured(network, slots, self._forward, pool)
+        self.run_forward = captured(slots, self._forward, pool)
 
     def _forward(self) -> None:
         batch = DeviceBatch.for_plan(self.slots, self.plan)
@@ -87,9 +87,9 @@ class Replay:
         self.graph.replay()
 
 
-def captured(network: Decoder, slots: StateCache, run: Callable[[], None], pool: Any) -> Callable[[], None]:
+def captured(slots: StateCache, run: Callable[[], None], pool: Any) -> Callable[[], None]:
     """The function as a graph; where there are none, itself without gradients."""
-    if slots.device.type != "cuda" or not all(m.captured for layer in network.config.layers for m in layer.parts):
+    if slots.device.type != "cuda":
         return torch.no_grad()(run)
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())

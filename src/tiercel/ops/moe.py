@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tiercel.ops import triton
 from tiercel.ops.cpu import native
 from tiercel.ops.linear import linear
 from tiercel.ops.pointwise import ACTIVATIONS, activate, gate, gate_reference
@@ -69,6 +70,10 @@ def routed(
         )  # fmt: skip
     weights_TK, chosen_TK = route(scores_TE, config, correction_E)
     x_TD = x_TD.to(up_EFD.dtype) if isinstance(up_EFD, Tensor) else x_TD
+    if isinstance(up_EFD, Tensor) and triton.takes(x_TD, up_EFD, down_EDF):
+        from tiercel.ops.triton import experts
+
+        return experts.moe(x_TD, weights_TK, chosen_TK, gate_EFD, up_EFD, down_EDF, activation).to(x_TD.dtype)
     return moe(x_TD, weights_TK, chosen_TK, gate_EFD, up_EFD, down_EDF, activation).to(x_TD.dtype)
 
 

@@ -33,7 +33,6 @@ class MoEConfig(FeedForwardSpec):
     kind: ClassVar[str] = "moe"
     layer: ClassVar[str] = "tiercel.feed_forward.moe.layer:MoE"
     word: ClassVar[str | None] = "moe"
-    captured: ClassVar[bool] = False  # on a GPU the choice of experts is read by the host
     width: int
     experts: int
     active: int

@@ -16,6 +16,8 @@ def activated(x, ACTIVATION: tl.constexpr):
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == "sigmoid":
         x = tl.sigmoid(x)
+    elif ACTIVATION == "relu2":
+        x = tl.where(x > 0, x * x, 0.0 * x)
     else:
         x = tl.where(x > 0, x, 0.0 * x)  # NaN stays NaN
     return x
