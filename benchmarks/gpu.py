@@ -183,7 +183,8 @@ def decode_sampled(net: Decoder, rows: int, context: int, steps: int) -> float:
     draws = [Draw(0.8, 0.0, 40, 0.9, 0.5)] * rows
 
     def step() -> None:
-        graphs.launch(numbers, [-1] * rows).sampler(numbers, draws, net.config.vocab_size)
+        graph = graphs.launch(numbers, [-1] * rows)
+        graph.sampler(graph.logits, numbers, draws, net.config.vocab_size)
 
     return seconds(step, steps)
 

@@ -7,6 +7,7 @@ ignore.  Nothing waits for the host: a token of −1 stands for the one that was
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ class CapturedCUDAStep:
         self.table = torch.full((2, rows), -1, dtype=torch.int64, device=slots.device)
         self.tokens, self.slot_B = self.table
         self.run_forward = captured(slots, self._forward, pool)
-        self.sampler = LogitsSampler(lambda: self.logits, rows, slots, lambda run: captured(slots, run, pool))
+        self.sampler = LogitsSampler(rows, slots, lambda run: captured(slots, run, pool))
 
     def _forward(self) -> None:
         slot_B = self.slot_B.int()
@@ -97,9 +98,14 @@ def captured(slots: StateCache, run: Callable[[], None], pool: Any) -> Callable[
         for _ in range(2):  # kernels are compiled and workspaces made before the recording
             run()
     torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool), torch.no_grad():
-        run()
+    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.disable()  # a graph that is freed during a capture ends it
+    try:
+        with torch.cuda.graph(graph, pool=pool), torch.no_grad():
+            run()
+    finally:
+        if collects:
+            gc.enable()
     return Replay(graph)
 
 

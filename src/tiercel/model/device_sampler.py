@@ -54,31 +54,33 @@ def sample(logits_BV: Tensor, table_6B: Tensor, slots: StateCache, way: str, num
 class LogitsSampler:
     """Samples the rows of the logits that a forward leaves; captured where that is.
 
-    logits: (B, V), always the same tensor where runs are captured · captured: makes a run of a function
+    captured: makes a run of a function; then the logits are always the same tensor
     """
 
-    def __init__(
-        self, logits: Callable[[], Tensor], rows: int, slots: StateCache, captured: Callable[[Run], Run]
-    ) -> None:
-        self.logits, self.rows, self.slots, self.captured = logits, rows, slots, captured
+    def __init__(self, rows: int, slots: StateCache, captured: Callable[[Run], Run]) -> None:
+        self.rows, self.slots, self.captured = rows, slots, captured
         self.table_6B = torch.zeros(6, rows, dtype=torch.float64, device=slots.device)
         self.token_B = torch.zeros(rows, dtype=torch.int64, device=slots.device)
         self.runs: dict[tuple[str, int], Run] = {}
 
-    def __call__(self, numbers: Sequence[int], draws: Sequence[Draw], num_tokens: int) -> Tensor:
-        """The tokens of the first rows, valid until the next call."""
+    def __call__(self, logits_BV: Tensor, numbers: Sequence[int], draws: Sequence[Draw], num_tokens: int) -> Tensor:
+        """The tokens of the first rows (B', V), valid until the next call."""
         key = way_of(draws), num_tokens
-        if key not in self.runs:
-            self.table_6B[0] = -1
-            run = partial(self._sample, *key)
-            self.runs[key] = run if key[0] == "any" else self.captured(run)  # it takes much memory
+        run = partial(_sample, self.token_B, logits_BV, self.table_6B, self.slots, *key)
+        if self.slots.device.type == "cuda" and key[0] != "any":  # which takes much memory
+            if key not in self.runs:
+                self.table_6B[0] = -1
+                self.runs[key] = self.captured(run)
+            run = self.runs[key]
         table = np.zeros((6, self.rows))
         table[0] = -1
         table[0, : len(numbers)] = numbers
         table[1:, : len(numbers)] = np.array(draws).T
         self.table_6B.copy_(on_host(table, self.slots.device), non_blocking=True)
-        self.runs[key]()
+        run()
         return self.token_B[: len(numbers)]
 
-    def _sample(self, way: str, num_tokens: int) -> None:
-        self.token_B.copy_(sample(self.logits(), self.table_6B, self.slots, way, num_tokens))
+
+@torch.no_grad()
+def _sample(token_B: Tensor, logits_BV: Tensor, table_6B: Tensor, slots: StateCache, way: str, num_tokens: int) -> None:
+    token_B.copy_(sample(logits_BV, table_6B, slots, way, num_tokens))

@@ -98,7 +98,7 @@ class GPURunner:
         for size in self.graphs.sizes:
             graph = self.graphs.of(size)
             for draw in (GREEDY, GREEDY._replace(temperature=1.0, top_k=1)):
-                graph.sampler([-1] * size, [draw] * size, self.config.vocab_size)
+                graph.sampler(graph.logits, [-1] * size, [draw] * size, self.config.vocab_size)
         self.prefills.capture()
 
     def forward(
@@ -138,7 +138,9 @@ class GPURunner:
             if steps:
                 slots = [numbers[i] for i in steps]
                 graph = self.graphs.launch(slots, [-1 if (row := tokens[i]) is None else row[0] for i in steps])
-                sampled = None if draws is None else graph.sampler(slots, [draws[i] for i in steps], num_tokens)
+                sampled = (
+                    None if draws is None else graph.sampler(graph.logits, slots, [draws[i] for i in steps], num_tokens)
+                )
                 launched.add(steps, graph.logits[: len(steps)].clone().unsqueeze(1).unbind(), sampled)
             if prompts:
                 slots, ids = [numbers[i] for i in prompts], [tokens[i] or () for i in prompts]

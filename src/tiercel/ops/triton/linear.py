@@ -33,6 +33,8 @@ from tiercel.quant.nf4 import LEVELS
 
 TYPES = ("Q4_K", "Q6_K", "NF4", "Q8_0", "INT8")
 SOME = 128
+TILED_ROWS = 32  # beyond which a bfloat16 matrix is read faster than a packed one is unpacked
+SPARE_BYTES = 8 << 30  # of the device's memory, that are left when one is kept beside a packed one
 PLAIN = 2, 1024, 4, 2  # outputs and inputs that a program takes at a time, its warps, loads under way
 
 
@@ -194,6 +196,8 @@ class DeviceQTensor(QTensor):
         self.device = q.device
         self.levels = torch.tensor(LEVELS, device=q.device) if type == "NF4" else None
         self.data = q
+        self._wide_NK: Tensor | None = None
+        self._asked = False
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
@@ -300,8 +304,9 @@ class DeviceQTensor(QTensor):
         T = x_TK.shape[0]
         if self.type == "FP8" and not self.exact and self.fused_rows < T:
             return self._fp8(x_TK, bias_N, scale).to(x.dtype).view(*x.shape[:-1], N)
-        if T > SOME:
-            W = self._unpack(torch.arange(N, device=self.device), torch.float32 if self.exact else torch.bfloat16)
+        kept = T > TILED_ROWS and self._keeps_wide()
+        if T > SOME or kept:
+            W = self._wide_NK if self._wide_NK is not None else self._unpacked()
             y_TN = F.linear(x_TK.to(W.dtype), W).to(x.dtype)
             y_TN = y_TN * scale if scale != 1.0 else y_TN
             y_TN = y_TN if bias_N is None else y_TN + bias_N.to(y_TN.dtype)
@@ -320,10 +325,28 @@ class DeviceQTensor(QTensor):
         )  # fmt: skip
         return y_TN.view(*x.shape[:-1], N)
 
+    def _unpacked(self) -> Tensor:
+        rows = torch.arange(self.shape[0], device=self.device)
+        return self._unpack(rows, torch.float32 if self.exact else torch.bfloat16)
+
+    def _keeps_wide(self) -> bool:
+        """Whether its numbers are kept beside it, for many rows: from the first time on, where memory is left."""
+        if not self._asked and self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self._asked = True
+            need = self.shape[0] * self.shape[1] * (4 if self.exact else 2)
+            if torch.cuda.mem_get_info(self.device)[0] > need + SPARE_BYTES:
+                self._wide_NK = self._unpacked()
+        return self._wide_NK is not None
+
     def _fp8(self, x_TK: Tensor, bias_N: Tensor | None, scale: float) -> Tensor:
         N = self.shape[0]
-        if not interpreted and N % 16 == 0:
-            return fp8.many(x_TK, (self.q, self.scales), bias_N, scale)
+        whole = N // 16 * 16  # outputs that PyTorch's product takes
+        if not interpreted and whole:
+            y_TN = fp8.many(x_TK, (self.q[:whole], self.scales[:whole]), None, scale)
+            if whole < N:
+                rest = self.numbers(whole).to(y_TN.dtype)
+                y_TN = torch.cat((y_TN, F.linear(x_TK.to(y_TN.dtype), rest) * scale), 1)
+            return y_TN if bias_N is None else y_TN + bias_N.to(y_TN.dtype)
         y_TN = F.linear(fp8.rounded(x_TK), self.numbers()) * scale
         return y_TN if bias_N is None else y_TN + bias_N
 
