@@ -20,10 +20,8 @@ from tiercel.mixers.mamba2.triton_step import ssd_step
 from tiercel.mixers.paged import PagedSlots
 from tiercel.mixers.recurrent import RecurrentSlots
 from tiercel.model.ragged import Piece, RaggedPlan
-from tiercel.ops.conv1d import conv1d_reference
 from tiercel.ops.norm import gated_rms_norm, rms_norm_reference
 from tiercel.ops.pointwise import gate_reference
-from tiercel.ops.triton import conv1d as conv_kernels
 from tiercel.ops.triton import norm as norm_kernels
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -67,36 +65,6 @@ def test_gate(activation):
     both = rand(3, 2 * 1030)
     g, u = both.chunk(2, 1)
     torch.testing.assert_close(norm_kernels.gate(g, u, activation), gate_reference(g, u, activation))
-
-
-# ── convolution
-
-
-@pytest.mark.parametrize("C, K", [(3, 4), (300, 2), (5, 1)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_convolution_of_a_prompt_in_pieces_and_in_steps(C, K, bias):
-    L, R = 43, 20 + K
-    x, w, b = rand(L, C), rand(K, C), rand(C) if bias else None
-    expected = F.silu(conv1d_reference(F.pad(x, (0, 0, K - 1, 0)), w.t(), b)).float()
-    for lengths in ([43], [1] * 43, [30, 1, 1, 9, 2], [3, 40]):
-        ring, parts, at = torch.full((2, R, C), math.nan, device=DEVICE), [], 0
-        for n in lengths:
-            y = rand(n, C)
-            places = torch.arange(at, at + n, dtype=torch.int32, device=DEVICE), torch.zeros_like(whole(*[0] * n))
-            conv_kernels.conv1d(x[at : at + n], ring, w, b, places[1] + 1, *places, y, store=n == 1)
-            if n > 1:
-                kept = torch.arange(max(at, at + n - R), at + n, device=DEVICE)
-                ring[1][kept % R] = x[kept]
-            parts.append(y)
-            at += n
-        torch.testing.assert_close(torch.cat(parts), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_a_row_of_nobody_touches_nothing():
-    ring, y = rand(2, 9, 6), rand(2, 6)
-    before = ring.clone()
-    conv_kernels.conv1d(rand(2, 6), ring, rand(4, 6), None, whole(-1, 1), whole(0, 3), whole(0, 1), y, store=True)
-    assert torch.equal(ring[0], before[0]) and not torch.equal(ring[1], before[1]) and y.isfinite().all()
 
 
 # ── scan

@@ -17,6 +17,7 @@ class ShortConvConfig(MixerSpec):
     """
 
     kind: ClassVar[str] = "short_conv"
+    has_gpu_kernels: ClassVar[bool] = True
     layer: ClassVar[str] = "tiercel.mixers.short_conv.layer:ShortConv"
     word: ClassVar[str | None] = "short_conv"
     report_class: ClassVar[str | None] = "short_conv"

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from tiercel.errors import RequestError
 from tiercel.mixers.backend import Backend
 
 
@@ -24,7 +23,9 @@ class ShortConvOp(Protocol):
 
 def short_conv_op(backend: Backend) -> ShortConvOp:
     if backend == "triton":
-        raise RequestError("short_conv layers have no kernel for GPUs yet: load the model with device='cpu'")
+        from tiercel.mixers.short_conv.gpu import short_conv as on_gpu
+
+        return on_gpu
     from tiercel.mixers.short_conv.cpu import short_conv
 
     return short_conv
