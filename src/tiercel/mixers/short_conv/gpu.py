@@ -35,7 +35,7 @@ def _mix(
     if BIAS:
         sum_ += tl.load(bias + c, c < C, 0.0)
     for k in tl.static_range(K):
-        back: tl.constexpr = K - 1 - k
+        back = K - 1 - k
         same = tl.load(slot_T + t - back, (t < T) & (t >= back), -2) == slot  # a sequence has one run of tokens
         B_TC = tl.load(row - back * stride, live & same, 0.0).to(tl.float32)
         x_TC = tl.load(row - back * stride + 2 * C, live & same, 0.0).to(tl.float32)
