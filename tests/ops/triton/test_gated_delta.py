@@ -20,11 +20,12 @@ SHAPES = [(1, 1, 8, 8), (2, 4, 16, 24), (1, 3, 40, 20)]  # G, H, K, V
 class Layer:
     """Random parameters and inputs of a few sequences, and their states in slots."""
 
-    def __init__(self, shape, lengths, chunk, *, slow=False):
+    def __init__(self, shape, lengths, chunk, *, slow=False, tiled=False):
         G, H, K, V = shape
         self.config = GatedDeltaConfig(
             key_heads=G, value_heads=H, key_dim=K, value_dim=V, conv=3, beta_max=2.0, chunk=chunk
         )
+        self.tiled = tiled
         draw = torch.Generator().manual_seed(sum(lengths) + K)
         C = self.config.channels
         self.weight = torch.randn(3, C, generator=draw).to(DEVICE)
@@ -44,8 +45,10 @@ class Layer:
         qkv = torch.nn.functional.silu(conv1d_reference(qkv, self.weight.t().double().cpu(), None))
         q, k, v = qkv.split((G * K, G * K, H * V), 1)
         g = self.A.double().cpu() * torch.nn.functional.softplus(x[:, C + H :] + self.dt_bias.double().cpu())
+        heads = torch.arange(H) % G if self.tiled else torch.arange(H) // (H // G)
+        q, k = q.unflatten(1, (G, K))[:, heads], k.unflatten(1, (G, K))[:, heads]
         o, _ = gated_delta_reference(
-            q.unflatten(1, (G, K)), k.unflatten(1, (G, K)), v.unflatten(1, (H, V)), g, 2 * x[:, C : C + H].sigmoid(),
+            q, k, v.unflatten(1, (H, V)), g, 2 * x[:, C : C + H].sigmoid(),
             torch.zeros(H, K, V),
         )  # fmt: skip
         return o.flatten(1)
@@ -65,7 +68,14 @@ class Layer:
                 self.length[i], self.base[i] = end, next_
         plan = RaggedPlan.exact(pieces, torch.device(DEVICE))
         o = gated_delta_prefill(
-            *self._parts(torch.cat(new)), self.weight, self.dt_bias, self.A, self.slots, plan, beta_max=2.0
+            *self._parts(torch.cat(new)),
+            self.weight,
+            self.dt_bias,
+            self.A,
+            self.slots,
+            plan,
+            beta_max=2.0,
+            tiled=self.tiled,
         )
         return o.split([len(x) for x in new])
 
@@ -73,7 +83,9 @@ class Layer:
         """One token more of some sequences; −1: none."""
         whole = [torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in (numbers, self.length, self.base)]
         new = torch.stack([self.inputs[i][self.length[i]] for i in numbers])
-        o = gated_delta_step(*self._parts(new), self.weight, self.dt_bias, self.A, self.slots, *whole, beta_max=2.0)
+        o = gated_delta_step(
+            *self._parts(new), self.weight, self.dt_bias, self.A, self.slots, *whole, beta_max=2.0, tiled=self.tiled
+        )
         for i in numbers:
             if i >= 0:
                 self.base[i] = max(self.base[i], self.length[i] // self.slots.chunk * self.slots.chunk)
@@ -97,9 +109,10 @@ def test_prompts_in_pieces_are_the_recurrence(shape, slow):
         assert error(torch.cat(outputs[i]), layer.expected(i)) < 1e-5
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_steps_after_a_prompt_are_the_recurrence(shape):
-    layer = Layer(shape, (60, 45), 16, slow=True)
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_steps_after_a_prompt_are_the_recurrence(shape, tiled):
+    layer = Layer(shape, (60, 45), 16, slow=True, tiled=tiled)
     first = layer.read((37, 16))
     steps = [layer.step([1, 0, -1]) for _ in range(23)]
     assert all(not o[2].any() for o in steps)

@@ -26,11 +26,12 @@ def gated_delta(
     value_dim: int,
     chunk: int,
     beta_max: float,
+    tiled: bool = False,
 ) -> Tensor:
     """As `GatedDeltaOp`."""
     buffers, where = batch
     given = qkv_TC, b_TH, dt_TH, weight_JC, dt_bias_H, A_H, buffers
     if where.step:
         slots = where.slots
-        return gated_delta_step(*given, where.slot_T, slots.length_S, slots.committed_S, beta_max=beta_max)
-    return gated_delta_prefill(*given, where.plan, beta_max=beta_max)
+        return gated_delta_step(*given, where.slot_T, slots.length_S, slots.committed_S, beta_max=beta_max, tiled=tiled)
+    return gated_delta_prefill(*given, where.plan, beta_max=beta_max, tiled=tiled)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiercel.mixers.gated_delta.triton_step import L2_EPS
+from tiercel.mixers.gated_delta.triton_step import L2_EPS, key_head
 from tiercel.mixers.mamba2.triton_prefill import BASE, END, FIRST, INPUT, NEXT, SLOT, START, TOKEN, WHOLE, counted, dot
 from tiercel.mixers.mamba2.triton_step import MIN_LOG_DECAY, softplus
 from tiercel.model.ragged import CHUNK, RaggedPlan
@@ -133,6 +133,7 @@ def _inverse(A, TILE: tl.constexpr, EXACT: tl.constexpr):
 @counted
 def _solve(
     qkv, g, beta, u_ring, chunks, rows, a, norm, W, Y, stride, M, I, B, H, G, K, V, R,
+    TILED: tl.constexpr,
     CH: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """a (H, I) float64: Σ g since the tile's start · norm (H, I): n · W (I, H, V), Y (I, H, K)."""
@@ -143,7 +144,7 @@ def _solve(
         q, b = tl.arange(0, TILE), tl.arange(0, BK)
         i = start + q
         real, new = i < stop, (i < stop) & (i >= first_new)
-        key = (G + h // (H // G)) * K
+        key = (G + key_head(h, H, G, TILED)) * K
         x = qkv + i[:, None].to(tl.int64) * stride
         kk = tl.zeros((TILE, TILE), tl.float32)
         for k0 in range(0, K, BK):
@@ -181,6 +182,7 @@ def _solve(
 @counted
 def _carry(
     qkv, a, norm, W, Y, S, u_ring, chunks, rows, u_out, before, stride, M, I, B, H, G, K, V, R,
+    TILED: tl.constexpr,
     CH: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
     EXACT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -196,7 +198,7 @@ def _carry(
         at_S = S + ((slot * H + h) * K + k) * V + v
         there = (k < K) & (v < V)
         S_VK = tl.load(at_S, there & (base > 0), 0.0)  # at 0 the state is zero, whatever the slot holds
-        key = (G + h // (H // G)) * K
+        key = (G + key_head(h, H, G, TILED)) * K
         tiles: tl.constexpr = CH // TILE
         a_h, norm_h = a + h.to(tl.int64) * I, norm + h.to(tl.int64) * I
         for number in tl.range(first * tiles, (first + whole + 1) * tiles, num_stages=STAGES):
@@ -229,6 +231,7 @@ def _carry(
 @counted
 def _outputs(
     qkv, a, norm, u, before, chunks, rows, o, stride, stride_o, scale, M, I, B, H, G, K, V,
+    TILED: tl.constexpr,
     CH: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     others_done(EARLY)
@@ -238,7 +241,7 @@ def _outputs(
         t, b = tl.arange(0, TILE), tl.arange(0, BK)
         i = start + t
         real, inside = i < stop, (v < V)[None, :]
-        g = h // (H // G)
+        g = key_head(h, H, G, TILED)
         x = qkv + i[:, None].to(tl.int64) * stride
         state = before + (tl.program_id(0).to(tl.int64) * H + h) * K * V
         qk, squares = tl.zeros((TILE, TILE), tl.float32), tl.zeros((TILE,), tl.float32)
@@ -299,8 +302,9 @@ def _keep(
 
 
 def rule(
-    qkv_IC: Tensor, g_IH: Tensor, beta_IH: Tensor, u_ring: Tensor, S: Tensor, plan: RaggedPlan, groups: int
-) -> Tensor:
+    qkv_IC: Tensor, g_IH: Tensor, beta_IH: Tensor, u_ring: Tensor, S: Tensor, plan: RaggedPlan, groups: int,
+    *, tiled: bool = False,
+) -> Tensor:  # fmt: skip
     """o (T, H · V) float32 of a plan's tokens, from all its inputs after convolution and activations.
 
     S (slots, H, K, V): committed states; those of the plan's rows are moved on to their next base.
@@ -318,7 +322,7 @@ def rule(
     o_TI = output(c.tokens, H * V, device=device)
     BK, BV, whole = (max(16, triton.next_power_of_2(n)) for n in (K, V, K))
     stride, tables, sizes = qkv_IC.stride(0), (plan.chunks, plan.rows), (c.chunks, c.inputs, c.rows, H, G, K, V)
-    same = dict(CH=CHUNK, TILE=TILE, EXACT=exact, **early())
+    same = dict(TILED=tiled, CH=CHUNK, TILE=TILE, EXACT=exact, **early())
     _solve[(tiles, H)](
         qkv_IC, g_IH, beta_IH, u_ring, *tables, a_HI, norm_HI, W_IHV, Y_IHK, stride, *sizes, R,
         BK=min(32, BK), num_warps=WARPS[exact], **same,
@@ -346,6 +350,7 @@ def gated_delta_prefill(
     plan: RaggedPlan,
     *,
     beta_max: float,
+    tiled: bool = False,
 ) -> Tensor:
     """o (T, H · V) float32 of a plan's new tokens; rings and states of its slots move on.
 
@@ -364,7 +369,7 @@ def gated_delta_prefill(
         qkv_TC.stride(0), b_TH.stride(0), dt_TH.stride(0), beta_max, c.inputs, c.rows, H, G, K, V, R, size, C,
         TAPS=taps, BI=BI, BC=BC, BH=BH, **early(),
     )  # fmt: skip
-    o_TI = rule(qkv_IC, g_IH, beta_IH, u, S, plan, G)
+    o_TI = rule(qkv_IC, g_IH, beta_IH, u, S, plan, G, tiled=tiled)
     _keep[(c.rows, triton.cdiv(memory.chunk + taps - 1, 16), triton.cdiv(C, BC) + 1)](
         qkv_TC, qkv_IC, g_IH, k, g, columns, plan.rows, qkv_TC.stride(0), c.rows, H, G, K, R, size, C,
         TAPS=taps, BI=16, BC=BC, BH=BH, **early(),

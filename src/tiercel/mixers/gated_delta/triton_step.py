@@ -32,15 +32,24 @@ COMMIT_ROWS, COMMIT_STATES = 2, 32  # rows that a program looks through, rows K 
 
 
 @triton.jit
+def key_head(h, H, G, TILED: tl.constexpr):
+    """The key head that value head h reads."""
+    if TILED:
+        return h % G
+    else:
+        return h // (H // G)
+
+
+@triton.jit
 def _commit(
     S, k_ring, u_ring, g_ring, slot, h, base, H, G, K, V, R,
-    CHUNK: tl.constexpr, BJ: tl.constexpr, CK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    TILED: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, CK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The CHUNK inputs from `base` on join S of a head."""
     j, v, n = tl.arange(0, BJ), tl.arange(0, BV), tl.arange(0, BK)
     number, kept = (base + j) % R, j < CHUNK
-    head, group = slot * H + h, slot * G + h // (H // G)
+    head, group = slot * H + h, slot * G + key_head(h, H, G, TILED)
     g_J = tl.load(g_ring + (slot * R + number) * H + h, kept, 0.0)
     last = tl.sum(g_J, 0)
     k_row = k_ring + (group * R + number) * K
@@ -63,8 +72,9 @@ def _prepare(
     qkv, b_in, dt_in, dt_bias, A, S, k_ring, u_ring, g_ring, columns, weight, slot_T, length_S, base_S,
     k_out, q_out, weight_k, weight_q, decay_out, beta_out, score_out,
     stride_qkv, stride_b, stride_dt, beta_max, scale, T, H, G, K, V, R, size,
-    TAPS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, CK: tl.constexpr,
-    BV: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    TILED: tl.constexpr, TAPS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, BH: tl.constexpr,
+    BK: tl.constexpr, CK: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program has a key head of a row; those after all of them commit the full chunks of a head of ROWS rows."""
     job = tl.program_id(0)
@@ -86,7 +96,7 @@ def _prepare(
             ).to(tl.float32)  # fmt: skip
             heads = H // G
             r = tl.arange(0, BH)
-            h = g * heads + r
+            h = r * G + g if TILED else g * heads + r
             mine = r < heads
             g_HJ = tl.load(g_ring + (slot * R + number)[None, :] * H + h[:, None], mine[:, None] & known[None, :], 0.0)
             a_H, bias_H = tl.load(A + h, mine, 0.0), tl.load(dt_bias + h, mine, 0.0)
@@ -135,7 +145,25 @@ def _prepare(
                     length, base = tl.load(length_S + slot), tl.load(base_S + slot)
                     if length - base >= CHUNK:
                         _commit(
-                            S, k_ring, u_ring, g_ring, slot, h, base, H, G, K, V, R, CHUNK, BJ, CK, BK, BV, PRECISION
+                            S,
+                            k_ring,
+                            u_ring,
+                            g_ring,
+                            slot,
+                            h,
+                            base,
+                            H,
+                            G,
+                            K,
+                            V,
+                            R,
+                            TILED,
+                            CHUNK,
+                            BJ,
+                            CK,
+                            BK,
+                            BV,
+                            PRECISION,
                         )
 
 
@@ -143,8 +171,8 @@ def _prepare(
 def _read(
     qkv, S, u_ring, columns, weight, slot_T, length_S, base_S, k_in, q_in, weight_k, weight_q, decay_in, beta_in,
     score_in, o, stride_qkv, stride_o, H, G, K, V, R, size,
-    TAPS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, CK: tl.constexpr, BV: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr,
+    TILED: tl.constexpr, TAPS: tl.constexpr, CHUNK: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+    CK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """S is read CK rows at a time, some of them asked for ahead; before the first commit it is zero."""
     t, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -164,7 +192,7 @@ def _read(
         ring, c = columns + slot * size * C, 2 * G * K + h * V + v
         older = older_columns(ring, weight, weight, c, inside, length, size, C, TAPS, False)
         others_done(EARLY)
-        group = t * G + h // (H // G)
+        group = t * G + key_head(h, H, G, TILED)
         Sk_KV, Sq_KV = tl.zeros((CK, BV), tl.float32), tl.zeros((CK, BV), tl.float32)
         rows = tl.where(full | (base > 0), K, 0)
         for k0 in tl.range(0, rows, CK, num_stages=STAGES):
@@ -199,6 +227,7 @@ def gated_delta_step(
     base_S: Tensor,
     *,
     beta_max: float,
+    tiled: bool = False,
 ) -> Tensor:
     """o (T, H · V) float32 of one new token of each sequence; its input joins the rings, and where a chunk is full S
     is rewritten (its base and all lengths are the caller's to move on).
@@ -217,7 +246,7 @@ def gated_delta_step(
     decay_TH, beta_TH, score_TG = (torch.empty(T, n, device=device) for n in (H, H, G))
     o_TI = torch.empty(T, H * V, device=device)
     between = k_TGK, q_TGK, wk_THJ, wq_THJ, decay_TH, beta_TH, score_TG
-    same = dict(TAPS=len(weight_JC), CHUNK=memory.chunk, BJ=BJ, BK=BK, **early())
+    same = dict(TILED=tiled, TAPS=len(weight_JC), CHUNK=memory.chunk, BJ=BJ, BK=BK, **early())
     _prepare[(T * G + triton.cdiv(T, COMMIT_ROWS) * H,)](
         qkv_TC, b_TH, dt_TH, dt_bias_H, A_H, S, k, u, g, columns, weight_JC, slot_T, length_S, base_S, *between,
         qkv_TC.stride(0), b_TH.stride(0), dt_TH.stride(0), beta_max, K**-0.5, T, H, G, K, V, R, columns.shape[1],

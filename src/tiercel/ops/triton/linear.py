@@ -197,6 +197,7 @@ class DeviceQTensor(QTensor):
         self.levels = torch.tensor(LEVELS, device=q.device) if type == "NF4" else None
         self.data = q
         self._wide_NK: Tensor | None = None
+        self._more_scales = scales
         self._asked = False
 
     @property
@@ -325,6 +326,15 @@ class DeviceQTensor(QTensor):
         )  # fmt: skip
         return y_TN.view(*x.shape[:-1], N)
 
+    def _padded(self) -> tuple[Tensor, Tensor]:
+        """e4m3 and scales of as many outputs as PyTorch's product takes, a multiple of 16: a copy where it is not."""
+        if self.shape[0] % 16 == 0:
+            return self.q, self.scales
+        if self._wide_NK is None:
+            more = -self.shape[0] % 16
+            self._wide_NK, self._more_scales = F.pad(self.q, (0, 0, 0, more)), F.pad(self.scales, (0, more), value=1.0)
+        return self._wide_NK, self._more_scales
+
     def _unpacked(self) -> Tensor:
         rows = torch.arange(self.shape[0], device=self.device)
         return self._unpack(rows, torch.float32 if self.exact else torch.bfloat16)
@@ -340,12 +350,8 @@ class DeviceQTensor(QTensor):
 
     def _fp8(self, x_TK: Tensor, bias_N: Tensor | None, scale: float) -> Tensor:
         N = self.shape[0]
-        whole = N // 16 * 16  # outputs that PyTorch's product takes
-        if not interpreted and whole:
-            y_TN = fp8.many(x_TK, (self.q[:whole], self.scales[:whole]), None, scale)
-            if whole < N:
-                rest = self.numbers(whole).to(y_TN.dtype)
-                y_TN = torch.cat((y_TN, F.linear(x_TK.to(y_TN.dtype), rest) * scale), 1)
+        if not interpreted:
+            y_TN = fp8.many(x_TK, self._padded(), None, scale)[:, :N]
             return y_TN if bias_N is None else y_TN + bias_N.to(y_TN.dtype)
         y_TN = F.linear(fp8.rounded(x_TK), self.numbers()) * scale
         return y_TN if bias_N is None else y_TN + bias_N
