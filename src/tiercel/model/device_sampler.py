@@ -66,7 +66,7 @@ class LogitsSampler:
     def __call__(self, logits_BV: Tensor, numbers: Sequence[int], draws: Sequence[Draw], num_tokens: int) -> Tensor:
         """The tokens of the first rows (B', V), valid until the next call."""
         key = way_of(draws), num_tokens
-        run = partial(_sample, self.token_B, logits_BV, self.table_6B, self.slots, *key)
+        run: Run = partial(_sample, self.token_B, logits_BV, self.table_6B, self.slots, *key)
         if self.slots.device.type == "cuda" and key[0] != "any":  # which takes much memory
             if key not in self.runs:
                 self.table_6B[0] = -1

@@ -23,7 +23,7 @@ class ShortConvOp(Protocol):
 
 def short_conv_op(backend: Backend) -> ShortConvOp:
     if backend == "triton":
-        from tiercel.mixers.short_conv.gpu import short_conv as on_gpu
+        from tiercel.mixers.short_conv.triton import short_conv as on_gpu
 
         return on_gpu
     from tiercel.mixers.short_conv.cpu import short_conv
