@@ -55,9 +55,7 @@ class ModelConfig:
     logit_scale: float = 1.0  # only a tied model with multipliers needs it: the rest is folded
     residual_fp32: bool = False
     embed_scale: float = 1.0  # what embeddings are multiplied by (Granite)
-    residual_scale: float = (
-        1.0  # what a layer's outputs are multiplied by before they are added to the stream (Granite)
-    )
+    residual_scale: float = 1.0  # what a layer's outputs are multiplied by before they are added (Granite)
     max_length: int = 8192
 
     def __post_init__(self) -> None:
@@ -74,8 +72,14 @@ class ModelConfig:
         return self.norm_eps / self.residual_scale**2
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; equal neighbouring layers are written once with a `repeat`."""
+        """Plain JSON values; equal neighbouring layers are written once with a `repeat`.
+
+        The scales are left out at their default: fingerprints of sessions that were saved before them stay the same.
+        """
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "layers"}
+        for name in ("embed_scale", "residual_scale"):
+            if data[name] == 1.0:
+                del data[name]
         runs: list[dict[str, Any]] = []
         for layer in self.layers:
             plain = _layer_to_dict(layer)
