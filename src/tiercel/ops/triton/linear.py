@@ -305,9 +305,9 @@ class DeviceQTensor(QTensor):
         T = x_TK.shape[0]
         if self.type == "FP8" and not self.exact and self.fused_rows < T:
             return self._fp8(x_TK, bias_N, scale).to(x.dtype).view(*x.shape[:-1], N)
-        kept = T > TILED_ROWS and self._keeps_wide()
+        kept = T > TILED_ROWS and not self.exact and self._keeps_wide()
         if T > SOME or kept:
-            W = self._wide_NK if self._wide_NK is not None else self._unpacked()
+            W = self._wide_NK if kept and self._wide_NK is not None else self._unpacked()
             y_TN = F.linear(x_TK.to(W.dtype), W).to(x.dtype)
             y_TN = y_TN * scale if scale != 1.0 else y_TN
             y_TN = y_TN if bias_N is None else y_TN + bias_N.to(y_TN.dtype)
@@ -343,7 +343,7 @@ class DeviceQTensor(QTensor):
         """Whether its numbers are kept beside it, for many rows: from the first time on, where memory is left."""
         if not self._asked and self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             self._asked = True
-            need = self.shape[0] * self.shape[1] * (4 if self.exact else 2)
+            need = self.shape[0] * self.shape[1] * 2
             if torch.cuda.mem_get_info(self.device)[0] > need + SPARE_BYTES:
                 self._wide_NK = self._unpacked()
         return self._wide_NK is not None
