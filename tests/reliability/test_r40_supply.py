@@ -30,6 +30,18 @@ def test_the_page_has_a_row_for_every_goal():
         assert f"| {goal.name} | {goal.promise}" in page, f"{goal.name}: python tests/reliability/campaign.py --table"
 
 
+def test_the_locked_versions_are_those_of_the_constraints():
+    """requirements.lock: the runtime's closure, each with a hash."""
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    locked = dict(
+        re.fullmatch(r"(\S+)==(\S+) --hash=sha256:[0-9a-f]{64}", line).groups() for line in lines if line[0] != "#"
+    )
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M))
+    assert len(locked) > 30
+    for name in locked.keys() & pinned.keys():
+        assert locked[name].partition("+")[0] == pinned[name], name
+
+
 def test_no_file_of_the_package_runs_when_python_starts():
     assert not list((ROOT / "src").rglob("*.pth"))
 
