@@ -30,9 +30,11 @@ from tiercel.bench.peers import LlamaBench, Worker, require
 from tiercel.bench.run import cores, run, spread
 from tiercel.commands.chat.render import waiting
 from tiercel.commands.doctor import cpu_name
+from tiercel.families.shapes import SHAPES
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "cpu.json", HERE.parent / "README.md"
+NANO_LAYERS = "MEMEM*EMEMEM*"
 BEGIN, END = "<!-- benchmarks/cpu.py -->", "<!-- end -->"
 
 Result = dict[str, Any]
@@ -109,6 +111,12 @@ ROWS = {
                        lambda r: 1 / r["read_share"],
                        lambda r: f"{r['decode_tok_s']:.1f} tok/s, {r['bytes_per_token'] / 1e6:.0f} MB each",
                        1.4, 1.2, lower=True),
+    "granite-350m-prefill": versus("granite-350m", L, P, "Granite-4-H-350M prefill 512, over llama.cpp", 1.8, 2.5),
+    "granite-350m-decode": versus("granite-350m", L, D, "Granite-4-H-350M Q4_K_M decode, over llama.cpp", 1.1, 1.4),
+    "granite-1b-prefill": versus("granite-1b", L, P, "Granite-4-H-1B Q4_K_M prefill 512, over llama.cpp", 1.8, 2.5),
+    "granite-1b-decode": versus("granite-1b", L, D, "Granite-4-H-1B Q4_K_M decode, over llama.cpp", 1.1, 1.4),
+    "30b-a3b-decode": versus("30b-a3b", L, D, "30B-A3B (Nemotron 3, 12 of its 52 layers) decode, over llama.cpp",
+                             None, 1.3),
     "smollm2-prefill": versus("smollm2", L, P, "SmolLM2-135M Q4_1 prefill 512, over llama.cpp", 1.5, 3.0),
     "smollm2-decode": versus("smollm2", L, D, "SmolLM2-135M Q4_1 decode, over llama.cpp", 1.0, 1.6),
     "bf16-prefill": versus("bf16", T, P, "0.5B bf16 prefill 512, over transformers", None, None),
@@ -161,6 +169,18 @@ class Bench:
     def qwen(self) -> Result:
         return self.case(str(self.packed("qwen3.5:0.8b")), "llama.cpp", "qwen3.5")
 
+    def granite_350m(self) -> Result:
+        return self.case(str(self.packed("granite-4-h:350m")), "llama.cpp", "granite-350m")
+
+    def granite_1b(self) -> Result:
+        return self.case(str(self.packed("granite-4-h:1b")), "llama.cpp", "granite-1b")
+
+    def a3b(self) -> Result:
+        """The layers that fit beside a second engine in 16 GB: six of Mamba-2 and attention's two, five of experts."""
+        config = self.models / "30b-a3b.json"
+        config.write_text(json.dumps(SHAPES["nemotron-3-nano:30b-a3b"] | {"hybrid_override_pattern": NANO_LAYERS}))
+        return self.case(str(self._written(str(config), "q4_k_m", "30b-a3b-q4_k_m.gguf")), "llama.cpp", "30b-a3b")
+
     def smollm2(self) -> Result:
         return self.case("smollm2", "llama.cpp", "smollm2")
 
@@ -209,12 +229,25 @@ CASES: dict[str, Callable[[Bench], Result]] = {
     "0.5b": Bench.half,
     "qwen3.5": Bench.qwen,
     "qwen3.5-16k": lambda bench: bench.long("qwen3.5:0.8b"),
+    "granite-350m": Bench.granite_350m,
+    "granite-1b": Bench.granite_1b,
+    "30b-a3b": Bench.a3b,
     "smollm2": Bench.smollm2,
     "bf16": Bench.bf16,
     "8-rows": Bench.rows,
     "16k": Bench.long,
 }
-PEERS = {"7b": L, "first-token": L, "0.5b": L, "qwen3.5": L, "smollm2": L, "bf16": T}
+PEERS = {
+    "7b": L,
+    "first-token": L,
+    "0.5b": L,
+    "granite-350m": L,
+    "granite-1b": L,
+    "30b-a3b": L,
+    "qwen3.5": L,
+    "smollm2": L,
+    "bf16": T,
+}
 
 
 # ── the table
@@ -252,7 +285,7 @@ def main() -> None:
     if unknown := [name for name in args.rows if name not in ROWS]:
         parser.error(f"no row {unknown[0]!r}; known: {', '.join(ROWS)}")
     if args.list:
-        print("\n".join(f"{name:<18}{row.what}" for name, row in ROWS.items()))
+        print("\n".join(f"{name:<22}{row.what}" for name, row in ROWS.items()))
         return
     results: dict[str, Result] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if args.readme:

@@ -408,6 +408,31 @@ def test_a_pissa_adapter_that_peft_has_converted_is_peft_s(models, tmp_path):
     assert (served.logits(x, adapter="a") - judge).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("name, both", [("granite-hybrid", "input_linear"), ("qwen3_5-shared_keys", "q_proj")])
+def test_an_adapter_on_a_matrix_that_is_two_of_ours_reaches_both(models, tmp_path, name, both):
+    path, x = models(name), nasty.tokens(19)
+    torch.manual_seed(1)
+    theirs = get_peft_model(nasty.load_hf(path), LoraConfig(r=4, lora_alpha=6, target_modules=[both, "v_proj"]))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "a")
+    judge = nasty.whole(theirs.eval(), x)
+    served = tiercel.load(path, adapters={"a": tmp_path / "a"})
+    assert (served.logits(x, adapter="a") - judge).abs().max() < 2e-5
+    assert both not in matched(open_checkpoint(path).layout, ())  # trained here it would be the first of the two only
+    with pytest.raises(RequestError, match=both):
+        matched(open_checkpoint(path).layout, [both])
+
+
+def test_an_adapter_on_experts_is_refused_by_name(models, tmp_path):
+    path = models("nemotron_h-latent")
+    folder = random_adapter(path, tmp_path / "a")
+    tensors = load_file(folder / adapters.TENSORS)
+    tensors["base_model.model.model.layers.1.mixer.experts.0.up_proj.lora_A.weight"] = torch.ones(3, 18)
+    save_file(tensors, folder / adapters.TENSORS)
+    with pytest.raises(FormatError, match="experts"):
+        tiercel.load(path, adapters={"a": folder})
+
+
 def test_the_largest_rank_that_is_trained_is_read_and_a_larger_one_is_refused_before(base, tmp_path):
     network, _, layout = weights.load(base / "model")
     rows, shapes = adapters.linear_rows(layout), parameter_shapes(layout)

@@ -28,7 +28,7 @@ from tiercel.tokenizer.tokenizer import Tokenizer
 from tiercel.weights.checkpoint import Source, parameter_shapes, read_json
 from tiercel.weights.safetensors import open_safetensors
 from tiercel.weights.stored import Stored
-from tiercel.weights.transforms import scaled
+from tiercel.weights.transforms import foreign_shape, scaled, to_ours
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -50,13 +50,18 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def linear_rows(layout: Layout) -> dict[str, TensorMapping]:
-    """Return the checkpoint's names of linear layers, such as model.layers.0.self_attn.q_proj, and their rows."""
+    """Return the checkpoint's names of linear layers that are one of ours, such as model.layers.0.self_attn.q_proj."""
+    return {name: rows[0] for name, rows in _linears(layout).items() if len(rows) == 1}
+
+
+def _linears(layout: Layout) -> dict[str, list[TensorMapping]]:
+    """The checkpoint's names of linear layers, and the rows of ours that each holds: several where two lie in one."""
     matrices = {name for name, p in parameters(layout.config).items() if len(p.shape) == 2} - {"embed.weight"}
-    found: dict[str, TensorMapping] = {}
+    found: dict[str, list[TensorMapping]] = {}
     for row in layout.rows:
         if isinstance(row.hf, str) and row.ours in matrices and row.ours.endswith(".weight"):
             for name in row.names:
-                found[name.removesuffix(".weight")] = row
+                found.setdefault(name.removesuffix(".weight"), []).append(row)
     if layout.config.tied:
         found.pop("lm_head", None)
     return found
@@ -92,12 +97,11 @@ def _pairs(
     tensors: Mapping[str, Stored], config: Mapping[str, Any], folder: Path, layout: Layout
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Our name of a Linear → A and B, all scales in B."""
-    rows, shapes = linear_rows(layout), parameter_shapes(layout)
+    linears, shapes = _linears(layout), parameter_shapes(layout)
     halves: dict[str, dict[str, Stored]] = {}
     for name, tensor in tensors.items():
         found = LORA_TENSOR.fullmatch(name.removeprefix(PREFIX))
-        row = rows.get(found[1]) if found else None
-        if found is None or row is None:
+        if found is None or found[1] not in linears:
             raise _refused(folder, name, tensors, layout)
         if halves.setdefault(found[1], {}).setdefault(found[2], tensor) is not tensor:
             raise UnsupportedError(f"{folder} holds several adapters for {found[1]}: save each in a folder of its own")
@@ -105,8 +109,8 @@ def _pairs(
         raise FormatError(f"{folder / TENSORS} holds no adapter")
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, half in halves.items():
-        row = rows[name]
-        N, K = shapes[row.ours]
+        rows = linears[name]
+        N, K = _file_shape(rows[0], shapes[rows[0].ours])
         if set(half) != {"A", "B"}:
             raise FormatError(f"{folder}: {name} has only half of a pair")
         R = half["A"].shape[0] if half["A"].shape else 0
@@ -115,11 +119,18 @@ def _pairs(
             raise FormatError(
                 f"{folder}: {name} is {N} × {K}, and A and B are {shape} (rank 1 to {largest_rank(N, K)})"
             )
-        B = scaled(half["B"].rows().float(), row.scale, 0) * _scaling(config, name, R, folder)
-        pairs[row.ours.removesuffix(".weight")] = half["A"].rows().float(), B.float()
-        if not all(bool(t.isfinite().all()) for t in pairs[row.ours.removesuffix(".weight")]):
+        A, B = half["A"].rows().float(), half["B"].rows().float()
+        if not bool(A.isfinite().all() and B.isfinite().all()):
             raise FormatError(f"{folder}: {name} holds numbers that are not finite")
+        for row in rows:
+            part = B if row.hf_form is None else to_ours(row.hf_form, B)
+            part = scaled(part, row.scale, 0) * _scaling(config, name, R, folder)
+            pairs[row.ours.removesuffix(".weight")] = A, part.float()
     return pairs
+
+
+def _file_shape(row: TensorMapping, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if row.hf_form is None else foreign_shape(row.hf_form, shape)
 
 
 def largest_rank(outputs: int, inputs: int) -> int:
