@@ -117,6 +117,8 @@ ROWS = {
     "granite-1b-decode": versus("granite-1b", L, D, "Granite-4-H-1B Q4_K_M decode, over llama.cpp", 1.1, 1.4),
     "30b-a3b-decode": versus("30b-a3b", L, D, "30B-A3B (Nemotron 3, 12 of its 52 layers) decode, over llama.cpp",
                              None, 1.3),
+    "lfm2-prefill": versus("lfm2", L, P, "LFM2-350M Q4_K_M prefill 512, over llama.cpp", 1.8, 2.5),
+    "lfm2-decode": versus("lfm2", L, D, "LFM2-350M Q4_K_M decode, over llama.cpp", 1.1, 1.4),
     "smollm2-prefill": versus("smollm2", L, P, "SmolLM2-135M Q4_1 prefill 512, over llama.cpp", 1.5, 3.0),
     "smollm2-decode": versus("smollm2", L, D, "SmolLM2-135M Q4_1 decode, over llama.cpp", 1.0, 1.6),
     "bf16-prefill": versus("bf16", T, P, "0.5B bf16 prefill 512, over transformers", None, None),
@@ -181,6 +183,9 @@ class Bench:
         config.write_text(json.dumps(SHAPES["nemotron-3-nano:30b-a3b"] | {"hybrid_override_pattern": NANO_LAYERS}))
         return self.case(str(self._written(str(config), "q4_k_m", "30b-a3b-q4_k_m.gguf")), "llama.cpp", "30b-a3b")
 
+    def lfm2(self) -> Result:
+        return self.case(str(self.packed("lfm2:350m")), "llama.cpp", "lfm2")
+
     def smollm2(self) -> Result:
         return self.case("smollm2", "llama.cpp", "smollm2")
 
@@ -232,6 +237,7 @@ CASES: dict[str, Callable[[Bench], Result]] = {
     "granite-350m": Bench.granite_350m,
     "granite-1b": Bench.granite_1b,
     "30b-a3b": Bench.a3b,
+    "lfm2": Bench.lfm2,
     "smollm2": Bench.smollm2,
     "bf16": Bench.bf16,
     "8-rows": Bench.rows,
@@ -241,6 +247,7 @@ PEERS = {
     "7b": L,
     "first-token": L,
     "0.5b": L,
+    "lfm2": L,
     "granite-350m": L,
     "granite-1b": L,
     "30b-a3b": L,
