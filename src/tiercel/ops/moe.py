@@ -70,7 +70,12 @@ def routed(
         )  # fmt: skip
     weights_TK, chosen_TK = route(scores_TE, config, correction_E)
     x_TD = x_TD.to(up_EFD.dtype) if isinstance(up_EFD, Tensor) else x_TD
-    if isinstance(up_EFD, Tensor) and triton.takes(x_TD, up_EFD, down_EDF):
+    if (
+        isinstance(up_EFD, Tensor)
+        and isinstance(down_EDF, Tensor)
+        and not isinstance(gate_EFD, QStack)
+        and triton.takes(x_TD, up_EFD, down_EDF)
+    ):
         from tiercel.ops.triton import experts
 
         return experts.moe(x_TD, weights_TK, chosen_TK, gate_EFD, up_EFD, down_EDF, activation).to(x_TD.dtype)
