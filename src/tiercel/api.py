@@ -60,10 +60,10 @@ class Answer(str):
 
     @classmethod
     def of(cls, request: Request) -> Answer:
-        said = request.sequences[0]
-        answer = cls(said.text)
-        answer.thinking, answer.token_ids, answer.logprobs = said.reasoning, said.token_ids, said.logprobs
-        answer.finish_reason, answer.stop_reason = said.finish_reason, said.stop_reason
+        sequence = request.sequences[0]
+        answer = cls(sequence.text)
+        answer.thinking, answer.token_ids, answer.logprobs = sequence.reasoning, sequence.token_ids, sequence.logprobs
+        answer.finish_reason, answer.stop_reason = sequence.finish_reason, sequence.stop_reason
         answer.prompt_tokens, answer.cached_tokens = len(request.prompt_ids), request.cached_tokens
         answer.times = request.times
         return answer

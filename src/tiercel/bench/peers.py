@@ -149,8 +149,8 @@ class LlamaBench:
 
 def watched(command: list[str]) -> tuple[str, int]:
     """What a program prints, and the most memory it held; TiercelError with its last words when it fails."""
-    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as complained:
-        process, most = subprocess.Popen(command, stdout=said, stderr=complained), 0
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process, most = subprocess.Popen(command, stdout=output, stderr=errors), 0
         try:
             while process.poll() is None:
                 most = max(most, peak_rss(process.pid))
@@ -160,11 +160,11 @@ def watched(command: list[str]) -> tuple[str, int]:
             process.wait()
             raise
         if process.returncode:
-            complained.seek(0)
-            last = complained.read().decode(errors="replace").strip().splitlines()[-1:]
+            errors.seek(0)
+            last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
             raise TiercelError(f"{Path(command[0]).name} failed: {last[0] if last else process.returncode}")
-        said.seek(0)
-        return said.read().decode(), most
+        output.seek(0)
+        return output.read().decode(), most
 
 
 def llama_bench() -> Path | None:

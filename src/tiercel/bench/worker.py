@@ -246,8 +246,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("TIERCEL_DEBUG") == "1":
             raise
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        reply({"error": said[0], "kind": type(error).__name__})
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reply({"error": lines[0], "kind": type(error).__name__})
 
 
 if __name__ == "__main__":

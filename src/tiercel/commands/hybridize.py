@@ -29,7 +29,9 @@ def hybridize(
     data: Annotated[
         list[Path] | None, typer.Option(help="JSONL of examples as for train, or a text; may be repeated.")
     ] = None,
-    sample: Annotated[int, typer.Option(help="Learn also from so many rows that the model writes itself.", min=0)] = 0,
+    sample: Annotated[
+        int, typer.Option(help="Number of further rows to learn from, written by the model itself.", min=0)
+    ] = 0,
     choose: Annotated[str, typer.Option(help="Which layers keep attention: even, or measured by need.")] = "measured",
     held_out: Annotated[Path | None, typer.Option("--eval", help="For the report; else one in twenty rows.")] = None,
     match_steps: Annotated[int, typer.Option(help="Steps in which new mixers learn what attention gives.")] = 200,

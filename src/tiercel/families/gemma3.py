@@ -41,7 +41,7 @@ NORMS = {  # ours: in a folder, in GGUF
     "ffn_norm": ("pre_feedforward_layernorm", "ffn_norm"),
     "ffn_post_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
 }
-LAYERS_27B = 62  # llama.cpp scales attention otherwise in models of so many layers
+LAYERS_27B = 62  # llama.cpp scales attention otherwise in models of this depth
 
 
 def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:

@@ -140,11 +140,11 @@ def _threads() -> int:
 
 def _probe(kinds: Sequence[str]) -> dict[str, float]:
     try:
-        said = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-m", "tiercel.bench.probe", json.dumps(list(kinds))], check=True, capture_output=True,
             text=True, timeout=PROBE_S, env={**os.environ, "OMP_NUM_THREADS": str(_threads())},
         ).stdout  # fmt: skip
-        found: dict[str, float] = json.loads(said)
+        found: dict[str, float] = json.loads(output)
         return found
     except (subprocess.SubprocessError, ValueError) as error:
         raise TiercelError(f"this machine could not be measured ({type(error).__name__}); try --device") from error
@@ -307,13 +307,13 @@ def fit(
 
 def _refused(name: str, what: Subject, one: Forecast, on: Machine, asked: dict[str, Any]) -> str:
     near = _nearest(name, what, one, on, asked, "this")
-    said = f"{name} needs {human_bytes(one.total_bytes)} of memory for one text of {one.context:,} tokens"
-    said += f" and {human_bytes(on.free)} are free: "
+    message = f"{name} needs {human_bytes(one.total_bytes)} of memory for one text of {one.context:,} tokens"
+    message += f" and {human_bytes(on.free)} are free: "
     if near is None:
-        return said + "close something, or choose a smaller model"
+        return message + "close something, or choose a smaller model"
     words = [f"--context {near['context']}"] if near["context"] != one.context else []
     words += [f"--quantize {near['quantize']}"] if near["quantize"] != asked["quantize"] else []
-    return said + f"with {' '.join(words)} it takes {human_bytes(near['total_bytes'])}"
+    return message + f"with {' '.join(words)} it takes {human_bytes(near['total_bytes'])}"
 
 
 # ── for people

@@ -115,7 +115,7 @@ def measure_folder(path: Path, config: ModelConfig, checks: Checks) -> dict[str,
 
 
 def _speeds(path: Path, contexts: Sequence[int]) -> list[float]:
-    """Tokens a second of one sequence after so many tokens: the fastest of the steps."""
+    """Measure tokens a second of one sequence after contexts of these lengths: the fastest of the steps."""
     from tiercel.model.cpu_runner import CPURunner
     from tiercel.weights.load import load
 

@@ -91,7 +91,7 @@ class Conversion:
                 raise RequestError(f"{name} must be positive, not {getattr(self, name)}")
 
     def kept(self, layers: int, model: str) -> int:
-        """How many of so many layers with attention keep it.
+        """Return how many of the layers with attention keep it.
 
         Raises:
             RequestError: there is none to replace, or the share is none or all of them unasked.
@@ -127,7 +127,7 @@ def hybridize(
         settings: of distilling; `out` is the folder of everything, `resume` goes on with what is there.
         conversion: what is replaced, and how.
         held_out: as data, for the report; without it one in twenty rows of the data.
-        sample: so many further rows, written by the model itself.
+        sample: number of further rows, written by the model itself.
         sft: JSONL of conversations for a last stage.
         checks: what the report measures.
 

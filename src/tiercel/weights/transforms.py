@@ -95,7 +95,7 @@ def to_foreign(form: Transform, x: Tensor) -> Tensor:
 
 
 def _run_lengths(form: Transform, rows: int) -> list[int]:
-    """Rows of each run of a head in a file's tensor of so many rows."""
+    """Rows of each run of a head in a file's tensor of `rows` rows."""
     return [size * (rows // form.n) // sum(form.sizes) for size in form.sizes]
 
 

@@ -121,7 +121,7 @@ def _write(out: TextIO, text: str, dim: bool = False) -> None:
 
 def timing_block(answer: ChatAnswer, load: float) -> str:
     """The lines of `ollama run --verbose`; tokens that were not read again have a line of their own."""
-    read, said, times = len(answer.prompt_ids) - answer.cached_tokens, len(answer.token_ids), answer.times
+    read, written, times = len(answer.prompt_ids) - answer.cached_tokens, len(answer.token_ids), answer.times
     lines = [f"total duration:       {duration(times.total + load)}"]
     if load > 0:
         lines.append(f"load duration:        {duration(load)}")
@@ -131,10 +131,10 @@ def timing_block(answer: ChatAnswer, load: float) -> str:
     if times.prompt > 0:
         lines.append(f"prompt eval duration: {duration(times.prompt)}")
         lines.append(f"prompt eval rate:     {read / times.prompt:.2f} tokens/s")
-    lines.append(f"eval count:           {said} token(s)")
+    lines.append(f"eval count:           {written} token(s)")
     if times.generation > 0:
         lines.append(f"eval duration:        {duration(times.generation)}")
-        lines.append(f"eval rate:            {said / times.generation:.2f} tokens/s")
+        lines.append(f"eval rate:            {written / times.generation:.2f} tokens/s")
     return "\n".join(lines)
 
 
