@@ -8,11 +8,12 @@ import sys
 import psutil
 import pytest
 
-from tiercel.errors import DoesNotFit
+from tiercel.errors import DoesNotFit, FormatError
 from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
 from tiercel.feed_forward.moe.config import MoEConfig
 from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.attention.rope import RopeConfig
+from tiercel.mixers.checks import MAX_LAYERS
 from tiercel.mixers.mamba1.config import Mamba1Config
 from tiercel.mixers.mamba2.config import Mamba2Config
 from tiercel.mixers.spec import MixerSpec
@@ -132,10 +133,12 @@ def test_the_layers_are_drawn_as_they_repeat(config: ModelConfig, picture: str) 
     assert pattern(config) == picture
 
 
-def test_planning_a_hundred_thousand_layers_is_quick() -> None:
-    layer = [of(ATTENTION), of(MAMBA2), of(MAMBA2)]
-    config = model(*(layer * 33_333), of(MAMBA1))
+def test_as_many_layers_as_a_model_may_have_are_planned_and_one_more_is_refused() -> None:
+    layers = [of(ATTENTION), of(MAMBA2)] * (MAX_LAYERS // 2)
+    config = model(*layers)
     assert parameter_count(config) > 0 and len(pattern(config)) > 0
+    with pytest.raises(FormatError, match=f"1 to {MAX_LAYERS} layers"):
+        model(*layers, of(MAMBA1))
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers() -> None:

@@ -45,6 +45,7 @@ def test_hostile_names_open_nothing_outside_the_root(tmp_path, monkeypatch, case
     (tmp_path / "folder").mkdir()
     monkeypatch.setenv("TIERCEL_HOME", str(home))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))  # read when it is imported
     count, refused = cases(300, 5000), 0
 
     def shard(name: str) -> None:
