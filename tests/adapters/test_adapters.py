@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import tiercel
 import tiny
 from families import nasty
+from golden import nano
 from tiercel.engine.engine import Engine
 from tiercel.errors import FormatError, ModelNotFound, RequestError, UnsupportedError
 from tiercel.hub import local_models
@@ -421,6 +422,25 @@ def test_an_adapter_on_a_matrix_that_is_two_of_ours_reaches_both(models, tmp_pat
     assert both not in matched(open_checkpoint(path).layout, ())  # trained here it would be the first of the two only
     with pytest.raises(RequestError, match=both):
         matched(open_checkpoint(path).layout, [both])
+
+
+@pytest.mark.parametrize("leaf", ["in_proj_qkv", "in_proj_z", "out_proj"])
+def test_an_adapter_on_a_matrix_whose_heads_lie_in_another_order_is_served_in_ours(models, tmp_path, leaf):
+    path, x = models("qwen3_5-shared_keys"), nasty.tokens(19)
+    torch.manual_seed(1)
+    theirs = get_peft_model(nasty.load_hf(path), LoraConfig(r=4, lora_alpha=6, target_modules=[leaf]))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "a")
+    judge = nasty.whole(theirs.eval(), x)
+    served = tiercel.load(path, adapters={"a": tmp_path / "a"})
+    assert (served.logits(x, adapter="a") - judge).abs().max() < 2e-5
+
+
+def test_what_lies_in_another_order_is_no_target_of_training(tmp_path):
+    """q_proj of Qwen3.5 holds query and gate, and its value heads are tiled here."""
+    layout = weights.load(nano.build("qwen35", tmp_path / "model"))[2]
+    leaves = {name.rpartition(".")[2] for name in adapters.linear_rows(layout)}
+    assert {"k_proj", "o_proj", "up_proj"} <= leaves and not {"q_proj", "in_proj_qkv", "out_proj"} & leaves
 
 
 def test_an_adapter_on_experts_is_refused_by_name(models, tmp_path):

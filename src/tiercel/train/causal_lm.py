@@ -87,10 +87,12 @@ class CausalLM(Names):
         self.name_or_path = "" if isinstance(model, Decoder) else str(model.name)
         for row in layout.rows:
             # a stack of experts is one parameter, under the first one's name, and no module that PEFT could take
-            if isinstance(row.hf, str):
+            first, reordered = row.hf if isinstance(row.hf, str) else row.hf[0], row.hf_forms or row.hf_rows
+            if reordered and isinstance(network.get_submodule(row.ours.rpartition(".")[0]), Linear):
+                # an adapter of it would not be one of the checkpoint's matrix: it has our name
+                theirs = f"{first.rsplit('.', 2)[0]}.{'.'.join(row.ours.split('.')[-2:])}"
+            elif isinstance(row.hf, str):
                 theirs = row.hf
-            elif row.hf_rows:
-                theirs = f"{row.hf[0].rsplit('.', 2)[0]}.{row.ours.split('.')[-2]}.{row.ours.rpartition('.')[2]}"
             else:
                 theirs = f"{row.hf[0].rsplit('.', 2)[0]}.stacked_" + row.ours.rpartition(".")[2]
             self._place(row.ours, theirs, row.scale)

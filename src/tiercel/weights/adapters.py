@@ -42,6 +42,7 @@ OTHERS = ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "target_
           "alora_invocation_tokens", "trainable_token_indices", "use_bdlora", "arrow_config", "velora_config",
           "kasa_config", "monteclora_config")  # fmt: skip
 # initial values of A and B that leave the base's matrices as they are, so that W + B A is meant
+COLUMN_FORMS = ("tiled_columns",)  # transforms of a matrix's columns, which are those of A; others are of its rows, B's
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -50,12 +51,16 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def linear_rows(layout: Layout) -> dict[str, TensorMapping]:
-    """Return the checkpoint's names of linear layers that are one of ours, such as model.layers.0.self_attn.q_proj."""
-    return {name: rows[0] for name, rows in _linears(layout).items() if len(rows) == 1}
+    """Return the checkpoint's names of linear layers that are one of ours as they are: what can be trained.
+
+    Not those whose rows or columns lie in another order here, or that hold two matrices of ours.
+    """
+    linears = _linears(layout).items()
+    return {name: rows[0] for name, rows in linears if len(rows) == 1 and not rows[0].hf_forms}
 
 
 def _linears(layout: Layout) -> dict[str, list[TensorMapping]]:
-    """The checkpoint's names of linear layers, and the rows of ours that each holds: several where two lie in one."""
+    """Return the checkpoint's names of linear layers, and the rows of ours in each: several where two lie in one."""
     matrices = {name for name, p in parameters(layout.config).items() if len(p.shape) == 2} - {"embed.weight"}
     found: dict[str, list[TensorMapping]] = {}
     for row in layout.rows:
@@ -123,14 +128,21 @@ def _pairs(
         if not bool(A.isfinite().all() and B.isfinite().all()):
             raise FormatError(f"{folder}: {name} holds numbers that are not finite")
         for row in rows:
-            part = B if row.hf_form is None else to_ours(row.hf_form, B)
-            part = scaled(part, row.scale, 0) * _scaling(config, name, R, folder)
-            pairs[row.ours.removesuffix(".weight")] = A, part.float()
+            A_ours, B_ours = A, B
+            for form in reversed(row.hf_forms):
+                if form.name in COLUMN_FORMS:
+                    A_ours = to_ours(form, A_ours)
+                else:
+                    B_ours = to_ours(form, B_ours)
+            B_ours = scaled(B_ours, row.scale, 0) * _scaling(config, name, R, folder)
+            pairs[row.ours.removesuffix(".weight")] = A_ours, B_ours.float()
     return pairs
 
 
 def _file_shape(row: TensorMapping, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape if row.hf_form is None else foreign_shape(row.hf_form, shape)
+    for form in row.hf_forms:
+        shape = foreign_shape(form, shape)
+    return shape
 
 
 def largest_rank(outputs: int, inputs: int) -> int:
@@ -157,6 +169,16 @@ def _refused(folder: Path, name: str, tensors: Mapping[str, Stored], layout: Lay
         )
     if "magnitude_vector" in name:
         return UnsupportedError(f"{folder}: is DoRA ({name[:120]!r}); plain LoRA is what is known here")
+    names = {
+        name
+        for row in layout.rows
+        if row.hf_forms or row.hf_rows
+        for name in ([row.hf] if isinstance(row.hf, str) else row.hf)
+    }
+    if f"{module}.weight" in names:
+        return UnsupportedError(
+            f"{folder}: adapts {module}, which lies in another order here, or in a tensor with others: {merged}"
+        )
     return FormatError(f"{folder}: {layout.family.name} has no place for {name[:120]!r}")
 
 
