@@ -352,10 +352,11 @@ NASTY: dict[str, Nasty] = {
         rope_parameters={"rope_type": "default", "rope_theta": 321.0, "partial_rotary_factor": 0.5},
     )),
     "qwen3_5_moe-square": Nasty("qwen3_5_moe_text", dict(
-        vocab_size=VOCAB, hidden_size=48, num_hidden_layers=4, rms_norm_eps=0.027, num_attention_heads=4,
+        vocab_size=VOCAB, hidden_size=48, num_hidden_layers=3, rms_norm_eps=0.027, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=900, linear_num_key_heads=2,
         linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16, linear_conv_kernel_dim=4,
         moe_intermediate_size=24, shared_expert_intermediate_size=32, num_experts=6, num_experts_per_tok=2,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
         rope_parameters={"rope_type": "default", "rope_theta": 432.0, "partial_rotary_factor": 0.5},
     )),
     "qwen3_next-mixed": Nasty("qwen3_next", dict(
@@ -383,8 +384,9 @@ NASTY: dict[str, Nasty] = {
         rope_parameters={"rope_type": "default", "rope_theta": 234.0},
     )),
     "olmo_hybrid-no_positions": Nasty("olmo_hybrid", dict(
-        vocab_size=VOCAB, hidden_size=36, intermediate_size=46, num_hidden_layers=4, rms_norm_eps=0.013,
+        vocab_size=VOCAB, hidden_size=36, intermediate_size=46, num_hidden_layers=3, rms_norm_eps=0.013,
         num_attention_heads=3, max_position_embeddings=700, linear_allow_neg_eigval=False, tie_word_embeddings=True,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
         rope_parameters={"rope_type": "default", "rope_theta": None},
     )),
     "qwen3_moe-renormalized": Nasty("qwen3_moe", dict(
@@ -561,11 +563,10 @@ def spell_old(config: dict[str, Any]) -> None:
 
 def fuse_experts(tensors: dict[str, torch.Tensor]) -> None:
     """The other layout of a mixture of experts, as transformers 5 holds it: one tensor for all, gate above up."""
-    first, second, third, away, home = (
-        ("w1", "w3", "w2", "block_sparse_moe.", "mlp.")
-        if any("block_sparse_moe" in name for name in tensors)
-        else ("gate_proj", "up_proj", "down_proj", "feed_forward.", "feed_forward.")
+    first, second, third = (
+        ("w1", "w3", "w2") if any(".w1." in name for name in tensors) else ("gate_proj", "up_proj", "down_proj")
     )
+    away, home = "block_sparse_moe.", "mlp."  # of Mixtral
     blocks = sorted({name.split("experts.")[0] for name in tensors if "experts." in name})
     assert blocks, "no experts to fuse"
     for block in blocks:
@@ -578,7 +579,7 @@ def fuse_experts(tensors: dict[str, torch.Tensor]) -> None:
             [torch.cat([gate, up]) for gate, up in zip(part[first], part[second], strict=True)]
         )
         tensors[f"{new}experts.down_proj"] = torch.stack(part[third])
-        if home != away:
+        if new != block:
             tensors[f"{new}gate.weight"] = tensors.pop(f"{block}gate.weight")
 
 

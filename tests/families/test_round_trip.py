@@ -180,12 +180,19 @@ def test_what_gguf_cannot_say_is_refused_before_anything_is_written(name: str, b
 def test_the_gguf_package_reads_what_we_write(name: str, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf", reason="llama.cpp's own reader; pip install tiercel[dev]")
     reader = gguf.GGUFReader(export(nano.build(name, tmp_path / name), tmp_path / "model.gguf"))
-    arch = name.removesuffix("-no-norm")
+    arch = name
+    for variant in ("-no-norm", "-latent", "-dense"):
+        arch = arch.removesuffix(variant)
     assert reader.get_field("general.architecture").contents() == arch
     assert reader.get_field(f"{arch}.vocab_size").contents() == nano.VOCAB
+    if name.startswith("nemotron_h"):  # the converter takes a head of 64 for granted; llama.cpp's logits judge these
+        return
     known = json.loads((Path(nano.__file__).parent / "converter.json").read_text())[name]
     ours = {t.name: [list(map(int, t.shape)), t.tensor_type.name] for t in reader.tensors}
     assert ours == known["tensors"]
+    if arch == "granite":  # the converter calls a network without Mamba granitehybrid all the same
+        return
+    known["metadata"].pop("granitehybrid.context_length", None)  # the converter's 2**20, ours the config's
     if name == "phi3":  # ours ends where longrope would turn earlier keys anew
         known["metadata"]["phi3.context_length"] = 512
     for key, value in known["metadata"].items():
