@@ -30,6 +30,7 @@ REQUESTS = re.compile(r'^tiercel_requests_total\{route="([^"]*)",status="(\d+)"\
 class Served:
     url: str
     model: str
+    folder: str
 
     def statuses(self) -> dict[tuple[str, str], int]:
         """How many requests each route answered with each status, but for those of this class itself."""
@@ -80,7 +81,7 @@ def served(folder: Path) -> Iterator[Served]:
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            running = Served(f"http://127.0.0.1:{port}", "tiny")
+            running = Served(f"http://127.0.0.1:{port}", "tiny", str(model))
             for _ in range(600):
                 with contextlib.suppress(OSError):
                     running.statuses()

@@ -27,7 +27,7 @@ from clients.server import Served, served
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "clients.md"
-INSTALL_SECONDS, RUN_SECONDS = 900, 400
+INSTALL_SECONDS, RUN_SECONDS = 900, 600
 ROW = re.compile(r"^\| ([^|]+?) \| ([^|]*?) \| ([^|]*?) \| ([^|]*?) \|$", re.MULTILINE)
 
 
@@ -35,13 +35,14 @@ ROW = re.compile(r"^\| ([^|]+?) \| ([^|]*?) \| ([^|]*?) \| ([^|]*?) \|$", re.MUL
 class Client:
     """packages: the first names the row.  command: what to run, else the script; {url} and {model} are replaced.
 
-    files: written into the folder first.  environment: set for it.
+    before: run ahead of it, whatever comes of that.  files: written into the folder first.  environment: set for it.
     """
 
     packages: tuple[str, ...]
     script: str = ""
     does: str = ""
     command: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     files: tuple[tuple[str, str], ...] = ()
 
@@ -69,7 +70,7 @@ CLIENTS = (
     Client(("openai-agents",), "use_openai_agents.py"),
     Client(("dspy",), "use_dspy.py"),
     Client(("outlines", "openai", "ollama"), "use_outlines.py"),
-    Client(("lm-eval", "tenacity", "aiohttp", "requests", "tiktoken", "pydantic"), "use_lm_eval.py"),
+    Client(("lm-eval", "tenacity", "aiohttp", "requests", "tiktoken", "pydantic", "transformers"), "use_lm_eval.py"),
     Client(("inspect-ai", "openai"), "use_inspect_ai.py"),
     Client(("openai",), "use_openai.mjs"),
     Client(("ollama",), "use_ollama.mjs"),
@@ -82,6 +83,7 @@ CLIENTS = (
                     "Say hi."),
            environment=(("CODEX_OSS_BASE_URL", "{url}/v1"),)),
     Client(("opencode-ai",), does="opencode run with an openai-compatible provider",
+           before=("opencode", "models"),  # its first start loads its list of models, and may lose a race with itself
            command=("opencode", "run", "-m", "tiercel/{model}", "Say hi."), files=(("opencode.json", OPENCODE),)),
     Client(("@anthropic-ai/claude-code",), does="claude -p",
            command=("claude", "-p", "Say hi.", "--model", "{model}"),
@@ -108,12 +110,20 @@ def test_client(client: Client, server: Served, tmp_path: Path) -> None:
     ended = run(client, server, tmp_path)
     errors = {key: count - before.get(key, 0) for key, count in server.statuses().items() if key[1] >= "400"}
     errors = {key: count for key, count in errors.items() if count > 0}
+    probes = ended.returncode == 0 and errors.pop(("other", "404"), 0)  # routes it looks for and does without
     asked = sum(server.statuses().values()) - sum(before.values())
     good = ended.returncode == 0 and not errors and asked
     does = client.does or ((HERE / client.script).read_text().splitlines()[0].strip('"/ '))
     said = "" if ended.returncode == 0 else (ended.stderr or ended.stdout).strip().splitlines()[-1:][0][:160]
     refused = ", ".join(f"{path} {status}" for path, status in errors)
-    write_row(client.name, version, does, "works" if good else f"fails: {said or refused or 'no request came'}")
+    write_row(
+        client.name,
+        version,
+        does,
+        ("works; looks for a route that is not here" if probes else "works")
+        if good
+        else f"fails: {said or refused or 'no request came'}",
+    )
     assert good, f"{errors} {asked} requests\n{ended.stdout[-1500:]}\n{ended.stderr[-3000:]}"
 
 
@@ -156,8 +166,16 @@ def run(client: Client, server: Served, folder: Path) -> subprocess.CompletedPro
     home = folder / "home"
     home.mkdir()
     own = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TIERCEL", "VIRTUAL"))}
-    own |= {"HOME": str(home), "CLIENTS_URL": server.url, "CLIENTS_MODEL": server.model}
+    own |= {
+        "HOME": str(home),
+        "CLIENTS_URL": server.url,
+        "CLIENTS_MODEL": server.model,
+        "CLIENTS_FOLDER": server.folder,
+    }
     own |= {name: filled(value) for name, value in client.environment}
+    if client.before:
+        first = [str(folder / "node_modules" / ".bin" / client.before[0]), *client.before[1:]]
+        subprocess.run(first, cwd=folder, env=own, capture_output=True, timeout=RUN_SECONDS, stdin=subprocess.DEVNULL)
     try:
         return subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True, timeout=RUN_SECONDS,
                               stdin=subprocess.DEVNULL)  # fmt: skip

@@ -1,6 +1,7 @@
 """local-completions on a task of its own: loglikelihood and generate_until"""
 
 import json
+import os
 import pathlib
 import tempfile
 
@@ -24,7 +25,7 @@ found = lm_eval.simple_evaluate(
     model_args={
         "model": MODEL,
         "base_url": URL + "/v1/completions",
-        "tokenizer_backend": None,
+        "tokenizer": os.environ["CLIENTS_FOLDER"],
         "tokenized_requests": False,
     },
 )

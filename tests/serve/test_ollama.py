@@ -274,3 +274,9 @@ def test_create_copy_and_delete(server, store, smollm2, client):
 def test_what_create_refuses_is_the_clients_fault_in_json(server, more):
     status, answer = server.ask("POST", "/api/create", {"model": "mine", "from": "tiny", "stream": False} | more)
     assert status in (200, 400) and (status == 200 or set(answer) == {"error"}), answer
+
+
+def test_a_model_of_the_command_line_is_here_when_it_is_pulled(server):
+    """Codex pulls what it does not find under the very name; there is nowhere to fetch this one from."""
+    assert server.lines("/api/pull", {"model": "tiny"}) == [{"status": "success"}]
+    assert server.ask("POST", "/api/pull", {"model": "tiny:latest", "stream": False}) == (200, {"status": "success"})

@@ -230,9 +230,9 @@ def test_a_reload_in_an_answer_asks_again_and_a_crash_goes_on_from_what_came(pag
     asked = replies(page, None)
     ask(page, "Of mountains")
     page.wait_for_selector("#stop", state="visible")
-    page.reload()
+    with page.expect_request("**/api/chat"):
+        page.reload()
     page.get_by_text("Of mountains").last.wait_for()
-    page.wait_for_function("() => !document.querySelector('#stop').hidden")
     assert len(asked) == 2 and asked[0]["messages"] == asked[1]["messages"]
     page.evaluate("""async () => {
         const store = await import('./page/store.js');

@@ -200,6 +200,11 @@ class Models:
             raise APIError(404, f"model '{name[:200]}' not found", param="model")
         return ServedModel(name, local, extras_of(local), local_models.adapter_of(local.name))
 
+    def is_given(self, name: str) -> bool:
+        """Whether a name stands for a file or adapter of the command line."""
+        short = name.removesuffix(":latest")
+        return short in self.paths or short in self.adapters
+
     def all(self) -> list[ServedModel]:
         """Every model that a client may name; the same list, not to be changed, as long as no file has changed."""
         named = [*self.paths.items(), *self.adapters.items()]

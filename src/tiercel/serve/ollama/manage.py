@@ -34,6 +34,8 @@ async def pull(request: Request) -> Response:
     name = body.wanted()
     if local_models.is_path(name) or not (local_models.short_name(name) or local_models.repo_name(name)):
         raise APIError(400, "invalid model name")
+    if service_of(request).models.is_given(name):
+        return _progress(request, body.stream, _here())
     return _progress(request, body.stream, _pulling(name))
 
 
@@ -54,6 +56,11 @@ def _progress(request: Request, stream: bool | None, events: AsyncGenerator[dict
         return final
 
     return JSONResponse(request, last)
+
+
+async def _here() -> AsyncGenerator[dict[str, Any], None]:
+    """A model that was given on the command line has nowhere to be fetched from: it is here."""
+    yield {"status": "success"}
 
 
 async def _pulling(name: str) -> AsyncGenerator[dict[str, Any], None]:

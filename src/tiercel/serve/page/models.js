@@ -1,42 +1,25 @@
 // The picker, what is in memory, and new models.
 
 import * as api from "./api.js";
-import { $, bytes, make, say } from "./dom.js";
+import { $, bytes, say } from "./dom.js";
 
 const KEY = "tiercel.models"; // the list of last time is shown until the new one is there
-export let models = [];
+const { draw, short, kept } = window.tiercelPicker;
+let { listing } = window.tiercelPicker;
+export let models = kept;
 let resident = [], about = {}, aboutName = "", pulling = null;
 const thinking = new Map(); // model → whether it can think
 
-const parsed = (text) => { try { return JSON.parse(text); } catch { return null; } };
-const short = (found) => found.map((model) => ({ name: model.name, size: model.details.parameter_size }));
-
-function drawPicker(wanted) {
-  const pick = $("model"), before = wanted || pick.value;
-  const labels = models.map((model) => `${model.name.replace(/:latest$/, "")}  ·  ${model.size}`);
-  if (labels.join("\n") !== [...pick.options].map((o) => o.textContent).join("\n") || !models.length) {
-    pick.replaceChildren(...models.map((model, index) => make("option", { value: model.name, textContent: labels[index] })));
-    if (!models.length) pick.append(make("option", { value: "", textContent: "no model here: get one" }));
-  }
-  if (models.some((model) => model.name === before)) pick.value = before;
-}
-
-// This module runs before the others are loaded: the picker is there first.
-models = parsed(localStorage.getItem(KEY)) || [];
-const last = parsed(localStorage.getItem("tiercel.settings"))?.model;
-if (models.length) drawPicker(last);
-let listing = api.tags();
-listing.then((found) => { models = short(found); drawPicker(last); }, () => {});
-
 export async function loadModels(wanted) {
   try {
-    models = short(await (listing || api.tags()));
+    const first = listing;
     listing = null;
+    models = first ? await first : short(await api.tags());
     localStorage.setItem(KEY, JSON.stringify(models));
   } catch (error) {
     say("The models could not be listed: " + error.message, true);
   }
-  drawPicker(wanted);
+  draw(models, wanted);
   await Promise.all([showModel(), showMemory()]);
 }
 
