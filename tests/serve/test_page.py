@@ -155,8 +155,8 @@ def test_a_conversation_streams_and_says_what_was_reused(page):
 
 def test_stop_regenerate_and_the_versions_of_an_answer(page):
     asked = replies(page, None, "the second", "the third")
-    ask(page, "Go on for ever", "400")
-    page.wait_for_selector("#stop", state="visible")
+    with page.expect_request("**/api/chat"):
+        ask(page, "Go on for ever", "400")
     page.keyboard.press("Escape")
     assert "stopped" in page.locator(".turn.assistant .figures").inner_text()
     for _ in range(2):
