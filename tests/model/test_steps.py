@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiercel.families.pattern import PATTERN, rows
 from tiercel.model.cpu_runner import CPURunner
 from tiercel.model.graph_cache import CapturedStep
 from tiercel.ops.cpu import native
+from tiercel.ops.cpu.capture import CapturedGraph
 from tiercel.weights.load import of_source
 from tiercel.weights.random import RandomSource, kinds_of
 
@@ -46,6 +48,26 @@ def recordings(network) -> list[CapturedStep]:
 def live(network, tokens, state, logits_to_keep=None):
     """The forward as Python runs it."""
     return network.network(tokens, state, logits_to_keep=logits_to_keep)
+
+
+def test_a_recording_is_of_one_thread():
+    """Models of a server are captured side by side, each in a thread of its own."""
+
+    def place(shape=(4, 16)):
+        return native.empty(*shape).data_ptr()
+
+    def places(graph):
+        return {block.ctypes.data for block in graph.memory}
+
+    def recorded(graph):
+        with graph.recording():
+            return place()
+
+    first, second = CapturedGraph(), CapturedGraph()
+    with ThreadPoolExecutor(1) as other, first.recording():
+        assert other.submit(place).result() not in places(first), "it computes, and records nothing"
+        assert other.submit(recorded, second).result() in places(second)
+        assert place() in places(first), "the end of another recording is not the end of this one"
 
 
 def test_a_text_of_recorded_steps_is_the_text_of_live_ones():

@@ -77,14 +77,14 @@ class CapturedGraph:
     def recording(self) -> Iterator[None]:
         """Note all native calls of this thread."""
         detector = _TorchOpDetector()
-        native.capturing = self
+        native.recording.graph = self
         native.extension.record(self.ops)
         try:
             with detector:
                 yield
         finally:
             native.extension.stop()
-            native.capturing = None
+            native.recording.graph = None
             self.quantized_inputs.clear()
         self.capture_error = detector.found
 

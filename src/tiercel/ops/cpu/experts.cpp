@@ -187,13 +187,19 @@ INLINE void activate_rows(const Experts& a, i64 begin, i64 end, i64 from, i64 to
 void experts(const void* args, Worker& worker) {
     const Experts& a = *(const Experts*)args;
     const i64 pairs = a.tokens * a.active, panels = ceil_div(a.outputs, 16), most = min(a.experts, pairs);
-    const ExpertMatrix* matrices[2] = {nullptr, nullptr};
-    bool alike = false;  // both read the same inputs
+    const ExpertMatrix* matrices[2] = {a.gate ? a.gate : a.up, a.gate ? a.up : nullptr};
+    const bool alike = !a.gate || a.gate->format == a.up->format;  // both read the same inputs
     Inputs inputs[2];
-    i64 row_bytes[2] = {0, 0};
+    i64 row_bytes[2] = {0, 0}, room = 0;
     Linear one{nullptr, nullptr, nullptr, nullptr, nullptr, a.inputs, a.outputs, TOKENS + 1, 1.0f, 0};
-    // As many tiles as there could be: nothing is read through a pointer but with a tile in hand, since a thread that comes
-    // late to an op finds its memory, and its arguments, in use again.
+    for (int i = 0; i < (alike ? 1 : 2); i++) {
+        one.format = matrices[i]->format == FORMAT_BF16 ? FORMAT_BF16_12 : matrices[i]->format;  // some of a stack may be
+        inputs[i].method = &method_of(one.format, a.exact);
+        row_bytes[i] = inputs[i].method->row_bytes(one);
+        room = max(room, inputs[i].method->room(one));
+    }
+    // As many tiles as there could be: what was chosen may be read with a tile in hand only, since a thread that comes
+    // late to an op finds the memory of those before it in use again.
     const i64 each = max(1, min(panels, most * panels / (8 * worker.size))), groups = ceil_div(panels, each);
     Sorted sorted;
     const float** rows = nullptr;
@@ -201,17 +207,6 @@ void experts(const void* args, Worker& worker) {
     i64 e = -1, before = 0, count = 0;  // tiles before those of expert e, and its own
     for (i64 tile; (tile = worker.next_tile((most + pairs / TOKENS) * groups)) >= 0;) {
         if (rows == nullptr) {
-            matrices[0] = a.gate ? a.gate : a.up;
-            matrices[1] = a.gate ? a.up : nullptr;
-            alike = !a.gate || a.gate->format == a.up->format;
-            i64 room = 0;
-            for (int i = 0; i < (alike ? 1 : 2); i++) {
-                const i64 format = matrices[i]->format;
-                one.format = format == FORMAT_BF16 ? FORMAT_BF16_12 : format;  // some of a stack may be
-                inputs[i].method = &method_of(one.format, a.exact);
-                row_bytes[i] = inputs[i].method->row_bytes(one);
-                room = max(room, inputs[i].method->room(one));
-            }
             char* memory = (char*)worker.scratch(Sorted::bytes(pairs, a.experts) + TOKENS * sizeof(float*) + lines(room) +
                                                  (row_bytes[0] + row_bytes[1]) * TOKENS + 128);
             sorted = Sorted(a.chosen, pairs, a.experts, memory);

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -75,13 +76,19 @@ class Recorder(Protocol):
     def keep_quantized(self, x: Tensor, how: tuple[int, ...], quantized: Tensor) -> None: ...
 
 
-capturing: Recorder | None = None  # the graph that records
+class _Recording(threading.local):
+    """The graph that records the calls of this thread: models of one process run in threads of their own."""
+
+    graph: Recorder | None = None
+
+
+recording = _Recording()
 
 
 def empty(*shape: int) -> Tensor:
     """Uninitialised memory for an output, float32."""
-    if capturing is not None:
-        return capturing.empty(*shape)
+    if recording.graph is not None:
+        return recording.graph.empty(*shape)
     nbytes = 4 * math.prod(shape)
     return torch.empty(shape) if nbytes < MIN_WORKSPACE_BYTES else workspace(nbytes).view(torch.float32).view(shape)
 
@@ -215,7 +222,8 @@ def _quantized_input(quant_type: str, x_TK: Tensor) -> Tensor | None:
         return None
     T, K = x_TK.shape
     sub, zero = INPUT_BLOCKS.get(quant_type, (0, 0))
-    if capturing is not None and (known := capturing.quantized(x_TK, (T, K, sub, zero))) is not None:
+    graph = recording.graph
+    if graph is not None and (known := graph.quantized(x_TK, (T, K, sub, zero))) is not None:
         return known
     if is_bf16:
         quantized = empty(T, -(-K // 2))
@@ -223,8 +231,8 @@ def _quantized_input(quant_type: str, x_TK: Tensor) -> Tensor | None:
     else:
         quantized = empty(T, -(-K // 32) * (9 + 64 // sub))
         extension.quantize_inputs(x_TK.data_ptr(), quantized.data_ptr(), T, K, sub, zero)
-    if capturing is not None:
-        capturing.keep_quantized(x_TK, (T, K, sub, zero), quantized)
+    if graph is not None:
+        graph.keep_quantized(x_TK, (T, K, sub, zero), quantized)
     return quantized
 
 
