@@ -24,6 +24,7 @@ from tiercel.families.family import (
     Metadata,
     Scales,
     TensorMapping,
+    gguf_sizes,
     module_rows,
     norm_rows,
     tensor_shape,
@@ -189,17 +190,8 @@ def write_gguf(config: ModelConfig) -> dict[str, Any]:
     attention, mamba2 = config.layers[0].mixers
     assert isinstance(attention, AttentionConfig) and isinstance(mamba2, Mamba2Config) and attention.rope is not None
     assert config.layers[0].feed_forward is not None
-    return {
-        "block_count": len(config.layers),
-        "context_length": config.max_length,
-        "embedding_length": config.width,
-        "feed_forward_length": config.layers[0].feed_forward.width,
-        "attention.head_count": attention.heads,
-        "attention.head_count_kv": attention.kv_heads,
-        "attention.key_length": attention.head_dim,
-        "attention.value_length": attention.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-    } | write_gguf_mamba2(mamba2) | write_gguf_rope(attention.rope, attention.head_dim)  # fmt: skip
+    out = gguf_sizes(config, attention, config.layers[0].feed_forward.width)
+    return out | write_gguf_mamba2(mamba2) | write_gguf_rope(attention.rope, attention.head_dim)
 
 
 def write_gguf_mamba2(c: Mamba2Config) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
+from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.checks import MAX_LAYERS
 from tiercel.mixers.spec import MixerSpec, ModuleSpec, Param, Transform
 from tiercel.model.config import ModelConfig
@@ -176,9 +177,10 @@ def paired(heads: int, kv_heads: int) -> dict[str, tuple[Transform, ...]]:
     return {f"{name}.{leaf}": form for name, form in forms.items() for leaf in ("weight", "bias")}
 
 
-def halves(*names: str) -> dict[str, Transform]:
-    """hf_forms of matrices that a folder keeps in one tensor, the first above the second."""
-    return {f"{name}.weight": Transform("runs", 1, (1, 1), (half,)) for half, name in enumerate(names)}
+def joined(sizes: Mapping[str, int]) -> dict[str, Transform]:
+    """hf_forms of matrices that a file keeps in one tensor, one below the other; sizes: how their rows compare."""
+    of_all = tuple(sizes.values())
+    return {f"{name}.weight": Transform("runs", 1, of_all, (part,)) for part, name in enumerate(sizes)}
 
 
 def fused_experts(hf: str) -> dict[str, tuple[str, int, int]]:
@@ -227,6 +229,42 @@ class Metadata:
         if count > MAX_LAYERS:
             raise FormatError(f"GGUF metadata: block_count must be 1 to {MAX_LAYERS}, not {count}")
         return count
+
+
+def kv_heads(config: ModelConfig) -> list[int]:
+    """Key heads of every layer, 0 without attention."""
+    found = ((part.kv_heads for part in layer.parts if isinstance(part, AttentionConfig)) for layer in config.layers)
+    return [next(of_layer, 0) for of_layer in found]
+
+
+def gguf_sizes(
+    config: ModelConfig,
+    attention: AttentionConfig,
+    feed_forward: int | None,
+    *,
+    kv_by_layer: bool = False,
+    head_sizes: bool = True,
+) -> dict[str, Any]:
+    """The sizes that llama.cpp asks of every architecture with attention, and the norms' epsilon.
+
+    feed_forward: its width; None: it is written elsewhere
+    kv_by_layer: some layers have none
+    head_sizes: not where llama.cpp takes them from width and heads
+    """
+    out: dict[str, Any] = {
+        "block_count": len(config.layers),
+        "context_length": config.max_length,
+        "embedding_length": config.width,
+    }
+    if feed_forward is not None:
+        out["feed_forward_length"] = feed_forward
+    out |= {
+        "attention.head_count": attention.heads,
+        "attention.head_count_kv": kv_heads(config) if kv_by_layer else attention.kv_heads,
+    }
+    if head_sizes:
+        out |= {"attention.key_length": attention.head_dim, "attention.value_length": attention.head_dim}
+    return out | {"attention.layer_norm_rms_epsilon": config.norm_eps}
 
 
 def tensor_shape(tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:

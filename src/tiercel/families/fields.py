@@ -8,6 +8,7 @@ something on, is refused by name: the difference between a clear message and flu
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
@@ -79,6 +80,22 @@ class Fields:
     def layers(self, default: Any = REQUIRED) -> int:
         """The number of layers, 1 to MAX_LAYERS."""
         return self.size("num_hidden_layers", default, largest=MAX_LAYERS)
+
+    def layer_types(self, depth: int, known: Collection[str]) -> list[str] | None:
+        """The kind of every layer, one of `known`; None where the file is silent."""
+        types = self._get("layer_types", None)
+        if types is None:
+            return None
+        if (
+            not isinstance(types, list)
+            or len(types) != depth
+            or not all(isinstance(t, str) and t in known for t in types)
+        ):
+            *others, last = known
+            raise UnsupportedError(
+                f"{self.where}: layer_types must name {', '.join(others)} or {last} for each of {depth} layers"
+            )
+        return types
 
     def size_or_none(self, name: str, default: int | None = None) -> int | None:
         """A whole number from 1, or nothing: null, or absent without a default."""

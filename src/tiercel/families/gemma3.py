@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
-from tiercel.families.family import Family, Metadata, TensorMapping, module_rows, tensor_shape, top_rows
+from tiercel.families.family import Family, Metadata, TensorMapping, gguf_sizes, module_rows, tensor_shape, top_rows
 from tiercel.families.fields import Fields
 from tiercel.families.llama import ACTIVATIONS
 from tiercel.families.rope import (
@@ -48,7 +48,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     nested = hf_config.get("model_type") == "gemma3"  # a checkpoint with a vision tower
     f = Fields(dict(hf_config["text_config"] if nested and "text_config" in hf_config else hf_config))
     width, heads = f.size("hidden_size", 2304), f.size("num_attention_heads", 8)
-    depth = f.size("num_hidden_layers", 26, largest=100_000)
+    depth = f.layers(26)
     context = f.size("max_position_embeddings", 131_072)
     ropes = read_ropes(f, {FULL: 1e6, SLIDING: 1e4}, max_length=context, old=("rope_theta", "rope_local_base_freq"))
     bias = f.flag("attention_bias", False)
@@ -89,13 +89,8 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
 
 def _kinds(f: Fields, depth: int) -> list[str]:
     """The kind of every layer: `layer_types`, or a full one in `sliding_window_pattern`."""
-    every, types = f.size("sliding_window_pattern", 6), f.data.get("layer_types")
-    f.ignore("layer_types")
-    if types is None:
-        return [SLIDING if (i + 1) % every else FULL for i in range(depth)]
-    if not isinstance(types, list) or len(types) != depth or not all(t in (SLIDING, FULL) for t in types):
-        raise UnsupportedError(f"{f.where}: layer_types must name {FULL} or {SLIDING} for each layer")
-    return types
+    every = f.size("sliding_window_pattern", 6)
+    return f.layer_types(depth, (FULL, SLIDING)) or [SLIDING if (i + 1) % every else FULL for i in range(depth)]
 
 
 def rows(config: ModelConfig) -> Iterator[TensorMapping]:
@@ -177,17 +172,7 @@ def write_gguf(config: ModelConfig) -> dict[str, Any]:
     full, local, mlp = _parts(config)
     any_ = full or local
     assert any_ is not None and any_.rope is not None
-    out: dict[str, Any] = {
-        "block_count": len(config.layers),
-        "context_length": config.max_length,
-        "embedding_length": config.width,
-        "feed_forward_length": mlp.width,
-        "attention.head_count": any_.heads,
-        "attention.head_count_kv": any_.kv_heads,
-        "attention.key_length": any_.head_dim,
-        "attention.value_length": any_.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-    } | write_gguf_rope(any_.rope, any_.head_dim)
+    out = gguf_sizes(config, any_, mlp.width) | write_gguf_rope(any_.rope, any_.head_dim)
     if local is not None and local.rope is not None:
         out |= {"attention.sliding_window": local.window, "rope.freq_base_swa": local.rope.theta}
         slides = [bool(getattr(layer.mixers[0], "window", None)) for layer in config.layers]

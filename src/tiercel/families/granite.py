@@ -24,7 +24,8 @@ from tiercel.families.family import (
     Family,
     Metadata,
     TensorMapping,
-    halves,
+    gguf_sizes,
+    joined,
     module_rows,
     norm_rows,
     paired,
@@ -63,7 +64,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     f = Fields(dict(hf_config))
     hybrid, dense = f.data.get("model_type") == "granitemoehybrid", f.data.get("model_type") == "granite"
     width, heads = f.size("hidden_size", 4096), f.size("num_attention_heads", 32)
-    depth, context = f.size("num_hidden_layers", 32, largest=100_000), f.size("max_position_embeddings", 2048)
+    depth, context = f.layers(32), f.size("max_position_embeddings", 2048)
     rotated = not hybrid or f.data.get("position_embedding_type") == "rope"
     rope = read_rope(f, theta=1e4, max_length=context) if rotated else None
     bias = f.flag("attention_bias", False)
@@ -122,16 +123,10 @@ def _feed_forward(f: Fields, hybrid: bool, dense: bool) -> GatedMLPConfig | MoEC
 
 def _attends(f: Fields, depth: int) -> list[bool]:
     """Whether each layer attends: all are Mamba-2 where the file is silent."""
-    types = f.data.get("layer_types", f.data.get("layers_block_type"))
-    if types is None:
-        return [False] * depth
-    if (
-        not isinstance(types, list)
-        or len(types) != depth
-        or not all(isinstance(t, str) and t in ATTENDS for t in types)
-    ):
-        raise UnsupportedError(f"{f.where}: layer_types must name {', '.join(ATTENDS)} for each of {depth} layers")
-    return [ATTENDS[t] for t in types]
+    if "layer_types" not in f.data:
+        f.data["layer_types"] = f.data.get("layers_block_type")
+    types = f.layer_types(depth, ATTENDS)
+    return [False] * depth if types is None else [ATTENDS[kind] for kind in types]
 
 
 def rows(config: ModelConfig, *, plain_mlp: bool) -> Iterator[TensorMapping]:
@@ -150,11 +145,11 @@ def rows(config: ModelConfig, *, plain_mlp: bool) -> Iterator[TensorMapping]:
             aliases: Any = {name: (f"{hf}.{other}",) for name, other in FUSED.items()}
             yield from module_rows(
                 i, ffn, config.width, hf, names=EXPERTS, fused=fused, aliases=aliases,
-                hf_forms=halves("shared.gate", "shared.up"),
+                hf_forms=joined({"shared.gate": 1, "shared.up": 1}),
             )  # fmt: skip
         elif isinstance(ffn, GatedMLPConfig) and not plain_mlp:
             names = {"gate.weight": SHARED_GATE_UP, "up.weight": SHARED_GATE_UP, "down.weight": SHARED_DOWN}
-            yield from module_rows(i, ffn, config.width, hf, names=names, hf_forms=halves("gate", "up"))
+            yield from module_rows(i, ffn, config.width, hf, names=names, hf_forms=joined({"gate": 1, "up": 1}))
         elif ffn is not None:
             yield from module_rows(i, ffn, config.width, f"{hf}.mlp")
 
@@ -212,11 +207,9 @@ def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[
 
 def _parts(config: ModelConfig) -> tuple[AttentionConfig | None, Mamba2Config | None, GatedMLPConfig | MoEConfig]:
     """One of each kind that the model has."""
-    mixers, ffn = [layer.mixers[0] for layer in config.layers], config.layers[0].feed_forward
-    attention = next((m for m in mixers if isinstance(m, AttentionConfig)), None)
-    mamba2 = next((m for m in mixers if isinstance(m, Mamba2Config)), None)
+    ffn = config.layers[0].feed_forward
     assert isinstance(ffn, GatedMLPConfig | MoEConfig)
-    return attention, mamba2, ffn
+    return config.first(AttentionConfig), config.first(Mamba2Config), ffn
 
 
 def gguf_of(config: ModelConfig) -> str:
@@ -227,17 +220,7 @@ def gguf_of(config: ModelConfig) -> str:
 def write_gguf(config: ModelConfig) -> dict[str, Any]:
     attention, mamba2, ffn = _parts(config)
     assert attention is not None
-    kv_heads = [getattr(layer.mixers[0], "kv_heads", 0) for layer in config.layers]
-    out: dict[str, Any] = {
-        "block_count": len(config.layers),
-        "context_length": config.max_length,
-        "embedding_length": config.width,
-        "feed_forward_length": ffn.width,
-        "attention.head_count": attention.heads,
-        "attention.head_count_kv": attention.kv_heads if mamba2 is None else kv_heads,
-        "attention.key_length": attention.head_dim,
-        "attention.value_length": attention.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
+    out = gguf_sizes(config, attention, ffn.width, kv_by_layer=mamba2 is not None) | {
         "attention.scale": attention.scale or attention.head_dim**-0.5,
         "embedding_scale": config.embed_scale,
         "residual_scale": config.residual_scale,

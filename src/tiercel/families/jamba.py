@@ -18,6 +18,7 @@ from tiercel.families.family import (
     Metadata,
     TensorMapping,
     fused_experts,
+    gguf_sizes,
     module_rows,
     norm_rows,
     tensor_shape,
@@ -137,28 +138,15 @@ def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[
 
 def _parts(config: ModelConfig) -> tuple[AttentionConfig | None, Mamba1Config | None, MoEConfig | None]:
     """One of each kind that the model has."""
-    mixers = [layer.mixers[0] for layer in config.layers]
-    attention = next((m for m in mixers if isinstance(m, AttentionConfig)), None)
-    mamba1 = next((m for m in mixers if isinstance(m, Mamba1Config)), None)
-    moe = next((layer.feed_forward for layer in config.layers if isinstance(layer.feed_forward, MoEConfig)), None)
-    return attention, mamba1, moe
+    return config.first(AttentionConfig), config.first(Mamba1Config), config.first(MoEConfig)
 
 
 def write_gguf(config: ModelConfig) -> dict[str, Any]:
     attention, mamba1, moe = _parts(config)
     assert attention is not None and mamba1 is not None and config.layers[0].feed_forward is not None
-    kv = [getattr(layer.mixers[0], "kv_heads", 0) for layer in config.layers]
-    return write_gguf_mamba1(mamba1) | {
-        "block_count": len(config.layers),
-        "context_length": config.max_length,
-        "embedding_length": config.width,
-        "feed_forward_length": config.layers[0].feed_forward.width,
-        "attention.head_count": attention.heads,
-        "attention.head_count_kv": kv,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "expert_count": moe.experts if moe else 0,
-        "expert_used_count": moe.active if moe else 0,
-    }
+    width = config.layers[0].feed_forward.width
+    out = write_gguf_mamba1(mamba1) | gguf_sizes(config, attention, width, kv_by_layer=True, head_sizes=False)
+    return out | {"expert_count": moe.experts if moe else 0, "expert_used_count": moe.active if moe else 0}
 
 
 def limits(config: ModelConfig) -> Iterator[str]:

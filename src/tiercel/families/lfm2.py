@@ -21,6 +21,7 @@ from tiercel.families.family import (
     Metadata,
     TensorMapping,
     fused_experts,
+    gguf_sizes,
     module_rows,
     norm_rows,
     tensor_shape,
@@ -54,7 +55,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
     f = Fields(dict(hf_config))
     moe = f.data.get("model_type") == "lfm2_moe"
     width, heads = f.size("hidden_size", 2048 if moe else 2560), f.size("num_attention_heads", 32)
-    depth = f.size("num_hidden_layers", 32, largest=100_000)
+    depth = f.layers(32)
     context = f.size("max_position_embeddings", 128_000)
     rope = read_rope(f, theta=1e6, max_length=context)
     attention = AttentionConfig(
@@ -75,7 +76,7 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
         f.only(name, True)
     f.only("hidden_act", "silu", "swish")
     f.ignore("block_norm_eps", "block_mlp_init_scale", "block_out_init_scale", "block_use_xavier_init")
-    f.ignore("conv_use_xavier_init", "full_attn_idxs", "layer_types")
+    f.ignore("conv_use_xavier_init", "full_attn_idxs")
     config = ModelConfig(
         vocab_size=f.size("vocab_size", 65536),
         width=width,
@@ -93,8 +94,8 @@ def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapp
 
 def read_lfm3(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
     f = Fields(dict(hf_config))
-    width, depth = f.size("hidden_size", 2048), f.size("num_hidden_layers", 24, largest=100_000)
-    context, types = f.size("max_position_embeddings", 128_000), f.data.get("layer_types")
+    width, depth = f.size("hidden_size", 2048), f.layers(24)
+    context = f.size("max_position_embeddings", 128_000)
     if f.data.get("rope_parameters") is None:
         half = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
         f.data["rope_parameters"] = {"full_attention": half}
@@ -116,16 +117,13 @@ def read_lfm3(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[Tenso
     kinds["conv"] = read_conv(f, width, taps=7)
     window = f.size_or_none("sliding_window", 256)
     kinds["sliding_attention"] = replace(attention, rope=ropes["sliding_attention"], window=window)
-    if types is None:
-        types = ["full_attention" if i % 4 == 2 else "conv" if i % 4 or not i else "sliding_attention"
-                 for i in range(depth)]  # fmt: skip
-    if not isinstance(types, list) or len(types) != depth or not all(isinstance(t, str) and t in kinds for t in types):
-        raise UnsupportedError(f"{f.where}: layer_types must name {', '.join(kinds)} for each layer")
+    types = f.layer_types(depth, kinds) or [
+        "full_attention" if i % 4 == 2 else "conv" if i % 4 or not i else "sliding_attention" for i in range(depth)
+    ]
     if window is None and "sliding_attention" in types:
         raise FormatError(f"{f.where}: sliding_window is null, but there are layers of sliding_attention")
     mlp, sandwich = GatedMLPConfig(width=f.size("intermediate_size", 7680)), f.flag("use_sandwich_norm", True)
     f.only("hidden_act", "silu", "swish")
-    f.ignore("layer_types")
     config = ModelConfig(
         vocab_size=f.size("vocab_size", 128_000),
         width=width,
@@ -172,14 +170,11 @@ def _mlp_width(f: Fields) -> int:
 
 def _attends(f: Fields, depth: int) -> list[bool]:
     """Whether each layer attends: by `layer_types`, by `full_attn_idxs`, or all."""
-    types = f.data.get("layer_types")
+    types = f.layer_types(depth, ("full_attention", "conv"))
     if types is None:
         found = f.indices("full_attn_idxs", depth)
         return [f.data.get("full_attn_idxs") is None or i in found for i in range(depth)]
-    known = {"full_attention": True, "conv": False}
-    if not isinstance(types, list) or len(types) != depth or not all(isinstance(t, str) and t in known for t in types):
-        raise UnsupportedError(f"{f.where}: layer_types must name full_attention or conv for each layer")
-    return [known[t] for t in types]
+    return [kind == "full_attention" for kind in types]
 
 
 def rows(config: ModelConfig, names: Mapping[str, str] = ATTENTION_NAMES) -> Iterator[TensorMapping]:
@@ -251,14 +246,8 @@ def _parts(
     config: ModelConfig,
 ) -> tuple[AttentionConfig | None, ShortConvConfig | None, GatedMLPConfig | None, MoEConfig | None]:
     """One of each kind that the model has."""
-    mixers = [layer.mixers[0] for layer in config.layers]
-    feed_forwards = [layer.feed_forward for layer in config.layers]
-    return (
-        next((m for m in mixers if isinstance(m, AttentionConfig)), None),
-        next((m for m in mixers if isinstance(m, ShortConvConfig)), None),
-        next((m for m in feed_forwards if isinstance(m, GatedMLPConfig)), None),
-        next((m for m in feed_forwards if isinstance(m, MoEConfig)), None),
-    )
+    mixers = config.first(AttentionConfig), config.first(ShortConvConfig)
+    return *mixers, config.first(GatedMLPConfig), config.first(MoEConfig)
 
 
 def _dense_layers(config: ModelConfig) -> int:
@@ -268,14 +257,7 @@ def _dense_layers(config: ModelConfig) -> int:
 def write_gguf(config: ModelConfig) -> dict[str, Any]:
     attention, conv, mlp, moe = _parts(config)
     assert attention is not None and attention.rope is not None and conv is not None and mlp is not None
-    out: dict[str, Any] = {
-        "block_count": len(config.layers),
-        "context_length": config.max_length,
-        "embedding_length": config.width,
-        "feed_forward_length": mlp.width,
-        "attention.head_count": attention.heads,
-        "attention.head_count_kv": [getattr(layer.mixers[0], "kv_heads", 0) for layer in config.layers],
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
+    out = gguf_sizes(config, attention, mlp.width, kv_by_layer=True, head_sizes=False) | {
         "shortconv.l_cache": conv.conv,
     }
     if moe is not None:

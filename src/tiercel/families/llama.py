@@ -19,6 +19,7 @@ from tiercel.families.family import (
     Metadata,
     TensorMapping,
     fused_experts,
+    gguf_sizes,
     module_rows,
     norm_rows,
     paired,
@@ -91,14 +92,10 @@ def windows(f: Fields, kind: Any, depth: int) -> list[int | None]:
     first = f.count("max_window_layers", 28)
     if not f.flag("use_sliding_window", False):
         window = None
-    types = f.data.get("layer_types")
-    f.ignore("layer_types")
+    types = f.layer_types(depth, ("full_attention", "sliding_attention"))
     if types is None:
         return [window if i >= first else None for i in range(depth)]
-    known = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(types, list) or len(types) != depth or not all(isinstance(t, str) and t in known for t in types):
-        raise UnsupportedError(f"{f.where}: layer_types must name full_attention or sliding_attention for each layer")
-    return [known[t] for t in types]
+    return [window if kind == "sliding_attention" else None for kind in types]
 
 
 def _windowed(attention: AttentionConfig, window: int | None) -> AttentionConfig:
@@ -169,17 +166,7 @@ def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[
 def write_gguf(config: ModelConfig) -> dict[str, Any]:
     attention, feed_forward = config.layers[0].mixers[0], config.layers[0].feed_forward
     assert isinstance(attention, AttentionConfig) and attention.rope is not None and feed_forward is not None
-    out: dict[str, Any] = {
-        "block_count": len(config.layers),
-        "context_length": config.max_length,
-        "embedding_length": config.width,
-        "feed_forward_length": feed_forward.width,
-        "attention.head_count": attention.heads,
-        "attention.head_count_kv": attention.kv_heads,
-        "attention.key_length": attention.head_dim,
-        "attention.value_length": attention.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-    }
+    out = gguf_sizes(config, attention, feed_forward.width)
     if isinstance(feed_forward, MoEConfig):
         out |= {"expert_count": feed_forward.experts, "expert_used_count": feed_forward.active}
     return out | write_gguf_rope(attention.rope, attention.head_dim)

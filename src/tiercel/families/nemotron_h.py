@@ -18,14 +18,22 @@ from typing import Any
 
 from tiercel.errors import FormatError, UnsupportedError
 from tiercel.families.falcon_h1 import mamba2_limits, read_gguf_mamba2, write_gguf_mamba2
-from tiercel.families.family import Family, Metadata, TensorMapping, module_rows, paired, tensor_shape, top_rows
+from tiercel.families.family import (
+    Family,
+    Metadata,
+    TensorMapping,
+    kv_heads,
+    module_rows,
+    paired,
+    tensor_shape,
+    top_rows,
+)
 from tiercel.families.fields import Fields
 from tiercel.families.llama import ACTIVATIONS
 from tiercel.feed_forward.gated_mlp.config import GatedMLPConfig
 from tiercel.feed_forward.moe.config import MoEConfig
 from tiercel.mixers.attention.config import AttentionConfig
 from tiercel.mixers.mamba2.config import Mamba2Config
-from tiercel.mixers.spec import ModuleSpec
 from tiercel.model.config import LayerConfig, ModelConfig
 
 LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
@@ -229,24 +237,20 @@ def _gguf_feed_forward(m: Metadata, tensors: Mapping[str, Any], i: int, width: i
     )
 
 
-def _first(config: ModelConfig, kind: type[ModuleSpec]) -> Any:
-    """The first part of a kind, or None."""
-    return next((part for layer in config.layers for part in layer.parts if isinstance(part, kind)), None)
-
-
 def gguf_of(config: ModelConfig) -> str:
-    return "nemotron_h" if _first(config, MoEConfig) is None else "nemotron_h_moe"
+    return "nemotron_h" if config.first(MoEConfig) is None else "nemotron_h_moe"
 
 
 def write_gguf(config: ModelConfig) -> dict[str, Any]:
-    attention, mamba2, moe = _first(config, AttentionConfig), _first(config, Mamba2Config), _first(config, MoEConfig)
+    attention, mamba2, moe = config.first(AttentionConfig), config.first(Mamba2Config), config.first(MoEConfig)
+    assert attention is not None and mamba2 is not None
     out = {
         "block_count": len(config.layers),
         "context_length": config.max_length,
         "embedding_length": config.width,
         "feed_forward_length": [layer.feed_forward.width if layer.feed_forward else 0 for layer in config.layers],
         "attention.head_count": attention.heads,
-        "attention.head_count_kv": [getattr(layer.parts[0], "kv_heads", 0) for layer in config.layers],
+        "attention.head_count_kv": kv_heads(config),
         "attention.key_length": attention.head_dim,
         "attention.value_length": attention.head_dim,
         "attention.layer_norm_epsilon": config.norm_eps,
@@ -269,9 +273,9 @@ def write_gguf(config: ModelConfig) -> dict[str, Any]:
 
 
 def limits(config: ModelConfig) -> Iterator[str]:
-    mamba2, moe = _first(config, Mamba2Config), _first(config, MoEConfig)
+    mamba2, moe = config.first(Mamba2Config), config.first(MoEConfig)
     kinds = {type(part) for layer in config.layers for part in layer.parts}
-    if mamba2 is None or _first(config, AttentionConfig) is None or len(kinds) < 3:
+    if mamba2 is None or config.first(AttentionConfig) is None or len(kinds) < 3:
         yield "llama.cpp's nemotron_h needs Mamba-2, attention and feed-forward layers"
         return
     yield from mamba2_limits(mamba2)
@@ -285,8 +289,8 @@ def limits(config: ModelConfig) -> Iterator[str]:
 
 def write(config: ModelConfig) -> dict[str, Any]:
     """A config.json for a network that came from a GGUF file."""
-    attention, c, moe = _first(config, AttentionConfig), _first(config, Mamba2Config), _first(config, MoEConfig)
-    mlp = _first(config, GatedMLPConfig)
+    attention, c, moe = config.first(AttentionConfig), config.first(Mamba2Config), config.first(MoEConfig)
+    mlp = config.first(GatedMLPConfig)
     if attention is None or c is None:
         raise UnsupportedError("a nemotron_h config.json needs layers with attention and with Mamba-2")
     names = {

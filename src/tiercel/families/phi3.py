@@ -10,7 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tiercel.families.family import Family, Metadata, TensorMapping, module_rows, norm_rows, tensor_shape, top_rows
+from tiercel.families.family import (
+    Family,
+    Metadata,
+    TensorMapping,
+    gguf_sizes,
+    joined,
+    module_rows,
+    norm_rows,
+    tensor_shape,
+    top_rows,
+)
 from tiercel.families.fields import Fields
 from tiercel.families.llama import ACTIVATIONS
 from tiercel.families.rope import fixed_length, gguf_rope_limits, read_gguf_rope, read_rope, write_gguf_rope, write_rope
@@ -23,7 +33,7 @@ from tiercel.model.config import LayerConfig, ModelConfig
 def read(hf_config: Mapping[str, Any]) -> tuple[ModelConfig, Iterable[TensorMapping]]:
     f = Fields({"original_max_position_embeddings": 4096} | dict(hf_config))
     width, heads = f.size("hidden_size", 3072), f.size("num_attention_heads", 32)
-    depth, context = f.size("num_hidden_layers", 32, largest=100_000), f.size("max_position_embeddings", 4096)
+    depth, context = f.layers(32), f.size("max_position_embeddings", 4096)
     for key in ("rope_scaling", "rope_parameters"):
         table = f.data.get(key)
         kind = table.get("rope_type", table.get("type")) if isinstance(table, dict) else None
@@ -61,18 +71,12 @@ def rows(config: ModelConfig) -> Iterator[TensorMapping]:
         hf, attention, mlp = f"model.layers.{i}", layer.mixers[0], layer.feed_forward
         assert isinstance(attention, AttentionConfig) and mlp is not None
         yield from norm_rows(i, f"{hf}.input_layernorm.weight", f"{hf}.post_attention_layernorm.weight")
-        heads = attention.heads, attention.kv_heads, attention.kv_heads
-        qkv = _joined(("q.weight", "k.weight", "v.weight"), tuple(n * attention.head_dim for n in heads))
+        qkv = joined({"q": attention.heads, "k": attention.kv_heads, "v": attention.kv_heads})
         for row in module_rows(i, attention, config.width, f"{hf}.self_attn"):
             yield _within(row, qkv, f"{hf}.self_attn.qkv_proj.weight", f"blk.{i}.attn_qkv.weight")
-        gate_up = _joined(("gate.weight", "up.weight"), (mlp.width, mlp.width))
+        gate_up = joined({"gate": 1, "up": 1})
         for row in module_rows(i, mlp, config.width, f"{hf}.mlp"):
             yield _within(row, gate_up, f"{hf}.mlp.gate_up_proj.weight", f"blk.{i}.ffn_up.weight")
-
-
-def _joined(names: tuple[str, ...], sizes: tuple[int, ...]) -> dict[str, Transform]:
-    """Each matrix as rows of the one that holds them all."""
-    return {name: Transform("runs", 1, sizes, (i,)) for i, name in enumerate(names)}
 
 
 def _within(row: TensorMapping, forms: Mapping[str, Transform], hf: str, gguf: str) -> TensorMapping:
@@ -114,14 +118,7 @@ def _parts(config: ModelConfig) -> tuple[AttentionConfig, GatedMLPConfig]:
 def write_gguf(config: ModelConfig) -> dict[str, Any]:
     attention, mlp = _parts(config)
     assert attention.rope is not None
-    out: dict[str, Any] = {
-        "block_count": len(config.layers),
-        "context_length": config.max_length,
-        "embedding_length": config.width,
-        "feed_forward_length": mlp.width,
-        "attention.head_count": attention.heads,
-        "attention.head_count_kv": attention.kv_heads,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
+    out = gguf_sizes(config, attention, mlp.width, head_sizes=False) | {
         "attention.sliding_window": 0,
     }
     return out | write_gguf_rope(attention.rope, attention.head_dim)

@@ -19,6 +19,7 @@ from tiercel.families.family import (
     Metadata,
     TensorMapping,
     fused_experts,
+    gguf_sizes,
     module_rows,
     norm_rows,
     tensor_shape,
@@ -149,17 +150,7 @@ def _parts(config: ModelConfig) -> tuple[AttentionConfig, GatedMLPConfig | MoECo
 def write_gguf(config: ModelConfig) -> dict[str, Any]:
     attention, feed_forward = _parts(config)
     assert attention.rope is not None
-    out: dict[str, Any] = {
-        "block_count": len(config.layers),
-        "context_length": config.max_length,
-        "embedding_length": config.width,
-        "feed_forward_length": feed_forward.width,
-        "attention.head_count": attention.heads,
-        "attention.head_count_kv": attention.kv_heads,
-        "attention.key_length": attention.head_dim,
-        "attention.value_length": attention.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-    }
+    out = gguf_sizes(config, attention, feed_forward.width)
     if isinstance(feed_forward, MoEConfig):
         out |= {
             "expert_count": feed_forward.experts,

@@ -23,6 +23,7 @@ from tiercel.families.family import (
     Metadata,
     TensorMapping,
     fused_experts,
+    gguf_sizes,
     module_rows,
     norm_rows,
     tensor_shape,
@@ -159,15 +160,11 @@ def _rope(f: Fields, context: int) -> Any:
 def attends(f: Fields, depth: int, *, last: bool = False) -> list[bool]:
     """Whether each layer attends; last: the last one does, where the pattern gives none."""
     interval = f.size("full_attention_interval", 4)
-    types = f.data.get("layer_types")
-    f.ignore("layer_types")
+    types = f.layer_types(depth, ("full_attention", "linear_attention"))
     if types is None:
         found = [(i + 1) % interval == 0 for i in range(depth)]
         return found if any(found) or not last else [*found[:-1], True]
-    known = {"full_attention": True, "linear_attention": False}
-    if not isinstance(types, list) or len(types) != depth or not all(isinstance(t, str) and t in known for t in types):
-        raise UnsupportedError(f"{f.where}: layer_types must name full_attention or linear_attention for each layer")
-    return [known[t] for t in types]
+    return [kind == "full_attention" for kind in types]
 
 
 def rows(config: ModelConfig, root: str = "model") -> Iterator[TensorMapping]:
@@ -289,9 +286,7 @@ def read_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[
 
 
 def _parts(config: ModelConfig) -> tuple[AttentionConfig | None, GatedDeltaConfig | None]:
-    mixers = [layer.mixers[0] for layer in config.layers]
-    attention = next((m for m in mixers if isinstance(m, AttentionConfig)), None)
-    return attention, next((m for m in mixers if isinstance(m, GatedDeltaConfig)), None)
+    return config.first(AttentionConfig), config.first(GatedDeltaConfig)
 
 
 def write_gguf(config: ModelConfig) -> dict[str, Any]:
@@ -302,15 +297,7 @@ def write_gguf(config: ModelConfig) -> dict[str, Any]:
         config.layers[0].feed_forward,
     )
     interval = marks.index(True) + 1  # for readers that do not know recurrent_layers
-    out: dict[str, Any] = {
-        "block_count": len(config.layers),
-        "context_length": config.max_length,
-        "embedding_length": config.width,
-        "attention.head_count": attention.heads,
-        "attention.head_count_kv": attention.kv_heads,
-        "attention.key_length": attention.head_dim,
-        "attention.value_length": attention.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
+    out = gguf_sizes(config, attention, None) | {
         "attention.recurrent_layers": [not full for full in marks],
         "full_attention_interval": interval if marks == [(i + 1) % interval == 0 for i in range(len(marks))] else 4,
         "ssm.conv_kernel": delta.conv,

@@ -21,6 +21,8 @@ from tiercel.mixers.checks import MAX_LAYERS, check, check_sizes
 from tiercel.mixers.registry import MIXERS
 from tiercel.mixers.spec import FeedForwardSpec, MixerSpec, ModuleSpec, Registry
 
+S = TypeVar("S", bound=ModuleSpec)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
@@ -65,6 +67,10 @@ class ModelConfig:
         check(math.isfinite(self.logit_scale), f"logit_scale must be finite, not {self.logit_scale!r}")
         for name in ("embed_scale", "residual_scale"):
             check(1e-6 < abs(getattr(self, name)) < 1e6, f"{name} must be near 1, not {getattr(self, name)!r}")
+
+    def first(self, kind: type[S]) -> S | None:
+        """Return the first mixer or feed-forward of a kind, or None."""
+        return next((part for layer in self.layers for part in layer.parts if isinstance(part, kind)), None)
 
     @property
     def stream_eps(self) -> float:
@@ -143,9 +149,6 @@ def _layer_from_dict(data: dict[str, Any]) -> LayerConfig:
         feed_forward=None if feed_forward is None else _part(feed_forward, FEED_FORWARDS),
         **norms,
     )
-
-
-S = TypeVar("S", bound=ModuleSpec)
 
 
 def _part(data: Any, registry: Registry[S]) -> S:

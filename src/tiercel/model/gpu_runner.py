@@ -113,14 +113,7 @@ class GPURunner:
         self, tokens: Sequence[Sequence[int] | None], states: Sequence[SlotHandle], draws: Sequence[Draw | None],
         num_tokens: int,
     ) -> LaunchedStep:  # fmt: skip
-        """Start a forward and sample a token of each state; nothing waits for the device.
-
-        Args:
-            tokens: of each state, on the host; None: the one that was sampled last for it.
-            states: each grows by its tokens.
-            draws: how each state's next token is sampled; None: it is not used.
-            num_tokens: tokens of the vocabulary that may be sampled.
-        """
+        """See `AsyncRunner.launch`."""
         launched = LaunchedStep(len(tokens))
         self._launch(launched, tokens, states, 1, [draw or GREEDY for draw in draws], num_tokens)
         launched.record()
